@@ -1,0 +1,386 @@
+"""Phi-2, the projector, and the LLaVA glue between picture and text. All of the model is here and in vision.py.
+
+Follows Hugging Face's modeling_phi.py (parallel block, partial rotary embedding) and LLaVA's llava_arch.py (what is
+spliced where). Sequences are packed: a micro-batch of B samples is one row of T tokens, without padding.
+
+Shapes: B sequences, T tokens in all, C width, nh heads, hs head size, V vocabulary rows, S cache slots;
+        N images, P patches per image, D their width; M supervised positions.
+"""
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from vision import VisionConfig, VisionTower
+
+IMAGE_ID = -200                     # stands where a patch goes; never looked up in the embedding
+
+
+@dataclass(frozen=True)
+class PhiConfig:                    # defaults: microsoft/phi-2
+    vocab_size: int = 51200         # rows of the table; the tokenizer only uses the first 50295
+    block_size: int = 2048          # positions
+    n_layer: int = 32
+    n_head: int = 32
+    n_embd: int = 2560
+    n_inner: int = 10240
+    rotary_dim: int = 32            # the first 32 of a head's 80 channels rotate, the rest pass through
+    rope_base: float = 10000.0
+    eps: float = 1e-5
+    dropout: float = 0.1            # on both branches of a block, in training
+
+
+@dataclass(frozen=True)
+class LLaVAConfig:
+    llm: PhiConfig = field(default_factory=PhiConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    image_mode: str = "pad"         # how this model saw its pictures: "pad" to a square, or "crop" the centre
+
+
+CONFIGS: dict[str, LLaVAConfig] = {
+    "llava-phi": LLaVAConfig(),
+    "demo": LLaVAConfig(
+        llm=PhiConfig(vocab_size=512, block_size=512, n_layer=4, n_head=4, n_embd=160, n_inner=640, rotary_dim=16, dropout=0.0),
+        vision=VisionConfig(image_size=56, n_layer=4, n_head=4, n_embd=128, n_inner=512),
+        image_mode="crop",
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------
+# Phi-2
+
+
+def rope(pos: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Positions (T,) -> cos, sin (T, 1, dim / 2) in fp32. Made in every forward, so there is no buffer to cast or to lose."""
+    freq = base ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim)
+    angle = (pos[:, None].float() * freq)[:, None]                                 # (T, 1, dim / 2)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(T, nh, hs): turn channel i together with channel i + dim / 2 (the "half-split" pairing), for the first dim channels."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
+    return torch.cat([(a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest], dim=-1)    # (T, nh, hs)
+
+
+class Layout:
+    """Where the sequences of a packed row lie: made once per forward, read by every layer.
+
+    lengths (B,) on the CPU: new tokens per sequence. `past`: how many tokens of each are in the cache already.
+    """
+    def __init__(self, lengths: Tensor, device: torch.device, past: list[int] | None = None):
+        self.lengths = lengths.tolist()
+        self.past = past or [0] * len(self.lengths)
+        starts = F.pad(lengths.cumsum(0), (1, 0))                                  # (B + 1,)
+        self.last = (starts[1:] - 1).to(device, non_blocking=True)                 # (B,) row of each sequence's last token
+        offset = torch.tensor(self.past, dtype=torch.int64) - starts[:-1]          # (B,)
+        pos = torch.arange(int(starts[-1])) + offset.repeat_interleave(lengths)    # (T,) restarts with each sequence
+        self.pos = pos.to(device, non_blocking=True)
+        self.starts = starts.to(device, torch.int32, non_blocking=True)
+        self.max_length = 2048      # constant on purpose: it only sizes the CUDA grid, and a changing int would recompile
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Causal attention within each sequence of a packed row. q, k, v (T, nh, hs) -> (T, nh, hs)."""
+    if q.is_cuda and q.dtype != torch.float32:              # flash attention over ragged sequences; (-1, 0): look back only
+        return varlen_attn(q, k, v, layout.starts, layout.starts, layout.max_length, layout.max_length, window_size=(-1, 0))
+    out, at = [q[:0]], 0
+    for length, run in groupby(layout.lengths):             # neighbours of one length share a call
+        n = len(list(run)) * length
+        q_, k_, v_ = (x[at:at + n].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))   # (b, nh, length, hs)
+        out.append(F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2).flatten(0, 1))
+        at += n
+    return torch.cat(out)                                                          # (T, nh, hs)
+
+
+class Prefix(NamedTuple):           # a beginning of a prompt that has been computed
+    ids: list[int]                  # IMAGE_ID at patch positions
+    images: Tensor                  # (N, 3, H, W) uint8, compared by identity
+    k: Tensor                       # (n_layer, len(ids), nh, hs)
+    v: Tensor
+
+
+def longest_prefix(prompt: list[int], images: Tensor, memory: list[Prefix]) -> Prefix | None:
+    """The longest beginning of `prompt` found in memory, at least one token short of all of it (whose logits are wanted)."""
+    best = None
+    for ids, pics, k, v in memory:
+        same = next((n for n, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids)))
+        if pics is not images and IMAGE_ID in ids[:same]:   # another picture: only the words before it are the same
+            same = ids.index(IMAGE_ID)
+        same = min(same, len(prompt) - 1)
+        if same > (len(best.ids) if best else 0):
+            best = Prefix(ids[:same], pics, k[:, :same], v[:, :same])
+    return best
+
+
+class KVCache:
+    """Keys and values of every layer for B sequences of at most S tokens. Preallocated, passed as an argument, knows no model."""
+    def __init__(self, config: PhiConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.lengths = [0] * batch                          # tokens held per sequence
+
+    def prefix(self, row: int, ids: list[int], images: Tensor) -> Prefix:
+        """A copy of what the row holds for `ids`."""
+        return Prefix(ids, images, self.k[:, row, :len(ids)].clone(), self.v[:, row, :len(ids)].clone())
+
+    def restore(self, row: int, prefix: Prefix) -> None:
+        n = self.lengths[row] = len(prefix.ids)
+        self.k[:, row, :n], self.v[:, row, :n] = prefix.k, prefix.v
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """Store the new k, v (T, nh, hs), then let q (T, nh, hs) see each sequence's past and itself -> (T, nh, hs)."""
+        keys, values = self.k[layer], self.v[layer]                                # (B, S, nh, hs)
+        if all(n == 1 for n in layout.lengths):             # decoding: one new token everywhere
+            rows = torch.arange(len(layout.lengths), device=q.device)
+            keys[rows, layout.pos], values[rows, layout.pos] = k, v
+            used = max(layout.past) + 1
+            seen = torch.arange(used, device=q.device) <= layout.pos[:, None]      # (B, used)
+            k_, v_ = (x[:, :used].transpose(1, 2) for x in (keys, values))         # (B, nh, used, hs)
+            mask = None if min(layout.past) + 1 == used else seen[:, None, None]
+            return F.scaled_dot_product_attention(q[:, :, None], k_, v_, attn_mask=mask).squeeze(2)
+        at = 0
+        for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
+            keys[row, past:past + n], values[row, past:past + n] = k[at:at + n], v[at:at + n]
+            at += n
+        if not any(layout.past):
+            return attend(q, k, v, layout)
+        out, at = [], 0
+        for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
+            q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q[at:at + n], keys[row, :past + n], values[row, :past + n]))
+            y = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=causal_lower_right(n, past + n))   # (1, nh, n, hs)
+            out.append(y[0].transpose(0, 1))
+            at += n
+        return torch.cat(out)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: PhiConfig, layer: int):
+        super().__init__()
+        self.n_head, self.layer = config.n_head, layer
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+        T, C = x.shape
+        q, k, v = self.qkv(x).view(T, 3, self.n_head, C // self.n_head).unbind(1)  # (T, nh, hs) each
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        y = attend(q, k, v, layout) if cache is None else cache.attend(self.layer, q, k, v, layout)
+        return self.proj(y.reshape(T, C))                                          # (T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, config.n_inner)
+        self.proj = nn.Linear(config.n_inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):             # one LayerNorm feeds both branches, and both are added at once
+    def __init__(self, config: PhiConfig, layer: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.ln = nn.LayerNorm(config.n_embd, eps=config.eps)
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+        h = self.ln(x)
+        attn = F.dropout(self.attn(h, cos, sin, layout, cache), self.dropout, self.training)
+        return x + attn + F.dropout(self.mlp(h), self.dropout, self.training)      # (T, C)
+
+
+class Phi(nn.Module):
+    def __init__(self, config: PhiConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False      # True: keep only each block's input for the backward pass
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)                 # not tied to wte, and with a bias
+
+    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+        """Embeddings (T, C) -> hidden states (T, C), ready for lm_head."""
+        cos, sin = rope(layout.pos, self.config.rotary_dim, self.config.rope_base)
+        for block in self.h:
+            if self.recompute and self.training:
+                x = checkpoint(block, x, cos, sin, layout, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, layout, cache)
+        return self.ln_f(x)
+
+
+def cross_entropy_sum(h: Tensor, head: nn.Module, targets: Tensor, chunk: int = 4096) -> Tensor:
+    """Sum of the M token losses, in fp32. h (M, C), targets (M,). The logits of at most `chunk` rows exist at a time."""
+    def loss(h: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(h).float(), targets, reduction="sum")
+    if targets.numel() <= chunk:
+        return loss(h, targets)
+    pieces = zip(h.split(chunk), targets.split(chunk))
+    return torch.stack([checkpoint(loss, a, b, use_reentrant=False) for a, b in pieces]).sum()
+
+# ---------------------------------------------------------------------------------------------------
+# LLaVA
+
+
+class Projector(nn.Module):         # LLaVA's mlp2x_gelu: patch features into the language model's width
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.fc = nn.Linear(d_in, d_out)
+        self.proj = nn.Linear(d_out, d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.gelu(self.fc(x)))                                       # (N, P, D) -> (N, P, C)
+
+
+class LLaVAPhi(nn.Module):
+    def __init__(self, config: LLaVAConfig):
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.projector = Projector(config.vision.n_embd, config.llm.n_embd)
+        self.llm = Phi(config.llm)
+
+    def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
+        """ids (T,), images (N, 3, H, W) uint8, slots (N * P,): which rows the patches take, in order -> (T, C).
+
+        N = 0 runs the tower on nothing: under FSDP every process must take part, and every gradient must exist.
+        """
+        assert slots.numel() == images.size(0) * self.config.vision.n_patches, \
+            f"{slots.numel()} image positions for {images.size(0)} images of {self.config.vision.n_patches} patches"
+        x = self.llm.wte(ids)                                                      # (T, C)
+        patches = self.projector(self.vision(images)).flatten(0, 1)                # (N * P, C)
+        return x.index_copy(0, slots, patches.type_as(x))                          # (T, C)
+
+    def forward(self, ids: Tensor, lengths: Tensor, images: Tensor, slots: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses over the M supervised tokens, an fp32 scalar; the caller divides by its global count.
+
+        ids (T,) packed, 0 at image positions; lengths (B,) on the CPU; images (N, 3, H, W) uint8; slots (N * P,);
+        rows (M,): positions whose next token is supervised; targets (M,): those tokens.
+        """
+        h = self.llm(self.embed(ids, images, slots), Layout(lengths, ids.device))
+        return cross_entropy_sum(h[rows], self.llm.lm_head, targets)
+
+    # ---- generation: token ids in, token ids out. Prompts hold IMAGE_ID at every patch position.
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.wte.weight.device
+
+    def prefill(self, prompts: list[list[int]], images: list[Tensor], cache: KVCache) -> Tensor:
+        """Run what the cache lacks of each prompt; images[i] (N_i, 3, H, W) are prompt i's. -> next-token logits (B, V), fp32."""
+        P = self.config.vision.n_patches
+        new = [prompt[past:] for prompt, past in zip(prompts, cache.lengths)]
+        unseen = [pics[prompt[:past].count(IMAGE_ID) // P:] for prompt, pics, past in zip(prompts, images, cache.lengths)]
+        ids = torch.tensor([i for row in new for i in row])                        # (T,)
+        slots = (ids == IMAGE_ID).nonzero().flatten()                              # (N * P,)
+        layout = Layout(torch.tensor([len(row) for row in new]), self.device, cache.lengths)
+        x = self.embed(ids.clamp_min(0).to(self.device), torch.cat(unseen).to(self.device), slots.to(self.device))
+        h = self.llm(x, layout, cache)                                             # (T, C)
+        cache.lengths = [len(prompt) for prompt in prompts]
+        return self.llm.lm_head(h[layout.last]).float()                            # (B, V)
+
+    def decode(self, ids: list[int], cache: KVCache) -> Tensor:
+        """One more token for every sequence -> next-token logits (B, V), fp32."""
+        layout = Layout(torch.ones(len(ids), dtype=torch.int64), self.device, cache.lengths)
+        h = self.llm(self.llm.wte(torch.tensor(ids, device=self.device)), layout, cache)    # (B, C)
+        cache.lengths = [n + 1 for n in cache.lengths]
+        return self.llm.lm_head(h).float()                                         # (B, V)
+
+    def new_cache(self, batch: int, slots: int) -> KVCache:
+        return KVCache(self.config.llm, batch, slots, self.device, self.llm.wte.weight.dtype)
+
+    def prefixes(self, prompts: list[list[int]], images: list[Tensor], memory: list[Prefix]) -> list[Prefix | None]:
+        """For each prompt the longest beginning that is computed already, in `memory` or here for several prompts at once.
+
+        Everything up to the end of the picture is the same for all questions about it: it runs once, then is copied.
+        """
+        found = [longest_prefix(prompt, pics, memory) for prompt, pics in zip(prompts, images)]
+        groups: dict[tuple, list[int]] = {}                                        # same picture, same ids up to its end
+        for row, (prompt, pics) in enumerate(zip(prompts, images)):
+            end = len(prompt) - prompt[::-1].index(IMAGE_ID) if IMAGE_ID in prompt else 0
+            if end > (len(found[row].ids) if found[row] else 0):
+                groups.setdefault((id(pics), tuple(prompt[:end])), []).append(row)
+        shared = [(list(key[1]), rows) for key, rows in groups.items() if len(rows) > 1]
+        if shared:
+            cache = self.new_cache(len(shared), max(len(head) for head, _ in shared))
+            self.prefill([head for head, _ in shared], [images[rows[0]] for _, rows in shared], cache)
+            for i, (head, rows) in enumerate(shared):
+                for row in rows:
+                    found[row] = cache.prefix(i, head, images[row])
+        return found
+
+    @torch.inference_mode()
+    def generate(self, prompts: list[list[int]], images: list[Tensor], *, max_new_tokens: int, eos_id: int,
+                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
+                 memory: list[Prefix] | None = None) -> Iterator[list[int | None]]:
+        """Yield one column per step: each prompt's next id, or None where that answer has ended (eos_id or block_size).
+
+        `memory`: a list owned by the caller that carries the last prompt's keys and values from call to call, so the
+        next question about the same picture (the same tensor), or the next turn, starts where this one ended.
+        Raises ValueError when a prompt leaves no room for an answer.
+        """
+        limit, longest = self.config.llm.block_size, max(len(prompt) for prompt in prompts)
+        if longest >= limit:
+            raise ValueError(f"the prompt takes {longest} of the model's {limit} positions and leaves none for an answer")
+        cache = self.new_cache(len(prompts), min(longest + max_new_tokens, limit))
+        for row, prefix in enumerate(self.prefixes(prompts, images, memory or [])):
+            if prefix:
+                cache.restore(row, prefix)
+        logits = self.prefill(prompts, images, cache)
+        ended, answers = [False] * len(prompts), [[] for _ in prompts]
+        try:
+            for step in range(max_new_tokens):
+                ids = pick(logits, temperature, top_k, top_p, generator).tolist()
+                ended = [e or i == eos_id for e, i in zip(ended, ids)]
+                if all(ended):
+                    return
+                for answer, i, e in zip(answers, ids, ended):
+                    answer.extend([] if e else [i])
+                yield [None if e else i for i, e in zip(ids, ended)]
+                ended = [e or n + 1 >= limit for e, n in zip(ended, cache.lengths)]
+                if all(ended) or step + 1 == max_new_tokens:
+                    return
+                logits = self.decode(ids, cache)
+        finally:                                            # also when the caller stops listening
+            if memory is not None:
+                ids = (prompts[-1] + answers[-1])[:cache.lengths[-1]]
+                memory[:] = [cache.prefix(-1, ids, images[-1])]
+
+
+def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """logits (B, V) fp32 -> ids (B,). Greedy at temperature 0; else from the top_k best (0: all) within probability top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    outside = probs.cumsum(-1) - probs >= top_p             # what stands before a token already fills top_p
+    outside[:, 0] = False
+    if top_k > 0:
+        outside[:, top_k:] = True
+    choice = torch.multinomial(probs.masked_fill(outside, 0.0), 1, generator=generator)    # (B, 1)
+    return order.gather(1, choice).squeeze(1)
+
+# ---------------------------------------------------------------------------------------------------
+# Surgery
+
+
+def init_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Fresh weights as Hugging Face's Phi starts (and with it LLaVA-Phi's projector): normal 0.02, biases 0, LayerNorm 1 and 0."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        else:
+            nn.init.constant_(parameter, 1.0 if ".ln" in f".{name}" and name.endswith("weight") else 0.0)
