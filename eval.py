@@ -1,0 +1,1773 @@
+"""
+Score a model on thirteen benchmarks: generate answers (resumable, any number of processes), then score the answers file.
+
+Prompts, token limits, parsing and metrics are those of the code behind the published numbers, quirks included: LLaVA and
+LLaVA-Phi's eval scripts, GT-Vision-Lab's VQA scorer, and the POPE, MME, MMMU, MM-Vet and VLMEvalKit (MMBench) scorers.
+Data lies under --root in the layout of LLaVA's playground/data/eval, folder names as they come.
+
+$ python eval.py --task scienceqa                              # generate, score, report: out/eval/scienceqa
+$ python eval.py --task pope,mme --model out/finetune          # several; --task paper is the paper's eight
+$ torchrun --nproc_per_node=8 eval.py --task paper             # the same files, eight times as fast
+$ python eval.py --task paper --check-data                     # is the data there and the right version? loads no model
+$ python eval.py --task pope --score answers.jsonl             # no model, no GPU; LLaVA's own answers files work too
+$ python eval.py --task pope --compare A.jsonl B.jsonl         # paired test and the list of flips
+$ python eval.py --task jsonl --questions my.jsonl --images my_images
+"""
+import argparse
+import ast
+import base64
+import csv
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import platform
+import random
+import re
+import sys
+import time
+import unicodedata
+import zipfile
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+# torch and the model are imported inside the functions that generate, so that scoring needs neither.
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_CN = "请直接回答选项字母。"
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+BLANK = "blank"                     # stands for an image that is the padding grey everywhere
+GREY = (122, 116, 104)              # floor(255 * CLIP mean), the colour that pads a picture to a square
+
+
+class Example(NamedTuple):
+    """One question. Its row, the place in the task's list, is its identity: question_id repeats in some benchmarks."""
+    question_id: int | str
+    image: Path | bytes | str | None    # a file, an encoded picture, BLANK, or None for text only
+    prompt: str                         # final wording, instruction included
+    truth: object = None                # what the task's grader compares with; None: the truth is on a server
+    labels: tuple[str, ...] = ()        # the sub-scores this question counts in
+    info: dict = {}                     # what the task's summary or submission needs besides
+
+
+class Mark(NamedTuple):
+    """What one answer earned."""
+    points: float | None                # 0 to 1; None: not scored
+    parsed: str = ""
+    unparsed: bool = False              # the official rule found no answer in the text, or had to fall back
+    raw: tuple = ()
+
+
+class Score(NamedTuple):
+    """A headline number with its 95 % interval, and the numbers beside it."""
+    value: float
+    low: float
+    high: float
+    interval: str                       # the method
+    others: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    metric: str
+    read: Callable[[Path, Namespace], list[Example]]
+    grade: Callable[[Example, str], Mark]
+    summarise: Callable[[list[Example], list[Mark]], Score]
+    get: str                                            # where the data comes from
+    splits: dict[str, int]                              # name -> official number of questions (0: any); the first is the default
+    folders: tuple[str, ...] = ()                       # names of its folder under --root
+    files: dict[str, str] = field(default_factory=dict) # file -> first 16 hex of the official sha256 ("": not known)
+    published: tuple[float | None, ...] = (None,) * 4   # the models of PUBLISHED
+    max_new_tokens: int = 128
+    paper_mode: str = "pad"                             # image mode behind the published tables
+    repeated_ids: bool = False                          # question_id names the image, not the question
+    export: Callable[[list[Example], list[str], Path, Path], Path] | None = None     # writes the submission file
+    judge: Callable[[list[Example], list[str], Namespace, Path], list[Mark]] | None = None
+
+# ----------------------------------------------------------------------------------------------------
+# Answer normalisation: pure functions, tested on literal strings
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NUMBER_WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
+                        "0 0 1 2 3 4 5 6 7 8 9 10".split()))
+ARTICLES = {"a", "an", "the"}
+
+
+def _contractions() -> dict[str, str]:
+    """The 120 spellings without (all) apostrophes that the VQA scorers repair. A test holds their checksum."""
+    one = """'twas I'm I've ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
+        how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've
+        shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
+        there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's where'd where's
+        where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"""
+    two = """I'd've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
+        something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"""
+    table = {form.replace("'", ""): form for form in one.split()}
+    for form in two.split() + ["y'all'd've", "'ow's'at"]:       # a key for each single apostrophe left out
+        table |= {form[:i] + form[i + 1:]: form for i, letter in enumerate(form) if letter == "'"}
+    return table | {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}      # the last one is theirs
+
+
+CONTRACTIONS = _contractions()
+
+
+def _punctuation_and_words(text: str, glue: str) -> str:
+    """The half that both normalisers share; `glue`: a pattern of commas between digits that changes what marks become."""
+    glued = re.search(glue, text)
+    out = text
+    for mark in PUNCTUATION:
+        if mark in text:
+            alone = mark + " " in text or " " + mark in text
+            out = out.replace(mark, "" if alone or glued else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)                # 32: theirs passes a flag where the count goes
+    words = [NUMBER_WORDS.get(word, word) for word in out.lower().split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+@lru_cache(maxsize=1 << 20)
+def normalize_evalai(text: str) -> str:
+    """The EvalAI processor (m4c): TextVQA, VizWiz, and every VQA submission."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _punctuation_and_words(text.replace("\n", " ").replace("\t", " ").strip(), r"\d,+\d")
+
+
+def one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=1 << 20)
+def normalize_vqa(text: str) -> str:
+    """The official VQA scorer's own normaliser (2021 version)."""
+    return _punctuation_and_words(one_line(text), r"\d,\d")
+
+
+def soft_accuracy(answer: str, humans: list[str]) -> float:
+    """Mean over the humans, each left out in turn, of min(1, matches among the others / 3)."""
+    same = humans.count(answer)
+    return (same * min(1, (same - 1) / 3) + (len(humans) - same) * min(1, same / 3)) / len(humans)
+
+
+def textvqa_accuracy(text: str, humans: list[str]) -> float:
+    return soft_accuracy(normalize_evalai(text), [normalize_evalai(human) for human in humans])
+
+
+def vqa_accuracy(text: str, humans: list[str]) -> float:
+    """The official VQA scorer on a submitted answer: with unanimous humans it compares raw strings."""
+    text, humans = one_line(text), [one_line(human) for human in humans]
+    if len(set(humans)) > 1:
+        text, humans = normalize_vqa(text), [normalize_vqa(human) for human in humans]
+    return soft_accuracy(text, humans)
+
+
+def gqa_answer(text: str) -> str:
+    return text.rstrip(".").lower()
+
+
+def plain_answer(text: str) -> str:
+    """For the shapes and for one's own questions: case, outer spaces and a final full stop do not count."""
+    return text.strip().rstrip(".").strip().lower()
+
+
+def pope_yes_no(text: str) -> str:
+    """Everything without a separate No, no or not before the first full stop is a yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def mme_yes_no(text: str) -> str:
+    start = text.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def scienceqa_letter(text: str) -> str | None:
+    if len(text) == 1 and text in "ABCDE":
+        return text
+    if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else None
+
+
+REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
+            "I'm sorry, but without the image provided", "Cannot determine the answer")
+
+
+def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
+    """VLMEvalKit's extraction without a language model: a letter, "answer is X", or the text of exactly one option."""
+    if any(refusal in text for refusal in REFUSALS):
+        return "Z"
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
+        return letters[0]
+    if not letters and "Z" in words:
+        return "Z"
+    if said := re.search(rf"answer is \**([{''.join(options)}])\b", text, re.IGNORECASE):
+        return said[1].upper()
+    if len(text) > 2 * sum(map(len, options.values())):
+        return None
+    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def mmmu_choice(text: str, options: dict[str, str]) -> str | None:
+    """The letter mentioned last; None where the official code draws one at random."""
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    for form in ("({})", " {} "):
+        places = {letter: text.rfind(form.format(letter)) for letter in options}
+        if max(places.values(), default=-1) >= 0:
+            return max(places, key=places.get)
+    if len(text.split()) > 5:
+        places = {letter: text.lower().rfind(option.lower()) for letter, option in options.items()}
+        if max(places.values(), default=-1) >= 0:
+            return max(places, key=places.get)
+    return None
+
+
+def mmmu_value(text: str) -> list[float | str]:
+    """A number rounded to two decimals; else the lower-cased text, a single letter with a space on either side."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+MMMU_NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+                r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+
+
+def mmmu_open(text: str) -> set[float | str]:
+    """Every value an open answer may be read as: the shortest tail after a cue in each line, and all numbers in it."""
+    text = text.strip().strip(".").lower()
+    cues = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+    lines, keys = text.split("\n"), []
+    for i, line in enumerate(lines):
+        if i == len(lines) - 1:
+            cues.append("=")
+        tail = ""
+        for cue in cues:
+            after = line.split(cue)[-1].strip() if cue in line else None
+            if after is not None and (not tail or len(after) < len(tail)):
+                tail = after
+        if tail and tail not in [*":,.!?;'"]:
+            keys.append(tail)
+    keys = keys or [text]
+    numbers = [n for key in keys for pattern in MMMU_NUMBERS for n in re.findall(pattern, key)]
+    return {value for part in keys + numbers for value in mmmu_value(part)}
+
+
+def mmmu_open_correct(text: str, truth: str | list[str]) -> bool:
+    truths = [value for t in ([truth] if isinstance(truth, str) else truth) for value in mmmu_value(t)]
+    inside = lambda value: any(isinstance(t, str) and t in value for t in truths)
+    return any(inside(value) if isinstance(value, str) else value in truths for value in mmmu_open(text))
+
+
+def mmvet_grade(text: str) -> float | None:
+    """The judge's number: everything before the first space, if it lies in [0, 1]."""
+    try:
+        grade = float(text.split(" ")[0])
+    except ValueError:
+        return None
+    return grade if 0 <= grade <= 1 else None
+
+
+def llavabench_pair(review: str) -> tuple[float, float]:
+    """Reference and candidate score in a review's first line; (-1, -1) where it does not hold exactly two numbers."""
+    try:
+        first, second = review.split("\n")[0].replace(",", " ").split(" ")
+        return float(first), float(second)
+    except ValueError:
+        return -1.0, -1.0
+
+# ----------------------------------------------------------------------------------------------------
+# Graders: one answer -> what it earned
+
+
+def grade_plain(example: Example, text: str) -> Mark:
+    answer, truths = plain_answer(text), example.truth if isinstance(example.truth, list) else [example.truth]
+    return Mark(float(answer in {plain_answer(str(truth)) for truth in truths}), answer)
+
+
+def grade_vqav2(example: Example, text: str) -> Mark:
+    answer = normalize_evalai(text)                 # what would be submitted
+    return Mark(vqa_accuracy(answer, example.truth), answer)
+
+
+def grade_textvqa(example: Example, text: str) -> Mark:
+    answer = normalize_evalai(text)
+    return Mark(textvqa_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
+
+
+def grade_gqa(example: Example, text: str) -> Mark:
+    answer = gqa_answer(text)
+    return Mark(float(answer == example.truth), answer)
+
+
+def grade_scienceqa(example: Example, text: str) -> Mark:
+    letter = scienceqa_letter(text)
+    return Mark(float(letter == example.truth), letter or "", letter is None)
+
+
+def grade_pope(example: Example, text: str) -> Mark:
+    said = {"yes", "no", "not"} & set(re.findall(r"[a-z]+", text.lower()))
+    answer = pope_yes_no(text)
+    return Mark(float(answer == example.truth), answer, unparsed=not said)
+
+
+def grade_mme(example: Example, text: str) -> Mark:
+    answer = mme_yes_no(text)
+    return Mark(float(answer == example.truth), answer, answer == "other")
+
+
+def grade_mmbench(example: Example, text: str) -> Mark:
+    letter = mmbench_letter(text, example.info["options"])
+    return Mark(float(letter == example.truth), letter or "", letter is None, raw=(float(text.strip() == example.truth),))
+
+
+def grade_seedbench(example: Example, text: str) -> Mark:
+    return Mark(float(text == example.truth), text, text not in ("A", "B", "C", "D"))
+
+
+def grade_mmmu(example: Example, text: str) -> Mark:
+    if not example.info["options"]:
+        return Mark(float(mmmu_open_correct(text, example.truth)), text)
+    letter = mmmu_choice(text, example.info["options"])
+    return Mark(float(letter is not None and letter in example.truth), letter or "", letter is None)
+
+# ----------------------------------------------------------------------------------------------------
+# Summaries: marks -> the number that papers report, its 95 % interval, and the numbers beside it
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def interval_of_mean(points: list[float]) -> tuple[float, float, str]:
+    """In per cent: Wilson's interval where every answer is right or wrong, the normal one where answers earn parts."""
+    n, p, z = len(points), mean(points), 1.96
+    if set(points) <= {0.0, 1.0}:
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n), "Wilson"
+    half = z * math.sqrt(mean([(x - p) ** 2 for x in points]) / n)
+    return 100 * max(0.0, p - half), 100 * min(1.0, p + half), "normal"
+
+
+def bootstrap(counts: list[list[float]], metric: Callable[[np.ndarray], np.ndarray], unit: str) -> tuple[float, float, str]:
+    """For a metric of summed counts. counts (n, k), one row per resampled unit; metric (..., k) -> (...)."""
+    counts, rng = np.array(counts, dtype=float), np.random.default_rng(0)
+    weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=1000)        # (draws, n)
+    low, high = np.percentile(metric(weights @ counts), [2.5, 97.5])
+    return float(low), float(high), f"bootstrap over {unit}, 1000 draws, seed 0"
+
+
+def percent_by_label(examples: list[Example], marks: list[Mark]) -> dict[str, float]:
+    groups = defaultdict(list)
+    for example, mark in zip(examples, marks):
+        for label in example.labels:
+            groups[label].append(mark.points)
+    return {label: 100 * mean(points) for label, points in sorted(groups.items())}
+
+
+def accuracy(examples: list[Example], marks: list[Mark]) -> Score:
+    points = [mark.points for mark in marks]
+    return Score(100 * mean(points), *interval_of_mean(points), percent_by_label(examples, marks))
+
+
+def accuracy_on(label: str) -> Callable[[list[Example], list[Mark]], Score]:
+    """Accuracy on the questions with this label; `all` beside it."""
+    def summarise(examples: list[Example], marks: list[Mark]) -> Score:
+        chosen = [(e, m) for e, m in zip(examples, marks) if label in e.labels]
+        if not chosen:
+            raise ValueError(f"none of the {len(examples)} questions is of the kind {label!r} that this score is about")
+        everything = {"all": 100 * mean([mark.points for mark in marks])}
+        return accuracy(*zip(*chosen))._replace(others=everything | percent_by_label(examples, marks))
+    return summarise
+
+
+def summarise_shapes(examples: list[Example], marks: list[Mark]) -> Score:
+    """Sighted questions; the same questions about a blank image, and chance, beside them."""
+    pairs = list(zip(examples, marks))
+    seen, blank = [[p for p in pairs if (p[0].image == BLANK) == b] for b in (False, True)]
+    others = {"chance": 100 * mean([e.info["chance"] for e, _ in seen]), "blank image": 100 * mean([m.points for _, m in blank])}
+    score = accuracy(*zip(*seen))
+    return score._replace(others=others | score.others)
+
+
+def summarise_vizwiz(examples: list[Example], marks: list[Mark]) -> Score:
+    score = accuracy(examples, marks)
+    return score._replace(others={"official VQA scorer": 100 * mean([mark.raw[0] for mark in marks])} | score.others)
+
+
+def f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
+    return 2 * tp / np.maximum(2 * tp + fp + fn, 1)         # 0 where nothing is labelled or called yes
+
+
+def summarise_pope(examples: list[Example], marks: list[Mark]) -> Score:
+    kinds = sorted({example.labels[0] for example in examples})
+    images = defaultdict(lambda: np.zeros((len(kinds), 4)))             # tp, fp, fn, tn of each kind
+    for example, mark in zip(examples, marks):
+        cell = ["yesyes", "noyes", "yesno", "nono"].index(example.truth + mark.parsed)      # truth, then answer
+        images[example.image][kinds.index(example.labels[0]), cell] += 1
+    counts = np.array([image.ravel() for image in images.values()])
+    by_kind = lambda sums: sums.reshape(*sums.shape[:-1], len(kinds), 4)
+    metric = lambda sums: 100 * f1(*np.moveaxis(by_kind(sums)[..., :3], -1, 0)).mean(-1)
+    others = {"accuracy": 100 * mean([mark.points for mark in marks])}
+    for kind, (tp, fp, fn, tn) in zip(kinds, by_kind(counts.sum(0))):
+        others |= {f"{kind} {name}": float(100 * value) for name, value in {
+            "F1": f1(tp, fp, fn), "accuracy": (tp + tn) / (tp + fp + fn + tn), "precision": tp / max(tp + fp, 1),
+            "recall": tp / max(tp + fn, 1), "yes ratio": (tp + fp) / (tp + fp + fn + tn)}.items()}
+    return Score(float(metric(counts.sum(0))), *bootstrap(counts, metric, "images"), others)
+
+
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+def summarise_mme(examples: list[Example], marks: list[Mark]) -> Score:
+    """Perception: the sum over subtasks of accuracy + accuracy on whole images. Never perception + cognition."""
+    subtasks = PERCEPTION + COGNITION
+    images = defaultdict(list)
+    for example, mark in zip(examples, marks):
+        images[example.labels[0], example.image].append(mark.points)
+    counts = np.zeros((len(images), len(subtasks), 4))      # right, questions, images all right, images
+    for count, ((subtask, _), points) in zip(counts, images.items()):
+        count[subtasks.index(subtask)] = sum(points), len(points), all(points), 1
+
+    def subtask_scores(sums: np.ndarray) -> np.ndarray:     # (..., 14 * 4) -> (..., 14)
+        right, questions, whole, n = np.moveaxis(sums.reshape(*sums.shape[:-1], len(subtasks), 4), -1, 0)
+        return 100 * right / np.maximum(questions, 1) + 100 * whole / np.maximum(n, 1)
+
+    counts = counts.reshape(len(counts), -1)
+    scores = subtask_scores(counts.sum(0))
+    perception = lambda sums: subtask_scores(sums)[..., :len(PERCEPTION)].sum(-1)
+    others = {"cognition": float(scores[len(PERCEPTION):].sum())} | dict(zip(subtasks, map(float, scores)))
+    return Score(float(perception(counts.sum(0))), *bootstrap(counts, perception, "images"), others)
+
+
+def summarise_mmbench(examples: list[Example], marks: list[Mark]) -> Score:
+    """Circular: a question counts if every rotation of its options is answered right."""
+    rounds = defaultdict(list)
+    for example, mark in zip(examples, marks):
+        rounds[example.question_id % 1_000_000].append((example, mark))
+    firsts = [pairs[0][0] for pairs in rounds.values()]
+    circular = [Mark(float(all(m.points for _, m in pairs))) for pairs in rounds.values()]
+    strict = [float(all(m.raw[0] for _, m in pairs)) for pairs in rounds.values()]
+    single = [mark.points for example, mark in zip(examples, marks) if example.question_id < 1_000_000]
+    score = accuracy(firsts, circular)
+    return score._replace(others={"circular, bare letters only": 100 * mean(strict), "single pass": 100 * mean(single)} | score.others)
+
+
+def summarise_mmmu(examples: list[Example], marks: list[Mark]) -> Score:
+    """Where no choice can be read the official code draws one at random (seed 42, in file order)."""
+    rng, drawn = random.Random(42), []
+    for example, mark in zip(examples, marks):
+        if example.info["options"] and mark.unparsed:
+            mark = mark._replace(points=float(rng.choice(list(example.info["options"])) in example.truth))
+        drawn.append(mark)
+    score = accuracy(examples, drawn)
+    return score._replace(others={"unparsed = wrong": 100 * mean([mark.points for mark in marks])} | score.others)
+
+
+def summarise_mmvet(examples: list[Example], marks: list[Mark]) -> Score:
+    runs = [100 * mean(list(grades)) for grades in zip(*(mark.raw for mark in marks))]
+    score = accuracy(examples, marks)
+    spread = {f"run {i + 1}": run for i, run in enumerate(runs)} | {"std over runs": float(np.std(runs))}
+    return score._replace(others=(spread if len(runs) > 1 else {}) | score.others)
+
+
+def summarise_llavabench(examples: list[Example], marks: list[Mark]) -> Score:
+    """Candidate's mean rating over the reference's. Failed reviews are left out (upstream averages their -1 in)."""
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        reference, candidate = np.round(sums[..., 0] / sums[..., 2], 3), np.round(sums[..., 1] / sums[..., 2], 3)
+        return 100 * candidate / np.maximum(reference, 1e-3)
+
+    rows = [(example.labels[0], (*mark.raw, 1.0)) for example, mark in zip(examples, marks)]
+    others = {}
+    for kind in sorted({kind for kind, _ in rows}) + ["all"]:
+        total = np.sum([row for k, row in rows if kind in (k, "all")], axis=0)
+        others |= {kind: float(ratio(total)), f"{kind} reference": 10 * total[0] / total[2], f"{kind} candidate": 10 * total[1] / total[2]}
+    counts = [row for _, row in rows]
+    return Score(others["all"], *bootstrap(counts, ratio, "questions"), others)
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_json(path: Path) -> dict | list:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{path}: not a JSON file ({e})") from e
+
+
+def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
+    """One object a line. torn: a last line that a killed run left unfinished is dropped."""
+    rows, lines = [], path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (torn and number == len(lines)):
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise ValueError(f"{path}, line {number}: not a JSON object ({e})") from e
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}, line {number}: expected an object, found {type(rows[-1]).__name__}")
+    return rows
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    """Quoted cells may hold newlines and megabytes of base64."""
+    csv.field_size_limit(1 << 28)
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f, delimiter="\t"))
+
+
+def write_whole(path: Path, data: str | bytes) -> Path:
+    """The file is either the old one or all of the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data.encode() if isinstance(data, str) else data)
+    part.replace(path)
+    return path
+
+
+def to_json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def visible(text: str) -> str:
+    """Control characters and direction marks written out, so that a model's text cannot act on a terminal or a page."""
+    odd = lambda c: unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"
+    return "".join(f"\\u{ord(c):04x}" if odd(c) else c for c in text)
+
+
+def find(folder: Path, *names: str) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def need(folder: Path, *names: str) -> Path:
+    """The first of these that exists."""
+    if found := find(folder, *names):
+        return found
+    raise FileNotFoundError(f"{folder / names[0]} is missing" + "".join(f" (nor is there {name})" for name in names[1:]))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """An image's path as a data file gives it; it cannot leave the folder."""
+    if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & set("\0\\:"):
+        raise ValueError(f"image name {name!r} is not a plain path inside {folder}")
+    return folder / name
+
+# ----------------------------------------------------------------------------------------------------
+# Readers: (folder of the task, options) -> questions, in the order of the official question file.
+# Where LLaVA's eval.zip file is there it gives order and wording; without it both are rebuilt from the official files.
+
+
+def read_shapes(folder: Path, options: Namespace) -> list[Example]:
+    """Each question twice: about its picture, and about a blank one."""
+    examples = []
+    for row in read_jsonl(need(folder, "questions.jsonl")):
+        image, labels = inside(folder / "images", row["image"]), (row["category"],)
+        example = Example(row["question_id"], image, row["text"], row["answer"], labels, {"chance": row["chance"]})
+        examples += [example, example._replace(question_id=f"{row['question_id']}/blank", image=BLANK)]
+    return examples
+
+
+def read_own(folder: Path, options: Namespace) -> list[Example]:
+    """--questions: jsonl with question_id, text, and perhaps image, answer (one or a list), category."""
+    if not options.questions:
+        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, and answer where known) and --images DIR")
+    examples = []
+    for i, row in enumerate(read_jsonl(Path(options.questions))):
+        if row.get("image") and not options.images:
+            raise ValueError(f"{options.questions} names images: add --images DIR")
+        image = inside(Path(options.images), row["image"]) if row.get("image") else None
+        labels = (str(row["category"]),) if "category" in row else ()
+        examples.append(Example(row.get("question_id", i), image, row["text"], row.get("answer"), labels))
+    return examples
+
+
+def read_vqav2(folder: Path, options: Namespace) -> list[Example]:
+    if options.split == "test-dev":
+        images, number = folder / "test2015", "COCO_test2015_{:012d}.jpg"
+        if ours := find(folder, "llava_vqav2_mscoco_test-dev2015.jsonl"):
+            return [Example(row["question_id"], inside(images, row["image"]), row["text"]) for row in read_jsonl(ours)]
+        questions, truths = need(folder, "v2_OpenEnded_mscoco_test-dev2015_questions.json"), {}
+    else:
+        images, number = folder / "val2014", "COCO_val2014_{:012d}.jpg"
+        questions = need(folder, "v2_OpenEnded_mscoco_val2014_questions.json")
+        annotations = read_json(need(folder, "v2_mscoco_val2014_annotations.json"))["annotations"]
+        truths = {row["question_id"]: row for row in annotations}
+    examples = []
+    for row in read_json(questions)["questions"]:
+        truth = truths[row["question_id"]] if truths else None
+        humans = [answer["answer"] for answer in truth["answers"]] if truth else None
+        labels = (truth["answer_type"],) if truth else ()
+        image = images / number.format(row["image_id"])
+        examples.append(Example(row["question_id"], image, f"{row['question']}\n{SHORT}", humans, labels))
+    return examples
+
+
+def read_gqa(folder: Path, options: Namespace) -> list[Example]:
+    folder = need(folder, "data")
+    images, name = need(folder, "images"), "testdev_balanced_questions.json"
+    examples = []
+    for question_id, row in read_json(need(folder, name, f"questions1.2/{name}", f"questions/{name}")).items():
+        kind = row["types"]
+        labels = ("open" if kind["structural"] == "query" else "binary",
+                  f"structural {kind['structural']}", f"semantic {kind['semantic']}")
+        image = inside(images, row["imageId"] + ".jpg")
+        examples.append(Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], labels))
+    return examples
+
+
+def read_vizwiz(folder: Path, options: Namespace) -> list[Example]:
+    if options.split == "test" and (ours := find(folder, "llava_test.jsonl")):
+        return [Example(row["question_id"], inside(folder / "test", row["image"]), row["text"]) for row in read_jsonl(ours)]
+    examples = []
+    for i, row in enumerate(read_json(need(folder, f"{options.split}.json", f"Annotations/{options.split}.json"))):
+        prompt = f"{row['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
+        humans = [answer["answer"] for answer in row["answers"]] if "answers" in row else None
+        labels = (row["answer_type"],) if humans else ()
+        examples.append(Example(i, inside(folder / options.split, row["image"]), prompt, humans, labels))
+    return examples
+
+
+def scienceqa_text(problem: dict) -> str:
+    hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
+    return (hint + problem["question"] + choices).replace("  ", " ").strip()
+
+
+def read_scienceqa(folder: Path, options: Namespace) -> list[Example]:
+    problems, splits = read_json(need(folder, "problems.json")), read_json(need(folder, "pid_splits.json"))
+    texts = {}
+    if ours := find(folder, "llava_test_CQM-A.json"):
+        texts = {row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() for row in read_json(ours)}
+    images = find(folder, "images/test", "test") or folder / "images/test"
+    examples = []
+    for pid in texts or splits["test"]:
+        problem, image = problems[pid], None
+        if problem["image"]:
+            image = inside(images, f"{pid}/{problem['image']}")
+        elif options.img_only:
+            continue
+        context = ("TXT",) * bool(problem["hint"]) + ("IMG",) * bool(image) or ("NO",)
+        subject = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}[problem["subject"]]
+        grade = "G1-6" if int(problem["grade"].removeprefix("grade")) <= 6 else "G7-12"
+        text = texts.get(pid) or scienceqa_text(problem)
+        truth = LETTERS[problem["answer"]]
+        # <image> in the saved prompt is how the official scorer tells which questions count
+        info = {"saved": f"<image>\n{text}\n{LETTER}"} if image else {}
+        examples.append(Example(pid, image, f"{text}\n{LETTER}", truth, (subject, *context, grade), info))
+    return examples
+
+
+def read_textvqa(folder: Path, options: Namespace) -> list[Example]:
+    official = read_json(need(folder, "TextVQA_0.5.1_val.json"))["data"]
+    if ours := find(folder, "llava_textvqa_val_v051_ocr.jsonl"):
+        rows = [(row["question_id"], row["text"].split("\n")) for row in read_jsonl(ours)]
+    else:
+        rosetta = read_json(need(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"] if options.ocr else []
+        tokens = {row["image_id"]: ", ".join(row["ocr_tokens"]) for row in rosetta}
+        rows = [(row["image_id"], [row["question"].capitalize(), f"Reference OCR token: {tokens.get(row['image_id'], '')}", SHORT])
+                for row in official]
+    humans = defaultdict(list)                  # (image, question) -> the answers of each such question
+    for row in official:
+        humans[row["image_id"], row["question"].lower()].append(row["answers"])
+    examples = []
+    for image_id, lines in rows:
+        answers = humans[image_id, lines[0].lower()]
+        if not answers or len(answers[0]) != 10:
+            raise ValueError(f"no ten answers in TextVQA_0.5.1_val.json for the question {lines[0]!r} about image {image_id}")
+        prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
+        truth = answers.pop(0) if len(answers) > 1 else answers[0]
+        examples.append(Example(image_id, inside(folder / "train_images", f"{image_id}.jpg"), prompt, truth))
+    return examples
+
+
+POPE_OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+
+
+def read_pope(folder: Path, options: Namespace) -> list[Example]:
+    """Labels are joined by image and question: by position, the 3,000 random rows of POPE's HEAD misalign in silence."""
+    key = lambda kind, row: (kind, row["image"], row["text"].split("\n")[0].replace("imange", "image"))
+    labels, rows = {}, []
+    for kind, offset in POPE_OFFSETS.items():
+        for row in read_jsonl(need(folder, f"coco/coco_pope_{kind}.json")):
+            labels[key(kind, row)] = row["label"]
+            rows.append({**row, "category": kind, "question_id": row["question_id"] + offset, "text": f"{row['text']}\n{SHORT}"})
+    if ours := find(folder, "llava_pope_test.jsonl"):
+        rows = read_jsonl(ours)
+    examples = []
+    for row in rows:
+        if (label := labels.get(key(row["category"], row))) is None:
+            raise ValueError(f"question {row['question_id']} of llava_pope_test.jsonl has no label in coco_pope_{row['category']}.json")
+        examples.append(Example(row["question_id"], inside(folder / "val2014", row["image"]), row["text"], label, (row["category"],)))
+    return examples
+
+
+def read_mme_labels(release: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """(subtask, image stem, question) -> (image file, answer), from the two layouts that the release mixes."""
+    labels = {}
+    for subtask in PERCEPTION + COGNITION:
+        images = find(release / subtask, "images") or release / subtask
+        texts = find(release / subtask, "questions_answers_YN") or release / subtask
+        names = {path.stem: path.name for path in sorted(images.iterdir()) if path.suffix != ".txt"} if images.is_dir() else {}
+        for path in sorted(texts.glob("*.txt")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                question, answer = line.strip().split("\t")
+                question = question.replace("Please answer yes or no.", "").strip()
+                name = str((images / names.get(path.stem, f"{path.stem}.jpg")).relative_to(release))
+                labels[subtask, path.stem, question] = name, answer.lower()
+    return labels
+
+
+def read_mme(folder: Path, options: Namespace) -> list[Example]:
+    release = need(folder, "MME_Benchmark_release_version")
+    labels = read_mme_labels(need(release, "MME_Benchmark") if find(release, "MME_Benchmark") else release)
+    keys = {key: f"{key[0]}/{Path(name).name}" for key, (name, _) in labels.items()}
+    if ours := find(folder, "llava_mme.jsonl"):
+        keys = {}
+        for row in read_jsonl(ours):
+            subtask, stem = row["question_id"].split("/")[0], PurePosixPath(row["question_id"]).stem
+            keys[subtask, stem, row["text"].removesuffix(SHORT).strip()] = row["question_id"]
+    examples, per_image = [], defaultdict(int)
+    for (subtask, stem, question), question_id in keys.items():
+        if (subtask, stem, question) not in labels:
+            raise ValueError(f"no answer in {release / subtask} for the question {question!r} about {question_id}")
+        name, answer = labels[subtask, stem, question]
+        examples.append(Example(question_id, inside(release, name), f"{question}\n{SHORT}", answer, (subtask,)))
+        per_image[subtask, stem] += 1
+    if odd := [image for image, n in per_image.items() if n != 2]:
+        raise ValueError(f"{len(odd)} images do not have two questions each, the first is {'/'.join(odd[0])}")
+    return examples
+
+
+MMBENCH_ABBREVIATIONS = {
+    "coarse_perception": "CP", "finegrained_perception (instance-level)": "FP-S", "finegrained_perception (cross-instance)": "FP-C",
+    "logic_reasoning": "LR", "relation_reasoning": "RR", "attribute_reasoning": "AR"}
+
+
+def reader_of_mmbench(instruction: str, *names: str) -> Callable[[Path, Namespace], list[Example]]:
+    """The file holds the rotations as rows of their own, index = question + round * 1,000,000; none are made here."""
+    def read(folder: Path, options: Namespace) -> list[Example]:
+        rows = read_tsv(need(folder, *(name.format(split=options.split, SPLIT=options.split.upper()) for name in names)))
+        cell = lambda row, name: "" if (row.get(name) or "").lower() in ("", "nan", "none") else row[name]
+        pictures, shared, examples = {row["index"]: row["image"] for row in rows}, {}, []
+        for row in rows:
+            given = {letter: cell(row, letter) for letter in "ABCD"}
+            last = next((letter for letter in "ABCD" if not given[letter]), "E")
+            choices = {letter: option for letter, option in given.items() if letter < last}
+            question = "\n".join(filter(None, [cell(row, "hint"), row["question"]]))
+            prompt = "\n".join([question, *(f"{letter}. {option}" for letter, option in choices.items()), instruction])
+            picture = pictures[row["image"]] if len(row["image"]) < 64 else row["image"]    # an index of another row
+            picture = base64.b64decode(picture)
+            category, parent = cell(row, "category"), cell(row, "l2-category")
+            labels = tuple(filter(None, [MMBENCH_ABBREVIATIONS.get(parent, parent), category]))
+            info = {"options": choices, "row": {k: row[k] for k in ("index", "question", *"ABCD", "answer", "split") if k in row}}
+            examples.append(Example(int(float(row["index"])), shared.setdefault(picture, picture), prompt, cell(row, "answer") or None,
+                                    labels, info))
+        return examples
+    return read
+
+
+def read_mmvet(folder: Path, options: Namespace) -> list[Example]:
+    examples = []
+    for key, row in read_json(need(folder, "mm-vet.json")).items():
+        number = int(key.removeprefix("v1_"))
+        labels = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
+        examples.append(Example(number, inside(folder / "images", row["imagename"]), row["question"], row["answer"], labels))
+    return examples
+
+
+def read_seedbench(folder: Path, options: Namespace) -> list[Example]:
+    official = read_json(need(folder, "SEED-Bench.json"))
+    types = {number: name for name, number in official["question_type"].items()}
+    examples = {}
+    for row in official["questions"]:
+        number = row["question_id"]
+        if row["data_type"] == "image":
+            number, image = int(number), inside(folder / "SEED-Bench-image", row["data_id"])
+        elif options.split == "image":
+            continue
+        else:
+            image = folder / "SEED-Bench-video-image" / f"{row['question_type_id']}_{number}.png"
+        choices = "".join(f"\n{letter}. {row['choice_' + letter.lower()]}" for letter in "ABCD")
+        labels = (row["data_type"], types[row["question_type_id"]])
+        examples[str(number)] = Example(number, image, f"{row['question']}{choices}\n{LETTER}", row["answer"], labels)
+    if ours := find(folder, "llava-seed-bench.jsonl"):
+        order = [str(row["question_id"]) for row in read_jsonl(ours)]
+        return [examples[number] for number in order if number in examples]
+    return list(examples.values())
+
+
+def read_llavabench(folder: Path, options: Namespace) -> list[Example]:
+    contexts = {row["image"]: row["caption"] for row in read_jsonl(need(folder, "context.jsonl"))}
+    references = {row["question_id"]: row["text"] for row in read_jsonl(need(folder, "answers_gpt4.jsonl"))}
+    examples = []
+    for row in read_jsonl(need(folder, "questions.jsonl")):
+        truth = {"context": contexts[row["image"]], "reference": references[row["question_id"]]}
+        image = inside(folder / "images", row["image"])
+        examples.append(Example(row["question_id"], image, row["text"], truth, (row["category"],)))
+    return examples
+
+
+MMMU_DOMAINS = {
+    "Art & Design": "Art Art_Theory Design Music", "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health & Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "Humanities & Social Science": "History Literature Sociology Psychology",
+    "Tech & Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
+                          "Mechanical_Engineering"}
+
+
+def read_mmmu(folder: Path, options: Namespace) -> list[Example]:
+    """The parquet rows as jsonl (the README has the five lines that convert them); image_1 is a file name in images/."""
+    domains = {subject: domain for domain, subjects in MMMU_DOMAINS.items() for subject in subjects.split()}
+    answers = read_json(path) if options.split == "val" and (path := find(folder, "answer_dict_val.json")) else {}
+    examples = []
+    for row in read_jsonl(need(folder, f"{options.split}.jsonl")):
+        options_list = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+        choices = dict(zip(LETTERS, options_list)) if row["question_type"] == "multiple-choice" else {}
+        if choices:
+            prompt = row["question"] + "\n" + "".join(f"({k}) {v}\n" for k, v in choices.items()) + f"\n{LETTER}"
+        else:
+            prompt = f"{row['question']}\n{SHORT}"
+        truth = answers[row["id"]]["ground_truth"] if row["id"] in answers else row["answer"]
+        subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]
+        image = inside(folder / "images", row["image_1"])
+        examples.append(Example(row["id"], image, prompt, None if truth in ("", "?") else truth,
+                                (domains[subject], subject), {"options": choices}))
+    return examples
+
+# ----------------------------------------------------------------------------------------------------
+# Submission files: checked first, then written whole
+
+
+def complete(examples: list[Example], official: int, name: str) -> None:
+    if len(examples) != official:
+        raise ValueError(f"{name} is not written: the server wants all {official:,} questions, these are {len(examples):,}")
+
+
+def export_vqav2(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    """Every test2015 question, "" where only the server's other phases ask (so test-standard shows about 0)."""
+    ours, official = "llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json"
+    path = need(folder, ours, official)
+    rows = read_jsonl(path) if path.name == ours else read_json(path)["questions"]
+    answers = {example.question_id: normalize_evalai(text) for example, text in zip(examples, texts)}
+    wanted = {row["question_id"] for row in rows}
+    if not answers.keys() <= wanted:
+        raise ValueError(f"{path} lacks {len(answers.keys() - wanted):,} of the answered questions: another version?")
+    upload = [{"question_id": row["question_id"], "answer": answers.get(row["question_id"], "")} for row in rows]
+    return write_whole(out / "vqav2_test-dev2015.json", json.dumps(upload))
+
+
+def export_gqa(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    upload = [{"questionId": e.question_id, "prediction": gqa_answer(text)} for e, text in zip(examples, texts)]
+    return write_whole(out / "testdev_balanced_predictions.json", json.dumps(upload))
+
+
+def export_vizwiz(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    upload = [{"image": e.image.name, "answer": normalize_evalai(text)} for e, text in zip(examples, texts)]
+    return write_whole(out / "vizwiz_test.json", json.dumps(upload))
+
+
+def export_mmvet(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    return write_whole(out / "mm-vet.json", to_json({f"v1_{e.question_id}": text for e, text in zip(examples, texts)}))
+
+
+def export_mmmu(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    read = lambda e, text: (mmmu_choice(text, e.info["options"]) or "") if e.info["options"] else text
+    return write_whole(out / "mmmu.json", to_json({e.question_id: read(e, text) for e, text in zip(examples, texts)}))
+
+
+def export_seedbench(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    rows = [{"question_id": str(e.question_id), "prediction": text} for e, text in zip(examples, texts)]
+    return write_whole(out / "seed_bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def export_mmbench(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    columns = ["index", "question", "A", "B", "C", "D", "prediction"] + [
+        name for name in ("answer", "split") if name in examples[0].info["row"]]
+    missing = lambda cell: cell.lower() in ("nan", "none")
+    table = [columns]
+    for example, text in zip(examples, texts):
+        row = {**example.info["row"], "prediction": text}
+        cells = [row.get(name) or "" for name in columns[1:]]
+        table.append([example.question_id, *("" if missing(cell) and name in "ABCD" else cell for name, cell in zip(columns[1:], cells))])
+    return write_xlsx(out / "mmbench.xlsx", table)
+
+
+XLSX = {
+    "[Content_Types].xml": """<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">
+<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>
+<Override PartName="/xl/workbook.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/>
+<Override PartName="/xl/worksheets/sheet1.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.worksheet+xml"/>
+</Types>""",
+    "_rels/.rels": """<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="rId1"
+ Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
+    "xl/workbook.xml": """<workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+ xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>""",
+    "xl/_rels/workbook.xml.rels": """<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="rId1"
+ Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" Target="worksheets/sheet1.xml"/></Relationships>"""}
+SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+
+
+def xlsx_text(text: str) -> str:
+    """What a cell can hold: no control characters, at most 32,767 of the rest."""
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text).replace("\r\n", "\n").replace("\r", "\n")[:32767]
+
+
+def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
+    """One sheet of numbers and texts, empty texts as empty cells; read back before it replaces anything."""
+    def cell(value: int | str, column: int, row: int) -> str:
+        at = f"{LETTERS[column]}{row}"
+        if isinstance(value, int):
+            return f'<c r="{at}"><v>{value}</v></c>'
+        value = html.escape(xlsx_text(value), quote=False)
+        return f'<c r="{at}" t="inlineStr"><is><t xml:space="preserve">{value}</t></is></c>' if value else ""
+
+    assert len(table[0]) <= len(LETTERS), f"{len(table[0])} columns do not fit A to Z"
+    rows = "".join(f'<row r="{r}">' + "".join(cell(v, c, r) for c, v in enumerate(row)) + "</row>" for r, row in enumerate(table, 1))
+    parts = XLSX | {"xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SHEET}"><sheetData>{rows}</sheetData></worksheet>'}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, xml in parts.items():         # a fixed date: the same answers make the same file
+            z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + xml,
+                       zipfile.ZIP_DEFLATED)
+    back, meant = read_xlsx(packed), [[xlsx_text(v) if isinstance(v, str) else v for v in row] for row in table]
+    assert back == meant, f"{path} does not read back as it was written"
+    return write_whole(path, packed.getvalue())
+
+
+def read_xlsx(file: Path | io.BytesIO) -> list[list[int | str]]:
+    """A sheet as write_xlsx makes it."""
+    with zipfile.ZipFile(file) as z:
+        sheet = ElementTree.fromstring(z.read("xl/worksheets/sheet1.xml"))
+    table, ns = [], {"s": SHEET}
+    for row in sheet.iterfind(".//s:row", ns):
+        cells = {c.get("r")[0]: c for c in row}
+        table.append([""] * (len(table[0]) if table else len(cells)))
+        for letter, c in cells.items():
+            number = c.find("s:v", ns)
+            table[-1][LETTERS.index(letter)] = int(number.text) if number is not None else c.find(".//s:t", ns).text or ""
+    return table
+
+# ----------------------------------------------------------------------------------------------------
+# Judges: an existing grade or review file, or any OpenAI-compatible endpoint (--judge-url). Kept answer by answer.
+
+MMVET_INSTRUCTION = """Rate how correct a prediction is, from 0.0 (all wrong) through 0.1, 0.2 and so on to 1.0 (all right).
+<AND> in the ground truth: all of its parts must be there for 1.0. <OR>: any one of its parts is enough.
+Reply with the number only.
+
+question | ground truth | prediction | score
+How many apples are there? | 3 | There are three apples. | 1.0
+How many apples are there? | 3 | Four | 0.0
+What are the two colors? | red <AND> blue | Red and green. | 0.5
+Where is this? | Rome <OR> the Colosseum | It looks like the Colosseum. | 1.0
+"""
+LLAVABENCH_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+LLAVABENCH_INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
+Rate helpfulness, relevance, accuracy and detail of each answer from 1 to 10. Write the two ratings on the first line,
+assistant 1 first, as two numbers with one space between them and nothing else; then explain, without regard to their order."""
+
+
+def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_tokens: int) -> str:
+    """One chat completion. ValueError: the endpoint failed; what is already graded is kept."""
+    from urllib.request import Request, urlopen         # the only network access, and only where the user gave the address
+    body = {"model": options.judge_model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("JUDGE_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    url = options.judge_url.rstrip("/") + "/chat/completions"
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--judge-url {options.judge_url}: expected http:// or https://")
+    try:
+        with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=options.judge_timeout) as reply:
+            return json.loads(reply.read(1 << 24))["choices"][0]["message"]["content"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
+        raise ValueError(f"the judge at {url} failed ({e}); grades so far are kept, run again with --score to go on") from e
+
+
+def judge_file(task: str, texts: list[str], options: Namespace, out: Path, ending: str) -> Path | None:
+    """--grades, or the cache of this judge for exactly these answers; None without either."""
+    if options.grades:
+        return Path(options.grades)
+    if not options.judge_url:
+        return None
+    if not options.judge_model:
+        raise ValueError("--judge-url needs --judge-model NAME: scores of different judges do not compare")
+    judge = re.sub(r"[^\w.-]", "_", options.judge_model)
+    return out / f"{task}-{judge}-{sha256(to_json(texts).encode())[:8]}{ending}"
+
+
+def judge_mmvet(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
+    """Grades in the official *-grade-Nruns.json layout: {"v1_0": {"model": [], "content": [], "score": []}}."""
+    path = judge_file("mm-vet", texts, options, out, "-grade-1runs.json")
+    if path is None:
+        return [Mark(None)] * len(examples)
+    grades = read_json(path) if path.exists() or options.grades else {}
+    for example, text in zip(examples, texts):
+        if (key := f"v1_{example.question_id}") not in grades:
+            if not options.judge_url:
+                raise ValueError(f"{path} has no grade for {key}: expected one for each of the {len(examples)} answers")
+            grades[key] = grade_mmvet(example, text, options)
+            write_whole(path, to_json(grades))
+    runs = {len(grades[f"v1_{e.question_id}"]["score"]) for e in examples}
+    if len(runs) != 1 or runs == {0}:
+        raise ValueError(f"{path}: the answers were graded {sorted(runs)} times, expected the same number for all")
+    scores = [tuple(map(float, grades[f"v1_{e.question_id}"]["score"])) for e in examples]
+    return [Mark(mean(list(runs)), raw=runs) for runs in scores]
+
+
+def grade_mmvet(example: Example, text: str, options: Namespace) -> dict[str, list]:
+    """Up to five tries until the reply is a number in [0, 1], else 0."""
+    truth = example.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    line = " | ".join([example.prompt, truth, text, ""]).replace("\n", "<br>")
+    prompt, reply, grade = MMVET_INSTRUCTION + line, "", None
+    for attempt in range(5):
+        reply = ask_judge(options, [{"role": "user", "content": prompt}], 0.5 * attempt, 3).strip()
+        if (grade := mmvet_grade(reply)) is not None:
+            break
+        prompt = MMVET_INSTRUCTION + line + "\nPredict the correctness of the answer (digit): "
+    return {"model": [options.judge_model], "content": [reply], "score": [grade or 0.0]}
+
+
+def judge_llavabench(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
+    """Reviews in LLaVA's jsonl, one line an answer: question_id, category, content, tuple."""
+    path = judge_file("llavabench", texts, options, out, "-review.jsonl")
+    if path is None:
+        return [Mark(None)] * len(examples)
+    reviews = {row["question_id"]: row for row in read_jsonl(path, torn=not options.grades)} if path.exists() or options.grades else {}
+    for example, text in zip(examples, texts):
+        if example.question_id not in reviews:
+            if not options.judge_url:
+                raise ValueError(f"{path} has no review of question {example.question_id}: expected all {len(examples)}")
+            reviews[example.question_id] = review_llavabench(example, text, options)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in reviews.values()))
+    pairs = [llavabench_pair(reviews[e.question_id]["content"]) for e in examples]
+    return [Mark(ours / 10, raw=(reference, ours)) if reference > 0 else Mark(None, unparsed=True) for reference, ours in pairs]
+
+
+def review_llavabench(example: Example, text: str, options: Namespace) -> dict:
+    sections = {"Context": example.truth["context"], "Question": example.prompt, "Assistant 1": example.truth["reference"], "Assistant 2": text}
+    prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in sections.items()) + LLAVABENCH_INSTRUCTION
+    messages = [{"role": "system", "content": LLAVABENCH_SYSTEM}, {"role": "user", "content": prompt}]
+    content = ask_judge(options, messages, 0.2, 1024)
+    return {"question_id": example.question_id, "category": f"llava_bench_{example.labels[0]}", "content": content,
+            "tuple": llavabench_pair(content), "judge": options.judge_model}
+
+# ----------------------------------------------------------------------------------------------------
+# The tasks: everything about one is its row here and the functions named in it
+
+EVAL_ZIP = "question files: LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy"
+COCO = "http://images.cocodataset.org/zips"
+PUBLISHED = ("LLaVA-Phi-3B", "Mipha-3B", "LLaVA-1.5-7B", "CLIP-L/336 + Phi-2 *")     # *: TinyLLaVA-Factory's base recipe
+PAPER = ("vqav2", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmvet")
+MMBENCH_GET = "https://github.com/open-compass/MMBench (the original .tsv files, not VLMEvalKit's)"
+
+TASKS = {
+    "vqav2": Task(
+        "soft accuracy", read_vqav2, grade_vqav2, accuracy,
+        f"{COCO}/test2015.zip (val: val2014.zip), https://visualqa.org/download.html; {EVAL_ZIP}",
+        {"test-dev": 107_394, "val": 214_354}, ("vqav2",), {"llava_vqav2_mscoco_test-dev2015.jsonl": "6e6ab639404fa18c"},
+        (71.4, 81.3, 78.5, 76.8), export=export_vqav2),
+    "gqa": Task(
+        "accuracy", read_gqa, grade_gqa, accuracy,
+        "https://cs.stanford.edu/people/dorarad/gqa/download.html: images.zip and questions1.2.zip, both into gqa/data",
+        {"testdev": 12_578}, ("gqa",), {"data/testdev_balanced_questions.json": "14039069c0b3c797",
+                                        "data/questions1.2/testdev_balanced_questions.json": "14039069c0b3c797",
+                                        "llava_gqa_testdev_balanced.jsonl": "515aab3142889269"},
+        (None, 63.9, 62.0, 59.4), export=export_gqa),
+    "vizwiz": Task(
+        "soft accuracy", read_vizwiz, grade_textvqa, summarise_vizwiz,
+        f"https://vizwiz.org/tasks-and-datasets/vqa: Annotations.zip, test.zip (val.zip); {EVAL_ZIP}",
+        {"test": 8_000, "val": 4_319}, ("vizwiz",), {"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
+        (35.9, 45.7, 50.0, None), export=export_vizwiz),
+    "scienceqa": Task(
+        "accuracy on questions with an image", read_scienceqa, grade_scienceqa, accuracy_on("IMG"),
+        f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, test.zip into images/test; {EVAL_ZIP}",
+        {"test": 4_241}, ("scienceqa",), {"llava_test_CQM-A.json": "a2dc5ea9fba561b0", "pid_splits.json": "85c7820b9f136e57",
+                                          "problems.json": ""},
+        (68.4, 70.9, 66.8, 71.2), 1024, "crop"),
+    "textvqa": Task(
+        "soft accuracy", read_textvqa, grade_textvqa, accuracy,
+        f"https://textvqa.org/dataset: TextVQA_0.5.1_val.json, train_val_images.zip; {EVAL_ZIP}",
+        {"val": 5_000}, ("textvqa",), {"llava_textvqa_val_v051_ocr.jsonl": "9f60db6fb89e3692", "TextVQA_0.5.1_val.json": ""},
+        (48.6, 56.6, 58.2, 53.4), repeated_ids=True),
+    "pope": Task(
+        "mean F1 of the three kinds", read_pope, grade_pope, summarise_pope,
+        f"{COCO}/val2014.zip; coco/ from https://github.com/AoiDragon/POPE/tree/e3e39262/output (its HEAD has 3,000 random rows,"
+        f" the published scores 2,910); {EVAL_ZIP}",
+        {"all": 8_910}, ("pope",),
+        {"llava_pope_test.jsonl": "1d3b41f0dced74b4", "coco/coco_pope_adversarial.json": "1d8f0906a9b50c05",
+         "coco/coco_pope_popular.json": "5b16653023bf4f64", "coco/coco_pope_random.json": "c16b65d2df6d70bb"},
+        (85.0, 86.7, 85.9, 86.8)),
+    "mme": Task(
+        "perception (of 2,000)", read_mme, grade_mme, summarise_mme,
+        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation: MME_Benchmark_release_version; " + EVAL_ZIP,
+        {"all": 2_374}, ("MME", "mme"), {"llava_mme.jsonl": "9f67707cb72d2a71"}, (1335.1, 1488.9, 1510.7, 1448.6), repeated_ids=True),
+    "mmbench": Task(
+        "circular accuracy", reader_of_mmbench(LETTER, "mmbench_{split}_20230712.tsv", "MMBench_{SPLIT}_EN_legacy.tsv"), grade_mmbench,
+        summarise_mmbench, MMBENCH_GET, {"dev": 4_377, "test": 0}, ("mmbench",), {"mmbench_dev_20230712.tsv": ""},
+        (59.8, 69.7, 64.3, None), 1024, export=export_mmbench),
+    "mmbench_cn": Task(
+        "circular accuracy", reader_of_mmbench(LETTER_CN, "mmbench_{split}_cn_20231003.tsv", "MMBench_{SPLIT}_CN_legacy.tsv"), grade_mmbench,
+        summarise_mmbench, MMBENCH_GET, {"dev": 0, "test": 0}, ("mmbench_cn", "mmbench"), {"mmbench_dev_cn_20231003.tsv": ""},
+        (None, None, 58.3, None), 1024, export=export_mmbench),
+    "mmvet": Task(
+        "judge's score", read_mmvet, None, summarise_mmvet,
+        "https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip; grade the submission at https://huggingface.co/spaces/whyu/MM-Vet_Evaluator",
+        {"test": 218}, ("mm-vet", "mmvet"), {"mm-vet.json": ""}, (28.9, 32.1, 31.1, 31.7), 1024, "crop",
+        export=export_mmvet, judge=judge_mmvet),
+    "seedbench": Task(
+        "accuracy on images", read_seedbench, grade_seedbench, accuracy_on("image"),
+        "https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip; " + EVAL_ZIP,
+        {"image": 14_233, "all": 19_242}, ("seed_bench",), {"SEED-Bench.json": ""}, (None, None, 66.1, None), export=export_seedbench),
+    "llavabench": Task(
+        "rating relative to GPT-4's answers", read_llavabench, None, summarise_llavabench,
+        "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild", {"all": 60}, ("llava-bench-in-the-wild",),
+        {"questions.jsonl": "", "answers_gpt4.jsonl": ""}, (None, None, 65.4, None), 1024, "crop", judge=judge_llavabench),
+    "mmmu": Task(
+        "accuracy", read_mmmu, grade_mmmu, summarise_mmmu,
+        "https://huggingface.co/datasets/MMMU/MMMU, converted to mmmu/val.jsonl and mmmu/images as the README shows",
+        {"val": 900, "test": 10_500}, ("mmmu",), {"val.jsonl": "", "answer_dict_val.json": ""}, (None, 32.5, 35.5, 36.3), export=export_mmmu),
+    "shapes": Task(
+        "accuracy", read_shapes, grade_plain, summarise_shapes, "make demo (python -m demo.run) draws it",
+        {"all": 0}, ("shapes",), {"questions.jsonl": ""}),
+    "jsonl": Task("accuracy", read_own, grade_plain, accuracy, "--questions FILE --images DIR", {"all": 0}),
+}
+
+# ----------------------------------------------------------------------------------------------------
+# Data: loaded and checked before any model
+
+
+class Data(NamedTuple):
+    name: str
+    task: Task
+    split: str
+    folder: Path
+    examples: list[Example]
+
+
+def load_data(name: str, args: Namespace) -> Data:
+    """Raises ValueError or FileNotFoundError: what is missing, where it is expected, where to get it."""
+    task = TASKS[name]
+    split = args.split or next(iter(task.splits))
+    if split not in task.splits:
+        raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
+    root = Path(args.root)
+    folder = find(root, *task.folders) or root / (task.folders or ("",))[0]
+    try:
+        examples = task.read(folder, Namespace(**{**vars(args), "split": split}))
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{name}: {e}. Get it from {task.get}") from e
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"{name}: {folder} is not in the official format ({type(e).__name__}: {e}). Get it from {task.get}") from e
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from e
+    if not examples:
+        raise ValueError(f"{name}: no questions in {folder}. Get them from {task.get}")
+    ids = [example.question_id for example in examples]
+    if len(set(ids)) < len(ids) and not task.repeated_ids:
+        raise ValueError(f"{name}: question_id {Counter(ids).most_common(1)[0][0]!r} occurs more than once in {folder}, expected {len(ids):,} different ids")
+    return Data(name, task, split, folder, examples)
+
+
+def check_images(data: Data) -> None:
+    paths = dict.fromkeys(example.image for example in data.examples if isinstance(example.image, Path))
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{data.name}: {len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}. "
+                                f"Get them from {data.task.get}")
+
+
+def checksums(data: Data) -> dict[str, str]:
+    return {name: sha256((data.folder / name).read_bytes())[:16] for name in data.task.files if (data.folder / name).is_file()}
+
+
+def other_versions(data: Data, args: Namespace) -> list[str]:
+    """What makes the score another one than the published: a file of another version, another number of questions."""
+    notes = [f"{data.folder / name} has sha256 {found}, the official file {data.task.files[name]}"
+             for name, found in checksums(data).items() if data.task.files[name] not in ("", found)]
+    official = 2_017 if data.name == "scienceqa" and args.img_only else data.task.splits[data.split]
+    if official and len(data.examples) != official:
+        notes.append(f"{len(data.examples):,} questions, the official {data.split} set has {official:,}")
+    return notes
+
+
+def check_data(names: list[str], args: Namespace) -> None:
+    """Print what is there and what is not. Raises ValueError when something is missing or not official."""
+    bad = 0
+    for name in names:
+        try:
+            data = load_data(name, args)
+            check_images(data)
+            problems = [f"{name}: {note}" for note in other_versions(data, args)]
+        except (ValueError, FileNotFoundError) as e:
+            problems = [str(e)]
+        bad += bool(problems)
+        for line in problems or [f"{name}: {len(data.examples):,} questions and all their images are there"]:
+            print(line)
+    if bad:
+        raise ValueError(f"{bad} of {len(names)} tasks do not have the official data")
+
+# ----------------------------------------------------------------------------------------------------
+# Generation: answers.jsonl grows by a line per answer, in any order; when all are there it is put in order.
+# Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that a killed run of any number continues.
+
+
+class Brain(NamedTuple):
+    """A loaded model and what it takes to ask it."""
+    model: object               # model.LLaVAPhi
+    tok: object                 # tokenizers.Tokenizer
+    eot: int
+    image_mode: str
+
+
+def image_mode(args: Namespace, task: Task, of_model: str) -> str:
+    return {"model": of_model, "paper": task.paper_mode}.get(args.image_mode, args.image_mode)
+
+
+def default_model() -> Path:
+    for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give --model DIR, or run "
+                            "`hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Changes with any weight, with the config and with the tokenizer."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt") and path.is_file():
+            with open(path, "rb") as f:
+                total.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
+def generation_settings(data: Data, model: str, mode: str, args: Namespace) -> dict:
+    """All that an answer depends on. The number of processes and the batch size are not in it: they change nothing in fp32."""
+    asked = [[e.question_id, e.prompt, e.image.name if isinstance(e.image, Path) else e.image is not None] for e in data.examples]
+    return {"task": data.name, "split": data.split, "ocr": args.ocr, "img_only": args.img_only, "model": model, "image_mode": mode,
+            "dtype": args.dtype, "max_new_tokens": data.task.max_new_tokens, "questions": sha256(to_json(asked).encode())[:16]}
+
+
+def begin(out: Path, settings: dict) -> None:
+    """Raises ValueError when the folder holds something else: answers made with other settings, or foreign files."""
+    if not (out / "settings.json").exists():
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty and was not made by eval.py: give another --out")
+        write_whole(out / "settings.json", to_json(settings))
+    before = read_json(out / "settings.json")
+    changed = [f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in {**before, **settings}
+               if before.get(key) != settings.get(key)]
+    if changed:
+        raise ValueError(f"{out} holds answers made with other settings ({'; '.join(changed)}): give another --out or remove it")
+
+
+def answered(out: Path, examples: list[Example]) -> dict[int, dict]:
+    """Row -> answer, of every process of this or of a killed run."""
+    answers = {}
+    for path in sorted(out.glob("answers*.jsonl")):
+        for line in read_jsonl(path, torn=True):
+            row = line.get("row")
+            if not isinstance(row, int) or row >= len(examples) or examples[row].question_id != line.get("question_id"):
+                raise ValueError(f"{path} holds an answer to question {line.get('question_id')!r} in row {row!r}, which is not this task's")
+            answers[row] = line
+    return answers
+
+
+def plan(examples: list[Example], lengths: dict[int, int], rank: int, world: int, batch: int) -> list[list[int]]:
+    """The rows (keys of lengths) that this process answers, in batches of like length, those about one picture together.
+
+    Pictures are dealt to the processes in turn by their first row in the task, whatever is answered already."""
+    pictures: dict[object, list[int]] = defaultdict(list)
+    for row, example in enumerate(examples):
+        alone = example.image is None or example.image == BLANK     # blank pictures: 64 at a time, or one process had them all
+        pictures[(example.image, row // 64) if alone else example.image].append(row)
+    mine = [[row for row in rows if row in lengths] for i, rows in enumerate(pictures.values()) if i % world == rank]
+    mine = sorted(filter(None, mine), key=lambda rows: (max(lengths[row] for row in rows), rows[0]))
+    flat = [row for rows in mine for row in sorted(rows, key=lengths.get)]
+    return [flat[i:i + batch] for i in range(0, len(flat), batch)]
+
+
+def load_brain(folder: Path, args: Namespace) -> Brain:
+    import torch
+    from data import eot_id, load_tokenizer
+    from load_weights import load_model
+    model = load_model(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], args.device)
+    tok = load_tokenizer(folder)
+    return Brain(model, tok, eot_id(tok), model.config.image_mode)
+
+
+def open_picture(image: Path | bytes | str | None, size: int, mode: str):
+    """uint8 (1, 3, size, size), or (0, 3, size, size) for a question without a picture."""
+    import torch
+    from data import load_image
+    if image is None:
+        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+    if image == BLANK:
+        return torch.tensor(GREY, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
+    return load_image(io.BytesIO(image) if isinstance(image, bytes) else image, size, mode)[None]
+
+
+def pictures_ahead(examples: list[Example], batches: list[list[int]], size: int, mode: str) -> Iterator[list]:
+    """The pictures of each batch, decoded while the batches before it run. One picture is one tensor, so that its questions share work."""
+    with ThreadPoolExecutor(4) as pool:
+        ahead = {}
+        for i, batch in enumerate(batches):
+            soon = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
+            ahead = {image: ahead.get(image) or pool.submit(open_picture, image, size, mode) for image in soon}
+            yield [ahead[examples[row].image].result() for row in batch]
+
+
+def ask(brain: Brain, prompts: list[list[int]], images: list, max_new_tokens: int, memory: list | None) -> Iterator[tuple[int, str, bool]]:
+    """(place in the batch, answer, was it cut at the limit) as each answer ends. Greedy."""
+    block_size = brain.model.config.llm.block_size
+    tokens, open_rows = [[] for _ in prompts], dict.fromkeys(range(len(prompts)))
+    cut = lambda i: len(tokens[i]) >= max_new_tokens or len(prompts[i]) + len(tokens[i]) >= block_size
+    text = lambda i: brain.tok.decode(tokens[i], skip_special_tokens=True).strip()
+    for column in brain.model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=brain.eot, memory=memory):
+        for i in list(open_rows):
+            if column[i] is None:
+                del open_rows[i]
+                yield i, text(i), cut(i)
+            else:
+                tokens[i].append(column[i])
+    yield from ((i, text(i), cut(i)) for i in open_rows)
+
+
+def encode_question(example: Example, brain: Brain) -> list[int]:
+    from data import encode_prompt, expand
+    config = brain.model.config
+    ids = encode_prompt([example.prompt], brain.tok, image=example.image is not None)
+    room = config.llm.block_size - config.vision.n_patches * (example.image is not None)
+    if len(ids) >= room:
+        raise ValueError(f"question {example.question_id!r} takes {len(ids):,} tokens, there is room for {room - 1:,} besides the image")
+    return expand(ids, None, config.vision.n_patches, config.llm.block_size)[0]
+
+
+def generate(data: Data, brain: Brain, todo: set[int], rank: int, world: int, args: Namespace, out: Path) -> None:
+    """Answer the rows of `todo` that are this process's, appending each answer as it ends."""
+    from tqdm import tqdm
+    examples, size = data.examples, brain.model.config.vision.image_size
+    mode = image_mode(args, data.task, brain.image_mode)
+    prompts = {row: encode_question(examples[row], brain) for row in todo}
+    batches = plan(examples, {row: len(ids) for row, ids in prompts.items()}, rank, world, args.batch)
+    memory = None if args.exact else []
+    path = out / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
+    whole = path.read_bytes() if path.exists() else b""
+    with open(path, "ab") as f, tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=rank > 0) as progress:
+        f.truncate(whole.rfind(b"\n") + 1)                  # a line that a kill left unfinished
+        for batch, images in zip(batches, pictures_ahead(examples, batches, size, mode)):
+            for i, text, cut in ask(brain, [prompts[row] for row in batch], images, data.task.max_new_tokens, memory):
+                example = examples[batch[i]]
+                line = {"row": batch[i], "question_id": example.question_id, "prompt": example.info.get("saved", example.prompt),
+                        "text": text, "truncated": cut}
+                f.write(json.dumps(line).encode() + b"\n")
+                f.flush()
+                progress.update()
+
+
+def merge(out: Path, answers: dict[int, dict]) -> None:
+    """All answers in one file, in the order of the task."""
+    write_whole(out / "answers.jsonl", "".join(json.dumps(answers[row]) + "\n" for row in sorted(answers)))
+    for path in out.glob("answers.*.jsonl"):
+        path.unlink()
+
+# ----------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def match_answers(path: Path, examples: list[Example], partial: bool) -> list[dict | None]:
+    """The answer to each question, from our file (by row) or LLaVA's (in file order, else by question_id and prompt).
+
+    partial: the questions are only the first ones of the file's. Raises ValueError on answers that do not belong."""
+    answers = read_jsonl(path, torn=False)
+    for number, line in enumerate(answers, 1):
+        if not isinstance(line.get("text"), str) or "question_id" not in line:
+            raise ValueError(f"{path}, line {number}: expected question_id, prompt and text, found {', '.join(line) or 'nothing'}")
+    ids = [str(example.question_id) for example in examples]
+    if answers and all("row" in line for line in answers):
+        places = [line["row"] for line in answers]
+    elif [str(line["question_id"]) for line in answers][:len(ids)] == ids:
+        places = list(range(len(answers)))
+    else:
+        key = lambda number, prompt: (str(number), prompt.removeprefix("<image>\n").split("\n")[0].lower() if len(set(ids)) < len(ids) else "")
+        rows = {key(e.question_id, e.prompt): row for row, e in enumerate(examples)}
+        places = [rows.get(key(line["question_id"], line.get("prompt", ""))) for line in answers]
+    matched: list[dict | None] = [None] * len(examples)
+    for number, (place, line) in enumerate(zip(places, answers), 1):
+        known = isinstance(place, int) and 0 <= place < len(examples)
+        if not known and partial:
+            continue
+        if not known or str(line["question_id"]) != ids[place]:
+            raise ValueError(f"{path}, line {number}: question {line['question_id']!r} is not in this task (another split or version?)")
+        if matched[place]:
+            raise ValueError(f"{path}, line {number}: a second answer to question {line['question_id']!r} (row {place})")
+        matched[place] = line
+    return matched
+
+
+def mark_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Mark]:
+    """A missing answer counts as wrong, here as in the official scorers that do not crash on it."""
+    texts = [answer["text"] if answer else "" for answer in answers]
+    if data.task.judge:
+        return data.task.judge(data.examples, texts, args, out)
+    return [Mark(None) if example.truth is None else data.task.grade(example, text) if answer else Mark(0.0, "", True, (0.0,))
+            for example, text, answer in zip(data.examples, texts, answers)]
+
+
+def summarise(data: Data, marks: list[Mark]) -> Score | None:
+    scored = [(example, mark) for example, mark in zip(data.examples, marks) if mark.points is not None]
+    return data.task.summarise(*map(list, zip(*scored))) if scored else None
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "numpy": np.__version__}
+    if "torch" in sys.modules:              # scoring alone does not load it
+        found["torch"] = sys.modules["torch"].__version__
+    return found
+
+
+def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict, seconds: float | None = None) -> dict:
+    """Mark, summarise, write result.json, report.html and the submission file. Nothing is written before all of it is known."""
+    missing = answers.count(None)
+    if missing and not args.allow_missing:
+        raise ValueError(f"{data.name}: {missing:,} of {len(answers):,} answers are missing, the first to question "
+                         f"{data.examples[answers.index(None)].question_id!r}; --allow-missing counts them as wrong")
+    marks = mark_answers(data, answers, args, out)
+    total, task = summarise(data, marks), data.task
+    prompts = zip(data.examples, answers)
+    same = lambda e, a: a.get("prompt", e.prompt).removeprefix("<image>\n").split("\n")[:2] == e.prompt.split("\n")[:2]
+    result = {
+        "task": data.name, "split": data.split, "metric": task.metric, "value": total.value if total else None,
+        "n": len(data.examples), "interval": [total.low, total.high] if total else None,
+        "interval_method": f"95 %, {total.interval}" if total else None, "numbers": total.others if total else {},
+        "unparsed": sum(mark.unparsed for mark in marks), "empty": sum(not a["text"] for a in answers if a),
+        "truncated": sum(bool(a.get("truncated")) for a in answers if a), "missing": missing,
+        "other_prompts": sum(not same(e, a) for e, a in prompts if a), "limit": args.limit,
+        "judge": (args.judge_model or args.grades and Path(args.grades).name) if task.judge and total else None,
+        "published": {name: value for name, value in zip(PUBLISHED, task.published) if value is not None},
+        "submission": None, "settings": settings, "first_prompt": data.examples[0].prompt, "checksums": checksums(data),
+        "notes": other_versions(data, args), "versions": versions(), "seconds": seconds}
+    if task.export and not (missing or args.limit) and (data.split != "val" or data.name == "mmmu"):
+        try:
+            result["submission"] = task.export(data.examples, [a["text"] for a in answers], data.folder, out).name
+        except (ValueError, OSError) as e:
+            result["notes"].append(f"submission file not written: {e}")
+    write_whole(out / "report.html", report(data, answers, marks, result))
+    write_whole(out / "result.json", to_json(result))
+    return result
+
+# ----------------------------------------------------------------------------------------------------
+# Report: a table on the screen, a page without scripts
+
+
+def result_table(result: dict) -> list[list[str]]:
+    """Name, score, interval; then one column for each published model."""
+    table = [["", "here", "95 % interval", *result["published"]]]
+    if result["value"] is not None:
+        low, high = result["interval"]
+        table.append([result["metric"], f"{result['value']:.2f}", f"{low:.2f} to {high:.2f}", *(f"{v:.1f}" for v in result["published"].values())])
+    table += [[name, f"{value:.2f}"] for name, value in result["numbers"].items()]
+    return [row + [""] * (len(table[0]) - len(row)) for row in table]
+
+
+def remarks(result: dict) -> list[str]:
+    lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
+             f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
+    if settings := result["settings"]:
+        lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}, at most {settings['max_new_tokens']} new tokens, greedy"
+                     + (", OCR tokens in the prompt" if settings["ocr"] else ", no OCR tokens in the prompt") * (result["task"] == "textvqa") + ".")
+    if result["value"] is None:
+        lines.append("Not scored here: the truth is on a server or needs a judge (--grades FILE, --judge-url URL).")
+    if result["judge"]:
+        lines.append(f"Graded by {result['judge']}; other judges shift this score by several points.")
+    if result["other_prompts"]:
+        lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
+    if result["split"] == "val" and result["task"] in ("vqav2", "vizwiz"):
+        lines.append("val is not the published split" + (", and its images overlap LLaVA's training data (COCO)." if result["task"] == "vqav2" else "."))
+    if result["submission"]:
+        lines.append(f"Submission file: {result['submission']}")
+    return lines + [note[0].upper() + note[1:] for note in result["notes"]]
+
+
+def print_result(result: dict, out: Path) -> None:
+    table = result_table(result)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    print(f"\n{result['task']} ({result['split']})")
+    for row in table:
+        print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+    for line in remarks(result):
+        print(f"  {visible(line)}")
+    print(f"  {out / 'result.json'}, {out / 'report.html'}")
+
+
+def thumbnail(image: Path | bytes | str | None) -> str:
+    """A data URI of a small JPEG; "" where there is no picture to show. Re-encoded, so nothing of the file itself gets in."""
+    from PIL import Image
+    if image is None or image == BLANK:
+        return ""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
+            if picture.width * picture.height > 89_000_000:
+                return ""
+            picture = picture.convert("RGB")
+            picture.thumbnail((160, 160))
+            small = io.BytesIO()
+            picture.save(small, "JPEG", quality=80)
+    except (OSError, ValueError, SyntaxError):
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title><style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}}
+table{{border-collapse:collapse;margin:1em 0}}td,th{{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top;white-space:pre-wrap}}
+.n td:not(:first-child),.n th{{text-align:right}}</style></head><body><h1>{title}</h1>{body}</body></html>
+"""
+
+
+def html_table(rows: list[list[str]], style: str = "", pictures: list[str] | None = None) -> str:
+    """A heading and rows of text, all of it escaped; pictures: data URIs that go in front of the rows."""
+    cells = [["".join(f"<{tag}>{html.escape(visible(text))}</{tag}>" for text in row)] for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
+    if pictures is not None:
+        for line, picture in zip(cells, ["<th></th>", *(f'<td><img src="{p}" alt=""></td>' if p else "<td></td>" for p in pictures)]):
+            line.insert(0, picture)
+    return f'<table class="{style}">' + "".join(f"<tr>{''.join(line)}</tr>" for line in cells) + "</table>"
+
+
+def report(data: Data, answers: list[dict | None], marks: list[Mark], result: dict, most: int = 60) -> str:
+    """Score table, and up to `most` wrong answers spread evenly over the task."""
+    wrong = [row for row, mark in enumerate(marks) if mark.points is not None and mark.points < 0.5 and data.examples[row].image != BLANK]
+    shown = wrong[::max(1, -(-len(wrong) // most))]
+    rows = [["question_id", "question", "answer", "read as", "truth"]]
+    for row in shown:
+        example, answer = data.examples[row], answers[row]
+        truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
+        rows.append([str(example.question_id), example.prompt, answer["text"] if answer else "(missing)", marks[row].parsed, truth])
+    pictures = [thumbnail(data.examples[row].image) for row in shown]
+    body = html_table(result_table(result), "n") + "".join(f"<p>{html.escape(visible(line))}</p>" for line in remarks(result))
+    body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>" + html_table(rows, pictures=pictures)
+    return PAGE.format(title=html.escape(f"{data.name} ({data.split})"), body=body)
+
+# ----------------------------------------------------------------------------------------------------
+# Comparing two answers files
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p: as many flips one way, were both ways equally likely."""
+    n = gained + lost
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2 ** n)
+
+
+def paired_bootstrap(differences: list[float]) -> tuple[float, float, float]:
+    """95 % interval of the mean difference, and the two-sided p that it is 0."""
+    values, rng = np.array(differences), np.random.default_rng(0)
+    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(1000)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high), float(min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean())))
+
+
+def compare(data: Data, args: Namespace) -> None:
+    """Print both scores, a paired test, and every question whose points differ."""
+    sides = []
+    for path in map(Path, args.compare):
+        answers = match_answers(path, data.examples, bool(args.limit))
+        if None in answers and not args.allow_missing:
+            raise ValueError(f"{path}: {answers.count(None):,} of {len(answers):,} answers are missing; --allow-missing counts them as wrong")
+        marks = mark_answers(data, answers, args, path.parent)
+        if (total := summarise(data, marks)) is None:
+            raise ValueError(f"{data.name}: answers cannot be compared without the truth, which is on a server or needs a judge")
+        print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
+        sides.append((answers, marks))
+    (answers_a, marks_a), (answers_b, marks_b) = sides
+    rows = [row for row, (a, b) in enumerate(zip(marks_a, marks_b)) if a.points is not None and b.points is not None
+            and data.examples[row].image != BLANK]
+    differences = [marks_b[row].points - marks_a[row].points for row in rows]
+    gained, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    low, high, p = paired_bootstrap(differences)
+    if all(mark.points in (0, 1) for row in rows for mark in (marks_a[row], marks_b[row])):
+        p = mcnemar(gained, lost)
+    print(f"of {len(rows):,} answers the second file's are better {gained:,} times, worse {lost:,} times: "
+          f"{100 * mean(differences):+.2f} points per answer ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g}")
+    for row, difference in zip(rows, differences):
+        if difference:
+            example, texts = data.examples[row], [a[row]["text"] if a[row] else "" for a in (answers_a, answers_b)]
+            print(visible(f"{'better' if difference > 0 else 'worse '}  row {row}  question {example.question_id}  "
+                          f"{texts[0]!r} -> {texts[1]!r}  truth {example.truth!r}"))
+
+# ----------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+
+    def add(name: str, text: str, **kind) -> None:
+        parser.add_argument(name, help=f"{text} (default: %(default)s)", **kind)
+
+    def fail(message: str) -> None:
+        raise ValueError(f"{message}; see `python eval.py --help`")
+
+    parser.error = fail
+    add("--task", f"one or several with commas: {', '.join(TASKS)}; paper: {', '.join(PAPER)}")
+    add("--root", "folder of the benchmarks, as LLaVA's playground/data/eval", default="data/eval")
+    add("--split", "another split than the task's published one")
+    add("--model", "model folder; none: out/finetune if it is there, else checkpoints/llava-phi")
+    add("--out", "where answers and results go; several tasks make a folder each; none: out/eval/TASK")
+    add("--image-mode", "model: as it was trained; paper: as the published tables were made (crop for scienceqa, mmvet, llavabench)",
+        default="model", choices=("model", "paper", "pad", "crop"))
+    add("--dtype", "fp32 or bf16; none: bf16 on a GPU, fp32 on a CPU")
+    add("--device", "cpu or cuda; none: cuda where there is one")
+    add("--batch", "questions answered at a time", type=int, default=16)
+    add("--exact", "one question at a time, nothing shared between questions, as the official runs", action=flag, default=False)
+    add("--limit", "only the first N questions", type=int)
+    add("--ocr", "textvqa: OCR tokens in the prompt, worth about 10 points", action=flag, default=True)
+    add("--img-only", "scienceqa: leave out the questions without an image", action=flag, default=False)
+    add("--questions", "jsonl: your own questions")
+    add("--images", "jsonl: the folder of their images")
+    add("--check-data", "only look whether the data is there and official", action=flag, default=False)
+    add("--score", "score this answers file (ours or LLaVA's), without a model")
+    add("--compare", "compare two answers files", nargs=2, metavar=("A", "B"))
+    add("--allow-missing", "count missing answers as wrong instead of stopping", action=flag, default=False)
+    add("--grades", "mmvet, llavabench: an existing grade or review file")
+    add("--judge-url", "mmvet, llavabench: base address of an OpenAI-compatible service; its key in the environment as JUDGE_API_KEY")
+    add("--judge-model", "the judge's name")
+    add("--judge-timeout", "seconds for one reply of the judge", type=float, default=60.0)
+    return parser.parse_args(argv)
+
+
+def chosen_tasks(args: Namespace) -> list[str]:
+    names = [name for word in (args.task or "").split(",") for name in (PAPER if word.strip() == "paper" else [word.strip()]) if name]
+    if not names:
+        raise ValueError(f"--task is missing: one or several of {', '.join(TASKS)}, or paper")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"--task {unknown[0]}: unknown, there are {', '.join(TASKS)}, and paper")
+    if args.limit is not None and args.limit < 1 or args.batch < 1:
+        raise ValueError(f"--limit {args.limit} --batch {args.batch}: expected positive numbers")
+    return list(dict.fromkeys(names))
+
+
+def limited(data: Data, limit: int | None) -> Data:
+    return data._replace(examples=data.examples[:limit])
+
+
+def main_score(args: Namespace) -> None:
+    """--score FILE: settings, where they lie beside the file, say which task it is and how it was asked."""
+    path = Path(args.score)
+    ours = path.parent / "settings.json"
+    settings = read_json(ours) if ours.exists() else {}
+    if settings and args.task in (None, settings["task"]):
+        args.task, args.split, args.ocr, args.img_only = (settings[key] for key in ("task", "split", "ocr", "img_only"))
+    names = chosen_tasks(args)
+    if len(names) > 1:
+        raise ValueError(f"--score takes one task, these are {len(names)}")
+    data = limited(load_data(names[0], args), args.limit)
+    out = Path(args.out) if args.out else path.parent if settings else Path("out/eval") / f"{names[0]}-{path.stem}"
+    print_result(score(data, match_answers(path, data.examples, bool(args.limit)), args, out, settings), out)
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are; torchrun sets both."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        import datetime
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))     # only barriers: a rank may wait for hours
+    return rank, world
+
+
+def barrier(world: int) -> None:
+    if world > 1:
+        import torch.distributed as dist
+        dist.barrier()
+
+
+def choose_device(args: Namespace) -> None:
+    import torch
+    if args.dtype == "fp16":
+        raise ValueError("--dtype fp16: Phi-2's attention overflows in fp16; use bf16 or fp32")
+    if args.dtype not in (None, "fp32", "bf16"):
+        raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+
+
+def main_generate(args: Namespace) -> None:
+    """Check all the data, then the model; answer what is not answered yet; score task by task."""
+    names = chosen_tasks(args)
+    tasks = [load_data(name, args) for name in names]
+    for data in tasks:
+        check_images(limited(data, args.limit))
+    folder = Path(args.model) if args.model else default_model()
+    choose_device(args)
+    from load_weights import load_config
+    fingerprint, of_model = model_fingerprint(folder), load_config(folder).image_mode
+    (rank, world), brain = processes(), None
+    for data in tasks:
+        out = Path("out/eval") / data.name if not args.out else Path(args.out) / (data.name if len(names) > 1 else "")
+        settings = generation_settings(data, fingerprint, image_mode(args, data.task, of_model), args)
+        if rank == 0:
+            begin(out, settings)
+        barrier(world)
+        started, todo = time.time(), set(range(len(data.examples[:args.limit]))) - answered(out, data.examples).keys()
+        if todo:
+            brain = brain or load_brain(folder, args)
+            generate(data, brain, todo, rank, world, args, out)
+        barrier(world)
+        if rank == 0:
+            answers = answered(out, data.examples)
+            merge(out, answers)
+            data, seconds = limited(data, args.limit), time.time() - started
+            result = score(data, [answers.get(row) for row in range(len(data.examples))], args, out, settings, seconds)
+            print_result(result, out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.batch and args.exact:
+        args.batch = 1
+    if args.check_data:
+        check_data(chosen_tasks(args), args)
+    elif args.compare:
+        compare(limited(load_data(chosen_tasks(args)[0], args), args.limit), args)
+    elif args.score:
+        main_score(args)
+    else:
+        main_generate(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
