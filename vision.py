@@ -99,4 +99,4 @@ class VisionTower(nn.Module):
         x = self.ln_pre(x)
         for block in self.h:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
-        return x[:, 1:]                                                            # (N, P, D): the class token is dropped
+        return x[:, 1:].clone()     # (N, P, D): the class token is dropped; a copy, because FSDP hooks into what is returned
