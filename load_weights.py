@@ -1,0 +1,1013 @@
+"""Every way weights enter or leave: published Phi-2, CLIP and LLaVA-Phi folders in, one saved format out.
+
+A folder is recognised by the names of its tensors; config.json is asked for numbers only, the folder's own name for nothing.
+Tensors are read one at a time from their place in the file to their place in the model: no file is held or mapped.
+What is saved is a folder that transformers' LlavaForConditionalGeneration and vLLM read, and that needs no other folder.
+
+$ python load_weights.py merge --llm checkpoints/phi-2 --vision checkpoints/clip-vit-large-patch14-336 --out out/base
+$ python load_weights.py inspect out/base
+$ python load_weights.py export --model out/finetune --out out/llava-phi --dtype bfloat16
+$ python load_weights.py export --model out/finetune --out out/parts --to parts
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model import LLaVAConfig, LLaVAPhi, PhiConfig, Projector, init_weights
+from vision import CLIP_MEAN, CLIP_STD, VisionConfig
+
+# ---------------------------------------------------------------------------------------------------
+# Names
+
+SAVED = {       # ours -> as saved, in transformers' names. {} is the layer; /q is the first third of a matrix's rows
+    "llm.wte": "model.embed_tokens",
+    "llm.h.{}.ln": "model.layers.{}.input_layernorm",
+    "llm.h.{}.attn.qkv/q": "model.layers.{}.self_attn.q_proj",
+    "llm.h.{}.attn.qkv/k": "model.layers.{}.self_attn.k_proj",
+    "llm.h.{}.attn.qkv/v": "model.layers.{}.self_attn.v_proj",
+    "llm.h.{}.attn.proj": "model.layers.{}.self_attn.dense",
+    "llm.h.{}.mlp.fc": "model.layers.{}.mlp.fc1",
+    "llm.h.{}.mlp.proj": "model.layers.{}.mlp.fc2",
+    "llm.ln_f": "model.final_layernorm",
+    "llm.lm_head": "lm_head",
+    "vision.cls": "embeddings.class_embedding",
+    "vision.patch": "embeddings.patch_embedding",
+    "vision.pos": "embeddings.position_embedding.weight",
+    "vision.ln_pre": "pre_layrnorm",                                # [sic]
+    "vision.h.{}.ln_1": "encoder.layers.{}.layer_norm1",
+    "vision.h.{}.attn.qkv/q": "encoder.layers.{}.self_attn.q_proj",
+    "vision.h.{}.attn.qkv/k": "encoder.layers.{}.self_attn.k_proj",
+    "vision.h.{}.attn.qkv/v": "encoder.layers.{}.self_attn.v_proj",
+    "vision.h.{}.attn.proj": "encoder.layers.{}.self_attn.out_proj",
+    "vision.h.{}.ln_2": "encoder.layers.{}.layer_norm2",
+    "vision.h.{}.mlp.fc": "encoder.layers.{}.mlp.fc1",
+    "vision.h.{}.mlp.proj": "encoder.layers.{}.mlp.fc2",
+    "vision.ln_post": "post_layernorm",                             # never built: only passed on
+    "projector.fc": "linear_1",
+    "projector.proj": "linear_2",
+}
+OTHER = {       # other spellings -> ours. The name alone says how q, k and v are packed: /heads is (head, 3, size) rows
+    "model.layers.{}.self_attn.query_key_value": "llm.h.{}.attn.qkv/heads",     # transformers 4.36, LLaVA-Phi
+    "transformer.embd.wte": "llm.wte",                                          # phi-msft
+    "transformer.h.{}.ln": "llm.h.{}.ln",
+    "transformer.h.{}.mixer.Wqkv": "llm.h.{}.attn.qkv",                         # (3, head, size), as ours
+    "transformer.h.{}.mixer.out_proj": "llm.h.{}.attn.proj",
+    "transformer.h.{}.mlp.fc1": "llm.h.{}.mlp.fc",
+    "transformer.h.{}.mlp.fc2": "llm.h.{}.mlp.proj",
+    "lm_head.ln": "llm.ln_f",
+    "lm_head.linear": "llm.lm_head",
+    "0": "projector.fc",                                                        # mm_projector.0, .2
+    "2": "projector.proj",
+}
+BEGINNINGS = (  # how a tensor's name may begin, the part it is of, what stands for that beginning in the tables above
+    (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision", ""),
+    (r"vision_model\.|(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision", ""),
+    (r"(model\.)?(mm_projector|multi_modal_projector)\.", "projector", ""),
+    (r"model\.language_model\.", "llm", "model."),
+    (r"language_model\.|(?=model\.|lm_head\.|transformer\.)", "llm", ""),
+)
+PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}   # saved
+PLACES = {(ours.split(".")[0], theirs): ours for theirs, ours in [(t, o) for o, t in SAVED.items()] + list(OTHER.items())}
+DROPPED = (     # tensors of published files that are left out on purpose
+    (r".*rotary_emb", "rotary angles are computed in every forward"),
+    (r".*position_ids", "0, 1, 2, ..."),
+    (r"text_model\.|text_projection|visual_projection|logit_scale", "CLIP's text tower and contrastive heads"),
+)
+UNUSED = "behind the hidden state that is read: not loaded, kept in saved models"
+
+
+def to_saved(name: str) -> list[str]:
+    """Our name -> the saved names: one, or those of q, k and v, whose rows follow each other in our tensor."""
+    layer = re.search(r"\.(\d+)\.|$", name)[1]
+    stem, leaf = re.fullmatch(r"(.*?)(\.weight|\.bias|)", re.sub(r"\.\d+\.", ".{}.", name)).groups()
+    pieces = [stem] if stem in SAVED else [f"{stem}/{piece}" for piece in "qkv"]
+    return [PREFIX[name.split(".")[0]] + SAVED[piece].format(layer) + leaf for piece in pieces]
+
+
+def to_ours(name: str) -> tuple[str, str] | None:
+    """A tensor's name in any layout -> (our name, piece: "" all of it, "q", "k", "v", "heads"); None: we have no such thing."""
+    for beginning, part, stand_in in BEGINNINGS:
+        if match := re.match(beginning, name):
+            rest = stand_in + name[match.end():]
+            layer = re.search(r"\.(\d+)\.|$", rest)[1]
+            stem = re.sub(r"\.\d+\.", ".{}.", rest, count=1)
+            for theirs, dot, leaf in ((stem, "", ""), stem.rpartition(".")):
+                if ours := PLACES.get((part, theirs)):
+                    ours, _, piece = ours.partition("/")
+                    return ours.format(int(layer or 0)) + dot + leaf, piece
+            return None
+    return None
+
+
+def unroll(names: Iterable[str]) -> dict[str, str]:
+    """The oldest layout is one list, from embedding (0) to head (last): -> what phi-msft calls the same tensors."""
+    numbers = {name: int(m[1]) for name in names if (m := re.match(r"layers\.(\d+)\.", name))}
+    last = max(numbers.values(), default=0)
+    begin = {n: "transformer.embd" if n == 0 else "lm_head" if n == last else f"transformer.h.{n - 1}" for n in numbers.values()}
+    return {name: re.sub(r"layers\.\d+", begin[n], name, count=1) for name, n in numbers.items()}
+
+
+def meta_model(config: LLaVAConfig) -> LLaVAPhi:
+    with torch.device("meta"):
+        return LLaVAPhi(config)
+
+
+def blueprint(config: LLaVAConfig) -> dict[str, torch.Size]:
+    """Our name -> shape of everything a saved model holds, in order: also the vision layers that are never built."""
+    whole = meta_model(replace(config, vision=replace(config.vision, feature_layer=-1)))
+    shapes = {name: p.shape for name, p in whole.named_parameters()}
+    return shapes | {f"vision.ln_post.{leaf}": torch.Size([config.vision.n_embd]) for leaf in ("weight", "bias")}
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+HEADER_LIMIT = 10_000_000                   # bytes; the whole model's is 90 thousand
+SHARD_BYTES = 5_000_000_000
+
+
+class Stored(NamedTuple):                   # where a tensor's bytes lie, to be read or to be written
+    name: str                               # as it is called there
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Folder:                               # what a folder of weights holds
+    path: Path
+    found: dict[str, dict[str, Stored]]     # our name -> piece -> tensor
+    dropped: dict[str, str]                 # its name there -> why it is left out
+    unexpected: list[Stored]                # we have no place for these
+
+    @property
+    def parts(self) -> set[str]:
+        return {name.split(".")[0] for name in self.found}
+
+    @property
+    def kind(self) -> str:
+        others = ", ".join(stored.name for stored in self.unexpected[:3])
+        return KINDS.get(frozenset(self.parts), f"a folder of other tensors ({others}, ...)")
+
+
+KINDS = {
+    frozenset({"llm"}): "a Phi-2 language model",
+    frozenset({"vision"}): "a CLIP vision tower",
+    frozenset({"llm", "vision"}): "a LLaVA-Phi model without projector",
+    frozenset({"llm", "vision", "projector"}): "a LLaVA-Phi model",
+}
+HINTS = {
+    "a Phi-2 language model": "get it with: hf download microsoft/phi-2 --local-dir {}",
+    "a CLIP vision tower": "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {}",
+    "a LLaVA-Phi model": "train one (python train.py --stage pretrain), or get one with: hf download zxmonent/llava-phi --local-dir {}",
+}
+
+
+def read_json(path: Path) -> dict:
+    """A json object from a file that somebody else wrote. ValueError names the file and what it looks like instead."""
+    if path.stat().st_size > HEADER_LIMIT:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a json file of a model folder")
+    data = path.read_bytes()
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not json, it begins with {data[:40]!r}: was a web page saved in its place?") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a json object, found {type(value).__name__}")
+    return value
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's tensors: safetensors before .bin, one file before shards."""
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if not (folder / name).exists():
+            continue
+        if not name.endswith(".json"):
+            return [folder / name]
+        shards = read_json(folder / name).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{folder / name}: has no weight_map of tensor names to file names")
+        for shard in set(shards.values()):
+            if Path(shard).name != shard or Path(shard).suffix != Path(name.removesuffix(".index.json")).suffix:
+                raise ValueError(f"{folder / name}: {shard!r} is not the plain name of a shard in this folder")
+            if not (folder / shard).is_file():
+                raise ValueError(f"{folder / shard}: named in {name}, but not there: incomplete download?")
+        return [folder / shard for shard in sorted(set(shards.values()))]
+    raise ValueError(f"{folder}: holds no model.safetensors and no pytorch_model.bin, in one file or with an index")
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """The table at the head of a safetensors file, believed only if it accounts for every byte behind it."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(HEADER_LIMIT, size - 8):
+            raise ValueError(f"{path}: file is {size} bytes, header says its header is {length}: incomplete download?")
+        header = file.read(length)
+    try:
+        table = json.loads(header)
+        table.pop("__metadata__", None)
+        rows = sorted((*row["data_offsets"], name, row["dtype"], tuple(row["shape"])) for name, row in table.items())
+        stored = {name: Stored(name, path, 8 + length + start, DTYPES[dtype], shape) for start, _, name, dtype, shape in rows}
+        end = 0
+        for start, stop, name, _, shape in rows:
+            if start != end or stop - start != stored[name].nbytes or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"the entry of {name[:80]} does not fit its place")
+            end = stop
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path}: not a safetensors file, or a broken one ({type(e).__name__}: {e})") from None
+    if 8 + length + end != size:
+        raise ValueError(f"{path}: file is {size} bytes, header says {8 + length + end}: incomplete download?")
+    return stored
+
+
+def read_bin(path: Path) -> dict[str, Stored]:
+    """The same table for a file of torch.save: a zip of one pickle (names, shapes) and one plain record per tensor.
+
+    The pickle is read by torch's safe unpickler onto fake tensors, which have no memory but know their place in the file.
+    """
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        raise ValueError(f"{path}: not a file of torch.save (of torch 1.6 or newer): incomplete download?") from None
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED or record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT:
+            raise ValueError(f"{path}: {record.filename} is compressed or too large, torch.save writes no such thing")
+    try:
+        with FakeTensorMode():
+            state = torch.load(path, weights_only=True)
+    except Exception as e:                  # a stranger's pickle can fail in any way
+        reason = str(e).strip().splitlines()
+        raise ValueError(f"{path}: refused, it holds more than plain tensors ({reason[0] if reason else type(e).__name__})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
+    stored = {}
+    for name, x in state.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor) or x.layout != torch.strided or x.is_quantized:
+            raise ValueError(f"{path}: {str(name)[:80]!r} is not a plain dense tensor")
+        if not x.is_contiguous() or not hasattr(x.untyped_storage(), "_checkpoint_offset"):
+            raise ValueError(f"{path}: {name!r} is not stored row by row")
+        offset = x.untyped_storage()._checkpoint_offset + x.storage_offset() * x.dtype.itemsize
+        stored[name] = Stored(name, path, offset, x.dtype, tuple(x.shape))
+        if offset + stored[name].nbytes > size:
+            raise ValueError(f"{path}: file is {size} bytes, {name!r} would end at {offset + stored[name].nbytes}")
+    return stored
+
+
+def read_folder(folder: Path, expected: str = "a LLaVA-Phi model") -> Folder:
+    """What lies in a folder, without reading a tensor. `expected`: what the messages say was wanted."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; " + HINTS[expected].format(folder))
+    tensors: dict[str, Stored] = {}
+    for path in tensor_files(folder):
+        stored = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
+        if twice := sorted(tensors.keys() & stored.keys()):
+            raise ValueError(f"{path}: holds {twice[0]}, which {tensors[twice[0]].path.name} holds too")
+        tensors |= stored
+    result = Folder(folder, {}, {}, [])
+    modern = unroll(tensors)
+    for name, stored in tensors.items():
+        if reason := next((why for pattern, why in DROPPED if re.match(pattern, name)), None):
+            result.dropped[name] = reason
+        elif place := to_ours(modern.get(name, name)):
+            pieces = result.found.setdefault(place[0], {})
+            if pieces and (place[1] in pieces or {"", "heads"} & {place[1], *pieces}):
+                raise ValueError(f"{folder}: {name} and {next(iter(pieces.values())).name} are the same tensor in two layouts")
+            pieces[place[1]] = stored
+        else:
+            result.unexpected.append(stored)
+    return result
+
+
+def fill(memory: Tensor, stored: Stored) -> None:
+    view = memoryview(memory.numpy())
+    with open(stored.path, "rb", buffering=0) as file:
+        file.seek(stored.offset)
+        while len(view):                    # one call reads 2 GB at most
+            n = file.readinto(view)
+            if not n:
+                raise ValueError(f"{stored.path}: ends in the middle of a tensor: incomplete download?")
+            view = view[n:]
+
+
+def in_order(pieces: dict[str, Stored]) -> list[Stored]:
+    return [pieces[piece] for piece in "qkv"] if "q" in pieces else list(pieces.values())
+
+
+def read(pieces: dict[str, Stored], n_head: int, memory: Tensor) -> Tensor:
+    """One of our tensors from its pieces in the files. It lies in `memory` (bytes), until that is used again."""
+    end = 0
+    for stored in in_order(pieces):         # q, k and v follow each other, as their rows do in our matrix
+        start, end = end, end + stored.nbytes
+        fill(memory[start:end], stored)
+    x = memory[:end].view(stored.dtype)
+    x = x.view(stored.shape) if len(pieces) == 1 else x.view(-1, *stored.shape[1:])
+    if "heads" in pieces:
+        x = x.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)      # (head, 3, size) -> (3, head, size) rows
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------
+# Config
+
+PHI_KEYS = {    # ours -> (its spellings in config.json through the years, what transformers takes when it is not there)
+    "vocab_size": (("vocab_size",), 51200),
+    "block_size": (("max_position_embeddings", "n_positions"), 2048),
+    "n_layer": (("num_hidden_layers", "n_layer"), 24),
+    "n_head": (("num_attention_heads", "n_head"), 32),
+    "n_embd": (("hidden_size", "n_embd"), 2048),
+    "n_inner": (("intermediate_size", "n_inner"), None),
+    "rope_base": (("rope_theta",), 10000.0),
+    "eps": (("layer_norm_eps", "layer_norm_epsilon"), 1e-5),
+    "dropout": (("resid_pdrop",), 0.0),
+}
+VISION_KEYS = {
+    "image_size": (("image_size",), 224),
+    "patch_size": (("patch_size",), 32),
+    "n_layer": (("num_hidden_layers",), 12),
+    "n_head": (("num_attention_heads",), 12),
+    "n_embd": (("hidden_size",), 768),
+    "n_inner": (("intermediate_size",), 3072),
+    "eps": (("layer_norm_eps",), 1e-5),
+}
+
+
+def numbers(c: dict, keys: dict, path: Path) -> dict:
+    """Our config fields from a config.json of any era; null is the same as absent."""
+    values = {}
+    for field, (spellings, default) in keys.items():
+        value = next((c[key] for key in spellings if c.get(key) is not None), default)
+        whole = not isinstance(default, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 <= value < 1e9):
+            raise ValueError(f"{path}: {spellings[0]} is {value!r}, expected a number")
+        values[field] = value
+    return values
+
+
+def expect(path: Path, what: str, found: object, *known: object) -> None:
+    if found not in known:
+        raise ValueError(f"{path}: {what} is {found!r}, and only {' or '.join(map(repr, known))} is implemented here")
+
+
+def phi_config(c: dict, path: Path) -> PhiConfig:
+    rope = c.get("rope_parameters") or {}                           # transformers 5
+    values = numbers(c | {k: v for k, v in rope.items() if k == "rope_theta"}, PHI_KEYS, path)
+    if values["n_inner"] is None:
+        values["n_inner"] = 8192 if "hidden_size" in c else 4 * values["n_embd"]
+    expect(path, "rope_scaling", c.get("rope_scaling"), None)
+    expect(path, "rope_type", rope.get("rope_type", "default"), "default")
+    expect(path, "qk_layernorm", c.get("qk_layernorm", False), False)
+    expect(path, "tie_word_embeddings", c.get("tie_word_embeddings", False), False)
+    expect(path, "activation", c.get("hidden_act", c.get("activation_function", "gelu_new")), "gelu_new", "gelu_pytorch_tanh")
+    expect(path, "the number of key and value heads", c.get("num_key_value_heads", c.get("n_head_kv")), None, values["n_head"])
+    factor = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 0.5))
+    rotary_dim = c.get("rotary_dim") or int(values["n_embd"] // values["n_head"] * factor)
+    return PhiConfig(**values, rotary_dim=rotary_dim)
+
+
+def vision_config(c: dict, feature_layer: object, path: Path) -> VisionConfig:
+    expect(path, "the vision tower's activation", c.get("hidden_act", "quick_gelu"), "quick_gelu")
+    expect(path, "num_channels", c.get("num_channels", 3), 3)
+    values = numbers(c, VISION_KEYS, path)
+    expect(path, "the vision layer that is read", feature_layer, *range(-values["n_layer"], 0))
+    return VisionConfig(**values, feature_layer=feature_layer)
+
+
+def image_mode(c: dict, folder: Path) -> str:
+    """How a folder's model saw its pictures: LLaVA says so in config.json, transformers in its processor's file."""
+    if "image_aspect_ratio" in c:
+        return "pad" if c["image_aspect_ratio"] == "pad" else "crop"
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            processor = read_json(folder / name)
+            if (processor.get("image_processor") or processor).get("do_pad"):
+                return "pad"
+    return "crop"
+
+
+def read_folders(folders: Iterable[Path]) -> list[Folder]:
+    """One LLaVA-like folder, or a Phi folder and a CLIP folder, in this order. ValueError: they are something else."""
+    folders = [Path(folder) for folder in folders]
+    wanted = ["a Phi-2 language model", "a CLIP vision tower"] if len(folders) == 2 else ["a LLaVA-Phi model"]
+    assert len(folders) == len(wanted), f"one folder or two, not {len(folders)}"
+    result = []
+    for path, kind in zip(folders, wanted):
+        folder = read_folder(path, kind)
+        if folder.kind != kind:
+            raise ValueError(f"{path}: this looks like {folder.kind}, expected {kind}; {HINTS[kind].format(path)}")
+        result.append(folder)
+    return result
+
+
+def config_of(*folders: Folder) -> LLaVAConfig:
+    """The config of one folder, or of a Phi and a CLIP folder. A part that is in neither keeps our defaults."""
+    llm, vision = folders[0], folders[-1]
+    for folder in folders:
+        if not (folder.path / "config.json").is_file():
+            raise ValueError(f"{folder.path / 'config.json'}: not there; it belongs to the download")
+    c, path = read_json(llm.path / "config.json"), llm.path / "config.json"
+    v, v_path = read_json(vision.path / "config.json"), vision.path / "config.json"
+    text, tower = c.get("text_config", c), v.get("vision_config", v)
+    projector = tower.get("mm_projector", {})                       # LLaVA-Phi keeps both in its vision_config
+    tower = tower.get("vision_tower", tower)
+    expect(path, "tie_word_embeddings", c.get("tie_word_embeddings", False), False)
+    expect(v_path, "the projector", projector.get("mm_projector_type", "mlp2x_gelu"), "mlp2x_gelu")
+    expect(v_path, "the projector's activation", v.get("projector_hidden_act", "gelu"), "gelu")
+    expect(v_path, "vision_feature_select_strategy", v.get("vision_feature_select_strategy", "default"), "default")
+    expect(v_path, "the features taken", tower.get("mm_vision_select_feature", "patch"), "patch")
+    feature_layer = v.get("vision_feature_layer", tower.get("mm_vision_select_layer", -2))
+    config = LLaVAConfig(
+        phi_config(text, path) if "llm" in llm.parts else PhiConfig(),
+        vision_config(tower, feature_layer, v_path) if "vision" in vision.parts else VisionConfig(),
+        image_mode(c, llm.path) if len(folders) == 1 else "crop",       # two bases: they have seen no padded picture yet
+    )
+    for part, folder, n in (("llm", llm, config.llm.n_layer), ("vision", vision, config.vision.n_layer)):
+        there = {int(m[1]) for name in folder.found if (m := re.match(part + r"\.h\.(\d+)\.", name))}
+        if there and len(there) != n:
+            raise ValueError(f"{folder.path}: config.json says {n} layers of the {part} part, the tensors are of {len(there)}")
+    return config
+
+
+def load_config(*folders: Path) -> LLaVAConfig:
+    """The config of one LLaVA-like folder, or of a Phi folder and a CLIP folder together, in any era's spelling."""
+    return config_of(*read_folders(folders))
+
+# ---------------------------------------------------------------------------------------------------
+# Loading
+
+
+def describe(shape: Iterable[int]) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, allow_missing: tuple[str, ...],
+          limit: int = 8) -> dict[str, dict[str, Stored]]:
+    """-> our name -> pieces, of all folders. ValueError lists everything missing, unexpected and misshapen at once."""
+    shapes = blueprint(config)
+    found = {name: pieces for folder in folders for name, pieces in folder.found.items()}
+    allowed = tuple(prefix for prefix in allow_missing if not any(name.startswith(prefix) for name in found))
+    unexpected = [stored for folder in folders for stored in folder.unexpected]
+    missing, misshapen = [], []
+    for name in needed:
+        pieces = found.get(name, {})
+        if name.startswith(allowed or ("-",)) or set(pieces) & {"", "heads"} or len(pieces) == len(to_saved(name)):
+            continue
+        third = describe((shapes[name][0] // len(to_saved(name)), *shapes[name][1:]))
+        there = {saved for saved, piece in zip(to_saved(name), "qkv") if piece in pieces}
+        missing += [f"{saved} {third}" for saved in to_saved(name) if saved not in there]
+    for name, pieces in found.items():
+        for piece, stored in pieces.items():
+            if name not in shapes:
+                unexpected.append(stored)
+                continue
+            rows, *rest = shapes[name]
+            wanted = (rows // 3 if piece in ("q", "k", "v") else rows, *rest)
+            if stored.shape != wanted or not stored.dtype.is_floating_point:
+                misshapen.append(f"{stored.name} {describe(stored.shape)} {str(stored.dtype)[6:]}, expected {describe(wanted)}")
+            elif stored.dtype != in_order(pieces)[0].dtype if len(pieces) == 3 else False:
+                misshapen.append(f"{stored.name} is {stored.dtype}, unlike its neighbours")
+    lists = {"missing": missing, "unexpected": [f"{s.name[:100]} {describe(s.shape)}" for s in unexpected], "misshapen": misshapen}
+    if any(lists.values()):
+        text = "; ".join(f"{len(names)} {what}: " + ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+                         for what, names in lists.items() if names)
+        where = " and ".join(str(folder.path) for folder in folders)
+        raise ValueError(f"{where}: {text} (all of them: python load_weights.py inspect {folders[0].path})")
+    return found
+
+
+def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, Tensor], object] | None = None,
+              allow_missing: tuple[str, ...] = ()) -> None:
+    """Fill a model from one LLaVA-like folder, or from a Phi folder and a CLIP folder, one tensor at a time.
+
+    copy(parameter, tensor): called once per parameter, must cast and be done with `tensor` (CPU, the file's dtype) when it
+    returns. allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
+    Raises ValueError: names or shapes do not fit, all of them listed.
+    """
+    copy = copy or (lambda parameter, tensor: parameter.data.copy_(tensor))
+    parameters = dict(model.named_parameters())
+    found = check(read_folders(folders), parameters, model.config, allow_missing)
+    wanted = {name: pieces for name, pieces in found.items() if name in parameters}
+    for name, tensor in read_all(wanted, model.config):
+        copy(parameters[name], tensor)
+
+
+def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor), in the order of the files. Each tensor is gone when the next one is asked for."""
+    n_head = {"llm": config.llm.n_head, "vision": config.vision.n_head, "projector": 0}
+    memory = torch.empty(max((sum(s.nbytes for s in p.values()) for p in found.values()), default=0), dtype=torch.uint8)
+    for name in sorted(found, key=lambda name: in_order(found[name])[0][1:3]):
+        yield name, read(found[name], n_head[name.split(".")[0]], memory)
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LLaVAPhi:
+    """A LLaVA-like folder of any layout as a frozen model in eval mode, straight on its device."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{dtype}: Phi-2's attention scores overflow in fp16, and nothing else is tested: take bfloat16 or float32")
+    model = meta_model(load_config(folder)).to(dtype)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    load_into(model, [folder])
+    return model
+
+# ---------------------------------------------------------------------------------------------------
+# Saving
+
+
+def lay_out(folder: Path, names: Iterable[str], shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype],
+            rename: dict[str, str] | None = None) -> dict[str, Stored]:
+    """Make the safetensors files that our tensors `names` will fill, headers written -> saved name -> where its bytes go.
+
+    rename: beginnings of saved names that are written otherwise.
+    """
+    tensors = {}
+    for name in names:
+        pieces, (rows, *rest) = to_saved(name), shapes[name]
+        tensors |= {saved: (dtypes[name], (rows // len(pieces), *rest)) for saved in pieces}
+    shards, room = [], 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = Stored(name, folder, 0, dtype, shape).nbytes
+        if nbytes > room:
+            shards, room = shards + [[]], SHARD_BYTES
+        shards[-1].append(name)
+        room -= nbytes
+    slots, codes = {}, {dtype: code for code, dtype in DTYPES.items()}
+    for i, names in enumerate(shards):
+        path = folder / ("model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in sorted(names, key=lambda name: -tensors[name][0].itemsize):      # stable; wide ones first keeps all aligned
+            theirs = next((new + name[len(old):] for old, new in (rename or {}).items() if name.startswith(old)), name)
+            slots[name] = Stored(theirs, path, end, *tensors[name])
+            start, end = end, end + slots[name].nbytes
+            header[theirs] = {"dtype": codes[slots[name].dtype], "shape": list(slots[name].shape), "data_offsets": [start, end]}
+        head = json.dumps(header, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        with open(path, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            file.truncate(8 + len(head) + end)
+        slots |= {name: slots[name]._replace(offset=slots[name].offset + 8 + len(head)) for name in names}
+    if len(shards) > 1:
+        total = sum(slot.nbytes for slot in slots.values())
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": {slot.name: slot.path.name for slot in slots.values()}})
+    return slots
+
+
+def write(slot: Stored, tensor: Tensor) -> None:
+    assert tensor.shape == slot.shape, f"{slot.name}: {tuple(tensor.shape)} does not fit {slot.shape}"
+    data = tensor.detach().to("cpu", slot.dtype).contiguous().flatten().view(torch.uint8)
+    with open(slot.path, "r+b") as file:
+        file.seek(slot.offset)
+        file.write(memoryview(data.numpy()))
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def finished_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` to write to. At the end it is renamed to `out`, or its files are moved into it.
+
+    The second happens where a training run, or an older saved model, is already: config.json is moved last, and until then
+    the one that is there says nothing of a model, so a crash in between leaves no mixture that would load.
+    Raises ValueError where `out` holds anything else.
+    """
+    old = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    used = out.exists() and any(out.iterdir())
+    if used and "training" not in old and not (out / "load_hf.py").exists() and not (out / "mm_projector.safetensors").exists():
+        raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
+    made = out.parent / f".{out.name}.unfinished"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    try:
+        yield made
+        if used and (made / "config.json").exists():
+            training = {"training": old["training"]} if "training" in old else {}
+            write_json(made / "config.json", read_json(made / "config.json") | training)
+            write_json(made / "old.json", training)
+        for path in [*made.rglob("*"), made]:
+            sync(path)
+        if used:
+            move_into(made, out)
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+            made.rename(out)
+        sync(out.parent)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def move_into(made: Path, out: Path) -> None:
+    if (made / "old.json").exists():
+        os.replace(made / "old.json", out / "config.json")
+    for path in out.glob("model*.safetensors*"):
+        path.unlink()
+    for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.rmtree(out / path.name, ignore_errors=True)
+        os.replace(path, out / path.name)
+    made.rmdir()
+    sync(out)
+
+
+def save_model(out: Path, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: LLaVAConfig,
+               sources: Iterable[Path], dtype: torch.dtype | None = None) -> None:
+    """Write a model folder that is complete by itself, in the one format we save.
+
+    tensors: those of our parameters that changed; everything else (other parameters, the vision layers behind the one that
+    is read, the tokenizer) is taken from `sources`, the folders that the model came from. dtype None: each tensor's own.
+    Pairs from an iterator are written as they come, in any order, and need a dtype. In a training folder config.json keeps
+    the trainer's settings under its key "training". Nothing is at `out` before all of it is there.
+    """
+    assert dtype is not None or isinstance(tensors, Mapping), "tensors that are not known beforehand need a dtype"
+    out, sources, shapes = Path(out), list(sources), blueprint(config)
+    given, folders = tensors if isinstance(tensors, Mapping) else {}, read_folders(sources)
+    found = check(folders, [name for name in shapes if name not in given] if given is tensors else [], config, ())
+    dtypes = {name: dtype or (given[name].dtype if name in given else in_order(found[name])[0].dtype) for name in shapes}
+    with finished_folder(out) as made:
+        slots = lay_out(made, shapes, shapes, dtypes)
+        left = dict.fromkeys(shapes)
+        for name, tensor in given.items() if given is tensors else tensors:
+            write_ours(slots, name, tensor)
+            del left[name]
+        for name, tensor in read_all({name: found[name] for name in left if name in found}, config):
+            write_ours(slots, name, tensor)
+            del left[name]
+        assert not left, f"neither given nor in {', '.join(map(str, sources))}: {', '.join(left)}"
+        write_texts(made, config, folders[0].path, dtypes["llm.wte.weight"])
+
+
+def write_ours(slots: dict[str, Stored], name: str, tensor: Tensor) -> None:
+    names = to_saved(name)
+    for saved, piece in zip(names, tensor.chunk(len(names))):
+        write(slots[saved], piece)
+
+# ---------------------------------------------------------------------------------------------------
+# Saving: the text files that transformers and vLLM read beside the tensors
+
+EOT = "<|endoftext|>"
+CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' -%}
+    {{- messages[0]['content'] + ' ' -}}
+{%- else -%}
+    {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
+    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['content'] is string -%}
+        {%- set text = message['content'] -%}
+    {%- else -%}
+        {%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+        {%- if message['content'] | selectattr('type', 'equalto', 'image') | list -%}
+            {%- set text = '<image>\\n' + text -%}
+        {%- endif -%}
+    {%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{- 'USER: ' + text -}}
+        {%- if add_generation_prompt or not loop.last -%}{{- ' ASSISTANT:' -}}{%- endif -%}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ' ' + text + '<|endoftext|>' -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+LOAD_HF = '''\
+"""transformers' Llava has no bias in its language model's head, Phi-2 has one: this loads the folder and puts it back.
+
+>>> from load_hf import load
+>>> model = load()          # keywords go to from_pretrained
+"""
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText
+
+
+def load(folder=Path(__file__).resolve().parent, **kwargs):
+    model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
+    name, index = "language_model.lm_head.bias", Path(folder) / "model.safetensors.index.json"
+    shard = json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors"
+    with safe_open(Path(folder) / shard, "pt") as file:
+        head = model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(file.get_tensor(name).to(head.weight), requires_grad=False)
+    return model
+'''
+README = """\
+# LLaVA-Phi
+
+A CLIP ViT, a two-layer projector and Phi-2, in the layout of transformers' `LlavaForConditionalGeneration`.
+`AutoProcessor.from_pretrained` gives the processor and its chat template. The model is loaded with `load_hf.py`:
+plain `from_pretrained` drops the bias of the language model's head, and the answers change.
+
+    from load_hf import load
+    model = load(dtype="bfloat16")      # never float16: Phi-2's attention scores overflow
+"""
+
+
+def added_token(id: int, text: str, special: bool) -> dict:
+    return {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+
+
+def read_tokenizer(folder: Path) -> dict:
+    """tokenizer.json as it is there, or built from vocab.json, merges.txt and added_tokens.json; without an <image> token."""
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = read_json(folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        added = {text: vocab[text] for text in (EOT,) if text in vocab}
+        if (folder / "added_tokens.json").is_file():
+            added |= read_json(folder / "added_tokens.json")
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        tokenizer = {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [added_token(id, text, text == EOT) for text, id in sorted(added.items(), key=lambda a: a[1])],
+            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                      "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+                      "merges": [line for line in lines if line and not line.startswith("#version")]},
+        }
+    else:
+        raise ValueError(f"{folder}: has no tokenizer.json, and no vocab.json with merges.txt; copy one there, microsoft/phi-2 has both")
+    try:
+        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]
+        ids = token_ids(tokenizer)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder}: its tokenizer is not a byte-level BPE such as Phi-2's") from None
+    if EOT not in ids:
+        raise ValueError(f"{folder}: its tokenizer has no {EOT} token")
+    return tokenizer
+
+
+def token_ids(tokenizer: dict) -> dict[str, int]:
+    return tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+
+
+def image_processor(config: LLaVAConfig) -> dict:
+    """What transformers needs to make the pixels that data.load_image and VisionTower make."""
+    size = config.vision.image_size
+    return {
+        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
+        "do_pad": config.image_mode == "pad",
+        "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
+    }
+
+
+def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
+    """config.json of a PhiForCausalLM, with the rotary numbers where transformers 4 looks and where 5 does."""
+    factor = config.rotary_dim / (config.n_embd // config.n_head)
+    return {
+        "architectures": ["PhiForCausalLM"], "model_type": "phi",
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "num_key_value_heads": config.n_head,
+        "hidden_size": config.n_embd, "intermediate_size": config.n_inner, "hidden_act": "gelu_new",
+        "rope_theta": config.rope_base, "partial_rotary_factor": factor, "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base, "partial_rotary_factor": factor},
+        "layer_norm_eps": config.eps, "qk_layernorm": False,
+        "resid_pdrop": config.dropout, "embd_pdrop": 0.0, "attention_dropout": 0.0,
+        "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "tie_word_embeddings": False, "torch_dtype": dtype,
+    }
+
+
+def clip_json(config: VisionConfig) -> dict:
+    return {
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
+        "image_size": config.image_size, "patch_size": config.patch_size, "num_channels": 3,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "hidden_size": config.n_embd, "intermediate_size": config.n_inner, "projection_dim": config.n_embd * 3 // 4,
+        "hidden_act": "quick_gelu", "layer_norm_eps": config.eps, "attention_dropout": 0.0,
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return "float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")      # never to be computed in fp16
+
+
+def write_tokenizer(folder: Path, tokenizer: dict, image: bool) -> int:
+    """tokenizer.json and the files around it -> the id of <|endoftext|>. image: with <image> as the first id after the others."""
+    ids = token_ids(tokenizer)
+    if image:
+        tokenizer = tokenizer | {"added_tokens": tokenizer["added_tokens"] + [added_token(max(ids.values()) + 1, "<image>", True)]}
+    added = tokenizer["added_tokens"]
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT)
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "added_tokens.json", {token["content"]: token["id"] for token in added})
+    write_json(folder / "special_tokens_map.json", names | ({"additional_special_tokens": ["<image>"]} if image else {}))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "padding_side": "left",
+        "clean_up_tokenization_spaces": False, **names, **({"extra_special_tokens": {"image_token": "<image>"}} if image else {}),
+        "added_tokens_decoder": {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added},
+    })
+    return ids[EOT]
+
+
+def write_texts(folder: Path, config: LLaVAConfig, source: Path, dtype: torch.dtype) -> None:
+    """Everything in a saved folder but its tensors. `dtype` is the language model's."""
+    tokenizer = read_tokenizer(source)
+    image_id = max(token_ids(tokenizer).values()) + 1
+    if image_id >= config.llm.vocab_size:
+        raise ValueError(f"{source}: its {config.llm.vocab_size} embedding rows are all taken, none is left for <image>")
+    eot = write_tokenizer(folder, tokenizer, image=True)
+    name = dtype_name(dtype)
+    write_json(folder / "config.json", {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+        "image_token_index": image_id, "image_seq_length": config.vision.n_patches, "image_aspect_ratio": config.image_mode,
+        "vision_feature_layer": config.vision.feature_layer, "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
+        "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": name,
+        "text_config": phi_json(config.llm, eot, name), "vision_config": clip_json(config.vision),
+    })
+    write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+    write_json(folder / "preprocessor_config.json", image_processor(config))
+    write_json(folder / "processor_config.json", {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default", "image_processor": image_processor(config),
+    })
+    for file, text in (("chat_template.jinja", CHAT_TEMPLATE), ("load_hf.py", LOAD_HF), ("README.md", README)):
+        (folder / file).write_text(text, encoding="utf-8")
+
+# ---------------------------------------------------------------------------------------------------
+# Commands
+
+
+def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | None) -> None:
+    """One base model from a Phi-2 folder and a CLIP folder; the projector is new."""
+    folders = read_folders([llm, vision])
+    config = config_of(*folders)
+    projector = Projector(config.vision.n_embd, config.llm.n_embd)
+    init_weights(projector, torch.Generator().manual_seed(seed))
+    projector.to(dtype or folders[0].found["llm.wte.weight"][""].dtype)
+    save_model(out, {f"projector.{name}": p for name, p in projector.named_parameters()}, config, [llm, vision], dtype)
+
+
+def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
+    """Any readable model in the saved format."""
+    save_model(out, {}, load_config(model), [model], dtype)
+
+
+def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
+    """A plain Phi folder, a plain CLIP folder and LLaVA's mm_projector: what llama.cpp's converters and LLaVA users want."""
+    folder, = read_folders([model])
+    config = config_of(folder)
+    shapes, tokenizer = blueprint(config), read_tokenizer(folder.path)
+    found = check([folder], shapes, config, ())
+    dtypes = {name: dtype or in_order(found[name])[0].dtype for name in shapes}
+    names = {part: [name for name in shapes if name.startswith(part)] for part in PREFIX}
+    projector = {f"multi_modal_projector.linear_{i + 1}.": f"model.mm_projector.{2 * i}." for i in range(2)}
+    with finished_folder(out) as made:
+        phi, clip = made / "phi-2", made / "clip"
+        phi.mkdir(), clip.mkdir()
+        slots = lay_out(made, names["projector"], shapes, dtypes, projector)
+        slots |= lay_out(phi, names["llm"], shapes, dtypes, {"language_model.": ""})
+        slots |= lay_out(clip, names["vision"], shapes, dtypes, {"vision_tower.": ""})
+        for name, tensor in read_all(found, config):
+            write_ours(slots, name, tensor)
+        (made / "model.safetensors").rename(made / "mm_projector.safetensors")
+        eot = write_tokenizer(phi, tokenizer, image=False)
+        write_json(phi / "config.json", phi_json(config.llm, eot, dtype_name(dtypes["llm.wte.weight"])))
+        write_json(phi / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+        write_json(clip / "config.json", clip_json(config.vision) | {"torch_dtype": dtype_name(dtypes["vision.cls"])})
+        write_json(clip / "preprocessor_config.json", image_processor(config) | {"image_processor_type": "CLIPImageProcessor"})
+
+
+def gigabytes(n: int) -> str:
+    return f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
+
+
+def layout(folder: Folder) -> str:
+    """Which of the published layouts a folder's language model is in, from the names of its tensors."""
+    names = [stored.name for name, pieces in folder.found.items() if name.startswith("llm.h.") for stored in pieces.values()]
+    return ("split q/k/v (transformers 4.37 and newer)" if any(".q_proj." in name for name in names) else
+            "fused query_key_value, packed head by head (transformers 4.36, LLaVA-Phi)" if any("query_key_value" in name for name in names) else
+            "one list, layers.N (the earliest Phi files)" if any(name.startswith("layers.") for name in names) else
+            "mixer.Wqkv (phi-msft)" if names else "no language model")
+
+
+def inspect(path: Path) -> None:
+    """Print what a folder holds, what would be left out, what is missing, and what to do with it."""
+    folder = read_folder(path)
+    files = tensor_files(path)
+    stored = [s for pieces in folder.found.values() for s in pieces.values()]
+    print(f"{path}: {folder.kind if folder.found else 'nothing this project reads'}")
+    print(f"  files      {len(files)} x {files[0].suffix[1:]}, {gigabytes(sum(file.stat().st_size for file in files))}")
+    print(f"  layout     {layout(folder)}")
+    for part in PREFIX:
+        mine = [s for name, pieces in folder.found.items() if name.startswith(part + ".") for s in pieces.values()]
+        if mine:
+            dtypes = " and ".join(f"{str(dtype)[6:]}" for dtype in sorted({s.dtype for s in mine}, key=str))
+            count = sum(prod(s.shape) for s in mine)
+            print(f"  {part:10} {len(mine)} tensors, {count:,} parameters, {dtypes}, {gigabytes(sum(s.nbytes for s in mine))}")
+    try:
+        tokenizer = read_tokenizer(path)
+        where = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json and merges.txt"
+        print(f"  tokenizer  {where}: {len(token_ids(tokenizer)):,} tokens, {EOT} is {token_ids(tokenizer)[EOT]}")
+    except ValueError as e:
+        print(f"  tokenizer  none ({e})" if "llm" in folder.parts else "  tokenizer  none, and none is needed")
+    for reason, n in Counter(folder.dropped.values()).items():
+        print(f"  ignored    {n} tensors: {reason}")
+    inspect_fit(folder)
+    next_command = {
+        "a Phi-2 language model": f"python load_weights.py merge --llm {path} --vision checkpoints/clip-vit-large-patch14-336 --out out/base",
+        "a CLIP vision tower": f"python load_weights.py merge --llm checkpoints/phi-2 --vision {path} --out out/base",
+        "a LLaVA-Phi model": f"python sample.py --model {path} --image x.jpg",
+    }
+    print(f"  next       {next_command.get(folder.kind, 'nothing: this is not a folder for this project')}")
+
+
+def inspect_fit(folder: Folder) -> None:
+    """The lines about config.json and about tensors that are missing or too many."""
+    try:
+        config = config_of(folder)
+    except (ValueError, OSError) as e:
+        print(f"  config     {e}")
+        return
+    whole, parts = blueprint(config), folder.parts
+    if "llm" in parts:
+        print(f"  llm        {config.llm}")
+    if "vision" in parts:
+        print(f"  vision     {config.vision}")
+        unused = [name for name in folder.found if name not in dict(meta_model(config).named_parameters()) and name in whole]
+        print(f"  ignored    {len(unused)} tensors: {UNUSED}")
+    print(f"  images     {config.image_mode}")
+    try:
+        check([folder], [name for name in whole if name.split(".")[0] in parts], config, (), limit=10**6)
+        print("  missing    nothing")
+    except ValueError as e:
+        print(f"  problems   {e}")
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    if name == "float16":
+        raise ValueError("float16: Phi-2's attention scores overflow in fp16; take bfloat16 or float32")
+    if name not in (None, "bfloat16", "float32"):
+        raise ValueError(f"--dtype {name}: expected bfloat16 or float32")
+    return getattr(torch, name) if name else None
+
+
+def main() -> None:
+    shape = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shape)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("merge", help="one base model from a Phi-2 folder and a CLIP folder", formatter_class=shape)
+    p.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
+    p.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"), help="folder of the vision tower")
+    p.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
+    p.add_argument("--seed", type=int, default=42, help="of the new projector's weights")
+    p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
+    p = commands.add_parser("inspect", help="say what a folder holds", formatter_class=shape)
+    p.add_argument("folder", type=Path)
+    p = commands.add_parser("export", help="any readable model in the saved format", formatter_class=shape)
+    p.add_argument("--model", type=Path, default=Path("out/finetune"), help="folder to read")
+    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
+    p.add_argument("--to", choices=("model", "parts"), default="model",
+                   help="model: one folder for this project, transformers and vLLM; parts: Phi, CLIP and mm_projector by themselves")
+    args = parser.parse_args()
+    if args.command == "merge":
+        merge(args.llm, args.vision, args.out, args.seed, parse_dtype(args.dtype))
+    elif args.command == "export":
+        (export if args.to == "model" else export_parts)(args.model, args.out, parse_dtype(args.dtype))
+    inspect_path = args.folder if args.command == "inspect" else args.out
+    if args.command == "inspect" or args.to == "model":
+        inspect(inspect_path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
