@@ -35,7 +35,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def original():
-    return load_model(GOLDEN / "tiny-llava-phi", torch.float32, "cpu")
+    return load_model(GOLDEN / "tiny-llava-phi").requires_grad_()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(GOLDEN / "tiny-llava-phi", torch.float32, "cpu")
+    return load_model(GOLDEN / "tiny-llava-phi").requires_grad_()
 
 
 @pytest.fixture(scope="module")
