@@ -422,7 +422,7 @@ def summarise_pope(examples: list[Example], marks: list[Mark]) -> Score:
     kinds = sorted({example.labels[0] for example in examples})
     images = defaultdict(lambda: np.zeros((len(kinds), 4)))             # tp, fp, fn, tn of each kind
     for example, mark in zip(examples, marks):
-        cell = ["yesyes", "noyes", "yesno", "nono"].index(example.truth + mark.parsed)      # truth, then answer
+        cell = [("yes", 1), ("no", 0), ("yes", 0), ("no", 1)].index((example.truth, mark.points))      # truth, was it hit
         images[example.image][kinds.index(example.labels[0]), cell] += 1
     counts = np.array([image.ravel() for image in images.values()])
     by_kind = lambda sums: sums.reshape(*sums.shape[:-1], len(kinds), 4)
@@ -1139,7 +1139,7 @@ TASKS = {
     "mmvet": Task(
         "judge's score", read_mmvet, None, summarise_mmvet,
         "https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip; grade the submission at https://huggingface.co/spaces/whyu/MM-Vet_Evaluator",
-        {"test": 218}, ("mm-vet", "mmvet"), {"mm-vet.json": ""}, (28.9, 32.1, 31.1, 31.7), 1024, "crop",
+        {"test": 218}, ("mm-vet", "mmvet", "mmvet/mm-vet"), {"mm-vet.json": ""}, (28.9, 32.1, 31.1, 31.7), 1024, "crop",
         export=export_mmvet, judge=judge_mmvet),
     "seedbench": Task(
         "accuracy on images", read_seedbench, grade_seedbench, accuracy_on("image"),
@@ -1177,8 +1177,8 @@ def load_data(name: str, args: Namespace) -> Data:
     split = args.split or next(iter(task.splits))
     if split not in task.splits:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
-    root = Path(args.root)
-    folder = find(root, *task.folders) or root / (task.folders or ("",))[0]
+    folders = [Path(args.root) / name for name in task.folders or ("",)]
+    folder = next((folder for folder in folders if find(folder, *task.files)), find(Path(args.root), *task.folders) or folders[0])
     try:
         examples = task.read(folder, Namespace(**{**vars(args), "split": split}))
     except FileNotFoundError as e:
@@ -1275,9 +1275,9 @@ def generation_settings(data: Data, model: str, mode: str, args: Namespace) -> d
 
 
 def begin(out: Path, settings: dict) -> None:
-    """Raises ValueError when the folder holds something else: answers made with other settings, or foreign files."""
+    """Raises ValueError when the folder holds answers made with other settings, or what is not this program's."""
     if not (out / "settings.json").exists():
-        if out.is_dir() and any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} is not empty and was not made by eval.py: give another --out")
         write_whole(out / "settings.json", to_json(settings))
     before = read_json(out / "settings.json")
@@ -1412,7 +1412,7 @@ def match_answers(path: Path, examples: list[Example], partial: bool) -> list[di
     ids = [str(example.question_id) for example in examples]
     if answers and all("row" in line for line in answers):
         places = [line["row"] for line in answers]
-    elif [str(line["question_id"]) for line in answers][:len(ids)] == ids:
+    elif [str(line["question_id"]) for line in answers][:len(ids) if partial else None] == ids:
         places = list(range(len(answers)))
     else:
         key = lambda number, prompt: (str(number), prompt.removeprefix("<image>\n").split("\n")[0].lower() if len(set(ids)) < len(ids) else "")
@@ -1452,7 +1452,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict, seconds: float | None = None) -> dict:
+def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict, run: dict | None = None) -> dict:
     """Mark, summarise, write result.json, report.html and the submission file. Nothing is written before all of it is known."""
     missing = answers.count(None)
     if missing and not args.allow_missing:
@@ -1469,11 +1469,11 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
         "unparsed": sum(mark.unparsed for mark in marks), "empty": sum(not a["text"] for a in answers if a),
         "truncated": sum(bool(a.get("truncated")) for a in answers if a), "missing": missing,
         "other_prompts": sum(not same(e, a) for e, a in prompts if a), "limit": args.limit,
-        "judge": (args.judge_model or args.grades and Path(args.grades).name) if task.judge and total else None,
+        "judge": (Path(args.grades).name if args.grades else f"{args.judge_model}, asked in this project's words") if task.judge and total else None,
         "published": {name: value for name, value in zip(PUBLISHED, task.published) if value is not None},
         "submission": None, "settings": settings, "first_prompt": data.examples[0].prompt, "checksums": checksums(data),
-        "notes": other_versions(data, args), "versions": versions(), "seconds": seconds}
-    if task.export and not (missing or args.limit) and (data.split != "val" or data.name == "mmmu"):
+        "notes": other_versions(data, args), "versions": versions(), "run": run}
+    if task.export and not (missing or args.limit) and (total is None or data.split == next(iter(task.splits))):
         try:
             result["submission"] = task.export(data.examples, [a["text"] for a in answers], data.folder, out).name
         except (ValueError, OSError) as e:
@@ -1499,7 +1499,7 @@ def result_table(result: dict) -> list[list[str]]:
 def remarks(result: dict) -> list[str]:
     lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
              f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
-    if settings := result["settings"]:
+    if "model" in (settings := result["settings"]):
         lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}, at most {settings['max_new_tokens']} new tokens, greedy"
                      + (", OCR tokens in the prompt" if settings["ocr"] else ", no OCR tokens in the prompt") * (result["task"] == "textvqa") + ".")
     if result["value"] is None:
@@ -1515,12 +1515,27 @@ def remarks(result: dict) -> list[str]:
     return lines + [note[0].upper() + note[1:] for note in result["notes"]]
 
 
-def print_result(result: dict, out: Path) -> None:
-    table = result_table(result)
+def print_table(table: list[list[str]]) -> None:
+    table = [[visible(cell) for cell in row] for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    print(f"\n{result['task']} ({result['split']})")
     for row in table:
         print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+
+
+def print_summary(results: list[dict]) -> None:
+    """A line for each task, its headline beside the published ones."""
+    table = [["", "here", "95 % interval", *PUBLISHED]]
+    for result in results:
+        published = [f"{result['published'][name]:.1f}" if name in result["published"] else "" for name in PUBLISHED]
+        here = result_table(result)[1][1:3] if result["interval"] else ["not scored here", ""]
+        table.append([f"{result['task']} ({result['split']})", *here, *published])
+    print("\nall tasks")
+    print_table(table)
+
+
+def print_result(result: dict, out: Path) -> None:
+    print(f"\n{result['task']} ({result['split']})")
+    print_table(result_table(result))
     for line in remarks(result):
         print(f"  {visible(line)}")
     print(f"  {out / 'result.json'}, {out / 'report.html'}")
@@ -1679,10 +1694,10 @@ def limited(data: Data, limit: int | None) -> Data:
 
 
 def main_score(args: Namespace) -> None:
-    """--score FILE: settings, where they lie beside the file, say which task it is and how it was asked."""
+    """--score FILE: where settings lie beside the file they say which task it is and how it was asked."""
     path = Path(args.score)
-    ours = path.parent / "settings.json"
-    settings = read_json(ours) if ours.exists() else {}
+    sidecar = path.parent / "settings.json"
+    settings = read_json(sidecar) if sidecar.exists() else {}
     if settings and args.task in (None, settings["task"]):
         args.task, args.split, args.ocr, args.img_only = (settings[key] for key in ("task", "split", "ocr", "img_only"))
     names = chosen_tasks(args)
@@ -1690,7 +1705,11 @@ def main_score(args: Namespace) -> None:
         raise ValueError(f"--score takes one task, these are {len(names)}")
     data = limited(load_data(names[0], args), args.limit)
     out = Path(args.out) if args.out else path.parent if settings else Path("out/eval") / f"{names[0]}-{path.stem}"
-    print_result(score(data, match_answers(path, data.examples, bool(args.limit)), args, out, settings), out)
+    answers = match_answers(path, data.examples, bool(args.limit))
+    settings = settings or {"task": data.name, "split": data.split, "ocr": args.ocr, "img_only": args.img_only, "scored": path.name}
+    if out != path.parent:
+        begin(out, settings)
+    print_result(score(data, answers, args, out, settings), out)
 
 
 def processes() -> tuple[int, int]:
@@ -1731,7 +1750,7 @@ def main_generate(args: Namespace) -> None:
     choose_device(args)
     from load_weights import load_config
     fingerprint, of_model = model_fingerprint(folder), load_config(folder).image_mode
-    (rank, world), brain = processes(), None
+    (rank, world), brain, results = processes(), None, []
     for data in tasks:
         out = Path("out/eval") / data.name if not args.out else Path(args.out) / (data.name if len(names) > 1 else "")
         settings = generation_settings(data, fingerprint, image_mode(args, data.task, of_model), args)
@@ -1747,8 +1766,12 @@ def main_generate(args: Namespace) -> None:
             answers = answered(out, data.examples)
             merge(out, answers)
             data, seconds = limited(data, args.limit), time.time() - started
-            result = score(data, [answers.get(row) for row in range(len(data.examples))], args, out, settings, seconds)
-            print_result(result, out)
+            run = {"device": args.device, "processes": world, "batch": args.batch, "exact": args.exact, "seconds": round(seconds, 1),
+                   "questions_per_second": round(len(todo) / seconds, 2)}
+            results.append(score(data, [answers.get(row) for row in range(len(data.examples))], args, out, settings, run))
+            print_result(results[-1], out)
+    if len(results) > 1:
+        print_summary(results)
 
 
 def main(argv: list[str] | None = None) -> None:

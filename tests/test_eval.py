@@ -4,6 +4,7 @@ The scorers against the official results (tests/eval_vectors), and every task en
 $ python -m pytest tests/test_eval.py
 """
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 from html.parser import HTMLParser
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,445 @@ def test_score_file_of_each_task(name, tmp_path, capsys):
     write(path, json.loads("[" + ",".join(reversed(path.read_text().splitlines())) + "]"))      # joined by id, not by place
     ev.main([*flags, "--score", str(path), "--out", str(tmp_path / "again")])
     assert json.loads((tmp_path / "again/result.json").read_text()) == result
+
+
+def test_rebuilt_questions_equal_llavas(tmp_path):
+    """Without eval.zip the official files alone give the same rows."""
+    for name, extra in {"pope": "pope/llava_pope_test.jsonl", "textvqa": "textvqa/llava_textvqa_val_v051_ocr.jsonl", "vqav2": None}.items():
+        flags, data = prepare(name, tmp_path)
+        if name == "vqav2":
+            (tmp_path / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl").unlink()
+            write(tmp_path / "vqav2/v2_OpenEnded_mscoco_test-dev2015_questions.json",
+                  {"questions": [{"image_id": i, "question": "Is it red?", "question_id": 10 * i} for i in (1, 2)]})
+        else:
+            (tmp_path / extra).unlink()
+            write(tmp_path / "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json",
+                  {"data": [{"image_id": "aa", "ocr_tokens": ["ACME", "1999"]}, {"image_id": "bb", "ocr_tokens": []}]})
+        key = lambda e: (str(e.question_id), e.prompt.replace("imange", "image"), e.image, e.truth, e.labels)
+        assert sorted(map(key, ev.load_data(name, ev.parse(flags)).examples)) == sorted(map(key, data.examples))
+
+
+def test_llavas_question_files_decide_order_and_wording(tmp_path):
+    flags, data = prepare("scienceqa", tmp_path)
+    write(tmp_path / "scienceqa/llava_test_CQM-A.json", [
+        {"id": pid, "conversations": [{"from": "human", "value": "<image>\n" * (pid == "5") + f"Wording {pid}"}, {"from": "gpt", "value": "B"}]}
+        for pid in ("8", "5")])
+    examples = ev.load_data("scienceqa", ev.parse(flags)).examples
+    assert [e.question_id for e in examples] == ["8", "5"] and examples[1].prompt == f"Wording 5\n{ev.LETTER}"
+    assert examples[1].info["saved"].startswith("<image>\nWording 5")           # how the official scorer finds the IMG questions
+    assert len(ev.load_data("scienceqa", ev.parse([*flags, "--img-only"])).examples) == 1
+    write(tmp_path / "MME/llava_mme.jsonl", [{"question_id": f"{image}", "image": image, "category": image.split("/")[0], "text": f"{q}\n{ev.SHORT}"}
+          for image, q in [("OCR/2.png", 'Is it "dog"?'), ("OCR/2.png", 'Is it "cat"?')]])
+    flags, data = prepare("mme", tmp_path)
+    assert [(e.truth, e.image.name) for e in data.examples] == [("no", "2.png"), ("yes", "2.png")]
+    flags, data = prepare("seedbench", tmp_path)
+    write(tmp_path / "seed_bench/llava-seed-bench.jsonl", [{"question_id": i, "image": "x", "text": "x"} for i in ("v9", 102, 101)])
+    assert [e.question_id for e in ev.load_data("seedbench", ev.parse(flags)).examples] == [102, 101]
+    assert [e.question_id for e in ev.load_data("seedbench", ev.parse([*flags, "--split", "all"])).examples] == ["v9", 102, 101]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Submissions, judges, reports
+
+
+def submission(name: str, tmp_path: Path, answers: list[str]) -> Path:
+    flags, data = prepare(name, tmp_path / "eval")
+    ev.main([*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, answers)), "--out", str(tmp_path / "out")])
+    return tmp_path / "out" / CASES[name].submission
+
+
+def test_submission_files(tmp_path):
+    read = lambda name, answers: json.loads(submission(name, tmp_path / name, answers).read_text())
+    assert read("vqav2", ["Yes.", "girl's hat"]) == [{"question_id": 10, "answer": "yes"}, {"question_id": 20, "answer": "girl 's hat"},
+                                                     {"question_id": 30, "answer": ""}]
+    assert read("vizwiz", ["Two"]) == [{"image": "VizWiz_test_00000000.jpg", "answer": "2"}]
+    assert read("mmvet", ["-1 and -5", "é"]) == {"v1_0": "-1 and -5", "v1_1": "é"}
+    assert read("gqa", ["Yes.", "no", "Car"])[0] == {"questionId": "201", "prediction": "yes"}
+    assert submission("seedbench", tmp_path / "seed", ["A", "B"]).read_text().splitlines()[0] == '{"question_id": "101", "prediction": "A"}'
+
+
+def test_mmbench_xlsx(tmp_path):
+    hostile = "B <b>&amp; \"x\"\x00\x1b\n  tail \u202e" + "y" * 40_000
+    path = submission("mmbench", tmp_path, ["A", hostile, ""])
+    table = ev.read_xlsx(path)
+    assert table[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert table[1] == [5, 'Which "one"?\nSay.', "cat", "dog", "", "", "A", "A", "dev"]
+    assert table[2][6].startswith("B <b>&amp; \"x\"\n  tail \u202e") and len(table[2][6]) == 32_767
+    openpyxl = pytest.importorskip("openpyxl", reason="not a package of this project")
+    rows = [[cell for cell in row] for row in openpyxl.load_workbook(path).active.iter_rows(values_only=True)]
+    assert rows[1][0] == 5 and rows[1][4] is None and rows[1][6] == "A"
+
+
+def test_nothing_is_submitted_for_a_part(tmp_path):
+    flags, data = prepare("vizwiz", tmp_path / "eval")
+    path = llava_file(tmp_path / "a.jsonl", data, ["x"])
+    ev.main([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--limit", "1"])
+    assert not (tmp_path / "out/vizwiz_test.json").exists()
+
+
+def test_grade_files(tmp_path, capsys):
+    """MM-Vet's official grade file, three runs; LLaVA's review file, one of its reviews failed."""
+    flags, data = prepare("mmvet", tmp_path / "eval")
+    path = llava_file(tmp_path / "a.jsonl", data, ["x", "y"])
+    write(tmp_path / "grades.json", {"v1_0": {"model": [], "content": [], "score": [1.0, 0.5, 0.6]}, "v1_1": {"model": [], "content": [], "score": [0.0, 0.5, 0.4]}})
+    ev.main([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--grades", str(tmp_path / "grades.json")])
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["value"] == pytest.approx(50) and result["judge"] == "grades.json"
+    assert result["numbers"]["run 1"] == 50 and result["numbers"]["set math+ocr"] == pytest.approx(70) and result["numbers"]["rec"] == pytest.approx(30)
+    write(tmp_path / "grades.json", {"v1_0": {"score": [1.0]}})
+    with pytest.raises(ValueError, match="no grade for v1_1"):
+        ev.main([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--grades", str(tmp_path / "grades.json")])
+
+    flags, data = prepare("llavabench", tmp_path / "eval")
+    path = llava_file(tmp_path / "b.jsonl", data, ["x", "y"])
+    write(tmp_path / "review.jsonl", [{"question_id": 0, "category": "llava_bench_conv", "content": "8 6\nFine.", "tuple": [8.0, 6.0]},
+                                      {"question_id": 1, "category": "llava_bench_detail", "content": "8, 9\n", "tuple": [-1, -1]}])
+    ev.main([*flags, "--score", str(path), "--out", str(tmp_path / "out2"), "--grades", str(tmp_path / "review.jsonl")])
+    result = json.loads((tmp_path / "out2/result.json").read_text())
+    assert result["value"] == 75 and result["numbers"]["conv reference"] == 80 and result["unparsed"] == 1
+
+
+class Judge(BaseHTTPRequestHandler):
+    """An OpenAI-compatible endpoint that says what the test put in `replies`; None: it never answers."""
+    replies: list = []
+    asked: list = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        reply = self.replies.pop(0)
+        if reply is None:
+            threading.Event().wait(1.0)
+            return
+        data = json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    Judge.replies, Judge.asked = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield ["--judge-url", f"http://127.0.0.1:{server.server_port}/v1", "--judge-model", "some/judge", "--judge-timeout", "0.3"]
+    server.shutdown()
+    server.server_close()
+
+
+def test_judge_is_cached_and_may_time_out(tmp_path, judge, capsys):
+    flags, data = prepare("mmvet", tmp_path / "eval")
+    score = [*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, ["x", "y"])), "--out", str(tmp_path / "out"), *judge]
+    Judge.replies[:] = ["0.5", None]
+    with pytest.raises(ValueError, match="judge at .* failed .*timed out"):
+        ev.main(score)
+    assert not (tmp_path / "out/result.json").exists()
+    Judge.replies[:] = ["five", "1.0"]                      # the first grade is kept; the second needs two tries
+    ev.main(score)
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["value"] == 75 and result["judge"].startswith("some/judge") and len(Judge.asked) == 4
+    assert Judge.asked[-1]["temperature"] == 0.5 and Judge.asked[0]["temperature"] == 0
+    ev.main(score)                                          # all from the cache
+    assert len(Judge.asked) == 4
+    with pytest.raises(ValueError, match="--judge-model"):
+        ev.main([*score[:-6], "--judge-url", "http://x"])
+
+
+def test_llavabench_judge(tmp_path, judge):
+    flags, data = prepare("llavabench", tmp_path / "eval")
+    Judge.replies[:] = ["8 6\nok", "10 9\nok"]
+    ev.main([*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, ["x", "y"])), "--out", str(tmp_path / "out"), *judge])
+    assert json.loads((tmp_path / "out/result.json").read_text())["value"] == pytest.approx(100 * 7.5 / 9)
+    assert "A red picture." in Judge.asked[0]["messages"][1]["content"]
+
+
+class Elements(HTMLParser):
+    def __init__(self, page: str):
+        super().__init__()
+        self.found, self.attributes = set(), set()
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_report_escapes_everything(tmp_path, capsys):
+    hostile = '<script>alert(1)</script>"><img src=x onerror=y></td></table>\u202e\x00\x1b[2J&amp; data:image/jpeg;base64,"onload=z'
+    pages = []
+    for answer in ("plain", hostile):
+        root = tmp_path / answer[:3].strip("<")
+        make_shapes(root)
+        write(root / "shapes/questions.jsonl", [{"question_id": answer, "image": "0.png", "text": answer, "answer": "red" + answer, "category": answer,
+                                                 "chance": 0.1}])
+        flags = ["--task", "shapes", "--root", str(root)]
+        path = llava_file(root / "a.jsonl", ev.load_data("shapes", ev.parse(flags)), [answer, answer])
+        ev.main([*flags, "--score", str(path), "--out", str(root / "out")])
+        pages.append((root / "out/report.html").read_text())
+    plain, odd = map(Elements, pages)
+    assert odd.found == plain.found and odd.attributes == plain.attributes
+    assert "img" in plain.found and "script" not in odd.found and "default-src 'none'" in pages[1]
+    assert not set(pages[1]) & set("\u202e\x00\x1b") and "\\u202e" in pages[1]
+    assert not set(capsys.readouterr().out) & set("\u202e\x00\x1b")
+
+# ----------------------------------------------------------------------------------------------------
+# Bad data: one line, exit code 2, nothing overwritten
+
+
+def test_bad_data_is_one_clear_message(tmp_path):
+    flags, data = prepare("pope", tmp_path / "eval")
+    score = lambda rows, *more: (write(tmp_path / "a.jsonl", rows), ev.main([*flags, "--score", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), *more]))
+    rows = [{"question_id": e.question_id, "prompt": e.prompt, "text": "no"} for e in data.examples]
+    score(rows)
+    before = (tmp_path / "out/result.json").read_bytes()
+    for bad, message in [
+            (rows[:-1], "1 of 6 answers are missing"), (rows + rows[:1], "question 1"), (rows[:5] + rows[:1], "a second answer to question 1"),
+            (rows[:5] + [{**rows[5], "question_id": 7}], "question 7 is not in this task"), (rows[:5] + [{"question_id": 7}], "expected question_id, prompt and text")]:
+        with pytest.raises(ValueError, match=message):
+            score(bad)
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "no"}\n{"question_id": ')
+    with pytest.raises(ValueError, match="a.jsonl, line 2"):
+        ev.main([*flags, "--score", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/result.json").read_bytes() == before
+    score(rows[:-1], "--allow-missing")
+    assert json.loads((tmp_path / "out/result.json").read_text())["missing"] == 1
+    score(rows, "--limit", "2")
+    assert json.loads((tmp_path / "out/result.json").read_text())["n"] == 2
+
+
+def test_check_data_names_what_is_wrong(tmp_path, capsys):
+    root = tmp_path / "eval"
+    for name in CASES:
+        CASES[name].make(root)
+    check = ["--root", str(root), "--check-data", "--task"]
+    (root / "pope/val2014/COCO_val2014_000000310196.jpg").unlink()
+    (root / "gqa/data/testdev_balanced_questions.json").write_text("[1")
+    (root / "mme").mkdir()
+    with pytest.raises(ValueError, match="4 of 4 tasks"):
+        ev.main([*check, "pope,gqa,textvqa,scienceqa"])
+    out = capsys.readouterr().out
+    assert "pope: 1 of 1 images are missing" in out and "val2014.zip" in out and "not a JSON file" in out
+    assert "textvqa: 3 questions, the official val set has 5,000" in out and "official file 9f60db6fb89e3692" in out
+    ev.main([*check, "shapes"])
+    assert "shapes: 4 questions and all their images are there" in capsys.readouterr().out
+    write(root / "pope/coco/coco_pope_random.json", [{"question_id": 1, "image": "x.jpg", "text": "Is there a dog in the image?", "label": "yes"}])
+    with pytest.raises(ValueError, match="no label in coco_pope_random.json"):
+        ev.load_data("pope", ev.parse(["--root", str(root)]))
+    write(root / "shapes/questions.jsonl", [{"question_id": 1, "image": "../x.png", "text": "", "answer": "", "category": "", "chance": 1}])
+    with pytest.raises(ValueError, match="not a plain path"):
+        ev.load_data("shapes", ev.parse(["--root", str(root)]))
+    (root / "MME/MME_Benchmark_release_version/OCR/2.txt").write_text("Is it? Please answer yes or no.\tYes\n")
+    with pytest.raises(ValueError, match="do not have two questions each"):
+        ev.load_data("mme", ev.parse(["--root", str(root)]))
+    write(root / "gqa/data/testdev_balanced_questions.json", {"1": {"question": "x"}})
+    with pytest.raises(ValueError, match="not in the official format"):
+        ev.load_data("gqa", ev.parse(["--root", str(root)]))
+
+
+def run(*args: str, **kind) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *args], capture_output=True, text=True, timeout=100, **kind)
+
+
+def test_from_the_command_line(tmp_path):
+    """Nothing downloaded: one helpful line. --score: no torch."""
+    done = run("--task", "scienceqa", "--root", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: scienceqa: ") and "problems.json is missing" in done.stderr and "github.com/lupantech" in done.stderr
+    done = run("--task", "nonsense")
+    assert done.returncode == 2 and "unknown" in done.stderr and done.stderr.count("\n") == 1
+    flags, data = prepare("pope", tmp_path / "eval")
+    llava_file(tmp_path / "a.jsonl", data, ["yes"] * 6)
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub/torch.py").write_text("raise RuntimeError('torch was imported')")
+    done = run(*flags, "--score", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), env={**os.environ, "PYTHONPATH": str(tmp_path / "stub")})
+    assert done.returncode == 0, done.stderr
+    assert "66.67" in done.stdout
+
+
+def test_own_questions(tmp_path):
+    write(tmp_path / "q.jsonl", [{"question_id": "a", "text": "What?", "image": "x.png", "answer": ["red", "crimson"], "category": "colour"},
+                                 {"question_id": "b", "text": "Who?", "answer": "me"}, {"question_id": "c", "text": "Why?"}])
+    picture(tmp_path / "images/x.png")
+    flags = ["--task", "jsonl", "--questions", str(tmp_path / "q.jsonl"), "--images", str(tmp_path / "images")]
+    path = llava_file(tmp_path / "a.jsonl", ev.load_data("jsonl", ev.parse(flags)), ["Crimson.", "you", "because"])
+    ev.main([*flags, "--score", str(path), "--out", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["value"] == 50 and result["numbers"] == {"colour": 100}
+    write(tmp_path / "q.jsonl", [{"question_id": "a", "text": "What?"}] * 2)
+    with pytest.raises(ValueError, match="question_id 'a' occurs more than once"):
+        ev.load_data("jsonl", ev.parse(flags))
+
+
+def test_compare(tmp_path, capsys):
+    flags, data = prepare("pope", tmp_path / "eval")
+    a, b = (llava_file(tmp_path / name, data, answers) for name, answers in [("a.jsonl", ["Yes", "No"] * 3), ("b.jsonl", ["No \x1b", "Yes"] + ["Yes", "No"] * 2)])
+    ev.main([*flags, "--compare", str(a), str(b)])
+    out = capsys.readouterr().out
+    assert "better 0 times, worse 2 times" in out and "p = 0.5" in out and out.count("worse   row") == 2 and "\x1b" not in out
+    flags, data = prepare("textvqa", tmp_path / "eval")
+    a, b = (llava_file(tmp_path / name, data, answers) for name, answers in [("a.jsonl", ["x", "y", "z"]), ("b.jsonl", ["acme", "1999", "stop"])])
+    ev.main([*flags, "--compare", str(a), str(b)])
+    assert "better 3 times" in capsys.readouterr().out
+
+# ----------------------------------------------------------------------------------------------------
+# Generation, with the tiny golden model (random weights: its answers are noise and never end by themselves)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """At most 12 new tokens."""
+    monkeypatch.setattr(ev, "TASKS", {name: dataclasses.replace(task, max_new_tokens=12) for name, task in ev.TASKS.items()})
+
+
+def many_shapes(root: Path, pictures: int = 5, questions: int = 3) -> list[str]:
+    rows = []
+    for i in range(pictures):
+        picture(root / f"shapes/images/{i}.png", (50 * i, 90, 200 - 30 * i))
+        rows += [{"question_id": f"{i}.{j}", "image": f"{i}.png", "text": "How many" + " red" * (i * j) + "?", "answer": "2", "category": "count",
+                  "chance": 0.2} for j in range(questions)]
+    write(root / "shapes/questions.jsonl", rows)
+    return ["--task", "shapes", "--root", str(root), "--model", str(MODEL), "--device", "cpu"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generate_each_task(name, tmp_path, short):
+    """From official files to answers, result and report; scored again from its own answers file, the result is the same."""
+    flags, data = prepare(name, tmp_path / "eval")
+    out = tmp_path / "out"
+    ev.main([*flags, "--model", str(MODEL), "--device", "cpu", "--out", str(out)])
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["question_id"]) for line in lines] == [(row, e.question_id) for row, e in enumerate(data.examples)]
+    assert all({"prompt", "text", "truncated"} <= line.keys() for line in lines)
+    result = json.loads((out / "result.json").read_text())
+    assert result["truncated"] == sum(line["truncated"] for line in lines) > 0
+    assert result["run"]["batch"] == 16 and result["settings"]["dtype"] == "fp32" and result["settings"]["image_mode"] == "pad"
+    ev.main(["--root", str(tmp_path / "eval"), "--score", str(out / "answers.jsonl")])          # the task is known from the settings beside it
+    again = json.loads((out / "result.json").read_text())
+    assert {k: v for k, v in again.items() if k not in ("run", "versions")} == {k: v for k, v in result.items() if k not in ("run", "versions")}
+
+
+def test_answers_are_sample_pys(tmp_path):
+    """The golden prompt's greedy text, by way of a benchmark."""
+    golden = json.loads((ROOT / "tests/golden/text.json").read_text())["prompts"]["one"]
+    write(tmp_path / "q.jsonl", [{"question_id": 1, "text": golden["turns"][0]}])
+    args = ev.parse(["--device", "cpu", "--dtype", "fp32"])
+    brain = ev.load_brain(MODEL, args)
+    from data import IMAGE_ID
+    ids = ev.encode_question(ev.Example(1, ev.BLANK, golden["turns"][0]), brain)
+    assert [i for i in ids if i != IMAGE_ID] == [i for i in golden["input_ids_tiny"] if i != -200]
+    assert ids.count(IMAGE_ID) == brain.model.config.vision.n_patches
+
+
+def test_batch_size_and_processes_change_nothing(tmp_path, short):
+    flags = many_shapes(tmp_path)
+    outs = {name: tmp_path / name for name in ("b16", "b1", "b4", "exact", "two")}
+    ev.main([*flags, "--out", str(outs["b16"])])
+    ev.main([*flags, "--out", str(outs["b1"]), "--batch", "1"])
+    ev.main([*flags, "--out", str(outs["b4"]), "--batch", "4"])
+    ev.main([*flags, "--out", str(outs["exact"]), "--exact"])
+    code = f"import eval, dataclasses; eval.TASKS['shapes'] = dataclasses.replace(eval.TASKS['shapes'], max_new_tokens=12); eval.main({[*flags, '--out', str(outs['two'])]})"
+    (tmp_path / "two.py").write_text(code)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "two.py")],
+                          capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    files = {name: (out / "answers.jsonl").read_bytes() for name, out in outs.items()}
+    assert len(files["b16"].splitlines()) == 30 and len(set(files.values())) == 1
+    assert sorted(p.name for p in outs["two"].iterdir()) == ["answers.jsonl", "report.html", "result.json", "settings.json"]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_run_continues(tmp_path, short, monkeypatch):
+    """Stopped after any number of answers, with a torn line, then on another number of processes: the same file, nothing asked twice."""
+    flags = many_shapes(tmp_path, pictures=3)
+    ev.main([*flags, "--out", str(tmp_path / "whole")])
+    whole = (tmp_path / "whole/answers.jsonl").read_bytes()
+    honest = ev.ask
+    for stop in (1, 7, 17):
+        out, asked = tmp_path / f"killed{stop}", []
+
+        def counting(*args, limit=stop):
+            for answer in honest(*args):
+                if len(asked) == limit:
+                    raise Killed
+                asked.append(answer)
+                yield answer
+
+        monkeypatch.setattr(ev, "ask", counting)
+        with pytest.raises(Killed):
+            ev.main([*flags, "--out", str(out), "--batch", "4"])
+        assert len((out / "answers.jsonl").read_text().splitlines()) == stop          # flushed answer by answer
+        with open(out / "answers.jsonl", "a") as f:
+            f.write('{"row": 3, "question_id": "1')
+        monkeypatch.setattr(ev, "ask", lambda *args: counting(*args, limit=1000))
+        ev.main([*flags, "--out", str(out), "--batch", "16"])
+        assert (out / "answers.jsonl").read_bytes() == whole and len(asked) == 18
+        monkeypatch.setattr(ev, "load_brain", None)             # all there: not even a model is loaded
+        ev.main([*flags, "--out", str(out)])
+        monkeypatch.undo()
+        monkeypatch.setattr(ev, "TASKS", {name: dataclasses.replace(task, max_new_tokens=12) for name, task in ev.TASKS.items()})
+
+
+def test_kill_9(tmp_path):
+    """A real kill in the middle of a real run."""
+    flags = [*many_shapes(tmp_path), "--batch", "2"]
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *flags, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((out / "answers.jsonl").exists() and (out / "answers.jsonl").read_bytes().count(b"\n") > 3):
+        threading.Event().wait(0.01)
+    process.kill()
+    process.wait()
+    ev.main([*flags, "--out", str(out)])
+    ev.main([*flags, "--out", str(tmp_path / "whole")])
+    assert (out / "answers.jsonl").read_bytes() == (tmp_path / "whole/answers.jsonl").read_bytes()
+
+
+def test_other_settings_are_refused(tmp_path, short):
+    flags, out = many_shapes(tmp_path, pictures=1, questions=1), str(tmp_path / "out")
+    ev.main([*flags, "--out", out])
+    before = (tmp_path / "out/answers.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="image_mode was 'pad', now 'crop'"):
+        ev.main([*flags, "--out", out, "--image-mode", "crop"])
+    with pytest.raises(ValueError, match="dtype was 'fp32', now 'bf16'"):
+        ev.main([*flags, "--out", out, "--dtype", "bf16"])
+    with pytest.raises(ValueError, match="fp16: Phi-2's attention overflows"):
+        ev.main([*flags, "--out", out, "--dtype", "fp16"])
+    write(tmp_path / "foreign/notes.txt", "mine")
+    with pytest.raises(ValueError, match="not made by eval.py"):
+        ev.main([*flags, "--out", str(tmp_path / "foreign")])
+    write(tmp_path / "out/settings.json", {**json.loads((tmp_path / "out/settings.json").read_text()), "model": "another"})
+    with pytest.raises(ValueError, match="model was 'another'"):
+        ev.main([*flags, "--out", out])
+    assert (tmp_path / "out/answers.jsonl").read_bytes() == before
+
+
+def test_one_picture_runs_the_tower_once(tmp_path, short, monkeypatch):
+    """POPE asks many questions about a picture; also where they do not fit one batch."""
+    import vision
+    make_pope(tmp_path)
+    seen, forward = [], vision.VisionTower.forward
+    monkeypatch.setattr(vision.VisionTower, "forward", lambda self, images: seen.append(len(images)) or forward(self, images))
+    for batch in ("16", "4"):
+        seen.clear()
+        ev.main(["--task", "pope", "--root", str(tmp_path), "--model", str(MODEL), "--device", "cpu", "--out", str(tmp_path / batch), "--batch", batch])
+        assert sum(seen) == 1
+
+
+def test_bad_images_and_models(tmp_path, short, monkeypatch):
+    flags = many_shapes(tmp_path, pictures=2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no model: neither out/finetune"):
+        ev.main(flags[:4])
+    (tmp_path / "shapes/images/1.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="1.png"):
+        ev.main([*flags, "--out", str(tmp_path / "out")])
+    (tmp_path / "shapes/images/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 2 images are missing"):
+        ev.main([*flags, "--out", str(tmp_path / "out2")])
+    assert not (tmp_path / "out2").exists()
