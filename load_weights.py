@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import LLaVAConfig, LLaVAPhi, PhiConfig, Projector, init_weights
+from model import Int8Linear, LLaVAConfig, LLaVAPhi, PhiConfig, Projector, init_weights, quantize_int8
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
 # ---------------------------------------------------------------------------------------------------
@@ -522,13 +522,19 @@ def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig) -> Iterat
         yield name, read(found[name], n_head[name.split(".")[0]], memory)
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LLaVAPhi:
-    """A LLaVA-like folder of any layout as a frozen model in eval mode, straight on its device."""
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", int8: bool = False) -> LLaVAPhi:
+    """A LLaVA-like folder of any layout as a frozen model in eval mode, straight on its device.
+
+    int8: each Linear's weight is quantised as it arrives, so the model never exists in a larger type.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype}: Phi-2's attention scores overflow in fp16, and nothing else is tested: take bfloat16 or float32")
     model = meta_model(load_config(folder)).to(dtype)
+    if int8:
+        quantize_int8(model)
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    load_into(model, [folder])
+    owners = {m.weight: m for m in model.modules() if isinstance(m, Int8Linear)}
+    load_into(model, [folder], lambda p, tensor: owners[p].quantize(tensor) if p in owners else p.data.copy_(tensor))
     return model
 
 # ---------------------------------------------------------------------------------------------------

@@ -448,3 +448,39 @@ def merge_lora(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
             weight = merged[stem + "weight"]
             merged[stem + "weight"] = (weight.float() + alpha / a.size(0) * b.float() @ a.float()).to(weight.dtype)
     return merged
+
+
+class Int8Linear(nn.Linear):        # weights in 8 bits with a scale per output channel, for inference
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight = nn.Parameter(torch.empty_like(base.weight, dtype=torch.int8), requires_grad=False)
+        self.register_buffer("scale", torch.empty(base.out_features, device=base.weight.device))
+        self.bias = base.bias
+
+    def quantize(self, weight: Tensor) -> None:
+        """Take over a weight (out, in) of any float dtype, some rows at a time: no second copy of it in fp32."""
+        for rows, out, scale in zip(*(t.split(4096) for t in (weight, self.weight, self.scale))):
+            rows = rows.to(scale)
+            scale.copy_(rows.abs().amax(1).clamp_min(1e-12) / 127)
+            out.copy_((rows / scale[:, None]).round_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":                          # weight-only: the memory of int8, the arithmetic of x
+            return F.linear(x, self.weight.type_as(x)) * self.scale.type_as(x) + self.bias
+        rows = x.reshape(-1, x.size(-1)).float()
+        scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127            # of each token
+        y = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight.t()).float().mul_(scale)
+        return torch.addcmul(self.bias, y, self.scale).type_as(x).view(*x.shape[:-1], self.out_features)
+
+
+def quantize_int8(model: LLaVAPhi) -> int:
+    """Turn the Linears of the decoder's blocks, its head, the tower and the projector into Int8Linears, in place. -> how many.
+
+    On the meta device only the classes change; load_model then quantises each weight as it arrives.
+    """
+    found = [(module, name, base) for module in model.modules() for name, base in module.named_children() if type(base) is nn.Linear]
+    for module, name, base in found:
+        setattr(module, name, Int8Linear(base))
+        if not base.weight.is_meta:
+            getattr(module, name).quantize(base.weight.detach())
+    return len(found)

@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = find_model(args.model)
     device, dtype = choose(args, folder)
-    tok, model = load_tokenizer(folder), load_model(folder, dtype, device)
+    tok, model = load_tokenizer(folder), load_model(folder, dtype, device, args.int8)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
                "generator": torch.Generator(device).manual_seed(args.seed)}
     if args.bench:
