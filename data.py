@@ -1,0 +1,672 @@
+"""From LLaVA's json, or one question, to packed tensors: picture -> uint8, conversation -> ids and labels, samples -> batches.
+
+Follows LLaVA's train.py (templates, where the image goes) and Hugging Face's CLIPImageProcessor (pixels, bit for bit).
+Labels come from character offsets in one tokenisation per round, so they cannot drift from the tokens; the image slot and
+the end of text are placed by id, so the same words typed in a text stay text. A training step is a set of samples, a pure
+function of (seed, step). Imports none of our files: sizes arrive as arguments.
+
+    $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+IGNORE = -100                       # label of a position that is not supervised
+IMAGE_ID = -200                     # the one image slot in ids; after `expand`, every patch's place
+IMAGE = "<image>"                   # how LLaVA's json says "here": a tag in the first question, never a token
+EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+PAD_COLOR = (122, 116, 104)         # int(CLIP's mean * 255)
+MAX_PIXELS = 89_478_485             # refused before decoding, like Pillow's own limit: 268 MB as RGB
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of telephones
+
+
+class Sample(NamedTuple):
+    id: str
+    ids: list[int]                  # image slot expanded to P times IMAGE_ID
+    labels: list[int]               # same length, unshifted; IGNORE where not supervised
+    image: Tensor | None            # (3, S, S) uint8
+
+
+class Batch(NamedTuple):            # B samples packed into one row of T tokens; N images of P patches; M supervised tokens
+    ids: Tensor                     # (T,) int64, 0 at image positions
+    lengths: Tensor                 # (B,) int64, their sum is T
+    images: Tensor                  # (N, 3, S, S) uint8, N may be 0
+    slots: Tensor                   # (N * P,) int64, the image positions in ids
+    rows: Tensor                    # (M,) int64, positions whose next token, in the same sample, is supervised; M may be 0
+    targets: Tensor                 # (M,) int64, those next tokens
+
+# ---------------------------------------------------------------------------------------------------
+# Picture
+
+
+def load_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str) -> Tensor:
+    """A picture file, or an open one, as the vision tower wants it -> (3, size, size) uint8.
+
+    mode "crop": shortest edge to `size`, then the centre; "pad": the whole picture on a square canvas. Equal to
+    CLIPImageProcessor's result before its normalisation, except that EXIF orientation is obeyed.
+    ValueError names the file and says what is wrong with it.
+    """
+    assert mode in ("crop", "pad"), f"image mode {mode!r} is neither crop nor pad"
+    image = open_rgb(source)
+    W, H = middle_size(image, size, mode, source)
+    if mode == "crop":
+        left, top = (W - size) // 2, (H - size) // 2
+        image = image.resize((W, H), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    else:
+        square = Image.new("RGB", (W, H), PAD_COLOR)
+        square.paste(image, ((W - image.width) // 2, (H - image.height) // 2))
+        image = square.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def open_rgb(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
+    """Decoded, upright, RGB. Alpha is dropped, not composited, and the first frame taken, as the original does."""
+    try:
+        image = open_header(source)
+        return upright(image).convert("RGB")
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
+        raise ValueError(f"image unreadable: {name_of(source)}: {e}") from e
+
+
+def open_header(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
+    """Knows the size and the format, has not decoded the pixels."""
+    if isinstance(source, str) and "://" in source:
+        raise ValueError(f"image is an address: {source}; download it and give the file")
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"image missing: {source}") from e
+    except Exception as e:
+        raise ValueError(f"image unreadable: {name_of(source)}: {e}") from e
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"image too large: {name_of(source)} is {image.width} x {image.height}, more than {MAX_PIXELS:,} pixels")
+    return image
+
+
+def middle_size(image: Image.Image, size: int, mode: str, source) -> tuple[int, int]:
+    """"crop": the scaled picture, before the cut; "pad": the square canvas, before scaling."""
+    w, h = image.size
+    W, H = (size * w // min(w, h), size * h // min(w, h)) if mode == "crop" else (max(w, h), max(w, h))
+    if W * H > MAX_PIXELS:
+        raise ValueError(f"image too large: {name_of(source)} is {w} x {h} and would be {W} x {H} on the way, more than "
+                         f"{MAX_PIXELS:,} pixels; cut it to a less extreme shape")
+    return W, H
+
+
+def name_of(source: str | Path | BinaryIO | Image.Image) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the given picture"
+
+
+def upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:               # broken EXIF around a good picture
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """From tokenizer.json, else from vocab.json + merges.txt + added_tokens.json; both give the same ids."""
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():
+        tok = read_tokenizer(folder / "tokenizer.json")
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        tok = build_tokenizer(folder)
+    else:
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; Phi-2's come "
+                                "with `hf download microsoft/phi-2 --local-dir checkpoints/phi-2`")
+    # Without this, whitespace tokens report empty character spans and labels go wrong in silence.
+    tok.post_processor = processors.ByteLevel(trim_offsets=False)
+    tok.encode_special_tokens = True                        # "<|endoftext|>" in a text is text
+    eot_id(tok)
+    return tok
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        blob = json.loads(path.read_text(encoding="utf-8"))
+        # Our export adds an <image> token for transformers' sake; here "<image>" in a text is text.
+        blob["added_tokens"] = [t for t in blob["added_tokens"] if t["content"] != IMAGE]
+        return Tokenizer.from_str(json.dumps(blob))
+    except Exception as e:          # tokenizers raises plain Exception
+        raise ValueError(f"{path} is not a tokenizer: {e}") from e
+
+
+def build_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as e:
+        raise ValueError(f"{folder}: vocab.json and merges.txt are not a tokenizer: {e}") from e
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens([EOT])
+    path = folder / "added_tokens.json"
+    added = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for text, i in sorted(added.items(), key=lambda item: item[1]):
+        if text not in (EOT, IMAGE):
+            tok.add_tokens([AddedToken(text, normalized=True, special=False)])
+            if tok.token_to_id(text) != i:
+                raise ValueError(f"{path} gives {text!r} the id {i}, but it comes to {tok.token_to_id(text)}: "
+                                 "vocab.json is of another tokenizer")
+    return tok
+
+
+def eot_id(tok: Tokenizer) -> int:
+    """The id that ends an answer. config.json's eos_token_id is wrong in released checkpoints: never use that."""
+    if tok.token_to_id(EOT) is None:
+        raise ValueError(f"the tokenizer has no {EOT} token")
+    return tok.token_to_id(EOT)
+
+
+def to_turns(record: dict) -> tuple[list[str], bool]:
+    """A record of LLaVA's json -> question, answer, question, ..., and whether there is a picture.
+
+    A greeting by gpt before the first question is dropped. With a picture, the tag that the first question begins or ends
+    with is taken out (its place is always in front); any other <image> is text. ValueError says what is wrong.
+    """
+    said = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(said, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in said):
+        raise ValueError('not a conversation: expected {"id", "image" (optional), "conversations": [{"from": "human", "value": '
+                         '...}, {"from": "gpt", "value": ...}, ...]}, found ' + repr(record)[:80])
+    said = said[1:] if said and said[0].get("from") == "gpt" else said
+    for turn, who in zip(said, ["human", "gpt"] * len(said)):
+        if turn.get("from") != who:
+            raise ValueError(f"wrong speaker: expected human and gpt in turns, found {turn.get('from')!r} in place of {who!r}")
+        if not turn["value"].isascii() and any("\ud800" <= c <= "\udfff" for c in turn["value"]):
+            raise ValueError(f"broken unicode: a lone surrogate in {turn['value'][:40]!r}")
+    if not said or len(said) % 2:
+        raise ValueError("no answer: the conversation " + ("ends with a question" if said else "is empty"))
+    turns = [turn["value"] for turn in said]
+    image = record.get("image") is not None
+    if image:
+        first = turns[0].strip()
+        turns[0] = (first.removeprefix(IMAGE) if first.startswith(IMAGE) else first.removesuffix(IMAGE)).strip()
+    return turns, image
+
+
+def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[int], list[int]]:
+    """LLaVA-Phi's chat template "v0". An odd number of turns leaves the last question open for the model to answer."""
+    eot, ids, labels, text = eot_id(tok), [], [], SYSTEM + " USER: "
+    for i in range(0, len(turns), 2):
+        if image and i == 0:
+            ids = tok.encode(text, add_special_tokens=False).ids + [IMAGE_ID]
+            labels = [IGNORE] * len(ids)
+            text = "\n" if turns[0] else ""
+        text += turns[i] + " ASSISTANT:"
+        answer = " " + turns[i + 1] if i + 1 < len(turns) and turns[i + 1] else ""
+        e = tok.encode(text + answer, add_special_tokens=False)         # one piece: the space belongs to the answer's first token
+        n = e.char_to_token(len(text)) if answer else len(e.ids)        # the answer's first token
+        ids += e.ids
+        labels += [IGNORE] * n + e.ids[n:]
+        if i + 1 < len(turns):
+            ids.append(eot)
+            labels.append(eot)
+        text = "USER: "
+    return ids, labels
+
+
+def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list[int]]:
+    """One record -> ids with at most one IMAGE_ID, and labels; nothing is cut. Equal to the original's with its off-by-one corrected.
+
+    template "v0": every answer token and the end of text after it is supervised. "plain": picture, caption, newline.
+    """
+    assert template in ("plain", "v0"), f"template {template!r} is neither plain nor v0"
+    turns, image = to_turns(record)
+    if template == "v0":
+        return encode_turns(turns, tok, image)
+    if not image or len(turns) != 2:
+        raise ValueError(f"not a caption: pretraining wants an image, a question and its answer, found {len(turns)} turns "
+                         + ("with" if image else "without") + " an image")
+    ids = tok.encode(turns[1] + "\n", add_special_tokens=False).ids
+    return [IMAGE_ID] + ids, [IGNORE] + ids
+
+
+def encode_prompt(turns: list[str], tok: Tokenizer, image: bool) -> list[int]:
+    """Question, answer, ..., question -> the ids before the answer: exactly the beginning of what training sees."""
+    if len(turns) % 2 == 0:
+        raise ValueError(f"a prompt ends with a question: expected an odd number of turns, found {len(turns)}")
+    return encode_turns(turns, tok, image)[0]
+
+
+def expand(ids: list[int], labels: list[int] | None, n_patches: int, block_size: int) -> tuple[list[int], list[int] | None]:
+    """The image slot becomes n_patches times IMAGE_ID. Then a sample is cut to block_size on the right, never in its image;
+    a prompt (labels is None) is never cut: it would lose its question. ValueError where that is not possible."""
+    if IMAGE_ID in ids:
+        at = ids.index(IMAGE_ID)
+        if at + n_patches > block_size:
+            raise ValueError(f"image does not fit: it ends at position {at + n_patches} of {block_size}")
+        ids = ids[:at] + [IMAGE_ID] * n_patches + ids[at + 1:]
+        labels = labels and labels[:at] + [IGNORE] * n_patches + labels[at + 1:]
+    if labels is None and len(ids) > block_size:
+        raise ValueError(f"prompt too long: {len(ids)} positions, the model has {block_size}")
+    return ids[:block_size], labels and labels[:block_size]
+
+
+def collate(samples: list[Sample], image_size: int = 336) -> Batch:
+    """One row, no padding. image_size only gives `images` its shape when there are none."""
+    ids, labels = (np.concatenate([np.asarray(x, dtype=np.int64) for x in xs]) for xs in zip(*[(s.ids, s.labels) for s in samples]))
+    lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)
+    labels[np.cumsum(lengths) - lengths] = IGNORE           # nothing in the same sample comes before its first token
+    slots, rows = np.flatnonzero(ids == IMAGE_ID), np.flatnonzero(labels[1:] != IGNORE)
+    ids[slots] = 0
+    images = [s.image for s in samples if s.image is not None]
+    assert len(slots) % max(len(images), 1) == 0 and bool(len(slots)) == bool(images), f"{len(slots)} slots, {len(images)} images"
+    return Batch(torch.from_numpy(ids), torch.from_numpy(lengths),
+                 torch.stack(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
+                 torch.from_numpy(slots), torch.from_numpy(rows), torch.from_numpy(labels[rows + 1]))
+
+# ---------------------------------------------------------------------------------------------------
+# Records on disk. The json is never held in memory: byte ranges are, and a record is read when it is needed.
+
+BLOCK = 1 << 24                     # bytes looked at in one go
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no value in json")
+
+
+PARSER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def parse(record: bytes) -> dict:
+    try:
+        return PARSER.decode(record.decode("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"not json: {e}") from e
+
+
+def find_records(path: Path) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the records of a json list, or of the lines of a jsonl file."""
+    with open(path, "rb") as f:
+        head = f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if head.startswith(b"["):
+            yield from find_in_list(path, f)
+        elif head.startswith(b"{"):
+            at = f.seek(0)
+            for line in f:
+                if not line.isspace():
+                    yield at, at + len(line)
+                at += len(line)
+        else:
+            raise ValueError(f"{path} is not LLaVA's json: expected a list of records, or one record a line, found {head[:20]!r}")
+
+
+def find_in_list(path: Path, f: BinaryIO) -> Iterator[tuple[int, int]]:
+    """latin-1 makes one character of every byte, so the parser's positions are byte positions; bytes above 127 only
+    occur inside strings, where it looks for nothing but quotes and backslashes."""
+    space = re.compile(r"[ \t\r\n]*")
+    f.seek(0)
+    at, width, first = f.read(BLOCK).index(b"[") + 1, BLOCK, True
+    while True:
+        f.seek(at)
+        text, i = f.read(width).decode("latin-1"), 0
+        try:
+            while True:
+                start = space.match(text, i).end()
+                if first and text[start] == "]":
+                    return
+                end = PARSER.raw_decode(text, start)[1]
+                after = space.match(text, end).end()
+                if text[after] not in ",]":
+                    raise ValueError("expected , or ] after a record")
+                yield at + start, at + end
+                if text[after] == "]":
+                    return
+                i, first = after + 1, False
+        except (ValueError, IndexError, RecursionError) as e:
+            if len(text) < width or width > 16 * BLOCK:     # else it may merely be the end of what was looked at
+                raise ValueError(f"not json: {path}, line {lines_of(path, [at + i])[0]}: {e}; "
+                                 "the record that begins there cannot be read, nor what follows it") from e
+            at, width = at + i, BLOCK if i else 2 * width
+
+
+def lines_of(path: Path, positions: list[int]) -> list[int]:
+    """Line numbers, from 1, of ascending byte positions."""
+    lines, line, at = [], 1, 0
+    with open(path, "rb") as f:
+        for position in positions:
+            while at < position and (block := f.read(min(BLOCK, position - at))):
+                line, at = line + block.count(b"\n"), at + len(block)
+            lines.append(line)
+    return lines
+
+
+def image_path(folder: Path, name: str, follow_links: bool) -> Path:
+    """The file that a record names, which must lie inside the image folder."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"image name: expected one path, found {name!r}")
+    if "://" in name or name.startswith("data:"):
+        raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
+    if "\0" in name or "\\" in name or re.match("[A-Za-z]:", name) or name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"image outside the folder: {name!r}; expected a path relative to the image folder")
+    path = folder / name
+    if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"image outside the folder: {name!r} is a link to {path.resolve()}; --follow-links allows it")
+    return path
+
+
+class Facts(NamedTuple):            # what reading a record tells, without its pixels
+    length: int                     # positions: image expanded, cut to block_size
+    supervised: int                 # tokens
+    image: bool
+    cut: int                        # positions lost to block_size
+
+
+class Index(NamedTuple):            # the facts of all records, as arrays, and where the records are
+    ranges: np.ndarray              # (n, 2) int64, bytes
+    length: np.ndarray              # (n,) int32, as the next three
+    supervised: np.ndarray
+    image: np.ndarray               # 0 or 1
+    cut: np.ndarray
+
+
+class Dataset:
+    """LLaVA's json or jsonl. `index` is made when first asked for: a minute or more for 665 thousand records, once.
+
+    on_bad_sample: "stop" raises at the first, "skip" puts a sample in its place that supervises nothing. cache_dir: where
+    the index and the list of bad samples are written; None: nowhere.
+    """
+
+    def __init__(self, json_path: Path, image_dir: Path, tok: Tokenizer, template: str, image_size: int, image_mode: str,
+                 n_patches: int, block_size: int, on_bad_sample: str = "stop", cache_dir: Path | None = None,
+                 follow_links: bool = False):
+        assert on_bad_sample in ("stop", "skip"), f"on_bad_sample {on_bad_sample!r} is neither stop nor skip"
+        self.path, self.image_dir, self.tok, self.template = Path(json_path), Path(image_dir), tok, template
+        self.image_size, self.image_mode, self.n_patches, self.block_size = image_size, image_mode, n_patches, block_size
+        self.on_bad_sample, self.cache_dir, self.follow_links = on_bad_sample, cache_dir and Path(cache_dir), follow_links
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
+        first = next(find_records(self.path), None)
+        if first is None or not isinstance(record := parse(self.read(first)), dict) or "conversations" not in record:
+            raise ValueError(f"{self.path} is not LLaVA's json: " + ("it has no records" if first is None else
+                             f'expected records with "conversations", found {str(record)[:80]}'))
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.tok.encode_special_tokens = True               # which pickling a tokenizer forgets
+
+    def __len__(self) -> int:
+        return len(self.index.length)
+
+    @cached_property
+    def checksum(self) -> str:
+        with open(self.path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    @cached_property
+    def index(self) -> Index:
+        """From cache_dir if it is there for this json, tokenizer and template; else made and kept there."""
+        if self.cache_dir is None:
+            return self.make_index()
+        key = repr((self.checksum, self.tok.to_str(), self.template, self.n_patches, self.block_size, self.on_bad_sample))
+        path = self.cache_dir / f"index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with open(self.cache_dir / "index.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)                # of several processes one makes it, the others wait and read
+            if not path.exists():
+                part = path.with_suffix(".part.npz")
+                np.savez(part, **self.make_index()._asdict())
+                os.replace(part, path)
+        with np.load(path) as arrays:
+            return Index(**arrays)
+
+    def make_index(self) -> Index:
+        ranges = np.array(list(find_records(self.path)), dtype=np.int64).reshape(-1, 2)
+        chunks = [ranges[i:i + 500] for i in range(0, len(ranges), 500)]
+        looks = parallel(self.look, chunks, workers=os.cpu_count() if len(chunks) > 4 else 0)
+        facts = [f for part in tqdm(looks, "measuring lengths", len(chunks), disable=None, leave=False) for f in part]
+        return Index(ranges, *np.array(facts, dtype=np.int32).reshape(-1, 4).T)
+
+    def look(self, ranges: np.ndarray) -> list[Facts]:
+        """A bad record stops, or is going to be one token that nobody learns."""
+        facts = []
+        for span in ranges.tolist():
+            try:
+                facts.append(self.facts(parse(self.read(span))))
+            except ValueError as e:
+                if self.on_bad_sample == "stop":
+                    raise self.complaint(span, e) from e
+                facts.append(Facts(1, 0, False, 0))
+        return facts
+
+    def facts(self, record: dict) -> Facts:
+        ids, labels = encode(record, self.tok, self.template)
+        image = IMAGE_ID in ids
+        full = len(ids) + image * (self.n_patches - 1)
+        ids, labels = expand(ids, labels, self.n_patches, self.block_size)
+        return Facts(len(ids), len(labels) - labels.count(IGNORE), image, full - len(ids))
+
+    def read(self, span: tuple[int, int]) -> bytes:
+        with open(self.path, "rb") as f:
+            f.seek(span[0])
+            return f.read(span[1] - span[0])
+
+    def complaint(self, span: tuple[int, int], problem: Exception) -> ValueError:
+        name = re.search(rb'"id"\s*:\s*("[^"]*"|\d+)', self.read(span))
+        name = name[1].decode("utf-8", "replace").strip('"') if name else "without an id"
+        return ValueError(f"sample {name}, line {lines_of(self.path, [span[0]])[0]} of {self.path}: {problem}; to see every bad "
+                          f"sample: python data.py check --data {self.path} --images {self.image_dir}")
+
+    def sample(self, i: int) -> Sample:
+        """ValueError names the record's id and line, what is wrong, and the command that finds all like it."""
+        span = self.index.ranges[i].tolist()
+        try:
+            record = parse(self.read(span))
+            ids, labels = expand(*encode(record, self.tok, self.template), self.n_patches, self.block_size)
+            image = None
+            if IMAGE_ID in ids:
+                path = image_path(self.image_dir, record["image"], self.follow_links)
+                image = load_image(path, self.image_size, self.image_mode)
+            return Sample(str(record.get("id", i)), ids, labels, image)
+        except (ValueError, OSError) as e:
+            raise self.complaint(span, e) from e
+
+# ---------------------------------------------------------------------------------------------------
+# The plan: which samples make a step, and who computes them
+
+
+def steps_per_epoch(n: int, global_batch: int) -> int:
+    return -(-n // global_batch)                            # the last step of an epoch may be smaller
+
+
+def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.Generator | None,
+                   shuffle_steps: torch.Generator) -> list[int]:
+    """LLaVA-Phi's group_by_modality_length: runs of world * batch samples that are all pictures or all text.
+
+    lengths are negative for text-only samples. Each run is dealt to the processes by length, the longest first, to the one
+    with the least so far. The last runs of each kind are mixed.
+    """
+    full, left = [], []
+    for kind in (np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)):
+        mixed = kind[torch.randperm(len(kind), generator=shuffle).numpy()]
+        runs = [deal(mixed[i:i + world * batch], np.abs(lengths), world) for i in range(0, len(mixed), world * batch)]
+        full += runs[:-1]
+        left += runs[-1] if runs else []
+    full = [full[i] for i in torch.randperm(len(full), generator=shuffle_steps).tolist()]
+    if len(left) >= world * batch:
+        full.insert(0, left[:world * batch])
+        left = left[world * batch:]
+    return [i for run in full for i in run] + left
+
+
+def deal(run: np.ndarray, lengths: np.ndarray, world: int) -> list[int]:
+    run = sorted(run.tolist(), key=lambda i: -lengths[i])
+    if len(run) % world:
+        return [i for rank in range(world) for i in run[rank::world]]
+    hands, sums = [[] for _ in range(world)], [0] * world
+    for i in run:
+        rank = min((r for r in range(world) if len(hands[r]) < len(run) // world), key=lambda r: sums[r])
+        hands[rank].append(i)
+        sums[rank] += int(lengths[i])
+    return [i for hand in hands for i in hand]
+
+
+def epoch_order(seed: int, index: Index, global_batch: int, group: str, epoch: int) -> np.ndarray:
+    """Every sample once. group "modality_length": the samples of a step are all with a picture, or all without."""
+    assert group in ("none", "modality_length"), f"group {group!r} is neither none nor modality_length"
+    seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    if group == "none":
+        return np.random.default_rng(seed).permutation(len(index.length))
+    generator = torch.Generator().manual_seed(seed)
+    return np.array(modality_order(np.where(index.image, index.length, -index.length), 1, global_batch, generator, generator))
+
+
+def step_samples(step: int, n: int, global_batch: int, order: Callable[[int], np.ndarray]) -> list[int]:
+    """The samples of a global step, whatever the number of processes and the size of micro-batches. order: epoch -> ids."""
+    epoch, k = divmod(step, steps_per_epoch(n, global_batch))
+    return order(epoch)[k * global_batch:(k + 1) * global_batch].tolist()
+
+
+def cost(length: int, image: int) -> float:
+    """Relative time of a training step on a sample: Phi-2's linear layers, its attention, the vision tower (in TFLOP)."""
+    return 0.0151 * length + 0.5e-6 * length ** 2 + 1.1 * image
+
+
+def split(lengths: list[int], images: list[int], world: int, budget: int) -> list[list[list[int]]]:
+    """Deal samples out -> [rank][micro-batch] -> positions in `lengths`; every rank gets the same number of micro-batches.
+
+    As few micro-batches as fit the budget of tokens, then the most expensive sample first, each to the cheapest
+    micro-batch that has room. Which samples share a micro-batch depends on `world` only where the number has to be rounded
+    up. A sample above the budget is alone. Only with fewer samples than ranks is a micro-batch empty.
+    """
+    costs = [cost(length, image) for length, image in zip(lengths, images)]
+    order = sorted(range(len(lengths)), key=lambda i: -costs[i])
+    n = world * max(1, math.ceil(sum(lengths) / budget / world))
+    while (bins := fill(order, lengths, costs, n, budget)) is None:
+        n += world
+    bins.sort(key=lambda b: -sum(costs[i] for i in b))      # ranks wait for each other: let them do equally dear ones together
+    return [bins[rank::world] for rank in range(world)]
+
+
+def fill(order: list[int], lengths: list[int], costs: list[float], n: int, budget: int) -> list[list[int]] | None:
+    bins, tokens, sums = [[] for _ in range(n)], [0] * n, [0.0] * n
+    for i in order:
+        room = [b for b in range(n) if not bins[b] or tokens[b] + lengths[i] <= budget]
+        if not room:
+            return None
+        b = min(room, key=lambda b: sums[b])
+        bins[b].append(i)
+        tokens[b] += lengths[i]
+        sums[b] += costs[i]
+    return [sorted(b) for b in bins]
+
+# ---------------------------------------------------------------------------------------------------
+# Loader
+
+
+class Call:                         # the least that a DataLoader accepts
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __getitem__(self, item):
+        return self.function(item)
+
+
+def ignore_signals(worker: int) -> None:
+    """torchrun signals a whole process group; if workers died of it, the trainer could not save its last checkpoint."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def parallel(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
+    """function(item) for every item, in order, in worker processes of one thread each; 0 workers: here."""
+    return iter(DataLoader(Call(function), batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
+                           prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals, collate_fn=as_it_is,
+                           generator=torch.Generator()))    # its own: the global one belongs to the training
+
+
+def as_it_is(x):
+    return x
+
+
+class Step(NamedTuple):
+    step: int
+    sample_ids: list[int]           # of all ranks: record numbers, from 0
+    batches: list[Batch]            # this rank's micro-batches
+
+
+class Loader:
+    """The steps start_step, ..., steps - 1 of one rank. Pure in (seed, step): to resume is to start at a step, nothing is saved."""
+
+    def __init__(self, dataset: Dataset, *, global_batch: int, micro_tokens: int, rank: int, world: int, seed: int, steps: int,
+                 start_step: int = 0, workers: int = 0, group: str = "none", pin: bool = False):
+        self.dataset, self.global_batch, self.micro_tokens, self.rank, self.world = dataset, global_batch, micro_tokens, rank, world
+        self.seed, self.steps, self.start_step, self.workers, self.group, self.pin = seed, steps, start_step, workers, group, pin
+        self.bad: set[int] = set()
+
+    def __iter__(self) -> Iterator[Step]:
+        planned = deque()                                   # steps whose micro-batches are under way
+        results = parallel(self.make, self.plan(planned), self.workers, self.pin)
+        for first in results:
+            step, ids, n = planned.popleft()
+            made = [first, *islice(results, n - 1)]
+            self.note([b for _, bad in made for b in bad])
+            yield Step(step, ids, [batch for batch, _ in made])
+
+    def plan(self, planned: deque) -> Iterator[list[int]]:
+        """Sample ids of one micro-batch after another, a few steps ahead of the training."""
+        index, n = self.dataset.index, len(self.dataset)
+        order = lru_cache(maxsize=1)(partial(epoch_order, self.seed, index, self.global_batch, self.group))
+        for step in range(self.start_step, self.steps):
+            ids = step_samples(step, n, self.global_batch, order)
+            mine = split(index.length[ids].tolist(), index.image[ids].tolist(), self.world, self.micro_tokens)[self.rank]
+            planned.append((step, ids, len(mine)))
+            yield from ([ids[i] for i in micro] for micro in mine)
+
+    def make(self, ids: list[int]) -> tuple[Batch | None, list[dict]]:
+        """In a worker. Problems travel as values, so that they reach the main process with their sample's name."""
+        nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # supervises nothing, in place of a bad sample
+        samples, bad = [], []
+        for i in ids:
+            try:
+                samples.append(self.dataset.sample(i))
+            except ValueError as e:
+                samples.append(nothing)
+                bad.append({"sample": i, "data": str(self.dataset.path), "problem": str(e)})
+                if self.dataset.on_bad_sample == "stop":
+                    return None, bad
+        return collate(samples or [nothing], self.dataset.image_size), bad
+
+    def note(self, bad: list[dict]) -> None:
+        """Stop, or list them in bad_samples.jsonl, which all ranks share, and give up when it has too many."""
+        if not bad:
+            return
+        if self.dataset.on_bad_sample == "stop":
+            raise ValueError(bad[0]["problem"])
+        if self.dataset.cache_dir:
+            path = self.dataset.cache_dir / "bad_samples.jsonl"
+            with open(path, "ab", buffering=0) as f:        # one write: lines of several processes do not mix
+                f.write("".join(json.dumps(b) + "\n" for b in bad).encode())
+            bad = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.bad |= {b["sample"] for b in bad if b["data"] == str(self.dataset.path)}
+        limit = max(10, len(self.dataset) // 1000)
+        if len(self.bad) > limit:
+            raise ValueError(f"{len(self.bad)} bad samples, more than {limit} (0.1 % of the data, but at least 10). The last: "
+                             + bad[-1]["problem"])
