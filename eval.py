@@ -1,8 +1,8 @@
 """
-Score a model on thirteen benchmarks: generate answers (resumable, any number of processes), then score the answers file.
+Score a model on thirteen benchmarks: generate answers (resumable, on any number of processes), then score them.
 
-Prompts, token limits, parsing and metrics are those of the code behind the published numbers, quirks included: LLaVA and
-LLaVA-Phi's eval scripts, GT-Vision-Lab's VQA scorer, and the POPE, MME, MMMU, MM-Vet and VLMEvalKit (MMBench) scorers.
+Prompts, token limits, parsing and metrics are those of the code behind the published numbers, quirks included: LLaVA's
+and LLaVA-Phi's eval scripts, GT-Vision-Lab's VQA scorer, the scorers of POPE, MME, MMMU, MM-Vet, VLMEvalKit (MMBench).
 Data lies under --root in the layout of LLaVA's playground/data/eval, folder names as they come.
 
 $ python eval.py --task scienceqa                              # generate, score, report: out/eval/scienceqa
@@ -20,6 +20,7 @@ import csv
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -81,19 +82,19 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    metric: str
+    metric: str                                         # what the headline number is
     read: Callable[[Path, Namespace], list[Example]]
-    grade: Callable[[Example, str], Mark]
+    grade: Callable[[Example, str], Mark] | None        # None: a judge does it
     summarise: Callable[[list[Example], list[Mark]], Score]
     get: str                                            # where the data comes from
-    splits: dict[str, int]                              # name -> official number of questions (0: any); the first is the default
+    splits: dict[str, int]                              # name -> official number of questions (0: any); the default first
     folders: tuple[str, ...] = ()                       # names of its folder under --root
-    files: dict[str, str] = field(default_factory=dict) # file -> first 16 hex of the official sha256 ("": not known)
+    files: dict[str, str] = field(default_factory=dict)     # file -> start of the official sha256 ("": not known)
     published: tuple[float | None, ...] = (None,) * 4   # the models of PUBLISHED
     max_new_tokens: int = 128
     paper_mode: str = "pad"                             # image mode behind the published tables
     repeated_ids: bool = False                          # question_id names the image, not the question
-    export: Callable[[list[Example], list[str], Path, Path], Path] | None = None     # writes the submission file
+    export: Callable[[list[Example], list[str], Path, Path], Path] | None = None    # writes the submission file
     judge: Callable[[list[Example], list[str], Namespace, Path], list[Mark]] | None = None
 
 # ----------------------------------------------------------------------------------------------------
@@ -107,11 +108,12 @@ ARTICLES = {"a", "an", "the"}
 
 def _contractions() -> dict[str, str]:
     """The 120 spellings without (all) apostrophes that the VQA scorers repair. A test holds their checksum."""
-    one = """'twas I'm I've ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
-        how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've
-        shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
-        there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've when's where'd where's
-        where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"""
+    one = """'twas I'm I've ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's
+        how'd how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't
+        shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll
+        that's there'd there're there's they'd they'll they're they've wasn't we've weren't what'll what're what's
+        what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't
+        y'all you'd you'll you're you've"""
     two = """I'd've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
         something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"""
     table = {form.replace("'", ""): form for form in one.split()}
@@ -124,7 +126,7 @@ CONTRACTIONS = _contractions()
 
 
 def _punctuation_and_words(text: str, glue: str) -> str:
-    """The half that both normalisers share; `glue`: a pattern of commas between digits that changes what marks become."""
+    """What both normalisers share. glue: commas between digits that make every mark vanish instead of becoming a space."""
     glued = re.search(glue, text)
     out = text
     for mark in PUNCTUATION:
@@ -337,7 +339,8 @@ def grade_mme(example: Example, text: str) -> Mark:
 
 def grade_mmbench(example: Example, text: str) -> Mark:
     letter = mmbench_letter(text, example.info["options"])
-    return Mark(float(letter == example.truth), letter or "", letter is None, raw=(float(text.strip() == example.truth),))
+    strict = float(text.strip() == example.truth)
+    return Mark(float(letter == example.truth), letter or "", letter is None, (strict,))
 
 
 def grade_seedbench(example: Example, text: str) -> Mark:
@@ -368,8 +371,11 @@ def interval_of_mean(points: list[float]) -> tuple[float, float, str]:
     return 100 * max(0.0, p - half), 100 * min(1.0, p + half), "normal"
 
 
-def bootstrap(counts: list[list[float]], metric: Callable[[np.ndarray], np.ndarray], unit: str) -> tuple[float, float, str]:
-    """For a metric of summed counts. counts (n, k), one row per resampled unit; metric (..., k) -> (...)."""
+Metric = Callable[[np.ndarray], np.ndarray]         # summed counts (..., k) -> (...)
+
+
+def bootstrap(counts: list[list[float]] | np.ndarray, metric: Metric, unit: str) -> tuple[float, float, str]:
+    """Interval of a metric of summed counts (n, k), one row for each resampled unit."""
     counts, rng = np.array(counts, dtype=float), np.random.default_rng(0)
     weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=1000)        # (draws, n)
     low, high = np.percentile(metric(weights @ counts), [2.5, 97.5])
@@ -404,9 +410,9 @@ def summarise_shapes(examples: list[Example], marks: list[Mark]) -> Score:
     """Sighted questions; the same questions about a blank image, and chance, beside them."""
     pairs = list(zip(examples, marks))
     seen, blank = [[p for p in pairs if (p[0].image == BLANK) == b] for b in (False, True)]
-    others = {"chance": 100 * mean([e.info["chance"] for e, _ in seen]), "blank image": 100 * mean([m.points for _, m in blank])}
+    chance, blind = mean([e.info["chance"] for e, _ in seen]), mean([m.points for _, m in blank])
     score = accuracy(*zip(*seen))
-    return score._replace(others=others | score.others)
+    return score._replace(others={"chance": 100 * chance, "blank image": 100 * blind} | score.others)
 
 
 def summarise_vizwiz(examples: list[Example], marks: list[Mark]) -> Score:
@@ -422,7 +428,7 @@ def summarise_pope(examples: list[Example], marks: list[Mark]) -> Score:
     kinds = sorted({example.labels[0] for example in examples})
     images = defaultdict(lambda: np.zeros((len(kinds), 4)))             # tp, fp, fn, tn of each kind
     for example, mark in zip(examples, marks):
-        cell = [("yes", 1), ("no", 0), ("yes", 0), ("no", 1)].index((example.truth, mark.points))      # truth, was it hit
+        cell = [("yes", 1), ("no", 0), ("yes", 0), ("no", 1)].index((example.truth, mark.points))
         images[example.image][kinds.index(example.labels[0]), cell] += 1
     counts = np.array([image.ravel() for image in images.values()])
     by_kind = lambda sums: sums.reshape(*sums.shape[:-1], len(kinds), 4)
@@ -470,7 +476,8 @@ def summarise_mmbench(examples: list[Example], marks: list[Mark]) -> Score:
     strict = [float(all(m.raw[0] for _, m in pairs)) for pairs in rounds.values()]
     single = [mark.points for example, mark in zip(examples, marks) if example.question_id < 1_000_000]
     score = accuracy(firsts, circular)
-    return score._replace(others={"circular, bare letters only": 100 * mean(strict), "single pass": 100 * mean(single)} | score.others)
+    others = {"circular, bare letters only": 100 * mean(strict), "single pass": 100 * mean(single)}
+    return score._replace(others=others | score.others)
 
 
 def summarise_mmmu(examples: list[Example], marks: list[Mark]) -> Score:
@@ -501,7 +508,8 @@ def summarise_llavabench(examples: list[Example], marks: list[Mark]) -> Score:
     others = {}
     for kind in sorted({kind for kind, _ in rows}) + ["all"]:
         total = np.sum([row for k, row in rows if kind in (k, "all")], axis=0)
-        others |= {kind: float(ratio(total)), f"{kind} reference": 10 * total[0] / total[2], f"{kind} candidate": 10 * total[1] / total[2]}
+        reference, candidate = map(float, 10 * total[:2] / total[2])
+        others |= {kind: float(ratio(total)), f"{kind} reference": reference, f"{kind} candidate": candidate}
     counts = [row for _, row in rows]
     return Score(others["all"], *bootstrap(counts, ratio, "questions"), others)
 
@@ -569,7 +577,8 @@ def need(folder: Path, *names: str) -> Path:
     """The first of these that exists."""
     if found := find(folder, *names):
         return found
-    raise FileNotFoundError(f"{folder / names[0]} is missing" + "".join(f" (nor is there {name})" for name in names[1:]))
+    others = "".join(f" (nor is there {name})" for name in names[1:])
+    raise FileNotFoundError(f"{folder / names[0]} is missing{others}")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -596,7 +605,7 @@ def read_shapes(folder: Path, options: Namespace) -> list[Example]:
 def read_own(folder: Path, options: Namespace) -> list[Example]:
     """--questions: jsonl with question_id, text, and perhaps image, answer (one or a list), category."""
     if not options.questions:
-        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, and answer where known) and --images DIR")
+        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, answer where known) and --images DIR")
     examples = []
     for i, row in enumerate(read_jsonl(Path(options.questions))):
         if row.get("image") and not options.images:
@@ -629,27 +638,26 @@ def read_vqav2(folder: Path, options: Namespace) -> list[Example]:
 
 
 def read_gqa(folder: Path, options: Namespace) -> list[Example]:
-    folder = need(folder, "data")
-    images, name = need(folder, "images"), "testdev_balanced_questions.json"
-    examples = []
-    for question_id, row in read_json(need(folder, name, f"questions1.2/{name}", f"questions/{name}")).items():
+    name, examples = "testdev_balanced_questions.json", []
+    for question_id, row in read_json(need(folder / "data", name, f"questions1.2/{name}", f"questions/{name}")).items():
         kind = row["types"]
         labels = ("open" if kind["structural"] == "query" else "binary",
                   f"structural {kind['structural']}", f"semantic {kind['semantic']}")
-        image = inside(images, row["imageId"] + ".jpg")
+        image = inside(folder / "data/images", row["imageId"] + ".jpg")
         examples.append(Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], labels))
     return examples
 
 
 def read_vizwiz(folder: Path, options: Namespace) -> list[Example]:
+    images = folder / options.split
     if options.split == "test" and (ours := find(folder, "llava_test.jsonl")):
-        return [Example(row["question_id"], inside(folder / "test", row["image"]), row["text"]) for row in read_jsonl(ours)]
+        return [Example(row["question_id"], inside(images, row["image"]), row["text"]) for row in read_jsonl(ours)]
     examples = []
     for i, row in enumerate(read_json(need(folder, f"{options.split}.json", f"Annotations/{options.split}.json"))):
         prompt = f"{row['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
         humans = [answer["answer"] for answer in row["answers"]] if "answers" in row else None
         labels = (row["answer_type"],) if humans else ()
-        examples.append(Example(i, inside(folder / options.split, row["image"]), prompt, humans, labels))
+        examples.append(Example(i, inside(images, row["image"]), prompt, humans, labels))
     return examples
 
 
@@ -690,8 +698,8 @@ def read_textvqa(folder: Path, options: Namespace) -> list[Example]:
     else:
         rosetta = read_json(need(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"] if options.ocr else []
         tokens = {row["image_id"]: ", ".join(row["ocr_tokens"]) for row in rosetta}
-        rows = [(row["image_id"], [row["question"].capitalize(), f"Reference OCR token: {tokens.get(row['image_id'], '')}", SHORT])
-                for row in official]
+        ocr = lambda row: f"Reference OCR token: {tokens.get(row['image_id'], '')}"
+        rows = [(row["image_id"], [row["question"].capitalize(), ocr(row), SHORT]) for row in official]
     humans = defaultdict(list)                  # (image, question) -> the answers of each such question
     for row in official:
         humans[row["image_id"], row["question"].lower()].append(row["answers"])
@@ -699,7 +707,7 @@ def read_textvqa(folder: Path, options: Namespace) -> list[Example]:
     for image_id, lines in rows:
         answers = humans[image_id, lines[0].lower()]
         if not answers or len(answers[0]) != 10:
-            raise ValueError(f"no ten answers in TextVQA_0.5.1_val.json for the question {lines[0]!r} about image {image_id}")
+            raise ValueError(f"TextVQA_0.5.1_val.json has no ten answers to the question {lines[0]!r} about {image_id}")
         prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
         truth = answers.pop(0) if len(answers) > 1 else answers[0]
         examples.append(Example(image_id, inside(folder / "train_images", f"{image_id}.jpg"), prompt, truth))
@@ -710,20 +718,22 @@ POPE_OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 
 
 def read_pope(folder: Path, options: Namespace) -> list[Example]:
-    """Labels are joined by image and question: by position, the 3,000 random rows of POPE's HEAD misalign in silence."""
+    """Labels are joined by image and question: by position the 3,000 random rows of POPE's HEAD misalign in silence."""
     key = lambda kind, row: (kind, row["image"], row["text"].split("\n")[0].replace("imange", "image"))
     labels, rows = {}, []
     for kind, offset in POPE_OFFSETS.items():
         for row in read_jsonl(need(folder, f"coco/coco_pope_{kind}.json")):
             labels[key(kind, row)] = row["label"]
-            rows.append({**row, "category": kind, "question_id": row["question_id"] + offset, "text": f"{row['text']}\n{SHORT}"})
+            text = f"{row['text']}\n{SHORT}"
+            rows.append({**row, "category": kind, "question_id": row["question_id"] + offset, "text": text})
     if ours := find(folder, "llava_pope_test.jsonl"):
         rows = read_jsonl(ours)
     examples = []
     for row in rows:
-        if (label := labels.get(key(row["category"], row))) is None:
-            raise ValueError(f"question {row['question_id']} of llava_pope_test.jsonl has no label in coco_pope_{row['category']}.json")
-        examples.append(Example(row["question_id"], inside(folder / "val2014", row["image"]), row["text"], label, (row["category"],)))
+        kind, image = row["category"], inside(folder / "val2014", row["image"])
+        if (label := labels.get(key(kind, row))) is None:
+            raise ValueError(f"question {row['question_id']} has no label in coco_pope_{kind}.json, which is another version")
+        examples.append(Example(row["question_id"], image, row["text"], label, (kind,)))
     return examples
 
 
@@ -733,7 +743,7 @@ def read_mme_labels(release: Path) -> dict[tuple[str, str, str], tuple[str, str]
     for subtask in PERCEPTION + COGNITION:
         images = find(release / subtask, "images") or release / subtask
         texts = find(release / subtask, "questions_answers_YN") or release / subtask
-        names = {path.stem: path.name for path in sorted(images.iterdir()) if path.suffix != ".txt"} if images.is_dir() else {}
+        names = {path.stem: path.name for path in sorted(images.glob("*")) if path.suffix != ".txt"}
         for path in sorted(texts.glob("*.txt")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 question, answer = line.strip().split("\t")
@@ -765,29 +775,30 @@ def read_mme(folder: Path, options: Namespace) -> list[Example]:
 
 
 MMBENCH_ABBREVIATIONS = {
-    "coarse_perception": "CP", "finegrained_perception (instance-level)": "FP-S", "finegrained_perception (cross-instance)": "FP-C",
-    "logic_reasoning": "LR", "relation_reasoning": "RR", "attribute_reasoning": "AR"}
+    "coarse_perception": "CP", "finegrained_perception (instance-level)": "FP-S",
+    "finegrained_perception (cross-instance)": "FP-C", "logic_reasoning": "LR", "relation_reasoning": "RR",
+    "attribute_reasoning": "AR"}
+MMBENCH_SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")     # the submission's columns
 
 
 def reader_of_mmbench(instruction: str, *names: str) -> Callable[[Path, Namespace], list[Example]]:
     """The file holds the rotations as rows of their own, index = question + round * 1,000,000; none are made here."""
     def read(folder: Path, options: Namespace) -> list[Example]:
-        rows = read_tsv(need(folder, *(name.format(split=options.split, SPLIT=options.split.upper()) for name in names)))
+        split = {"split": options.split, "SPLIT": options.split.upper()}
+        rows = read_tsv(need(folder, *(name.format(**split) for name in names)))
         cell = lambda row, name: "" if (row.get(name) or "").lower() in ("", "nan", "none") else row[name]
         pictures, shared, examples = {row["index"]: row["image"] for row in rows}, {}, []
         for row in rows:
-            given = {letter: cell(row, letter) for letter in "ABCD"}
-            last = next((letter for letter in "ABCD" if not given[letter]), "E")
-            choices = {letter: option for letter, option in given.items() if letter < last}
-            question = "\n".join(filter(None, [cell(row, "hint"), row["question"]]))
-            prompt = "\n".join([question, *(f"{letter}. {option}" for letter, option in choices.items()), instruction])
+            choices = dict(itertools.takewhile(lambda choice: choice[1], [(x, cell(row, x)) for x in "ABCD"]))
+            options_lines = [f"{letter}. {option}" for letter, option in choices.items()]
+            prompt = "\n".join([*filter(None, [cell(row, "hint")]), row["question"], *options_lines, instruction])
             picture = pictures[row["image"]] if len(row["image"]) < 64 else row["image"]    # an index of another row
             picture = base64.b64decode(picture)
-            category, parent = cell(row, "category"), cell(row, "l2-category")
+            parent, category = cell(row, "l2-category"), cell(row, "category")
             labels = tuple(filter(None, [MMBENCH_ABBREVIATIONS.get(parent, parent), category]))
-            info = {"options": choices, "row": {k: row[k] for k in ("index", "question", *"ABCD", "answer", "split") if k in row}}
-            examples.append(Example(int(float(row["index"])), shared.setdefault(picture, picture), prompt, cell(row, "answer") or None,
-                                    labels, info))
+            sheet = {x: cell(row, x) if x in "ABCD" else row[x] for x in MMBENCH_SHEET if x in row}
+            examples.append(Example(int(float(row["index"])), shared.setdefault(picture, picture), prompt,
+                                    cell(row, "answer") or None, labels, {"options": choices, "row": sheet}))
         return examples
     return read
 
@@ -797,7 +808,8 @@ def read_mmvet(folder: Path, options: Namespace) -> list[Example]:
     for key, row in read_json(need(folder, "mm-vet.json")).items():
         number = int(key.removeprefix("v1_"))
         labels = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
-        examples.append(Example(number, inside(folder / "images", row["imagename"]), row["question"], row["answer"], labels))
+        image = inside(folder / "images", row["imagename"])
+        examples.append(Example(number, image, row["question"], row["answer"], labels))
     return examples
 
 
@@ -834,16 +846,18 @@ def read_llavabench(folder: Path, options: Namespace) -> list[Example]:
 
 
 MMMU_DOMAINS = {
-    "Art & Design": "Art Art_Theory Design Music", "Business": "Accounting Economics Finance Manage Marketing",
+    "Art & Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
     "Science": "Biology Chemistry Geography Math Physics",
-    "Health & Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy Public_Health",
+    "Health & Medicine": """Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy
+                            Public_Health""",
     "Humanities & Social Science": "History Literature Sociology Psychology",
-    "Tech & Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power Materials "
-                          "Mechanical_Engineering"}
+    "Tech & Engineering": """Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power
+                             Materials Mechanical_Engineering"""}
 
 
 def read_mmmu(folder: Path, options: Namespace) -> list[Example]:
-    """The parquet rows as jsonl (the README has the five lines that convert them); image_1 is a file name in images/."""
+    """The parquet rows as jsonl (the README has the lines that convert them); image_1 is a file name in images/."""
     domains = {subject: domain for domain, subjects in MMMU_DOMAINS.items() for subject in subjects.split()}
     answers = read_json(path) if options.split == "val" and (path := find(folder, "answer_dict_val.json")) else {}
     examples = []
@@ -863,11 +877,6 @@ def read_mmmu(folder: Path, options: Namespace) -> list[Example]:
 
 # ----------------------------------------------------------------------------------------------------
 # Submission files: checked first, then written whole
-
-
-def complete(examples: list[Example], official: int, name: str) -> None:
-    if len(examples) != official:
-        raise ValueError(f"{name} is not written: the server wants all {official:,} questions, these are {len(examples):,}")
 
 
 def export_vqav2(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -908,35 +917,36 @@ def export_seedbench(examples: list[Example], texts: list[str], folder: Path, ou
 
 
 def export_mmbench(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    columns = ["index", "question", "A", "B", "C", "D", "prediction"] + [
-        name for name in ("answer", "split") if name in examples[0].info["row"]]
-    missing = lambda cell: cell.lower() in ("nan", "none")
+    """A sheet with the columns of the .tsv (answer only if it has one), index as a number, missing options empty."""
+    columns = [name for name in MMBENCH_SHEET if name in examples[0].info["row"] or name == "prediction"]
     table = [columns]
     for example, text in zip(examples, texts):
-        row = {**example.info["row"], "prediction": text}
-        cells = [row.get(name) or "" for name in columns[1:]]
-        table.append([example.question_id, *("" if missing(cell) and name in "ABCD" else cell for name, cell in zip(columns[1:], cells))])
+        row = {**example.info["row"], "index": example.question_id, "prediction": text}
+        table.append([row[name] or "" for name in columns])
     return write_xlsx(out / "mmbench.xlsx", table)
 
 
+OOXML = "http://schemas.openxmlformats.org"
+SHEET, TYPES = f"{OOXML}/spreadsheetml/2006/main", "application/vnd.openxmlformats"
+RELS, REL = f"{OOXML}/package/2006/relationships", f"{OOXML}/officeDocument/2006/relationships"
 XLSX = {
-    "[Content_Types].xml": """<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types">
-<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>
-<Override PartName="/xl/workbook.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/>
-<Override PartName="/xl/worksheets/sheet1.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.worksheet+xml"/>
+    "[Content_Types].xml": f"""<Types xmlns="{OOXML}/package/2006/content-types">
+<Default Extension="rels" ContentType="{TYPES}-package.relationships+xml"/>
+<Override PartName="/xl/workbook.xml" ContentType="{TYPES}-officedocument.spreadsheetml.sheet.main+xml"/>
+<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{TYPES}-officedocument.spreadsheetml.worksheet+xml"/>
 </Types>""",
-    "_rels/.rels": """<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="rId1"
- Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
-    "xl/workbook.xml": """<workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"
- xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>""",
-    "xl/_rels/workbook.xml.rels": """<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="rId1"
- Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" Target="worksheets/sheet1.xml"/></Relationships>"""}
-SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+    "_rels/.rels": f"""<Relationships xmlns="{RELS}">
+<Relationship Id="rId1" Type="{REL}/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
+    "xl/workbook.xml": f"""<workbook xmlns="{SHEET}" xmlns:r="{REL}">
+<sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>""",
+    "xl/_rels/workbook.xml.rels": f"""<Relationships xmlns="{RELS}">
+<Relationship Id="rId1" Type="{REL}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>"""}
 
 
 def xlsx_text(text: str) -> str:
     """What a cell can hold: no control characters, at most 32,767 of the rest."""
-    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text).replace("\r\n", "\n").replace("\r", "\n")[:32767]
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text)[:32767]
 
 
 def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
@@ -949,13 +959,13 @@ def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
         return f'<c r="{at}" t="inlineStr"><is><t xml:space="preserve">{value}</t></is></c>' if value else ""
 
     assert len(table[0]) <= len(LETTERS), f"{len(table[0])} columns do not fit A to Z"
-    rows = "".join(f'<row r="{r}">' + "".join(cell(v, c, r) for c, v in enumerate(row)) + "</row>" for r, row in enumerate(table, 1))
+    cells = ["".join(cell(v, c, r) for c, v in enumerate(row)) for r, row in enumerate(table, 1)]
+    rows = "".join(f'<row r="{r}">{row}</row>' for r, row in enumerate(cells, 1))
     parts = XLSX | {"xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SHEET}"><sheetData>{rows}</sheetData></worksheet>'}
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+    packed, head = io.BytesIO(), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
+    with zipfile.ZipFile(packed, "w") as z:
         for name, xml in parts.items():         # a fixed date: the same answers make the same file
-            z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + xml,
-                       zipfile.ZIP_DEFLATED)
+            z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), head + xml, zipfile.ZIP_DEFLATED)
     back, meant = read_xlsx(packed), [[xlsx_text(v) if isinstance(v, str) else v for v in row] for row in table]
     assert back == meant, f"{path} does not read back as it was written"
     return write_whole(path, packed.getvalue())
@@ -970,14 +980,14 @@ def read_xlsx(file: Path | io.BytesIO) -> list[list[int | str]]:
         cells = {c.get("r")[0]: c for c in row}
         table.append([""] * (len(table[0]) if table else len(cells)))
         for letter, c in cells.items():
-            number = c.find("s:v", ns)
-            table[-1][LETTERS.index(letter)] = int(number.text) if number is not None else c.find(".//s:t", ns).text or ""
+            number, text = c.find("s:v", ns), c.find(".//s:t", ns)
+            table[-1][LETTERS.index(letter)] = text.text if number is None else int(number.text)
     return table
 
 # ----------------------------------------------------------------------------------------------------
 # Judges: an existing grade or review file, or any OpenAI-compatible endpoint (--judge-url). Kept answer by answer.
 
-MMVET_INSTRUCTION = """Rate how correct a prediction is, from 0.0 (all wrong) through 0.1, 0.2 and so on to 1.0 (all right).
+MMVET_INSTRUCTION = """Rate how correct a prediction is: 0.0 (all wrong), 0.1, 0.2 and so on to 1.0 (all right).
 <AND> in the ground truth: all of its parts must be there for 1.0. <OR>: any one of its parts is enough.
 Reply with the number only.
 
@@ -989,13 +999,13 @@ Where is this? | Rome <OR> the Colosseum | It looks like the Colosseum. | 1.0
 """
 LLAVABENCH_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 LLAVABENCH_INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
-Rate helpfulness, relevance, accuracy and detail of each answer from 1 to 10. Write the two ratings on the first line,
-assistant 1 first, as two numbers with one space between them and nothing else; then explain, without regard to their order."""
+Rate helpfulness, relevance, accuracy and detail of each answer from 1 to 10, without regard to their order.
+Write the two ratings on the first line, assistant 1 first, with one space between them and nothing else; then explain."""
 
 
 def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_tokens: int) -> str:
     """One chat completion. ValueError: the endpoint failed; what is already graded is kept."""
-    from urllib.request import Request, urlopen         # the only network access, and only where the user gave the address
+    from urllib.request import Request, urlopen         # the only network access, to an address that the user gave
     body = {"model": options.judge_model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("JUDGE_API_KEY"):
@@ -1007,7 +1017,7 @@ def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_
         with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=options.judge_timeout) as reply:
             return json.loads(reply.read(1 << 24))["choices"][0]["message"]["content"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise ValueError(f"the judge at {url} failed ({e}); grades so far are kept, run again with --score to go on") from e
+        raise ValueError(f"the judge at {url} failed ({e}); its grades so far are kept, run this again to go on") from e
 
 
 def judge_file(task: str, texts: list[str], options: Namespace, out: Path, ending: str) -> Path | None:
@@ -1059,20 +1069,22 @@ def judge_llavabench(examples: list[Example], texts: list[str], options: Namespa
     path = judge_file("llavabench", texts, options, out, "-review.jsonl")
     if path is None:
         return [Mark(None)] * len(examples)
-    reviews = {row["question_id"]: row for row in read_jsonl(path, torn=not options.grades)} if path.exists() or options.grades else {}
+    rows = read_jsonl(path) if path.exists() or options.grades else []
+    reviews = {row["question_id"]: row for row in rows}
     for example, text in zip(examples, texts):
-        if example.question_id not in reviews:
+        if (number := example.question_id) not in reviews:
             if not options.judge_url:
-                raise ValueError(f"{path} has no review of question {example.question_id}: expected all {len(examples)}")
-            reviews[example.question_id] = review_llavabench(example, text, options)
+                raise ValueError(f"{path} has no review of question {number}: expected all {len(examples)}")
+            reviews[number] = review_llavabench(example, text, options)
             write_whole(path, "".join(json.dumps(row) + "\n" for row in reviews.values()))
     pairs = [llavabench_pair(reviews[e.question_id]["content"]) for e in examples]
-    return [Mark(ours / 10, raw=(reference, ours)) if reference > 0 else Mark(None, unparsed=True) for reference, ours in pairs]
+    return [Mark(pair[1] / 10, raw=pair) if pair[0] > 0 else Mark(None, unparsed=True) for pair in pairs]
 
 
 def review_llavabench(example: Example, text: str, options: Namespace) -> dict:
-    sections = {"Context": example.truth["context"], "Question": example.prompt, "Assistant 1": example.truth["reference"], "Assistant 2": text}
-    prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in sections.items()) + LLAVABENCH_INSTRUCTION
+    truth = example.truth
+    parts = [("Context", truth["context"]), ("Question", example.prompt), ("Assistant 1", truth["reference"]), ("Assistant 2", text)]
+    prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in parts) + LLAVABENCH_INSTRUCTION
     messages = [{"role": "system", "content": LLAVABENCH_SYSTEM}, {"role": "user", "content": prompt}]
     content = ask_judge(options, messages, 0.2, 1024)
     return {"question_id": example.question_id, "category": f"llava_bench_{example.labels[0]}", "content": content,
@@ -1083,80 +1095,92 @@ def review_llavabench(example: Example, text: str, options: Namespace) -> dict:
 
 EVAL_ZIP = "question files: LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy"
 COCO = "http://images.cocodataset.org/zips"
-PUBLISHED = ("LLaVA-Phi-3B", "Mipha-3B", "LLaVA-1.5-7B", "CLIP-L/336 + Phi-2 *")     # *: TinyLLaVA-Factory's base recipe
 PAPER = ("vqav2", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmvet")
-MMBENCH_GET = "https://github.com/open-compass/MMBench (the original .tsv files, not VLMEvalKit's)"
+PUBLISHED = ("LLaVA-Phi-3B", "Mipha-3B", "LLaVA-1.5-7B", "TinyLLaVA *")     # *: CLIP-L/336 + Phi-2, base recipe
 
 TASKS = {
     "vqav2": Task(
         "soft accuracy", read_vqav2, grade_vqav2, accuracy,
         f"{COCO}/test2015.zip (val: val2014.zip), https://visualqa.org/download.html; {EVAL_ZIP}",
-        {"test-dev": 107_394, "val": 214_354}, ("vqav2",), {"llava_vqav2_mscoco_test-dev2015.jsonl": "6e6ab639404fa18c"},
-        (71.4, 81.3, 78.5, 76.8), export=export_vqav2),
+        splits={"test-dev": 107_394, "val": 214_354}, folders=("vqav2",),
+        files={"llava_vqav2_mscoco_test-dev2015.jsonl": "6e6ab639404fa18c"},
+        published=(71.4, 81.3, 78.5, 76.8), export=export_vqav2),
     "gqa": Task(
         "accuracy", read_gqa, grade_gqa, accuracy,
         "https://cs.stanford.edu/people/dorarad/gqa/download.html: images.zip and questions1.2.zip, both into gqa/data",
-        {"testdev": 12_578}, ("gqa",), {"data/testdev_balanced_questions.json": "14039069c0b3c797",
-                                        "data/questions1.2/testdev_balanced_questions.json": "14039069c0b3c797",
-                                        "llava_gqa_testdev_balanced.jsonl": "515aab3142889269"},
-        (None, 63.9, 62.0, 59.4), export=export_gqa),
+        splits={"testdev": 12_578}, folders=("gqa",),
+        files={"data/testdev_balanced_questions.json": "14039069c0b3c797",
+               "data/questions1.2/testdev_balanced_questions.json": "14039069c0b3c797"},
+        published=(None, 63.9, 62.0, 59.4), export=export_gqa),
     "vizwiz": Task(
         "soft accuracy", read_vizwiz, grade_textvqa, summarise_vizwiz,
         f"https://vizwiz.org/tasks-and-datasets/vqa: Annotations.zip, test.zip (val.zip); {EVAL_ZIP}",
-        {"test": 8_000, "val": 4_319}, ("vizwiz",), {"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
-        (35.9, 45.7, 50.0, None), export=export_vizwiz),
+        splits={"test": 8_000, "val": 4_319}, folders=("vizwiz",),
+        files={"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
+        published=(35.9, 45.7, 50.0, None), export=export_vizwiz),
     "scienceqa": Task(
         "accuracy on questions with an image", read_scienceqa, grade_scienceqa, accuracy_on("IMG"),
-        f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, test.zip into images/test; {EVAL_ZIP}",
-        {"test": 4_241}, ("scienceqa",), {"llava_test_CQM-A.json": "a2dc5ea9fba561b0", "pid_splits.json": "85c7820b9f136e57",
-                                          "problems.json": ""},
-        (68.4, 70.9, 66.8, 71.2), 1024, "crop"),
+        f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, images/test; {EVAL_ZIP}",
+        splits={"test": 4_241}, folders=("scienceqa",),
+        files={"llava_test_CQM-A.json": "a2dc5ea9fba561b0", "pid_splits.json": "85c7820b9f136e57", "problems.json": ""},
+        published=(68.4, 70.9, 66.8, 71.2), max_new_tokens=1024, paper_mode="crop"),
     "textvqa": Task(
         "soft accuracy", read_textvqa, grade_textvqa, accuracy,
         f"https://textvqa.org/dataset: TextVQA_0.5.1_val.json, train_val_images.zip; {EVAL_ZIP}",
-        {"val": 5_000}, ("textvqa",), {"llava_textvqa_val_v051_ocr.jsonl": "9f60db6fb89e3692", "TextVQA_0.5.1_val.json": ""},
-        (48.6, 56.6, 58.2, 53.4), repeated_ids=True),
+        splits={"val": 5_000}, folders=("textvqa",),
+        files={"llava_textvqa_val_v051_ocr.jsonl": "9f60db6fb89e3692", "TextVQA_0.5.1_val.json": ""},
+        published=(48.6, 56.6, 58.2, 53.4), repeated_ids=True),
     "pope": Task(
         "mean F1 of the three kinds", read_pope, grade_pope, summarise_pope,
-        f"{COCO}/val2014.zip; coco/ from https://github.com/AoiDragon/POPE/tree/e3e39262/output (its HEAD has 3,000 random rows,"
-        f" the published scores 2,910); {EVAL_ZIP}",
-        {"all": 8_910}, ("pope",),
-        {"llava_pope_test.jsonl": "1d3b41f0dced74b4", "coco/coco_pope_adversarial.json": "1d8f0906a9b50c05",
-         "coco/coco_pope_popular.json": "5b16653023bf4f64", "coco/coco_pope_random.json": "c16b65d2df6d70bb"},
-        (85.0, 86.7, 85.9, 86.8)),
+        f"{COCO}/val2014.zip; coco/ from https://github.com/AoiDragon/POPE/tree/e3e39262/output (HEAD has 3,000 random"
+        f" questions, the published scores are on 2,910); {EVAL_ZIP}",
+        splits={"all": 8_910}, folders=("pope",),
+        files={"llava_pope_test.jsonl": "1d3b41f0dced74b4", "coco/coco_pope_adversarial.json": "1d8f0906a9b50c05",
+               "coco/coco_pope_popular.json": "5b16653023bf4f64", "coco/coco_pope_random.json": "c16b65d2df6d70bb"},
+        published=(85.0, 86.7, 85.9, 86.8)),
     "mme": Task(
         "perception (of 2,000)", read_mme, grade_mme, summarise_mme,
-        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation: MME_Benchmark_release_version; " + EVAL_ZIP,
-        {"all": 2_374}, ("MME", "mme"), {"llava_mme.jsonl": "9f67707cb72d2a71"}, (1335.1, 1488.9, 1510.7, 1448.6), repeated_ids=True),
+        "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation:"
+        f" MME_Benchmark_release_version; {EVAL_ZIP}",
+        splits={"all": 2_374}, folders=("MME", "mme"), files={"llava_mme.jsonl": "9f67707cb72d2a71"},
+        published=(1335.1, 1488.9, 1510.7, 1448.6), repeated_ids=True),
     "mmbench": Task(
-        "circular accuracy", reader_of_mmbench(LETTER, "mmbench_{split}_20230712.tsv", "MMBench_{SPLIT}_EN_legacy.tsv"), grade_mmbench,
-        summarise_mmbench, MMBENCH_GET, {"dev": 4_377, "test": 0}, ("mmbench",), {"mmbench_dev_20230712.tsv": ""},
-        (59.8, 69.7, 64.3, None), 1024, export=export_mmbench),
+        "circular accuracy",
+        reader_of_mmbench(LETTER, "mmbench_{split}_20230712.tsv", "MMBench_{SPLIT}_EN_legacy.tsv"),
+        grade_mmbench, summarise_mmbench, "https://github.com/open-compass/MMBench (the legacy .tsv files)",
+        splits={"dev": 4_377, "test": 0}, folders=("mmbench",), files={"mmbench_dev_20230712.tsv": ""},
+        published=(59.8, 69.7, 64.3, None), max_new_tokens=1024, export=export_mmbench),
     "mmbench_cn": Task(
-        "circular accuracy", reader_of_mmbench(LETTER_CN, "mmbench_{split}_cn_20231003.tsv", "MMBench_{SPLIT}_CN_legacy.tsv"), grade_mmbench,
-        summarise_mmbench, MMBENCH_GET, {"dev": 0, "test": 0}, ("mmbench_cn", "mmbench"), {"mmbench_dev_cn_20231003.tsv": ""},
-        (None, None, 58.3, None), 1024, export=export_mmbench),
+        "circular accuracy",
+        reader_of_mmbench(LETTER_CN, "mmbench_{split}_cn_20231003.tsv", "MMBench_{SPLIT}_CN_legacy.tsv"),
+        grade_mmbench, summarise_mmbench, "https://github.com/open-compass/MMBench (the legacy .tsv files)",
+        splits={"dev": 0, "test": 0}, folders=("mmbench_cn", "mmbench"), files={"mmbench_dev_cn_20231003.tsv": ""},
+        published=(None, None, 58.3, None), max_new_tokens=1024, export=export_mmbench),
     "mmvet": Task(
         "judge's score", read_mmvet, None, summarise_mmvet,
-        "https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip; grade the submission at https://huggingface.co/spaces/whyu/MM-Vet_Evaluator",
-        {"test": 218}, ("mm-vet", "mmvet", "mmvet/mm-vet"), {"mm-vet.json": ""}, (28.9, 32.1, 31.1, 31.7), 1024, "crop",
+        "https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip",
+        splits={"test": 218}, folders=("mm-vet", "mmvet", "mmvet/mm-vet"), files={"mm-vet.json": ""},
+        published=(28.9, 32.1, 31.1, 31.7), max_new_tokens=1024, paper_mode="crop",
         export=export_mmvet, judge=judge_mmvet),
     "seedbench": Task(
         "accuracy on images", read_seedbench, grade_seedbench, accuracy_on("image"),
-        "https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip; " + EVAL_ZIP,
-        {"image": 14_233, "all": 19_242}, ("seed_bench",), {"SEED-Bench.json": ""}, (None, None, 66.1, None), export=export_seedbench),
+        "https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip",
+        splits={"image": 14_233, "all": 19_242}, folders=("seed_bench",), files={"SEED-Bench.json": ""},
+        published=(None, None, 66.1, None), export=export_seedbench),
     "llavabench": Task(
         "rating relative to GPT-4's answers", read_llavabench, None, summarise_llavabench,
-        "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild", {"all": 60}, ("llava-bench-in-the-wild",),
-        {"questions.jsonl": "", "answers_gpt4.jsonl": ""}, (None, None, 65.4, None), 1024, "crop", judge=judge_llavabench),
+        "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
+        splits={"all": 60}, folders=("llava-bench-in-the-wild",), files={"questions.jsonl": "", "answers_gpt4.jsonl": ""},
+        published=(None, None, 65.4, None), max_new_tokens=1024, paper_mode="crop", judge=judge_llavabench),
     "mmmu": Task(
         "accuracy", read_mmmu, grade_mmmu, summarise_mmmu,
-        "https://huggingface.co/datasets/MMMU/MMMU, converted to mmmu/val.jsonl and mmmu/images as the README shows",
-        {"val": 900, "test": 10_500}, ("mmmu",), {"val.jsonl": "", "answer_dict_val.json": ""}, (None, 32.5, 35.5, 36.3), export=export_mmmu),
+        "https://huggingface.co/datasets/MMMU/MMMU, converted to val.jsonl and images/ as the README shows",
+        splits={"val": 900, "test": 10_500}, folders=("mmmu",), files={"val.jsonl": "", "answer_dict_val.json": ""},
+        published=(None, 32.5, 35.5, 36.3), export=export_mmmu),
     "shapes": Task(
-        "accuracy", read_shapes, grade_plain, summarise_shapes, "make demo (python -m demo.run) draws it",
-        {"all": 0}, ("shapes",), {"questions.jsonl": ""}),
-    "jsonl": Task("accuracy", read_own, grade_plain, accuracy, "--questions FILE --images DIR", {"all": 0}),
+        "accuracy", read_shapes, grade_plain, summarise_shapes, "make demo, which draws it",
+        splits={"all": 0}, folders=("shapes",), files={"questions.jsonl": ""}),
+    "jsonl": Task("accuracy", read_own, grade_plain, accuracy, "--questions FILE --images DIR", splits={"all": 0}),
 }
 
 # ----------------------------------------------------------------------------------------------------
