@@ -138,7 +138,8 @@ def blueprint(config: LLaVAConfig) -> dict[str, torch.Size]:
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-HEADER_LIMIT = 10_000_000                   # bytes; the whole model's is 90 thousand
+HEADER_LIMIT = 2_000_000                    # bytes of a table of tensors; the whole model's has 90 thousand
+JSON_LIMIT = 20_000_000                     # bytes; Phi-2's tokenizer.json has two million
 SHARD_BYTES = 5_000_000_000
 
 
@@ -186,7 +187,7 @@ HINTS = {
 
 def read_json(path: Path) -> dict:
     """A json object from a file that somebody else wrote. ValueError names the file and what it looks like instead."""
-    if path.stat().st_size > HEADER_LIMIT:
+    if path.stat().st_size > JSON_LIMIT:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a json file of a model folder")
     data = path.read_bytes()
     try:
@@ -248,10 +249,17 @@ def read_bin(path: Path) -> dict[str, Stored]:
     The pickle is read by torch's safe unpickler onto fake tensors, which have no memory but know their place in the file.
     """
     size = path.stat().st_size
+    with open(path, "rb") as file:          # the length of the zip's table stands near its end: look before parsing it
+        file.seek(max(0, size - 66_000))
+        tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
+    if length > HEADER_LIMIT:
+        raise ValueError(f"{path}: its table of contents says it has {length} bytes, far more than a model needs")
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
         raise ValueError(f"{path}: not a file of torch.save (of torch 1.6 or newer): incomplete download?") from None
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED or record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT:
@@ -507,7 +515,7 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
     Raises ValueError: names or shapes do not fit, all of them listed.
     """
     copy = copy or (lambda parameter, tensor: parameter.data.copy_(tensor))
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}    # adapters are new: in no folder
     found = check(read_folders(folders), parameters, model.config, allow_missing)
     wanted = {name: pieces for name, pieces in found.items() if name in parameters}
     for name, tensor in read_all(wanted, model.config):
@@ -834,7 +842,7 @@ def write_tokenizer(folder: Path, tokenizer: dict, image: bool) -> int:
     write_json(folder / "special_tokens_map.json", names | ({"additional_special_tokens": ["<image>"]} if image else {}))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "padding_side": "left",
-        "clean_up_tokenization_spaces": False, **names, **({"extra_special_tokens": {"image_token": "<image>"}} if image else {}),
+        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, **names, **({"extra_special_tokens": {"image_token": "<image>"}} if image else {}),
         "added_tokens_decoder": {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added},
     })
     return ids[EOT]
@@ -860,7 +868,7 @@ def write_texts(folder: Path, config: LLaVAConfig, source: Path, dtype: torch.dt
     write_json(folder / "preprocessor_config.json", image_processor(config))
     write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": config.vision.patch_size,
-        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default", "image_processor": image_processor(config),
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
     })
     for file, text in (("chat_template.jinja", CHAT_TEMPLATE), ("load_hf.py", LOAD_HF), ("README.md", README)):
         (folder / file).write_text(text, encoding="utf-8")
@@ -983,7 +991,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return getattr(torch, name) if name else None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     shape = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shape)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1001,14 +1009,17 @@ def main() -> None:
     p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
     p.add_argument("--to", choices=("model", "parts"), default="model",
                    help="model: one folder for this project, transformers and vLLM; parts: Phi, CLIP and mm_projector by themselves")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, parse_dtype(args.dtype))
-    elif args.command == "export":
-        (export if args.to == "model" else export_parts)(args.model, args.out, parse_dtype(args.dtype))
-    inspect_path = args.folder if args.command == "inspect" else args.out
-    if args.command == "inspect" or args.to == "model":
-        inspect(inspect_path)
+        inspect(args.out)
+    elif args.command == "inspect":
+        inspect(args.folder)
+    elif args.to == "parts":
+        export_parts(args.model, args.out, parse_dtype(args.dtype))
+    else:
+        export(args.model, args.out, parse_dtype(args.dtype))
+        inspect(args.out)
 
 
 if __name__ == "__main__":
