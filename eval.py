@@ -87,7 +87,7 @@ class Task:
     grade: Callable[[Example, str], Mark] | None        # None: a judge does it
     summarise: Callable[[list[Example], list[Mark]], Score]
     get: str                                            # where the data comes from
-    splits: dict[str, int]                              # name -> official number of questions (0: any); the default first
+    splits: dict[str, int]                              # name -> official number of questions (0: any); default first
     folders: tuple[str, ...] = ()                       # names of its folder under --root
     files: dict[str, str] = field(default_factory=dict)     # file -> start of the official sha256 ("": not known)
     published: tuple[float | None, ...] = (None,) * 4   # the models of PUBLISHED
@@ -126,7 +126,7 @@ CONTRACTIONS = _contractions()
 
 
 def _punctuation_and_words(text: str, glue: str) -> str:
-    """What both normalisers share. glue: commas between digits that make every mark vanish instead of becoming a space."""
+    """What both normalisers share. glue: commas between digits by which every mark vanishes instead of making room."""
     glued = re.search(glue, text)
     out = text
     for mark in PUNCTUATION:
@@ -560,7 +560,7 @@ def to_json(value: object) -> str:
 
 
 def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def visible(text: str) -> str:
@@ -605,7 +605,7 @@ def read_shapes(folder: Path, options: Namespace) -> list[Example]:
 def read_own(folder: Path, options: Namespace) -> list[Example]:
     """--questions: jsonl with question_id, text, and perhaps image, answer (one or a list), category."""
     if not options.questions:
-        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, answer where known) and --images DIR")
+        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, perhaps answer) and --images DIR")
     examples = []
     for i, row in enumerate(read_jsonl(Path(options.questions))):
         if row.get("image") and not options.images:
@@ -732,7 +732,7 @@ def read_pope(folder: Path, options: Namespace) -> list[Example]:
     for row in rows:
         kind, image = row["category"], inside(folder / "val2014", row["image"])
         if (label := labels.get(key(kind, row))) is None:
-            raise ValueError(f"question {row['question_id']} has no label in coco_pope_{kind}.json, which is another version")
+            raise ValueError(f"question {row['question_id']} has no label in coco_pope_{kind}.json: another version?")
         examples.append(Example(row["question_id"], image, row["text"], label, (kind,)))
     return examples
 
@@ -778,7 +778,7 @@ MMBENCH_ABBREVIATIONS = {
     "coarse_perception": "CP", "finegrained_perception (instance-level)": "FP-S",
     "finegrained_perception (cross-instance)": "FP-C", "logic_reasoning": "LR", "relation_reasoning": "RR",
     "attribute_reasoning": "AR"}
-MMBENCH_SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")     # the submission's columns
+MMBENCH_SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")      # as submitted
 
 
 def reader_of_mmbench(instruction: str, *names: str) -> Callable[[Path, Namespace], list[Example]]:
@@ -1000,7 +1000,7 @@ Where is this? | Rome <OR> the Colosseum | It looks like the Colosseum. | 1.0
 LLAVABENCH_SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 LLAVABENCH_INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
 Rate helpfulness, relevance, accuracy and detail of each answer from 1 to 10, without regard to their order.
-Write the two ratings on the first line, assistant 1 first, with one space between them and nothing else; then explain."""
+Write both ratings on the first line, assistant 1 first, with one space between them and nothing else; then explain."""
 
 
 def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_tokens: int) -> str:
@@ -1029,7 +1029,7 @@ def judge_file(task: str, texts: list[str], options: Namespace, out: Path, endin
     if not options.judge_model:
         raise ValueError("--judge-url needs --judge-model NAME: scores of different judges do not compare")
     judge = re.sub(r"[^\w.-]", "_", options.judge_model)
-    return out / f"{task}-{judge}-{sha256(to_json(texts).encode())[:8]}{ending}"
+    return out / f"{task}-{judge}-{sha256(to_json(texts).encode())}{ending}"
 
 
 def judge_mmvet(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
@@ -1082,8 +1082,8 @@ def judge_llavabench(examples: list[Example], texts: list[str], options: Namespa
 
 
 def review_llavabench(example: Example, text: str, options: Namespace) -> dict:
-    truth = example.truth
-    parts = [("Context", truth["context"]), ("Question", example.prompt), ("Assistant 1", truth["reference"]), ("Assistant 2", text)]
+    parts = [("Context", example.truth["context"]), ("Question", example.prompt),
+             ("Assistant 1", example.truth["reference"]), ("Assistant 2", text)]
     prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in parts) + LLAVABENCH_INSTRUCTION
     messages = [{"role": "system", "content": LLAVABENCH_SYSTEM}, {"role": "user", "content": prompt}]
     content = ask_judge(options, messages, 0.2, 1024)
@@ -1170,7 +1170,8 @@ TASKS = {
     "llavabench": Task(
         "rating relative to GPT-4's answers", read_llavabench, None, summarise_llavabench,
         "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
-        splits={"all": 60}, folders=("llava-bench-in-the-wild",), files={"questions.jsonl": "", "answers_gpt4.jsonl": ""},
+        splits={"all": 60}, folders=("llava-bench-in-the-wild",),
+        files={"questions.jsonl": "", "context.jsonl": "", "answers_gpt4.jsonl": ""},
         published=(None, None, 65.4, None), max_new_tokens=1024, paper_mode="crop", judge=judge_llavabench),
     "mmmu": Task(
         "accuracy", read_mmmu, grade_mmmu, summarise_mmmu,
@@ -1194,45 +1195,50 @@ class Data(NamedTuple):
     folder: Path
     examples: list[Example]
 
+    def first(self, limit: int | None) -> "Data":
+        return self._replace(examples=self.examples[:limit])
+
 
 def load_data(name: str, args: Namespace) -> Data:
-    """Raises ValueError or FileNotFoundError: what is missing, where it is expected, where to get it."""
-    task = TASKS[name]
+    """Raises ValueError or FileNotFoundError: what is missing or wrong, where it is expected, where to get it."""
+    task, root = TASKS[name], Path(args.root)
     split = args.split or next(iter(task.splits))
     if split not in task.splits:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
-    folders = [Path(args.root) / name for name in task.folders or ("",)]
-    folder = next((folder for folder in folders if find(folder, *task.files)), find(Path(args.root), *task.folders) or folders[0])
+    folders = [root / folder for folder in task.folders or ("",)]
+    folder = next((f for f in folders if find(f, *task.files)), next((f for f in folders if f.is_dir()), folders[0]))
     try:
         examples = task.read(folder, Namespace(**{**vars(args), "split": split}))
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{name}: {e}. Get it from {task.get}") from e
     except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"{name}: {folder} is not in the official format ({type(e).__name__}: {e}). Get it from {task.get}") from e
+        problem = f"{folder} is not in the official format ({type(e).__name__}: {e})"
+        raise ValueError(f"{name}: {problem}. Get it from {task.get}") from e
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
     if not examples:
         raise ValueError(f"{name}: no questions in {folder}. Get them from {task.get}")
-    ids = [example.question_id for example in examples]
-    if len(set(ids)) < len(ids) and not task.repeated_ids:
-        raise ValueError(f"{name}: question_id {Counter(ids).most_common(1)[0][0]!r} occurs more than once in {folder}, expected {len(ids):,} different ids")
+    number, times = Counter(example.question_id for example in examples).most_common(1)[0]
+    if times > 1 and not task.repeated_ids:
+        raise ValueError(f"{name}: question_id {number!r} occurs {times} times in {folder}, expected once")
     return Data(name, task, split, folder, examples)
 
 
 def check_images(data: Data) -> None:
     paths = dict.fromkeys(example.image for example in data.examples if isinstance(example.image, Path))
     if missing := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{data.name}: {len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}. "
-                                f"Get them from {data.task.get}")
+        problem = f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}"
+        raise FileNotFoundError(f"{data.name}: {problem}. Get them from {data.task.get}")
 
 
 def checksums(data: Data) -> dict[str, str]:
-    return {name: sha256((data.folder / name).read_bytes())[:16] for name in data.task.files if (data.folder / name).is_file()}
+    files = {name: data.folder / name for name in data.task.files}
+    return {name: sha256(path.read_bytes()) for name, path in files.items() if path.is_file()}
 
 
 def other_versions(data: Data, args: Namespace) -> list[str]:
     """What makes the score another one than the published: a file of another version, another number of questions."""
-    notes = [f"{data.folder / name} has sha256 {found}, the official file {data.task.files[name]}"
+    notes = [f"{data.folder / name} is another version: sha256 {found}, the official file {data.task.files[name]}"
              for name, found in checksums(data).items() if data.task.files[name] not in ("", found)]
     official = 2_017 if data.name == "scienceqa" and args.img_only else data.task.splits[data.split]
     if official and len(data.examples) != official:
@@ -1247,18 +1253,18 @@ def check_data(names: list[str], args: Namespace) -> None:
         try:
             data = load_data(name, args)
             check_images(data)
-            problems = [f"{name}: {note}" for note in other_versions(data, args)]
+            problems = [f"{name}: {note}. Get it from {data.task.get}" for note in other_versions(data, args)]
         except (ValueError, FileNotFoundError) as e:
             problems = [str(e)]
         bad += bool(problems)
         for line in problems or [f"{name}: {len(data.examples):,} questions and all their images are there"]:
-            print(line)
+            print(visible(line))
     if bad:
         raise ValueError(f"{bad} of {len(names)} tasks do not have the official data")
 
 # ----------------------------------------------------------------------------------------------------
 # Generation: answers.jsonl grows by a line per answer, in any order; when all are there it is put in order.
-# Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that a killed run of any number continues.
+# Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that any number of them can go on after a kill.
 
 
 class Brain(NamedTuple):
@@ -1266,36 +1272,38 @@ class Brain(NamedTuple):
     model: object               # model.LLaVAPhi
     tok: object                 # tokenizers.Tokenizer
     eot: int
-    image_mode: str
-
-
-def image_mode(args: Namespace, task: Task, of_model: str) -> str:
-    return {"model": of_model, "paper": task.paper_mode}.get(args.image_mode, args.image_mode)
 
 
 def default_model() -> Path:
     for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give --model DIR, or run "
-                            "`hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
+    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give --model or "
+                            "run `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
 
 
 def model_fingerprint(folder: Path) -> str:
     """Changes with any weight, with the config and with the tokenizer."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".txt") and path.is_file():
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt"):
             with open(path, "rb") as f:
                 total.update(path.name.encode() + hashlib.file_digest(f, "sha256").digest())
     return total.hexdigest()[:16]
 
 
-def generation_settings(data: Data, model: str, mode: str, args: Namespace) -> dict:
-    """All that an answer depends on. The number of processes and the batch size are not in it: they change nothing in fp32."""
-    asked = [[e.question_id, e.prompt, e.image.name if isinstance(e.image, Path) else e.image is not None] for e in data.examples]
-    return {"task": data.name, "split": data.split, "ocr": args.ocr, "img_only": args.img_only, "model": model, "image_mode": mode,
-            "dtype": args.dtype, "max_new_tokens": data.task.max_new_tokens, "questions": sha256(to_json(asked).encode())[:16]}
+def asking(data: Data, args: Namespace) -> dict:
+    """Which questions, in which words."""
+    return {"task": data.name, "split": data.split, "ocr": args.ocr, "img_only": args.img_only}
+
+
+def generation_settings(data: Data, model: str, model_mode: str, args: Namespace) -> dict:
+    """All that an answer depends on. Processes and batch size are not in it: in fp32 they change nothing."""
+    picture = lambda image: image.name if isinstance(image, Path) else image is not None
+    questions = to_json([[e.question_id, e.prompt, picture(e.image)] for e in data.examples])
+    mode = {"model": model_mode, "paper": data.task.paper_mode}.get(args.image_mode, args.image_mode)
+    return {**asking(data, args), "model": model, "image_mode": mode, "dtype": args.dtype,
+            "max_new_tokens": data.task.max_new_tokens, "questions": sha256(questions.encode())}
 
 
 def begin(out: Path, settings: dict) -> None:
@@ -1308,7 +1316,7 @@ def begin(out: Path, settings: dict) -> None:
     changed = [f"{key} was {before.get(key)!r}, now {settings.get(key)!r}" for key in {**before, **settings}
                if before.get(key) != settings.get(key)]
     if changed:
-        raise ValueError(f"{out} holds answers made with other settings ({'; '.join(changed)}): give another --out or remove it")
+        raise ValueError(f"{out} holds results of other settings: {'; '.join(changed)}; give another --out")
 
 
 def answered(out: Path, examples: list[Example]) -> dict[int, dict]:
@@ -1316,20 +1324,21 @@ def answered(out: Path, examples: list[Example]) -> dict[int, dict]:
     answers = {}
     for path in sorted(out.glob("answers*.jsonl")):
         for line in read_jsonl(path, torn=True):
-            row = line.get("row")
-            if not isinstance(row, int) or row >= len(examples) or examples[row].question_id != line.get("question_id"):
-                raise ValueError(f"{path} holds an answer to question {line.get('question_id')!r} in row {row!r}, which is not this task's")
+            row, number = line.get("row"), line.get("question_id")
+            if not isinstance(row, int) or row >= len(examples) or examples[row].question_id != number:
+                raise ValueError(f"{path} answers question {number!r} in row {row!r}, which is not this task's")
             answers[row] = line
     return answers
 
 
 def plan(examples: list[Example], lengths: dict[int, int], rank: int, world: int, batch: int) -> list[list[int]]:
-    """The rows (keys of lengths) that this process answers, in batches of like length, those about one picture together.
+    """The rows (keys of lengths) for this process, in batches of like length, those about one picture together.
 
-    Pictures are dealt to the processes in turn by their first row in the task, whatever is answered already."""
+    Pictures are dealt to the processes in turn, in the order of the task, whatever is answered already.
+    """
     pictures: dict[object, list[int]] = defaultdict(list)
     for row, example in enumerate(examples):
-        alone = example.image is None or example.image == BLANK     # blank pictures: 64 at a time, or one process had them all
+        alone = example.image is None or example.image == BLANK     # these are dealt out too, 64 rows at a time
         pictures[(example.image, row // 64) if alone else example.image].append(row)
     mine = [[row for row in rows if row in lengths] for i, rows in enumerate(pictures.values()) if i % world == rank]
     mine = sorted(filter(None, mine), key=lambda rows: (max(lengths[row] for row in rows), rows[0]))
@@ -1343,7 +1352,7 @@ def load_brain(folder: Path, args: Namespace) -> Brain:
     from load_weights import load_model
     model = load_model(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], args.device)
     tok = load_tokenizer(folder)
-    return Brain(model, tok, eot_id(tok), model.config.image_mode)
+    return Brain(model, tok, eot_id(tok))
 
 
 def open_picture(image: Path | bytes | str | None, size: int, mode: str):
@@ -1358,7 +1367,10 @@ def open_picture(image: Path | bytes | str | None, size: int, mode: str):
 
 
 def pictures_ahead(examples: list[Example], batches: list[list[int]], size: int, mode: str) -> Iterator[list]:
-    """The pictures of each batch, decoded while the batches before it run. One picture is one tensor, so that its questions share work."""
+    """The pictures of each batch, decoded while the batches before it run.
+
+    One picture is one tensor: by that the model knows which questions can share its work.
+    """
     with ThreadPoolExecutor(4) as pool:
         ahead = {}
         for i, batch in enumerate(batches):
@@ -1367,49 +1379,57 @@ def pictures_ahead(examples: list[Example], batches: list[list[int]], size: int,
             yield [ahead[examples[row].image].result() for row in batch]
 
 
-def ask(brain: Brain, prompts: list[list[int]], images: list, max_new_tokens: int, memory: list | None) -> Iterator[tuple[int, str, bool]]:
-    """(place in the batch, answer, was it cut at the limit) as each answer ends. Greedy."""
-    block_size = brain.model.config.llm.block_size
-    tokens, open_rows = [[] for _ in prompts], dict.fromkeys(range(len(prompts)))
-    cut = lambda i: len(tokens[i]) >= max_new_tokens or len(prompts[i]) + len(tokens[i]) >= block_size
-    text = lambda i: brain.tok.decode(tokens[i], skip_special_tokens=True).strip()
-    for column in brain.model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=brain.eot, memory=memory):
-        for i in list(open_rows):
-            if column[i] is None:
-                del open_rows[i]
-                yield i, text(i), cut(i)
-            else:
-                tokens[i].append(column[i])
-    yield from ((i, text(i), cut(i)) for i in open_rows)
-
-
 def encode_question(example: Example, brain: Brain) -> list[int]:
     from data import encode_prompt, expand
     config = brain.model.config
     ids = encode_prompt([example.prompt], brain.tok, image=example.image is not None)
     room = config.llm.block_size - config.vision.n_patches * (example.image is not None)
     if len(ids) >= room:
-        raise ValueError(f"question {example.question_id!r} takes {len(ids):,} tokens, there is room for {room - 1:,} besides the image")
+        raise ValueError(f"question {example.question_id!r} has {len(ids):,} tokens, the model room for {room - 1:,}")
     return expand(ids, None, config.vision.n_patches, config.llm.block_size)[0]
 
 
-def generate(data: Data, brain: Brain, todo: set[int], rank: int, world: int, args: Namespace, out: Path) -> None:
+def ask(brain: Brain, prompts: list[list[int]], images: list, max_new_tokens: int,
+        memory: list | None) -> Iterator[tuple[int, str, bool]]:
+    """(place in the batch, answer, was it cut at the limit) as each answer ends. Greedy."""
+    block_size = brain.model.config.llm.block_size
+    tokens, open_rows = [[] for _ in prompts], list(range(len(prompts)))
+
+    def answer(i: int) -> tuple[int, str, bool]:
+        cut = len(tokens[i]) >= max_new_tokens or len(prompts[i]) + len(tokens[i]) >= block_size
+        return i, brain.tok.decode(tokens[i], skip_special_tokens=True).strip(), cut
+
+    for column in brain.model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=brain.eot, memory=memory):
+        for i in open_rows:
+            if column[i] is None:
+                yield answer(i)
+            else:
+                tokens[i].append(column[i])
+        open_rows = [i for i in open_rows if column[i] is not None]
+    yield from map(answer, open_rows)
+
+
+def generate(data: Data, settings: dict, brain: Brain, todo: set[int], rank: int, world: int, args: Namespace,
+             out: Path) -> None:
     """Answer the rows of `todo` that are this process's, appending each answer as it ends."""
     from tqdm import tqdm
     examples, size = data.examples, brain.model.config.vision.image_size
-    mode = image_mode(args, data.task, brain.image_mode)
     prompts = {row: encode_question(examples[row], brain) for row in todo}
     batches = plan(examples, {row: len(ids) for row, ids in prompts.items()}, rank, world, args.batch)
-    memory = None if args.exact else []
+    pictures = pictures_ahead(examples, batches, size, settings["image_mode"])
+    memory = None if args.exact else []                     # lets a batch go on with the last one's picture
     path = out / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
-    whole = path.read_bytes() if path.exists() else b""
-    with open(path, "ab") as f, tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=rank > 0) as progress:
-        f.truncate(whole.rfind(b"\n") + 1)                  # a line that a kill left unfinished
-        for batch, images in zip(batches, pictures_ahead(examples, batches, size, mode)):
-            for i, text, cut in ask(brain, [prompts[row] for row in batch], images, data.task.max_new_tokens, memory):
+    written = path.read_bytes() if path.exists() else b""
+    total = sum(map(len, batches))
+    with open(path, "ab") as f, tqdm(total=total, desc=data.name, unit="q", disable=rank > 0) as progress:
+        f.truncate(written.rfind(b"\n") + 1)                # a line that a kill left unfinished
+        for batch, images in zip(batches, pictures):
+            prompt_ids = [prompts[row] for row in batch]
+            for i, text, cut in ask(brain, prompt_ids, images, settings["max_new_tokens"], memory):
                 example = examples[batch[i]]
-                line = {"row": batch[i], "question_id": example.question_id, "prompt": example.info.get("saved", example.prompt),
-                        "text": text, "truncated": cut}
+                prompt = example.info.get("saved", example.prompt)
+                line = {"row": batch[i], "question_id": example.question_id, "prompt": prompt, "text": text,
+                        "truncated": cut}
                 f.write(json.dumps(line).encode() + b"\n")
                 f.flush()
                 progress.update()
@@ -1425,48 +1445,60 @@ def merge(out: Path, answers: dict[int, dict]) -> None:
 # Scoring
 
 
-def match_answers(path: Path, examples: list[Example], partial: bool) -> list[dict | None]:
+def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
     """The answer to each question, from our file (by row) or LLaVA's (in file order, else by question_id and prompt).
 
-    partial: the questions are only the first ones of the file's. Raises ValueError on answers that do not belong."""
-    answers = read_jsonl(path, torn=False)
+    Raises ValueError on answers that do not belong, are double or missing; --limit allows more, --allow-missing fewer.
+    """
+    answers, ids = read_jsonl(path), [str(example.question_id) for example in data.examples]
     for number, line in enumerate(answers, 1):
         if not isinstance(line.get("text"), str) or "question_id" not in line:
-            raise ValueError(f"{path}, line {number}: expected question_id, prompt and text, found {', '.join(line) or 'nothing'}")
-    ids = [str(example.question_id) for example in examples]
-    if answers and all("row" in line for line in answers):
+            raise ValueError(f"{path}, line {number}: expected question_id, prompt and text, found {', '.join(line)}")
+    if all("row" in line for line in answers):
         places = [line["row"] for line in answers]
-    elif [str(line["question_id"]) for line in answers][:len(ids) if partial else None] == ids:
+    elif [str(line["question_id"]) for line in answers][:len(ids) if args.limit else None] == ids:
         places = list(range(len(answers)))
     else:
-        key = lambda number, prompt: (str(number), prompt.removeprefix("<image>\n").split("\n")[0].lower() if len(set(ids)) < len(ids) else "")
-        rows = {key(e.question_id, e.prompt): row for row, e in enumerate(examples)}
-        places = [rows.get(key(line["question_id"], line.get("prompt", ""))) for line in answers]
-    matched: list[dict | None] = [None] * len(examples)
+        first_line = lambda prompt: prompt.removeprefix("<image>\n").split("\n")[0].lower()
+        wording = first_line if data.task.repeated_ids else lambda prompt: ""
+        rows = {(str(e.question_id), wording(e.prompt)): row for row, e in enumerate(data.examples)}
+        places = [rows.get((str(line["question_id"]), wording(line.get("prompt", "")))) for line in answers]
+    matched: list[dict | None] = [None] * len(ids)
     for number, (place, line) in enumerate(zip(places, answers), 1):
-        known = isinstance(place, int) and 0 <= place < len(examples)
-        if not known and partial:
+        known = isinstance(place, int) and 0 <= place < len(ids) and str(line["question_id"]) == ids[place]
+        if not known and args.limit:
             continue
-        if not known or str(line["question_id"]) != ids[place]:
-            raise ValueError(f"{path}, line {number}: question {line['question_id']!r} is not in this task (another split or version?)")
-        if matched[place]:
-            raise ValueError(f"{path}, line {number}: a second answer to question {line['question_id']!r} (row {place})")
+        if not known or matched[place]:
+            problem = "answered a second time" if known else "not in this task (another split or version?)"
+            raise ValueError(f"{path}, line {number}: question {line['question_id']!r} is {problem}")
         matched[place] = line
+    if None in matched and not args.allow_missing:
+        raise ValueError(f"{path}: {matched.count(None):,} of {len(ids):,} answers are missing, the first to question "
+                         f"{ids[matched.index(None)]}; --allow-missing counts them as wrong")
     return matched
 
 
 def mark_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Mark]:
-    """A missing answer counts as wrong, here as in the official scorers that do not crash on it."""
-    texts = [answer["text"] if answer else "" for answer in answers]
+    """A missing answer counts as wrong, as in the official scorers that do not crash on it."""
     if data.task.judge:
-        return data.task.judge(data.examples, texts, args, out)
-    return [Mark(None) if example.truth is None else data.task.grade(example, text) if answer else Mark(0.0, "", True, (0.0,))
-            for example, text, answer in zip(data.examples, texts, answers)]
+        return data.task.judge(data.examples, [answer["text"] if answer else "" for answer in answers], args, out)
+
+    def mark(example: Example, answer: dict | None) -> Mark:
+        if example.truth is None:
+            return Mark(None)
+        return data.task.grade(example, answer["text"]) if answer else Mark(0.0, "", True, (0.0,))
+
+    return [mark(example, answer) for example, answer in zip(data.examples, answers)]
 
 
 def summarise(data: Data, marks: list[Mark]) -> Score | None:
     scored = [(example, mark) for example, mark in zip(data.examples, marks) if mark.points is not None]
     return data.task.summarise(*map(list, zip(*scored))) if scored else None
+
+
+def judge_name(args: Namespace) -> str:
+    by_url = f"{args.judge_model}, asked in this project's words"
+    return f"the grades in {Path(args.grades).name}" if args.grades else by_url
 
 
 def versions() -> dict[str, str]:
@@ -1476,30 +1508,33 @@ def versions() -> dict[str, str]:
     return found
 
 
-def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict, run: dict | None = None) -> dict:
-    """Mark, summarise, write result.json, report.html and the submission file. Nothing is written before all of it is known."""
-    missing = answers.count(None)
-    if missing and not args.allow_missing:
-        raise ValueError(f"{data.name}: {missing:,} of {len(answers):,} answers are missing, the first to question "
-                         f"{data.examples[answers.index(None)].question_id!r}; --allow-missing counts them as wrong")
-    marks = mark_answers(data, answers, args, out)
-    total, task = summarise(data, marks), data.task
-    prompts = zip(data.examples, answers)
-    same = lambda e, a: a.get("prompt", e.prompt).removeprefix("<image>\n").split("\n")[:2] == e.prompt.split("\n")[:2]
+def other_prompts(data: Data, answers: list[dict | None]) -> int:
+    """Answers to other words than this task's; the last line may differ, LLaVA saves some prompts without it."""
+    start = lambda prompt: prompt.removeprefix("<image>\n").split("\n")[:2]
+    return sum(start(a.get("prompt", e.prompt)) != start(e.prompt) for e, a in zip(data.examples, answers) if a)
+
+
+def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
+          run: dict | None = None) -> dict:
+    """Mark, summarise, write result.json, report.html and the submission; nothing is written before all is known."""
+    task, marks = data.task, mark_answers(data, answers, args, out)
+    total, given = summarise(data, marks), [answer for answer in answers if answer]
+    texts = [answer["text"] for answer in given]
     result = {
-        "task": data.name, "split": data.split, "metric": task.metric, "value": total.value if total else None,
-        "n": len(data.examples), "interval": [total.low, total.high] if total else None,
+        "task": data.name, "split": data.split, "metric": task.metric, "n": len(data.examples),
+        "value": total.value if total else None, "interval": [total.low, total.high] if total else None,
         "interval_method": f"95 %, {total.interval}" if total else None, "numbers": total.others if total else {},
-        "unparsed": sum(mark.unparsed for mark in marks), "empty": sum(not a["text"] for a in answers if a),
-        "truncated": sum(bool(a.get("truncated")) for a in answers if a), "missing": missing,
-        "other_prompts": sum(not same(e, a) for e, a in prompts if a), "limit": args.limit,
-        "judge": (Path(args.grades).name if args.grades else f"{args.judge_model}, asked in this project's words") if task.judge and total else None,
         "published": {name: value for name, value in zip(PUBLISHED, task.published) if value is not None},
-        "submission": None, "settings": settings, "first_prompt": data.examples[0].prompt, "checksums": checksums(data),
-        "notes": other_versions(data, args), "versions": versions(), "run": run}
-    if task.export and not (missing or args.limit) and (total is None or data.split == next(iter(task.splits))):
+        "unparsed": sum(mark.unparsed for mark in marks), "empty": texts.count(""),
+        "truncated": sum(bool(answer.get("truncated")) for answer in given), "missing": answers.count(None),
+        "other_prompts": other_prompts(data, answers), "limit": args.limit,
+        "judge": judge_name(args) if task.judge and total else None, "submission": None, "settings": settings,
+        "first_prompt": data.examples[0].prompt, "checksums": checksums(data), "notes": other_versions(data, args),
+        "versions": versions(), "run": run}
+    published_split = data.split == next(iter(task.splits))
+    if task.export and (total is None or published_split) and None not in answers and not args.limit:
         try:
-            result["submission"] = task.export(data.examples, [a["text"] for a in answers], data.folder, out).name
+            result["submission"] = task.export(data.examples, texts, data.folder, out).name
         except (ValueError, OSError) as e:
             result["notes"].append(f"submission file not written: {e}")
     write_whole(out / "report.html", report(data, answers, marks, result))
@@ -1510,30 +1545,40 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
 # Report: a table on the screen, a page without scripts
 
 
+def headline(result: dict) -> list[str]:
+    """Score and interval."""
+    if result["value"] is None:
+        return ["not scored here", ""]
+    low, high = result["interval"]
+    return [f"{result['value']:.2f}", f"{low:.2f} to {high:.2f}"]
+
+
 def result_table(result: dict) -> list[list[str]]:
-    """Name, score, interval; then one column for each published model."""
-    table = [["", "here", "95 % interval", *result["published"]]]
-    if result["value"] is not None:
-        low, high = result["interval"]
-        table.append([result["metric"], f"{result['value']:.2f}", f"{low:.2f} to {high:.2f}", *(f"{v:.1f}" for v in result["published"].values())])
-    table += [[name, f"{value:.2f}"] for name, value in result["numbers"].items()]
-    return [row + [""] * (len(table[0]) - len(row)) for row in table]
+    published = result["published"]
+    table = [["", "here", "95 % interval", *published],
+             [result["metric"], *headline(result), *map(str, published.values())]]
+    return table + [[name, f"{value:.2f}"] + [""] * (len(table[0]) - 2) for name, value in result["numbers"].items()]
 
 
 def remarks(result: dict) -> list[str]:
     lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
              f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
     if "model" in (settings := result["settings"]):
-        lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}, at most {settings['max_new_tokens']} new tokens, greedy"
-                     + (", OCR tokens in the prompt" if settings["ocr"] else ", no OCR tokens in the prompt") * (result["task"] == "textvqa") + ".")
+        lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}, greedy, at most "
+                     f"{settings['max_new_tokens']} new tokens.")
+    if result["task"] == "textvqa":
+        lines.append("OCR tokens were in the prompt." if settings["ocr"] else "No OCR tokens were in the prompt.")
     if result["value"] is None:
-        lines.append("Not scored here: the truth is on a server or needs a judge (--grades FILE, --judge-url URL).")
+        lines.append("Not scored here: the truth is on a server, or a judge is needed (--grades, --judge-url).")
     if result["judge"]:
-        lines.append(f"Graded by {result['judge']}; other judges shift this score by several points.")
+        lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
     if result["other_prompts"]:
         lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
     if result["split"] == "val" and result["task"] in ("vqav2", "vizwiz"):
-        lines.append("val is not the published split" + (", and its images overlap LLaVA's training data (COCO)." if result["task"] == "vqav2" else "."))
+        lines.append("The published scores are on the test split; these images"
+                     + (" (COCO) overlap LLaVA's training data." if result["task"] == "vqav2" else " are others."))
+    if PUBLISHED[-1] in result["published"]:
+        lines.append("* CLIP-L/336 and Phi-2 with TinyLLaVA-Factory's base recipe: this architecture, well trained.")
     if result["submission"]:
         lines.append(f"Submission file: {result['submission']}")
     return lines + [note[0].upper() + note[1:] for note in result["notes"]]
@@ -1541,85 +1586,95 @@ def remarks(result: dict) -> list[str]:
 
 def print_table(table: list[list[str]]) -> None:
     table = [[visible(cell) for cell in row] for row in table]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
-
-
-def print_summary(results: list[dict]) -> None:
-    """A line for each task, its headline beside the published ones."""
-    table = [["", "here", "95 % interval", *PUBLISHED]]
-    for result in results:
-        published = [f"{result['published'][name]:.1f}" if name in result["published"] else "" for name in PUBLISHED]
-        here = result_table(result)[1][1:3] if result["interval"] else ["not scored here", ""]
-        table.append([f"{result['task']} ({result['split']})", *here, *published])
-    print("\nall tasks")
-    print_table(table)
+    first, *others = [max(map(len, column)) for column in zip(*table)]
+    for name, *cells in table:
+        print("  ".join(["", name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others))]).rstrip())
 
 
 def print_result(result: dict, out: Path) -> None:
     print(f"\n{result['task']} ({result['split']})")
     print_table(result_table(result))
-    for line in remarks(result):
+    for line in [*remarks(result), f"{out / 'result.json'}, {out / 'report.html'}"]:
         print(f"  {visible(line)}")
-    print(f"  {out / 'result.json'}, {out / 'report.html'}")
+
+
+def print_summary(results: list[dict]) -> None:
+    """A line for each task, its headline beside the published ones."""
+    table = [["all tasks", "here", "95 % interval", *PUBLISHED]]
+    for result in results:
+        published = [str(result["published"].get(name, "")) for name in PUBLISHED]
+        table.append([f"{result['task']} ({result['split']})", *headline(result), *published])
+    print()
+    print_table(table)
 
 
 def thumbnail(image: Path | bytes | str | None) -> str:
-    """A data URI of a small JPEG; "" where there is no picture to show. Re-encoded, so nothing of the file itself gets in."""
+    """A data URI of a small JPEG, decoded and encoded anew; "" where there is no picture to show."""
     from PIL import Image
     if image is None or image == BLANK:
         return ""
+    source, small = io.BytesIO(image) if isinstance(image, bytes) else image, io.BytesIO()
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
+        with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
             if picture.width * picture.height > 89_000_000:
                 return ""
             picture = picture.convert("RGB")
             picture.thumbnail((160, 160))
-            small = io.BytesIO()
             picture.save(small, "JPEG", quality=80)
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return ""
     return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title><style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}}
-table{{border-collapse:collapse;margin:1em 0}}td,th{{padding:.3em .8em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top;white-space:pre-wrap}}
-.n td:not(:first-child),.n th{{text-align:right}}</style></head><body><h1>{title}</h1>{body}</body></html>
+<title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+td, th {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}
+td {{ white-space: pre-wrap }}
+.scores td:not(:first-child), .scores th {{ text-align: right }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
 """
 
 
-def html_table(rows: list[list[str]], style: str = "", pictures: list[str] | None = None) -> str:
+def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = None) -> str:
     """A heading and rows of text, all of it escaped; pictures: data URIs that go in front of the rows."""
-    cells = [["".join(f"<{tag}>{html.escape(visible(text))}</{tag}>" for text in row)] for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
-    if pictures is not None:
-        for line, picture in zip(cells, ["<th></th>", *(f'<td><img src="{p}" alt=""></td>' if p else "<td></td>" for p in pictures)]):
-            line.insert(0, picture)
-    return f'<table class="{style}">' + "".join(f"<tr>{''.join(line)}</tr>" for line in cells) + "</table>"
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "td" if i else "th"
+        cells = [html.escape(visible(text)) for text in row]
+        if pictures is not None:
+            cells.insert(0, f'<img src="{pictures[i - 1]}" alt="">' if i and pictures[i - 1] else "")
+        lines.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
+    return f'<table class="{style}">\n' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>\n"
 
 
 def report(data: Data, answers: list[dict | None], marks: list[Mark], result: dict, most: int = 60) -> str:
     """Score table, and up to `most` wrong answers spread evenly over the task."""
-    wrong = [row for row, mark in enumerate(marks) if mark.points is not None and mark.points < 0.5 and data.examples[row].image != BLANK]
+    pairs = enumerate(zip(data.examples, marks))
+    wrong = [row for row, (e, mark) in pairs if mark.points is not None and mark.points < 0.5 and e.image != BLANK]
     shown = wrong[::max(1, -(-len(wrong) // most))]
     rows = [["question_id", "question", "answer", "read as", "truth"]]
     for row in shown:
-        example, answer = data.examples[row], answers[row]
+        example, text = data.examples[row], answers[row]["text"] if answers[row] else "(missing)"
         truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
-        rows.append([str(example.question_id), example.prompt, answer["text"] if answer else "(missing)", marks[row].parsed, truth])
+        rows.append([str(example.question_id), example.prompt, text, marks[row].parsed, truth])
+    title = html.escape(f"{data.name} ({data.split})")
+    body = html_table(result_table(result), "scores")
+    body += "".join(f"<p>{html.escape(visible(line))}</p>\n" for line in remarks(result))
+    body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>\n"
     pictures = [thumbnail(data.examples[row].image) for row in shown]
-    body = html_table(result_table(result), "n") + "".join(f"<p>{html.escape(visible(line))}</p>" for line in remarks(result))
-    body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>" + html_table(rows, pictures=pictures)
-    return PAGE.format(title=html.escape(f"{data.name} ({data.split})"), body=body)
+    return PAGE.format(title=title, body=body + html_table(rows, "answers", pictures))
 
 # ----------------------------------------------------------------------------------------------------
 # Comparing two answers files
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p: as many flips one way, were both ways equally likely."""
+    """Exact two-sided p of this many flips each way, if both ways were equally likely."""
     n = gained + lost
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2 ** n)
 
@@ -1634,31 +1689,29 @@ def paired_bootstrap(differences: list[float]) -> tuple[float, float, float]:
 
 def compare(data: Data, args: Namespace) -> None:
     """Print both scores, a paired test, and every question whose points differ."""
+    if data.task.judge:
+        raise ValueError(f"{data.name}: judged answers cannot be compared, grades belong to one answers file")
     sides = []
     for path in map(Path, args.compare):
-        answers = match_answers(path, data.examples, bool(args.limit))
-        if None in answers and not args.allow_missing:
-            raise ValueError(f"{path}: {answers.count(None):,} of {len(answers):,} answers are missing; --allow-missing counts them as wrong")
+        answers = match_answers(path, data, args)
         marks = mark_answers(data, answers, args, path.parent)
         if (total := summarise(data, marks)) is None:
-            raise ValueError(f"{data.name}: answers cannot be compared without the truth, which is on a server or needs a judge")
+            raise ValueError(f"{data.name}: answers cannot be compared without the truth, which is on a server")
         print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
-        sides.append((answers, marks))
-    (answers_a, marks_a), (answers_b, marks_b) = sides
-    rows = [row for row, (a, b) in enumerate(zip(marks_a, marks_b)) if a.points is not None and b.points is not None
-            and data.examples[row].image != BLANK]
-    differences = [marks_b[row].points - marks_a[row].points for row in rows]
+        sides.append([(answer["text"] if answer else "", mark.points) for answer, mark in zip(answers, marks)])
+    rows = [row for row in zip(data.examples, *sides) if row[1][1] is not None and row[0].image != BLANK]
+    differences = [after - before for _, (_, before), (_, after) in rows]
     gained, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     low, high, p = paired_bootstrap(differences)
-    if all(mark.points in (0, 1) for row in rows for mark in (marks_a[row], marks_b[row])):
-        p = mcnemar(gained, lost)
-    print(f"of {len(rows):,} answers the second file's are better {gained:,} times, worse {lost:,} times: "
-          f"{100 * mean(differences):+.2f} points per answer ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g}")
-    for row, difference in zip(rows, differences):
+    test = "paired bootstrap"
+    if {points for side in sides for _, points in side} <= {0.0, 1.0, None}:
+        test, p = "McNemar's exact test", mcnemar(gained, lost)
+    print(f"the second is better on {gained:,} of {len(rows):,} questions and worse on {lost:,}: "
+          f"{100 * mean(differences):+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g} ({test})")
+    for (example, (before, _), (after, _)), difference in zip(rows, differences):
         if difference:
-            example, texts = data.examples[row], [a[row]["text"] if a[row] else "" for a in (answers_a, answers_b)]
-            print(visible(f"{'better' if difference > 0 else 'worse '}  row {row}  question {example.question_id}  "
-                          f"{texts[0]!r} -> {texts[1]!r}  truth {example.truth!r}"))
+            word = "better" if difference > 0 else "worse "
+            print(visible(f"{word}  question {example.question_id}  {before!r} -> {after!r}  truth {example.truth!r}"))
 
 # ----------------------------------------------------------------------------------------------------
 # Command line
@@ -1672,49 +1725,77 @@ def parse(argv: list[str] | None) -> Namespace:
         parser.add_argument(name, help=f"{text} (default: %(default)s)", **kind)
 
     def fail(message: str) -> None:
-        raise ValueError(f"{message}; see `python eval.py --help`")
+        raise ValueError(f"{message}; see python eval.py --help")
 
     parser.error = fail
     add("--task", f"one or several with commas: {', '.join(TASKS)}; paper: {', '.join(PAPER)}")
-    add("--root", "folder of the benchmarks, as LLaVA's playground/data/eval", default="data/eval")
-    add("--split", "another split than the task's published one")
-    add("--model", "model folder; none: out/finetune if it is there, else checkpoints/llava-phi")
-    add("--out", "where answers and results go; several tasks make a folder each; none: out/eval/TASK")
-    add("--image-mode", "model: as it was trained; paper: as the published tables were made (crop for scienceqa, mmvet, llavabench)",
-        default="model", choices=("model", "paper", "pad", "crop"))
-    add("--dtype", "fp32 or bf16; none: bf16 on a GPU, fp32 on a CPU")
-    add("--device", "cpu or cuda; none: cuda where there is one")
+    add("--root", "folder of the benchmarks, in the layout of LLaVA's playground/data/eval", default="data/eval")
+    add("--split", "another split than the one that the published score is on")
+    add("--model", "model folder; None: out/finetune if it is there, else checkpoints/llava-phi")
+    add("--out", "folder of answers and results, of several tasks a folder each; None: out/eval/TASK")
+    add("--image-mode", "model: as it was trained; paper: as the published scores were made, which is crop for "
+        "scienceqa, mmvet and llavabench, else pad", default="model", choices=("model", "paper", "pad", "crop"))
+    add("--dtype", "fp32 or bf16; None: bf16 on a GPU, fp32 on a CPU")
+    add("--device", "cpu or cuda; None: cuda where there is one")
     add("--batch", "questions answered at a time", type=int, default=16)
-    add("--exact", "one question at a time, nothing shared between questions, as the official runs", action=flag, default=False)
+    add("--exact", "one question at a time and nothing shared between them, as official runs; changes nothing in fp32",
+        action=flag, default=False)
     add("--limit", "only the first N questions", type=int)
     add("--ocr", "textvqa: OCR tokens in the prompt, worth about 10 points", action=flag, default=True)
     add("--img-only", "scienceqa: leave out the questions without an image", action=flag, default=False)
-    add("--questions", "jsonl: your own questions")
-    add("--images", "jsonl: the folder of their images")
+    add("--questions", "jsonl: file of your own questions")
+    add("--images", "jsonl: folder of their images")
     add("--check-data", "only look whether the data is there and official", action=flag, default=False)
-    add("--score", "score this answers file (ours or LLaVA's), without a model")
-    add("--compare", "compare two answers files", nargs=2, metavar=("A", "B"))
+    add("--score", "only score this answers file, ours or LLaVA's; needs no model")
+    add("--compare", "only compare two answers files", nargs=2, metavar=("A", "B"))
     add("--allow-missing", "count missing answers as wrong instead of stopping", action=flag, default=False)
     add("--grades", "mmvet, llavabench: an existing grade or review file")
-    add("--judge-url", "mmvet, llavabench: base address of an OpenAI-compatible service; its key in the environment as JUDGE_API_KEY")
+    add("--judge-url", "mmvet, llavabench: an OpenAI-compatible service; its key is read from JUDGE_API_KEY")
     add("--judge-model", "the judge's name")
-    add("--judge-timeout", "seconds for one reply of the judge", type=float, default=60.0)
-    return parser.parse_args(argv)
+    add("--judge-timeout", "seconds to wait for one reply of the judge", type=float, default=60.0)
+    args = parser.parse_args(argv)
+    args.batch = 1 if args.exact else args.batch
+    if args.batch < 1 or args.limit is not None and args.limit < 1:
+        raise ValueError(f"--batch {args.batch} --limit {args.limit}: expected positive numbers")
+    return args
 
 
 def chosen_tasks(args: Namespace) -> list[str]:
-    names = [name for word in (args.task or "").split(",") for name in (PAPER if word.strip() == "paper" else [word.strip()]) if name]
-    if not names:
-        raise ValueError(f"--task is missing: one or several of {', '.join(TASKS)}, or paper")
+    words = [word.strip() for word in (args.task or "").split(",")]
+    names = [name for word in words for name in (PAPER if word == "paper" else [word])]
     if unknown := [name for name in names if name not in TASKS]:
-        raise ValueError(f"--task {unknown[0]}: unknown, there are {', '.join(TASKS)}, and paper")
-    if args.limit is not None and args.limit < 1 or args.batch < 1:
-        raise ValueError(f"--limit {args.limit} --batch {args.batch}: expected positive numbers")
+        found = f"{unknown[0]} is unknown" if unknown[0] else "is missing"
+        raise ValueError(f"--task {found}: expected one or several of {', '.join(TASKS)}, or paper")
     return list(dict.fromkeys(names))
 
 
-def limited(data: Data, limit: int | None) -> Data:
-    return data._replace(examples=data.examples[:limit])
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are; torchrun sets both."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        import datetime
+        import torch.distributed as dist
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))    # only barriers, perhaps for hours
+    return rank, world
+
+
+def barrier(world: int) -> None:
+    if world > 1:
+        import torch.distributed as dist
+        dist.barrier()
+
+
+def choose_device(args: Namespace) -> None:
+    """Fill in --device and --dtype."""
+    import torch
+    if args.dtype == "fp16":
+        raise ValueError("--dtype fp16: Phi-2's attention overflows in fp16; use bf16 or fp32")
+    if args.dtype not in (None, "fp32", "bf16"):
+        raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
 
 
 def main_score(args: Namespace) -> None:
@@ -1727,72 +1808,42 @@ def main_score(args: Namespace) -> None:
     names = chosen_tasks(args)
     if len(names) > 1:
         raise ValueError(f"--score takes one task, these are {len(names)}")
-    data = limited(load_data(names[0], args), args.limit)
-    out = Path(args.out) if args.out else path.parent if settings else Path("out/eval") / f"{names[0]}-{path.stem}"
-    answers = match_answers(path, data.examples, bool(args.limit))
-    settings = settings or {"task": data.name, "split": data.split, "ocr": args.ocr, "img_only": args.img_only, "scored": path.name}
+    data = load_data(names[0], args).first(args.limit)
+    out = Path(args.out) if args.out else path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
+    answers = match_answers(path, data, args)
+    settings = settings or {**asking(data, args), "scored": path.name}
     if out != path.parent:
         begin(out, settings)
     print_result(score(data, answers, args, out, settings), out)
 
 
-def processes() -> tuple[int, int]:
-    """This process's rank and how many there are; torchrun sets both."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        import datetime
-        import torch.distributed as dist
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))     # only barriers: a rank may wait for hours
-    return rank, world
-
-
-def barrier(world: int) -> None:
-    if world > 1:
-        import torch.distributed as dist
-        dist.barrier()
-
-
-def choose_device(args: Namespace) -> None:
-    import torch
-    if args.dtype == "fp16":
-        raise ValueError("--dtype fp16: Phi-2's attention overflows in fp16; use bf16 or fp32")
-    if args.dtype not in (None, "fp32", "bf16"):
-        raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-
-
 def main_generate(args: Namespace) -> None:
     """Check all the data, then the model; answer what is not answered yet; score task by task."""
-    names = chosen_tasks(args)
-    tasks = [load_data(name, args) for name in names]
+    tasks = [load_data(name, args) for name in chosen_tasks(args)]
     for data in tasks:
-        check_images(limited(data, args.limit))
+        check_images(data.first(args.limit))
     folder = Path(args.model) if args.model else default_model()
     choose_device(args)
     from load_weights import load_config
-    fingerprint, of_model = model_fingerprint(folder), load_config(folder).image_mode
+    model, model_mode = model_fingerprint(folder), load_config(folder).image_mode
     (rank, world), brain, results = processes(), None, []
     for data in tasks:
-        out = Path("out/eval") / data.name if not args.out else Path(args.out) / (data.name if len(names) > 1 else "")
-        settings = generation_settings(data, fingerprint, image_mode(args, data.task, of_model), args)
+        out = Path(args.out or "out/eval") / (data.name if len(tasks) > 1 or not args.out else "")
+        settings = generation_settings(data, model, model_mode, args)
         if rank == 0:
             begin(out, settings)
         barrier(world)
         started, todo = time.time(), set(range(len(data.examples[:args.limit]))) - answered(out, data.examples).keys()
         if todo:
             brain = brain or load_brain(folder, args)
-            generate(data, brain, todo, rank, world, args, out)
+            generate(data, settings, brain, todo, rank, world, args, out)
         barrier(world)
         if rank == 0:
-            answers = answered(out, data.examples)
-            merge(out, answers)
-            data, seconds = limited(data, args.limit), time.time() - started
-            run = {"device": args.device, "processes": world, "batch": args.batch, "exact": args.exact, "seconds": round(seconds, 1),
-                   "questions_per_second": round(len(todo) / seconds, 2)}
-            results.append(score(data, [answers.get(row) for row in range(len(data.examples))], args, out, settings, run))
+            merge(out, answered(out, data.examples))
+            run = {"device": args.device, "processes": world, "batch": args.batch, "exact": args.exact,
+                   "questions": len(todo), "seconds": round(time.time() - started, 1)}
+            data = data.first(args.limit)
+            results.append(score(data, match_answers(out / "answers.jsonl", data, args), args, out, settings, run))
             print_result(results[-1], out)
     if len(results) > 1:
         print_summary(results)
@@ -1800,12 +1851,10 @@ def main_generate(args: Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.batch and args.exact:
-        args.batch = 1
     if args.check_data:
         check_data(chosen_tasks(args), args)
     elif args.compare:
-        compare(limited(load_data(chosen_tasks(args)[0], args), args.limit), args)
+        compare(load_data(chosen_tasks(args)[0], args).first(args.limit), args)
     elif args.score:
         main_score(args)
     else:

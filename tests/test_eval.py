@@ -486,7 +486,7 @@ def test_grade_files(tmp_path, capsys):
     write(tmp_path / "grades.json", {"v1_0": {"model": [], "content": [], "score": [1.0, 0.5, 0.6]}, "v1_1": {"model": [], "content": [], "score": [0.0, 0.5, 0.4]}})
     ev.main([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--grades", str(tmp_path / "grades.json")])
     result = json.loads((tmp_path / "out/result.json").read_text())
-    assert result["value"] == pytest.approx(50) and result["judge"] == "grades.json"
+    assert result["value"] == pytest.approx(50) and result["judge"] == "the grades in grades.json"
     assert result["numbers"]["run 1"] == 50 and result["numbers"]["set math+ocr"] == pytest.approx(70) and result["numbers"]["rec"] == pytest.approx(30)
     write(tmp_path / "grades.json", {"v1_0": {"score": [1.0]}})
     with pytest.raises(ValueError, match="no grade for v1_1"):
@@ -599,7 +599,7 @@ def test_bad_data_is_one_clear_message(tmp_path):
     score(rows)
     before = (tmp_path / "out/result.json").read_bytes()
     for bad, message in [
-            (rows[:-1], "1 of 6 answers are missing"), (rows + rows[:1], "question 1"), (rows[:5] + rows[:1], "a second answer to question 1"),
+            (rows[:-1], "1 of 6 answers are missing"), (rows + rows[:1], "question 1"), (rows[:5] + rows[:1], "question 1 is answered a second time"),
             (rows[:5] + [{**rows[5], "question_id": 7}], "question 7 is not in this task"), (rows[:5] + [{"question_id": 7}], "expected question_id, prompt and text")]:
         with pytest.raises(ValueError, match=message):
             score(bad)
@@ -672,7 +672,7 @@ def test_own_questions(tmp_path):
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["value"] == 50 and result["numbers"] == {"colour": 100}
     write(tmp_path / "q.jsonl", [{"question_id": "a", "text": "What?"}] * 2)
-    with pytest.raises(ValueError, match="question_id 'a' occurs more than once"):
+    with pytest.raises(ValueError, match="question_id 'a' occurs 2 times"):
         ev.load_data("jsonl", ev.parse(flags))
 
 
@@ -681,11 +681,11 @@ def test_compare(tmp_path, capsys):
     a, b = (llava_file(tmp_path / name, data, answers) for name, answers in [("a.jsonl", ["Yes", "No"] * 3), ("b.jsonl", ["No \x1b", "Yes"] + ["Yes", "No"] * 2)])
     ev.main([*flags, "--compare", str(a), str(b)])
     out = capsys.readouterr().out
-    assert "better 0 times, worse 2 times" in out and "p = 0.5" in out and out.count("worse   row") == 2 and "\x1b" not in out
+    assert "better on 0 of 6 questions and worse on 2" in out and "p = 0.5 (McNemar" in out and out.count("worse   question") == 2 and "\x1b" not in out
     flags, data = prepare("textvqa", tmp_path / "eval")
     a, b = (llava_file(tmp_path / name, data, answers) for name, answers in [("a.jsonl", ["x", "y", "z"]), ("b.jsonl", ["acme", "1999", "stop"])])
     ev.main([*flags, "--compare", str(a), str(b)])
-    assert "better 3 times" in capsys.readouterr().out
+    assert "better on 3 of 3" in capsys.readouterr().out
 
 # ----------------------------------------------------------------------------------------------------
 # Generation, with the tiny golden model (random weights: its answers are noise and never end by themselves)
