@@ -60,17 +60,17 @@ CONFIGS: dict[str, LLaVAConfig] = {
 
 
 def rope(pos: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Positions (T,) -> cos, sin (T, 1, dim / 2) in fp32. Made in every forward, so there is no buffer to cast or to lose."""
+    """Positions (T,) -> cos, sin (T, 1, 1, dim / 2) in fp32. Made in every forward, so there is no buffer to cast or to lose."""
     freq = base ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim)
-    angle = (pos[:, None].float() * freq)[:, None]                                 # (T, 1, dim / 2)
+    angle = (pos[:, None].float() * freq)[:, None, None]                           # (T, 1, 1, dim / 2)
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, nh, hs): turn channel i together with channel i + dim / 2 (the "half-split" pairing), for the first dim channels."""
+    """(T, 2, nh, hs), q and k: turn channel i together with channel i + dim / 2 (the "half-split" pairing), for the first dim channels."""
     half = cos.size(-1)
     a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
-    return torch.cat([(a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest], dim=-1)    # (T, nh, hs)
+    return torch.cat([(a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest], dim=-1)    # (T, 2, nh, hs)
 
 
 class Layout:
@@ -171,7 +171,7 @@ class KVCache:
         if isinstance(layout, Step):
             keys.flatten(0, 1).index_copy_(0, layout.rows, k)
             values.flatten(0, 1).index_copy_(0, layout.rows, v)
-            k_, v_ = (x[:, :layout.used].transpose(1, 2) for x in (keys, values))  # (B, nh, used, hs)
+            k_, v_ = keys[:, :layout.used].transpose(1, 2), values[:, :layout.used].transpose(1, 2)    # (B, nh, used, hs)
             return F.scaled_dot_product_attention(q.unsqueeze(2), k_, v_, attn_mask=layout.mask).squeeze(2)
         at = 0
         for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
@@ -197,8 +197,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
         T, C = x.shape
-        q, k, v = self.qkv(x).view(T, 3, self.n_head, C // self.n_head).unbind(1)  # (T, nh, hs) each
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        qkv = self.qkv(x).view(T, 3, self.n_head, C // self.n_head)                # (T, 3, nh, hs)
+        (q, k), v = apply_rope(qkv[:, :2], cos, sin).unbind(1), qkv[:, 2]          # (T, nh, hs) each
         y = attend(q, k, v, layout) if cache is None else cache.attend(self.layer, q, k, v, layout)
         return self.proj(y.reshape(T, C))                                          # (T, C)
 
