@@ -19,7 +19,7 @@ import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -69,56 +69,40 @@ def load_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str
     ValueError names the file and says what is wrong with it.
     """
     assert mode in ("crop", "pad"), f"image mode {mode!r} is neither crop nor pad"
-    image = open_rgb(source)
-    W, H = middle_size(image, size, mode, source)
+    image = open_image(source, size, mode)
+    w, h = image.size
     if mode == "crop":
+        W, H = size * w // min(w, h), size * h // min(w, h)
         left, top = (W - size) // 2, (H - size) // 2
         image = image.resize((W, H), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     else:
-        square = Image.new("RGB", (W, H), PAD_COLOR)
-        square.paste(image, ((W - image.width) // 2, (H - image.height) // 2))
+        side = max(w, h)
+        square = Image.new("RGB", (side, side), PAD_COLOR)
+        square.paste(image, ((side - w) // 2, (side - h) // 2))
         image = square.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def open_rgb(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """Decoded, upright, RGB. Alpha is dropped, not composited, and the first frame taken, as the original does."""
-    try:
-        image = open_header(source)
-        return upright(image).convert("RGB")
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
-        raise ValueError(f"image unreadable: {name_of(source)}: {e}") from e
-
-
-def open_header(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
-    """Knows the size and the format, has not decoded the pixels."""
-    if isinstance(source, str) and "://" in source:
-        raise ValueError(f"image is an address: {source}; download it and give the file")
+def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
+    """Upright RGB, or only known to have a good header. Alpha is dropped, the first frame taken, as the original does."""
+    name = str(source) if isinstance(source, (str, Path)) else "the given picture"
+    if "://" in name:
+        raise ValueError(f"image is an address: {name}; download it and give the file")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+        w, h = image.size
+        # A thin strip is small in the file and huge on the way: as a square, or with its shortest edge at `size`.
+        pixels = max(w * h, max(w, h) ** 2 if mode == "pad" else (size * w // min(w, h)) * (size * h // min(w, h)))
+        if decode and pixels <= MAX_PIXELS:
+            image = upright(image).convert("RGB")
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"image missing: {source}") from e
-    except Exception as e:
-        raise ValueError(f"image unreadable: {name_of(source)}: {e}") from e
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"image too large: {name_of(source)} is {image.width} x {image.height}, more than {MAX_PIXELS:,} pixels")
+        raise FileNotFoundError(f"image missing: {name}") from e
+    except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
+        raise ValueError(f"image unreadable: {name}: {e}") from e
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to {size} x {size} "
+                         f"(mode {mode}), more than {MAX_PIXELS:,}")
     return image
-
-
-def middle_size(image: Image.Image, size: int, mode: str, source) -> tuple[int, int]:
-    """"crop": the scaled picture, before the cut; "pad": the square canvas, before scaling."""
-    w, h = image.size
-    W, H = (size * w // min(w, h), size * h // min(w, h)) if mode == "crop" else (max(w, h), max(w, h))
-    if W * H > MAX_PIXELS:
-        raise ValueError(f"image too large: {name_of(source)} is {w} x {h} and would be {W} x {H} on the way, more than "
-                         f"{MAX_PIXELS:,} pixels; cut it to a less extreme shape")
-    return W, H
-
-
-def name_of(source: str | Path | BinaryIO | Image.Image) -> str:
-    return str(source) if isinstance(source, (str, Path)) else "the given picture"
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -205,6 +189,8 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
         raise ValueError("no answer: the conversation " + ("ends with a question" if said else "is empty"))
     turns = [turn["value"] for turn in said]
     image = record.get("image") is not None
+    if image and (not isinstance(record["image"], str) or not record["image"]):
+        raise ValueError(f"image name: expected one path, found {record['image']!r}")
     if image:
         first = turns[0].strip()
         turns[0] = (first.removeprefix(IMAGE) if first.startswith(IMAGE) else first.removesuffix(IMAGE)).strip()
@@ -286,6 +272,7 @@ def collate(samples: list[Sample], image_size: int = 336) -> Batch:
 # Records on disk. The json is never held in memory: byte ranges are, and a record is read when it is needed.
 
 BLOCK = 1 << 24                     # bytes looked at in one go
+CHUNK = 256                         # records given to a worker process in one go
 
 
 def refuse_constant(name: str) -> None:
@@ -297,7 +284,7 @@ PARSER = json.JSONDecoder(parse_constant=refuse_constant)
 
 def parse(record: bytes) -> dict:
     try:
-        return PARSER.decode(record.decode("utf-8"))
+        return PARSER.decode(record.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"not json: {e}") from e
 
@@ -329,21 +316,21 @@ def find_in_list(path: Path, f: BinaryIO) -> Iterator[tuple[int, int]]:
         text, i = f.read(width).decode("latin-1"), 0
         try:
             while True:
-                start = space.match(text, i).end()
-                if first and text[start] == "]":
+                i = space.match(text, i).end()
+                if first and text[i] == "]":
                     return
-                end = PARSER.raw_decode(text, start)[1]
+                end = PARSER.raw_decode(text, i)[1]
                 after = space.match(text, end).end()
                 if text[after] not in ",]":
-                    raise ValueError("expected , or ] after a record")
-                yield at + start, at + end
+                    raise ValueError("expected , or ] after this record")
+                yield at + i, at + end
                 if text[after] == "]":
                     return
                 i, first = after + 1, False
         except (ValueError, IndexError, RecursionError) as e:
             if len(text) < width or width > 16 * BLOCK:     # else it may merely be the end of what was looked at
                 raise ValueError(f"not json: {path}, line {lines_of(path, [at + i])[0]}: {e}; "
-                                 "the record that begins there cannot be read, nor what follows it") from e
+                                 "the record that begins there is broken, and what follows cannot be found") from e
             at, width = at + i, BLOCK if i else 2 * width
 
 
@@ -360,8 +347,6 @@ def lines_of(path: Path, positions: list[int]) -> list[int]:
 
 def image_path(folder: Path, name: str, follow_links: bool) -> Path:
     """The file that a record names, which must lie inside the image folder."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"image name: expected one path, found {name!r}")
     if "://" in name or name.startswith("data:"):
         raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
     if "\0" in name or "\\" in name or re.match("[A-Za-z]:", name) or name.startswith("/") or ".." in name.split("/"):
@@ -372,18 +357,22 @@ def image_path(folder: Path, name: str, follow_links: bool) -> Path:
     return path
 
 
-class Facts(NamedTuple):            # what reading a record tells, without its pixels
-    length: int                     # positions: image expanded, cut to block_size
-    supervised: int                 # tokens
-    image: bool
-    cut: int                        # positions lost to block_size
+class Finding(NamedTuple):          # what a look at one record tells
+    length: int = 1                 # positions: image expanded, cut to block_size
+    supervised: int = 0             # tokens
+    image: bool = False
+    cut: int = 0                    # positions lost to block_size
+    problem: str = ""               # "kind: detail"; such a record counts as one position that nobody learns
+    notes: tuple[str, ...] = ()     # not wrong, but worth knowing
+    id: int = 0                     # hashed, to find duplicates
+    source: str = ""                # the folder its image is in
 
 
-class Index(NamedTuple):            # the facts of all records, as arrays, and where the records are
-    ranges: np.ndarray              # (n, 2) int64, bytes
-    length: np.ndarray              # (n,) int32, as the next three
+class Index(NamedTuple):            # of all records, as arrays
+    ranges: np.ndarray              # (n, 2) int64, bytes of the file
+    length: np.ndarray              # (n,) int32, and so on as in Finding
     supervised: np.ndarray
-    image: np.ndarray               # 0 or 1
+    image: np.ndarray
     cut: np.ndarray
 
 
@@ -437,42 +426,55 @@ class Dataset:
         with np.load(path) as arrays:
             return Index(**arrays)
 
+    def find(self) -> np.ndarray:
+        return np.fromiter(find_records(self.path), dtype=np.dtype((np.int64, 2)))
+
     def make_index(self) -> Index:
-        ranges = np.array(list(find_records(self.path)), dtype=np.int64).reshape(-1, 2)
-        chunks = [ranges[i:i + 500] for i in range(0, len(ranges), 500)]
-        looks = parallel(self.look, chunks, workers=os.cpu_count() if len(chunks) > 4 else 0)
-        facts = [f for part in tqdm(looks, "measuring lengths", len(chunks), disable=None, leave=False) for f in part]
-        return Index(ranges, *np.array(facts, dtype=np.int32).reshape(-1, 4).T)
+        ranges = self.find()
+        numbers = np.zeros((4, len(ranges)), dtype=np.int32)
+        for i, found in enumerate(self.look_at_all(ranges, "", os.cpu_count() if len(ranges) > 2000 else 0)):
+            if found.problem and self.on_bad_sample == "stop":
+                raise self.complaint(ranges[i].tolist(), found.problem)
+            numbers[:, i] = found[:4]
+        return Index(ranges, *numbers)
 
-    def look(self, ranges: np.ndarray) -> list[Facts]:
-        """A bad record stops, or is going to be one token that nobody learns."""
-        facts = []
-        for span in ranges.tolist():
-            try:
-                facts.append(self.facts(parse(self.read(span))))
-            except ValueError as e:
-                if self.on_bad_sample == "stop":
-                    raise self.complaint(span, e) from e
-                facts.append(Facts(1, 0, False, 0))
-        return facts
+    def look_at_all(self, ranges: np.ndarray, decode: str, workers: int) -> Iterator[Finding]:
+        chunks = [ranges[i:i + CHUNK] for i in range(0, len(ranges), CHUNK)]
+        found = chain.from_iterable(parallel(partial(self.look_at, decode), chunks, workers))
+        return iter(tqdm(found, self.path.name, len(ranges), unit=" records", disable=None, leave=False))
 
-    def facts(self, record: dict) -> Facts:
-        ids, labels = encode(record, self.tok, self.template)
-        image = IMAGE_ID in ids
-        full = len(ids) + image * (self.n_patches - 1)
-        ids, labels = expand(ids, labels, self.n_patches, self.block_size)
-        return Facts(len(ids), len(labels) - labels.count(IGNORE), image, full - len(ids))
+    def look_at(self, decode: str, ranges: np.ndarray) -> list[Finding]:
+        return [self.look(span, decode) for span in ranges.tolist()]
+
+    def look(self, span: tuple[int, int], decode: str) -> Finding:
+        """What `sample` would meet there. decode "full" opens the picture, "header" asks for its size only, "" leaves it."""
+        try:
+            record = parse(self.read(span))
+            ids, labels = encode(record, self.tok, self.template)
+            image, full = IMAGE_ID in ids, len(ids) + (IMAGE_ID in ids) * (self.n_patches - 1)
+            ids, labels = expand(ids, labels, self.n_patches, self.block_size)
+            if image and decode:
+                open_image(image_path(self.image_dir, record["image"], self.follow_links), self.image_size, self.image_mode,
+                           decode == "full")
+            name = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
+            return Finding(len(ids), len(labels) - labels.count(IGNORE), image, full - len(ids), "", notes_on(record),
+                           int.from_bytes(name.digest()), str(Path(record["image"]).parent) if image else "")
+        except (ValueError, OSError) as e:
+            return Finding(problem=str(e))
 
     def read(self, span: tuple[int, int]) -> bytes:
         with open(self.path, "rb") as f:
             f.seek(span[0])
             return f.read(span[1] - span[0])
 
-    def complaint(self, span: tuple[int, int], problem: Exception) -> ValueError:
-        name = re.search(rb'"id"\s*:\s*("[^"]*"|\d+)', self.read(span))
-        name = name[1].decode("utf-8", "replace").strip('"') if name else "without an id"
-        return ValueError(f"sample {name}, line {lines_of(self.path, [span[0]])[0]} of {self.path}: {problem}; to see every bad "
-                          f"sample: python data.py check --data {self.path} --images {self.image_dir}")
+    def name(self, span: tuple[int, int]) -> str:
+        """The record's id, also where the record cannot be parsed."""
+        found = re.search(rb'"id"\s*:\s*("[^"]*"|-?\d+)', self.read(span))
+        return found[1].decode("utf-8", "replace").strip('"') if found else "(none)"
+
+    def complaint(self, span: tuple[int, int], problem: object) -> ValueError:
+        return ValueError(f"sample {self.name(span)}, line {lines_of(self.path, [span[0]])[0]} of {self.path}: {problem}; "
+                          f"to see every bad sample: python data.py check --data {self.path} --images {self.image_dir}")
 
     def sample(self, i: int) -> Sample:
         """ValueError names the record's id and line, what is wrong, and the command that finds all like it."""
@@ -480,13 +482,17 @@ class Dataset:
         try:
             record = parse(self.read(span))
             ids, labels = expand(*encode(record, self.tok, self.template), self.n_patches, self.block_size)
-            image = None
-            if IMAGE_ID in ids:
-                path = image_path(self.image_dir, record["image"], self.follow_links)
-                image = load_image(path, self.image_size, self.image_mode)
+            path = image_path(self.image_dir, record["image"], self.follow_links) if IMAGE_ID in ids else None
+            image = load_image(path, self.image_size, self.image_mode) if path else None
             return Sample(str(record.get("id", i)), ids, labels, image)
         except (ValueError, OSError) as e:
             raise self.complaint(span, e) from e
+
+    def summary(self) -> str:
+        """One line for the log; what is cut, and what then teaches nothing, is not passed over in silence."""
+        _, length, supervised, image, cut = self.index
+        return (f"{len(self):,} samples, {image.sum():,} with an image, {length.mean():.0f} positions each; {(cut > 0).sum():,} cut "
+                f"at {self.block_size}, {(supervised == 0).sum():,} without anything to learn")
 
 # ---------------------------------------------------------------------------------------------------
 # The plan: which samples make a step, and who computes them
@@ -558,7 +564,7 @@ def split(lengths: list[int], images: list[int], world: int, budget: int) -> lis
     """
     costs = [cost(length, image) for length, image in zip(lengths, images)]
     order = sorted(range(len(lengths)), key=lambda i: -costs[i])
-    n = world * max(1, math.ceil(sum(lengths) / budget / world))
+    n = world * max(1, math.ceil(sum(min(length, budget) for length in lengths) / budget / world))
     while (bins := fill(order, lengths, costs, n, budget)) is None:
         n += world
     bins.sort(key=lambda b: -sum(costs[i] for i in b))      # ranks wait for each other: let them do equally dear ones together
@@ -670,3 +676,128 @@ class Loader:
         if len(self.bad) > limit:
             raise ValueError(f"{len(self.bad)} bad samples, more than {limit} (0.1 % of the data, but at least 10). The last: "
                              + bad[-1]["problem"])
+
+# ---------------------------------------------------------------------------------------------------
+# python data.py check
+
+STAGES = {"pretrain": ("plain", "crop", 256), "finetune": ("v0", "pad", 128)}       # template, image mode, global batch
+
+
+def check(args: argparse.Namespace) -> int:
+    """-> exit code: 0 all is well, 1 something is wrong."""
+    template, mode, global_batch = STAGES[args.stage]
+    if not args.images.is_dir():
+        raise FileNotFoundError(f"no image folder at {args.images} (--images)")
+    if args.write_clean and args.write_clean.resolve() == args.data.resolve():
+        raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
+    measured = args.tokenizer.exists()
+    tok, block_size = (load_tokenizer(args.tokenizer), args.max_length) if measured else (bytes_as_tokens(), 1 << 30)
+    try:
+        dataset = Dataset(args.data, args.images, tok, template, args.image_size, mode, args.n_patches, block_size,
+                          follow_links=args.follow_links)
+        ranges = dataset.find()
+    except ValueError as e:         # the file itself is what is wrong
+        print(e)
+        return 1
+    numbers, ids = np.zeros((len(ranges), 4), dtype=np.int64), np.zeros(len(ranges), dtype=np.int64)
+    problems, kinds, notes, sources = {}, defaultdict(list), defaultdict(list), Counter()
+    for i, found in enumerate(dataset.look_at_all(ranges, args.decode, args.workers)):
+        problem = found.problem or ("" if found.supervised else f"nothing to learn: no answer in the first {block_size} positions")
+        numbers[i], ids[i] = found[:4], found.id
+        if problem:
+            problems[i] = problem
+            kinds["bad: " + problem.split(":")[0]].append(i)
+        else:
+            sources[found.source] += found.image
+        for note in found.notes + ("answer cut at the end",) * (found.cut > 0):
+            notes["worth knowing: " + note].append(i)
+    good = np.delete(numbers, list(problems), axis=0)
+    print(f"{args.data}: {len(ranges):,} records, {good[:, 2].sum():,} good ones with an image, "
+          f"{(good[:, 2] == 0).sum():,} good ones of text only, {len(problems):,} bad ones")
+    for kind, where in sorted(kinds.items()) + sorted(notes.items()):
+        print(f"\n{kind}: {len(where):,}")
+        for i, line in zip(where[:args.show], lines_of(args.data, ranges[where[:args.show], 0].tolist())):
+            print(f"    line {line}, id {dataset.name(ranges[i])}" + (f": {problems[i][:200]}" if i in problems else ""))
+    repeated = len(ids) - len(problems) - len(np.unique(np.delete(ids, list(problems))))
+    print(f"\nids used before: {repeated:,}\nimages: " + ", ".join(f"{s} {n:,}" for s, n in sources.most_common(20) if n))
+    if measured and len(good):
+        print_lengths(good[:, 0], good[:, 1].sum())
+        print(f"{args.stage}: {steps_per_epoch(len(good), global_batch):,} steps of {global_batch} samples an epoch")
+    elif len(good):
+        print(f"no lengths: there is no tokenizer at {args.tokenizer} (--tokenizer)")
+    if args.write_clean:
+        write_clean(args.write_clean, dataset, ranges, problems)
+    return 1 if problems else 0
+
+
+def notes_on(record: dict) -> tuple[str, ...]:
+    said = [turn["value"] for turn in record["conversations"]]
+    first = next(turn["value"] for turn in record["conversations"] if turn["from"] == "human").strip()
+    turns, image = to_turns(record)
+    placed = image and (first.startswith(IMAGE) or first.endswith(IMAGE))
+    notes = {"empty answer, only the end of text is learnt": not all(turns[1::2]),
+             "no <image> where the first question begins or ends, the image is put in front": image and not placed,
+             "<image> that stays text": sum(text.count(IMAGE) for text in said) > placed,
+             "more than 100,000 characters": sum(map(len, said)) > 100_000}
+    return tuple(note for note, true in notes.items() if true)
+
+
+def bytes_as_tokens() -> Tokenizer:
+    """For want of a real one: everything but lengths can be checked."""
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*pre_tokenizers.ByteLevel.alphabet(), EOT])}, merges=[]))
+    tok.pre_tokenizer, tok.post_processor = pre_tokenizers.ByteLevel(add_prefix_space=False), processors.ByteLevel(trim_offsets=False)
+    return tok
+
+
+def print_lengths(length: np.ndarray, supervised: int) -> None:
+    print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; "
+          + ", ".join(f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)))
+    counts, edges = np.histogram(length, bins=8)
+    for count, low, high in zip(counts, edges, edges[1:]):
+        print(f"    {low:6.0f} to {high:6.0f} {count:9,} {'#' * round(40 * count / counts.max())}")
+    print(f"supervised: {supervised:,} tokens, {100 * supervised / length.sum():.1f} % of all positions")
+
+
+def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict[int, str]) -> None:
+    """The good records, byte for byte, as a json list; beside it the bad ones with what is wrong with them."""
+    rejects = path.with_suffix(".rejects.jsonl")
+    part, first = path.with_name(path.name + ".part"), True
+    with open(part, "wb") as clean, open(rejects, "w", encoding="utf-8") as bad:
+        clean.write(b"[")
+        for i, span in enumerate(ranges.tolist()):
+            if i in problems:
+                bad.write(json.dumps({"problem": problems[i], "record": dataset.read(span).decode("utf-8", "replace")}) + "\n")
+            else:
+                clean.write((b"\n" if first else b",\n") + dataset.read(span).strip())
+                first = False
+        clean.write(b"\n]\n")
+    os.replace(part, path)
+    print(f"wrote {path} ({len(ranges) - len(problems):,} records) and {rejects} ({len(problems):,})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "check", help="find every bad sample before training does", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = command.add_argument
+    flag("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
+    flag("--images", type=Path, required=True, help="the folder that the records' image paths start from")
+    flag("--stage", choices=list(STAGES), default="finetune", help="which stage the data is for")
+    flag("--tokenizer", type=Path, default=Path("checkpoints/phi-2"), help="folder of the tokenizer; without one, no lengths")
+    flag("--decode", choices=["header", "full"], default="full", help="full finds truncated pictures too, header is faster")
+    flag("--workers", type=int, default=os.cpu_count(), help="processes")
+    flag("--max-length", type=int, default=2048, help="positions a sample may have, image expanded")
+    flag("--n-patches", type=int, default=576, help="positions of an image")
+    flag("--image-size", type=int, default=336, help="pixels of its side")
+    flag("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of the image folder")
+    flag("--show", type=int, default=20, help="how many samples to name of each kind")
+    flag("--write-clean", type=Path, help="write the good records here, and the bad ones beside it")
+    return check(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
