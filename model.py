@@ -6,7 +6,7 @@ spliced where). Sequences are packed: a micro-batch of B samples is one row of T
 Shapes: B sequences, T tokens in all, C width, nh heads, hs head size, V vocabulary rows, S cache slots;
         N images, P patches per image, D their width; M supervised positions.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -104,11 +104,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 class Step:
-    """What a Layout is to whole prompts: one new token for each sequence in the cache. No host-device traffic to make it."""
+    """What a Layout is to whole prompts: one new token for each sequence in the cache, made without host-device traffic."""
     def __init__(self, cache: "KVCache"):
-        self.pos = cache.pos                                                       # (B,)
+        self.pos, self.used = cache.pos, cache.used                                # (B,)
         self.rows = cache.pos + cache.first                                        # (B,) of the cache's B * S
-        self.used = min(-(-(max(cache.lengths) + 1) // cache.bucket) * cache.bucket, cache.k.size(2))
         alike = cache.bucket == 1 and min(cache.lengths) == max(cache.lengths)
         seen = None if alike else torch.arange(self.used, device=self.pos.device) <= self.pos[:, None]     # (B, used)
         self.mask = None if alike else seen[:, None, None]                         # (B, 1, 1, used)
@@ -122,7 +121,7 @@ class Prefix(NamedTuple):           # a beginning of a prompt that has been comp
 
 
 def longest_prefix(prompt: list[int], images: Tensor, memory: list[Prefix]) -> Prefix | None:
-    """The longest beginning of `prompt` found in memory, at least one token short of all of it (whose logits are wanted)."""
+    """The longest beginning of `prompt` in memory, at least one token short of all of it (whose logits are wanted)."""
     best = None
     for ids, pics, k, v in memory:
         same = next((n for n, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids)))
@@ -137,14 +136,20 @@ def longest_prefix(prompt: list[int], images: Tensor, memory: list[Prefix]) -> P
 
 
 class KVCache:
-    """Keys and values of every layer for B sequences of at most S tokens. Preallocated, passed as an argument, knows no model."""
+    """Keys and values of every layer for B sequences of at most S tokens. Preallocated, an argument, knows no model."""
     def __init__(self, config: PhiConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = [0] * batch                          # tokens held per sequence
         self.pos = torch.zeros(batch, dtype=torch.int64, device=device)            # (B,) the same, where the model is
         self.first = torch.arange(batch, device=device) * slots                    # (B,) where each row of B * S begins
-        self.bucket = 256 if self.k.is_cuda else 1          # attention reads a multiple of it: a captured step needs fixed shapes
+        self.bucket = 256 if self.k.is_cuda else 1          # attention reads a multiple of it: a graph needs fixed shapes
+        self.graph: Graph | None = None
+
+    @property
+    def used(self) -> int:
+        """How many slots of each row the next step reads."""
+        return min(-(-(max(self.lengths) + 1) // self.bucket) * self.bucket, self.k.size(2))
 
     def fill(self, lengths: list[int]) -> None:
         """After a prefill: each sequence now holds so many tokens."""
@@ -186,6 +191,24 @@ class KVCache:
             out.append(y[0].transpose(0, 1))
             at += n
         return torch.cat(out)                                                      # (T, nh, hs)
+
+
+class Graph:
+    """A decoding step recorded by CUDA: one launch instead of one per kernel. Holds until another 256 positions are read."""
+    def __init__(self, model: "LLaVAPhi", ids: Tensor, cache: KVCache):
+        self.ids, self.used, self.graph = ids.clone(), cache.used, torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                       # libraries set themselves up outside the recording
+            model.step(self.ids, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.logits = model.step(self.ids, cache)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits
 
 
 class Attention(nn.Module):
@@ -331,11 +354,17 @@ class LLaVAPhi(nn.Module):
         cache.fill([len(prompt) for prompt in prompts])
         return self.llm.lm_head(h[layout.last]).float()                            # (B, V)
 
-    def decode(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """One more token (B,) for every sequence -> next-token logits (B, V), fp32."""
-        h = self.llm(self.llm.wte(ids), Step(cache), cache)                        # (B, C)
+    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """One more token (B,) for every sequence -> next-token logits (B, V), fp32. The cache is not advanced."""
+        return self.llm.lm_head(self.llm(self.llm.wte(ids), Step(cache), cache)).float()
+
+    def decode(self, ids: Tensor, cache: KVCache, capture: bool = False) -> Tensor:
+        """A step, and the cache knows of it."""
+        if capture and (cache.graph is None or cache.graph.used != cache.used):
+            cache.graph = Graph(self, ids, cache)
+        logits = cache.graph(ids) if capture else self.step(ids, cache)
         cache.advance()
-        return self.llm.lm_head(h).float()                                         # (B, V)
+        return logits
 
     def prefixes(self, prompts: list[list[int]], images: list[Tensor], memory: list[Prefix]) -> list[Prefix | None]:
         """For each prompt the longest beginning that is computed already, in `memory` or here for several prompts at once.
@@ -360,11 +389,12 @@ class LLaVAPhi(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], images: list[Tensor], *, max_new_tokens: int, eos_id: int,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
-                 memory: list[Prefix] | None = None) -> Iterator[list[int | None]]:
+                 memory: list[Prefix] | None = None, fast: bool = False) -> Iterator[list[int | None]]:
         """Yield one column per step: each prompt's next id, or None where that answer has ended (eos_id or block_size).
 
         `memory`: a list owned by the caller that carries the last prompt's keys and values from call to call, so the
         next question about the same picture (the same tensor), or the next turn, starts where this one ended.
+        `fast`: for long answers on CUDA, steps are captured as a graph and queued before the host reads the last token.
         Raises ValueError when a prompt leaves no room for an answer.
         """
         limit, longest = self.config.llm.block_size, max(len(prompt) for prompt in prompts)
@@ -379,21 +409,35 @@ class LLaVAPhi(nn.Module):
         try:
             for step in range(max_new_tokens):
                 ids = pick(logits, temperature, top_k, top_p, generator)
-                column = ids.tolist()
+                read = read_later(ids)
+                if fast and step + 1 < max_new_tokens:
+                    logits = self.decode(ids, cache, capture=ids.is_cuda)
+                column = read()
                 ended = [e or i == eos_id for e, i in zip(ended, column)]
                 if all(ended):
                     return
                 for answer, i, e in zip(answers, column, ended):
                     answer.extend([] if e else [i])
                 yield [None if e else i for i, e in zip(column, ended)]
-                ended = [e or n + 1 >= limit for e, n in zip(ended, cache.lengths)]
+                ended = [e or len(prompt) + len(said) >= limit for e, prompt, said in zip(ended, prompts, answers)]
                 if all(ended) or step + 1 == max_new_tokens:
                     return
-                logits = self.decode(ids, cache)
+                if not fast:
+                    logits = self.decode(ids, cache)
         finally:                                            # also when the caller stops listening
             if memory is not None:
                 ids, pics, k, v = cache.prefix(-1, (prompts[-1] + answers[-1])[:cache.lengths[-1]], images[-1])
                 memory[:] = [Prefix(ids, pics, k.clone(), v.clone())]
+
+
+def read_later(ids: Tensor) -> Callable[[], list[int]]:
+    """Start copying ids to the host now; only the call waits for them, and not for what was queued in between."""
+    if not ids.is_cuda:
+        return ids.tolist
+    host, event = torch.empty_like(ids, device="cpu", pin_memory=True), torch.cuda.Event()
+    host.copy_(ids, non_blocking=True)
+    event.record()
+    return lambda: [event.synchronize(), host.tolist()][1]
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:

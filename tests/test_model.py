@@ -359,6 +359,17 @@ def test_fixed_shapes_change_nothing(tiny, monkeypatch):
     monkeypatch.setattr(KVCache, "__init__", lambda self, *a: (real(self, *a), setattr(self, "bucket", 16))[0])
     assert fast(tiny, prompts, pictures, 9) == expected
 
+
+@pytest.mark.parametrize("room", [1, 5, 30])
+def test_a_step_ahead_of_the_host_changes_nothing(tiny, room):
+    """What --fast does on CUDA, where the step after next is queued before a token is read; also at the last position."""
+    rng, memory = random.Random(room), []
+    prompts, pictures = [draw_words(rng, 3), draw_words(rng, 64 - room)], [NONE, NONE]
+    expected = fast(tiny, prompts, pictures, 9)
+    assert fast(tiny, prompts, pictures, 9, fast=True, memory=memory) == expected
+    again = prompts[1][:30] + [1, 2, 3]
+    assert fast(tiny, [again], [NONE], 5, memory=memory) == [slow_greedy(tiny, again, NONE, 5)]
+
 # ---------------------------------------------------------------------------------------------------
 # Picking
 
