@@ -50,7 +50,6 @@ LETTER_CN = "请直接回答选项字母。"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BLANK = "blank"                     # stands for an image that is the padding grey everywhere
-GREY = (122, 116, 104)              # floor(255 * CLIP mean), the colour that pads a picture to a square
 
 
 class Example(NamedTuple):
@@ -1278,8 +1277,8 @@ def default_model() -> Path:
     for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give --model or "
-                            "run `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
+    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give --model "
+                            "DIR, or run `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -1358,11 +1357,11 @@ def load_brain(folder: Path, args: Namespace) -> Brain:
 def open_picture(image: Path | bytes | str | None, size: int, mode: str):
     """uint8 (1, 3, size, size), or (0, 3, size, size) for a question without a picture."""
     import torch
-    from data import load_image
+    from data import PAD_COLOR, load_image
     if image is None:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
     if image == BLANK:
-        return torch.tensor(GREY, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
+        return torch.tensor(PAD_COLOR, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
     return load_image(io.BytesIO(image) if isinstance(image, bytes) else image, size, mode)[None]
 
 
