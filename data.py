@@ -1,9 +1,9 @@
-"""From LLaVA's json, or one question, to packed tensors: picture -> uint8, conversation -> ids and labels, samples -> batches.
+"""LLaVA's json, or one question, to packed tensors: picture -> uint8, conversation -> ids and labels, samples -> batch.
 
 Follows LLaVA's train.py (templates, where the image goes) and Hugging Face's CLIPImageProcessor (pixels, bit for bit).
-Labels come from character offsets in one tokenisation per round, so they cannot drift from the tokens; the image slot and
-the end of text are placed by id, so the same words typed in a text stay text. A training step is a set of samples, a pure
-function of (seed, step). Imports none of our files: sizes arrive as arguments.
+Labels come from character offsets in one tokenisation per round, so they cannot drift from the tokens. The image slot
+and the end of text are placed by id, so the same words typed in a text stay text. A training step is a set of samples,
+a pure function of (seed, step). Imports none of our files: sizes arrive as arguments.
 
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
 """
@@ -49,12 +49,12 @@ class Sample(NamedTuple):
     image: Tensor | None            # (3, S, S) uint8
 
 
-class Batch(NamedTuple):            # B samples packed into one row of T tokens; N images of P patches; M supervised tokens
+class Batch(NamedTuple):            # B samples in one row of T tokens; N images of P patches; M supervised tokens
     ids: Tensor                     # (T,) int64, 0 at image positions
     lengths: Tensor                 # (B,) int64, their sum is T
     images: Tensor                  # (N, 3, S, S) uint8, N may be 0
     slots: Tensor                   # (N * P,) int64, the image positions in ids
-    rows: Tensor                    # (M,) int64, positions whose next token, in the same sample, is supervised; M may be 0
+    rows: Tensor                    # (M,) int64, positions whose next token, in the same sample, is learnt
     targets: Tensor                 # (M,) int64, those next tokens
 
 # ---------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def load_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str
 
 
 def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
-    """Upright RGB, or only known to have a good header. Alpha is dropped, the first frame taken, as the original does."""
+    """Upright RGB, or undecoded with a good header. Alpha is dropped, the first frame taken, as the original does."""
     name = str(source) if isinstance(source, (str, Path)) else "the given picture"
     if "://" in name:
         raise ValueError(f"image is an address: {name}; download it and give the file")
@@ -100,8 +100,8 @@ def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str
     except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
         raise ValueError(f"image unreadable: {name}: {e}") from e
     if pixels > MAX_PIXELS:
-        raise ValueError(f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to {size} x {size} "
-                         f"(mode {mode}), more than {MAX_PIXELS:,}")
+        raise ValueError(f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to "
+                         f"{size} x {size} (mode {mode}), more than {MAX_PIXELS:,}")
     return image
 
 
@@ -124,8 +124,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         tok = build_tokenizer(folder)
     else:
-        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; Phi-2's come "
-                                "with `hf download microsoft/phi-2 --local-dir checkpoints/phi-2`")
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; "
+                                "get Phi-2's by: hf download microsoft/phi-2 --local-dir checkpoints/phi-2")
     # Without this, whitespace tokens report empty character spans and labels go wrong in silence.
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
     tok.encode_special_tokens = True                        # "<|endoftext|>" in a text is text
@@ -172,17 +172,17 @@ def eot_id(tok: Tokenizer) -> int:
 def to_turns(record: dict) -> tuple[list[str], bool]:
     """A record of LLaVA's json -> question, answer, question, ..., and whether there is a picture.
 
-    A greeting by gpt before the first question is dropped. With a picture, the tag that the first question begins or ends
-    with is taken out (its place is always in front); any other <image> is text. ValueError says what is wrong.
+    A greeting by gpt before the first question is dropped. With a picture, the tag that the first question begins or
+    ends with is taken out (its place is always in front); any other <image> is text. ValueError says what is wrong.
     """
     said = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(said, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in said):
-        raise ValueError('not a conversation: expected {"id", "image" (optional), "conversations": [{"from": "human", "value": '
-                         '...}, {"from": "gpt", "value": ...}, ...]}, found ' + repr(record)[:80])
+        raise ValueError('not a conversation: expected {"id", "image" (if any), "conversations": [{"from": "human", '
+                         '"value": ...}, {"from": "gpt", "value": ...}, ...]}, found ' + repr(record)[:80])
     said = said[1:] if said and said[0].get("from") == "gpt" else said
     for turn, who in zip(said, ["human", "gpt"] * len(said)):
         if turn.get("from") != who:
-            raise ValueError(f"wrong speaker: expected human and gpt in turns, found {turn.get('from')!r} in place of {who!r}")
+            raise ValueError(f"wrong speaker: expected human and gpt in turns, found {turn.get('from')!r} for {who!r}")
         if not turn["value"].isascii() and any("\ud800" <= c <= "\udfff" for c in turn["value"]):
             raise ValueError(f"broken unicode: a lone surrogate in {turn['value'][:40]!r}")
     if not said or len(said) % 2:
@@ -207,8 +207,9 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
             text = "\n" if turns[0] else ""
         text += turns[i] + " ASSISTANT:"
         answer = " " + turns[i + 1] if i + 1 < len(turns) and turns[i + 1] else ""
-        e = tok.encode(text + answer, add_special_tokens=False)         # one piece: the space belongs to the answer's first token
-        n = e.char_to_token(len(text)) if answer else len(e.ids)        # the answer's first token
+        # In one piece, because the space before the answer is part of the answer's first token.
+        e = tok.encode(text + answer, add_special_tokens=False)
+        n = e.char_to_token(len(text)) if answer else len(e.ids)
         ids += e.ids
         labels += [IGNORE] * n + e.ids[n:]
         if i + 1 < len(turns):
@@ -219,7 +220,7 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
 
 
 def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list[int]]:
-    """One record -> ids with at most one IMAGE_ID, and labels; nothing is cut. Equal to the original's with its off-by-one corrected.
+    """One record -> ids with at most one IMAGE_ID, and labels, uncut: the original's with its off-by-one corrected.
 
     template "v0": every answer token and the end of text after it is supervised. "plain": picture, caption, newline.
     """
@@ -228,8 +229,8 @@ def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list
     if template == "v0":
         return encode_turns(turns, tok, image)
     if not image or len(turns) != 2:
-        raise ValueError(f"not a caption: pretraining wants an image, a question and its answer, found {len(turns)} turns "
-                         + ("with" if image else "without") + " an image")
+        raise ValueError("not a caption: pretraining wants an image, one question and its answer, found "
+                         f"{len(turns)} turns {'with' if image else 'without'} an image")
     ids = tok.encode(turns[1] + "\n", add_special_tokens=False).ids
     return [IMAGE_ID] + ids, [IGNORE] + ids
 
@@ -241,9 +242,12 @@ def encode_prompt(turns: list[str], tok: Tokenizer, image: bool) -> list[int]:
     return encode_turns(turns, tok, image)[0]
 
 
-def expand(ids: list[int], labels: list[int] | None, n_patches: int, block_size: int) -> tuple[list[int], list[int] | None]:
-    """The image slot becomes n_patches times IMAGE_ID. Then a sample is cut to block_size on the right, never in its image;
-    a prompt (labels is None) is never cut: it would lose its question. ValueError where that is not possible."""
+def expand(ids: list[int], labels: list[int] | None, n_patches: int,
+           block_size: int) -> tuple[list[int], list[int] | None]:
+    """The image slot becomes n_patches times IMAGE_ID; then what is above block_size is cut on the right.
+
+    ValueError where that would cut an image, or a prompt (labels is None), which would lose its question.
+    """
     if IMAGE_ID in ids:
         at = ids.index(IMAGE_ID)
         if at + n_patches > block_size:
@@ -257,13 +261,14 @@ def expand(ids: list[int], labels: list[int] | None, n_patches: int, block_size:
 
 def collate(samples: list[Sample], image_size: int = 336) -> Batch:
     """One row, no padding. image_size only gives `images` its shape when there are none."""
-    ids, labels = (np.concatenate([np.asarray(x, dtype=np.int64) for x in xs]) for xs in zip(*[(s.ids, s.labels) for s in samples]))
+    ids = np.array([i for s in samples for i in s.ids], dtype=np.int64)
+    labels = np.array([label for s in samples for label in s.labels], dtype=np.int64)
     lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)
     labels[np.cumsum(lengths) - lengths] = IGNORE           # nothing in the same sample comes before its first token
     slots, rows = np.flatnonzero(ids == IMAGE_ID), np.flatnonzero(labels[1:] != IGNORE)
     ids[slots] = 0
     images = [s.image for s in samples if s.image is not None]
-    assert len(slots) % max(len(images), 1) == 0 and bool(len(slots)) == bool(images), f"{len(slots)} slots, {len(images)} images"
+    assert len(slots) % len(images) == 0 if images else len(slots) == 0, f"{len(slots)} slots for {len(images)} images"
     return Batch(torch.from_numpy(ids), torch.from_numpy(lengths),
                  torch.stack(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
                  torch.from_numpy(slots), torch.from_numpy(rows), torch.from_numpy(labels[rows + 1]))
@@ -302,7 +307,7 @@ def find_records(path: Path) -> Iterator[tuple[int, int]]:
                     yield at, at + len(line)
                 at += len(line)
         else:
-            raise ValueError(f"{path} is not LLaVA's json: expected a list of records, or one record a line, found {head[:20]!r}")
+            raise ValueError(f"{path} is not LLaVA's json: expected a list of records, found {head[:20]!r}")
 
 
 def find_in_list(path: Path, f: BinaryIO) -> Iterator[tuple[int, int]]:
@@ -379,17 +384,18 @@ class Index(NamedTuple):            # of all records, as arrays
 class Dataset:
     """LLaVA's json or jsonl. `index` is made when first asked for: a minute or more for 665 thousand records, once.
 
-    on_bad_sample: "stop" raises at the first, "skip" puts a sample in its place that supervises nothing. cache_dir: where
-    the index and the list of bad samples are written; None: nowhere.
+    on_bad_sample: "stop" raises at the first; "skip" puts a sample in its place that supervises nothing.
+    cache_dir: where the index and the list of bad samples are written; None: nowhere.
     """
 
-    def __init__(self, json_path: Path, image_dir: Path, tok: Tokenizer, template: str, image_size: int, image_mode: str,
-                 n_patches: int, block_size: int, on_bad_sample: str = "stop", cache_dir: Path | None = None,
-                 follow_links: bool = False):
+    def __init__(self, json_path: Path, image_dir: Path, tok: Tokenizer, template: str, image_size: int,
+                 image_mode: str, n_patches: int, block_size: int, on_bad_sample: str = "stop",
+                 cache_dir: Path | None = None, follow_links: bool = False):
         assert on_bad_sample in ("stop", "skip"), f"on_bad_sample {on_bad_sample!r} is neither stop nor skip"
-        self.path, self.image_dir, self.tok, self.template = Path(json_path), Path(image_dir), tok, template
-        self.image_size, self.image_mode, self.n_patches, self.block_size = image_size, image_mode, n_patches, block_size
-        self.on_bad_sample, self.cache_dir, self.follow_links = on_bad_sample, cache_dir and Path(cache_dir), follow_links
+        self.path, self.image_dir, self.cache_dir = Path(json_path), Path(image_dir), cache_dir and Path(cache_dir)
+        self.tok, self.template, self.n_patches, self.block_size = tok, template, n_patches, block_size
+        self.image_size, self.image_mode, self.follow_links = image_size, image_mode, follow_links
+        self.on_bad_sample = on_bad_sample
         if not self.path.is_file():
             raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
         first = next(find_records(self.path), None)
@@ -414,11 +420,11 @@ class Dataset:
         """From cache_dir if it is there for this json, tokenizer and template; else made and kept there."""
         if self.cache_dir is None:
             return self.make_index()
-        key = repr((self.checksum, self.tok.to_str(), self.template, self.n_patches, self.block_size, self.on_bad_sample))
-        path = self.cache_dir / f"index_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+        key = [self.checksum, self.tok.to_str(), self.template, self.n_patches, self.block_size, self.on_bad_sample]
+        path = self.cache_dir / f"index_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npz"
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with open(self.cache_dir / "index.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                # of several processes one makes it, the others wait and read
+            fcntl.flock(lock, fcntl.LOCK_EX)                # one process makes it, the others wait and read
             if not path.exists():
                 part = path.with_suffix(".part.npz")
                 np.savez(part, **self.make_index()._asdict())
@@ -447,15 +453,15 @@ class Dataset:
         return [self.look(span, decode) for span in ranges.tolist()]
 
     def look(self, span: tuple[int, int], decode: str) -> Finding:
-        """What `sample` would meet there. decode "full" opens the picture, "header" asks for its size only, "" leaves it."""
+        """What `sample` would meet. decode: "full" opens the picture, "header" asks for its size only, "" leaves it."""
         try:
             record = parse(self.read(span))
             ids, labels = encode(record, self.tok, self.template)
             image, full = IMAGE_ID in ids, len(ids) + (IMAGE_ID in ids) * (self.n_patches - 1)
             ids, labels = expand(ids, labels, self.n_patches, self.block_size)
             if image and decode:
-                open_image(image_path(self.image_dir, record["image"], self.follow_links), self.image_size, self.image_mode,
-                           decode == "full")
+                path = image_path(self.image_dir, record["image"], self.follow_links)
+                open_image(path, self.image_size, self.image_mode, decode == "full")
             name = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
             return Finding(len(ids), len(labels) - labels.count(IGNORE), image, full - len(ids), "", notes_on(record),
                            int.from_bytes(name.digest()), str(Path(record["image"]).parent) if image else "")
@@ -473,7 +479,8 @@ class Dataset:
         return found[1].decode("utf-8", "replace").strip('"') if found else "(none)"
 
     def complaint(self, span: tuple[int, int], problem: object) -> ValueError:
-        return ValueError(f"sample {self.name(span)}, line {lines_of(self.path, [span[0]])[0]} of {self.path}: {problem}; "
+        line = lines_of(self.path, [span[0]])[0]
+        return ValueError(f"sample {self.name(span)}, line {line} of {self.path}: {problem}; "
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.image_dir}")
 
     def sample(self, i: int) -> Sample:
@@ -491,8 +498,8 @@ class Dataset:
     def summary(self) -> str:
         """One line for the log; what is cut, and what then teaches nothing, is not passed over in silence."""
         _, length, supervised, image, cut = self.index
-        return (f"{len(self):,} samples, {image.sum():,} with an image, {length.mean():.0f} positions each; {(cut > 0).sum():,} cut "
-                f"at {self.block_size}, {(supervised == 0).sum():,} without anything to learn")
+        return (f"{len(self):,} samples, {image.sum():,} with an image, {length.mean():.0f} positions each; "
+                f"{(cut > 0).sum():,} cut at {self.block_size}, {(supervised == 0).sum():,} without anything to learn")
 
 # ---------------------------------------------------------------------------------------------------
 # The plan: which samples make a step, and who computes them
@@ -506,8 +513,8 @@ def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.G
                    shuffle_steps: torch.Generator) -> list[int]:
     """LLaVA-Phi's group_by_modality_length: runs of world * batch samples that are all pictures or all text.
 
-    lengths are negative for text-only samples. Each run is dealt to the processes by length, the longest first, to the one
-    with the least so far. The last runs of each kind are mixed.
+    lengths are negative for text-only samples. Each run is dealt to the processes by length, the longest first, to the
+    one with the least so far. The last runs of each kind are mixed.
     """
     full, left = [], []
     for kind in (np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)):
@@ -541,33 +548,34 @@ def epoch_order(seed: int, index: Index, global_batch: int, group: str, epoch: i
     if group == "none":
         return np.random.default_rng(seed).permutation(len(index.length))
     generator = torch.Generator().manual_seed(seed)
-    return np.array(modality_order(np.where(index.image, index.length, -index.length), 1, global_batch, generator, generator))
+    lengths = np.where(index.image, index.length, -index.length)
+    return np.array(modality_order(lengths, 1, global_batch, generator, generator))
 
 
 def step_samples(step: int, n: int, global_batch: int, order: Callable[[int], np.ndarray]) -> list[int]:
-    """The samples of a global step, whatever the number of processes and the size of micro-batches. order: epoch -> ids."""
+    """The samples of a global step, whatever the processes and the micro-batches. order: epoch -> its ids."""
     epoch, k = divmod(step, steps_per_epoch(n, global_batch))
     return order(epoch)[k * global_batch:(k + 1) * global_batch].tolist()
 
 
 def cost(length: int, image: int) -> float:
-    """Relative time of a training step on a sample: Phi-2's linear layers, its attention, the vision tower (in TFLOP)."""
+    """Of training on a sample, in TFLOP: Phi-2's linear layers, its attention, the vision tower."""
     return 0.0151 * length + 0.5e-6 * length ** 2 + 1.1 * image
 
 
 def split(lengths: list[int], images: list[int], world: int, budget: int) -> list[list[list[int]]]:
-    """Deal samples out -> [rank][micro-batch] -> positions in `lengths`; every rank gets the same number of micro-batches.
+    """Deal samples out -> [rank][micro-batch] -> positions in `lengths`, as many micro-batches on every rank.
 
     As few micro-batches as fit the budget of tokens, then the most expensive sample first, each to the cheapest
-    micro-batch that has room. Which samples share a micro-batch depends on `world` only where the number has to be rounded
-    up. A sample above the budget is alone. Only with fewer samples than ranks is a micro-batch empty.
+    micro-batch that has room. Which samples share a micro-batch depends on `world` only where their number has to be
+    rounded up. A sample above the budget is alone. Only with fewer samples than ranks is a micro-batch empty.
     """
     costs = [cost(length, image) for length, image in zip(lengths, images)]
     order = sorted(range(len(lengths)), key=lambda i: -costs[i])
     n = world * max(1, math.ceil(sum(min(length, budget) for length in lengths) / budget / world))
     while (bins := fill(order, lengths, costs, n, budget)) is None:
         n += world
-    bins.sort(key=lambda b: -sum(costs[i] for i in b))      # ranks wait for each other: let them do equally dear ones together
+    bins.sort(key=lambda b: -sum(costs[i] for i in b))      # ranks wait for each other: equally dear ones together
     return [bins[rank::world] for rank in range(world)]
 
 
@@ -619,12 +627,13 @@ class Step(NamedTuple):
 
 
 class Loader:
-    """The steps start_step, ..., steps - 1 of one rank. Pure in (seed, step): to resume is to start at a step, nothing is saved."""
+    """The steps start_step, ..., steps - 1 of one rank. Pure in (seed, step): to resume is to start later."""
 
-    def __init__(self, dataset: Dataset, *, global_batch: int, micro_tokens: int, rank: int, world: int, seed: int, steps: int,
-                 start_step: int = 0, workers: int = 0, group: str = "none", pin: bool = False):
-        self.dataset, self.global_batch, self.micro_tokens, self.rank, self.world = dataset, global_batch, micro_tokens, rank, world
-        self.seed, self.steps, self.start_step, self.workers, self.group, self.pin = seed, steps, start_step, workers, group, pin
+    def __init__(self, dataset: Dataset, *, global_batch: int, micro_tokens: int, rank: int, world: int, seed: int,
+                 steps: int, start_step: int = 0, workers: int = 0, group: str = "none", pin: bool = False):
+        self.dataset, self.global_batch, self.micro_tokens, self.group = dataset, global_batch, micro_tokens, group
+        self.rank, self.world, self.seed, self.steps, self.start_step = rank, world, seed, steps, start_step
+        self.workers, self.pin = workers, pin
         self.bad: set[int] = set()
 
     def __iter__(self) -> Iterator[Step]:
@@ -642,13 +651,14 @@ class Loader:
         order = lru_cache(maxsize=1)(partial(epoch_order, self.seed, index, self.global_batch, self.group))
         for step in range(self.start_step, self.steps):
             ids = step_samples(step, n, self.global_batch, order)
-            mine = split(index.length[ids].tolist(), index.image[ids].tolist(), self.world, self.micro_tokens)[self.rank]
+            ranks = split(index.length[ids].tolist(), index.image[ids].tolist(), self.world, self.micro_tokens)
+            mine = ranks[self.rank]
             planned.append((step, ids, len(mine)))
             yield from ([ids[i] for i in micro] for micro in mine)
 
     def make(self, ids: list[int]) -> tuple[Batch | None, list[dict]]:
         """In a worker. Problems travel as values, so that they reach the main process with their sample's name."""
-        nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # supervises nothing, in place of a bad sample
+        nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # in place of a bad sample
         samples, bad = [], []
         for i in ids:
             try:
@@ -674,8 +684,8 @@ class Loader:
         self.bad |= {b["sample"] for b in bad if b["data"] == str(self.dataset.path)}
         limit = max(10, len(self.dataset) // 1000)
         if len(self.bad) > limit:
-            raise ValueError(f"{len(self.bad)} bad samples, more than {limit} (0.1 % of the data, but at least 10). The last: "
-                             + bad[-1]["problem"])
+            raise ValueError(f"{len(self.bad)} bad samples, more than {limit} (0.1 % of the data, but at least 10); "
+                             f"the last: {bad[-1]['problem']}")
 
 # ---------------------------------------------------------------------------------------------------
 # python data.py check
@@ -702,11 +712,10 @@ def check(args: argparse.Namespace) -> int:
     numbers, ids = np.zeros((len(ranges), 4), dtype=np.int64), np.zeros(len(ranges), dtype=np.int64)
     problems, kinds, notes, sources = {}, defaultdict(list), defaultdict(list), Counter()
     for i, found in enumerate(dataset.look_at_all(ranges, args.decode, args.workers)):
-        problem = found.problem or ("" if found.supervised else f"nothing to learn: no answer in the first {block_size} positions")
         numbers[i], ids[i] = found[:4], found.id
-        if problem:
-            problems[i] = problem
-            kinds["bad: " + problem.split(":")[0]].append(i)
+        if found.problem or not found.supervised:
+            problems[i] = found.problem or f"nothing to learn: no answer in the first {block_size} positions"
+            kinds["bad: " + problems[i].split(":")[0]].append(i)
         else:
             sources[found.source] += found.image
         for note in found.notes + ("answer cut at the end",) * (found.cut > 0):
@@ -717,9 +726,10 @@ def check(args: argparse.Namespace) -> int:
     for kind, where in sorted(kinds.items()) + sorted(notes.items()):
         print(f"\n{kind}: {len(where):,}")
         for i, line in zip(where[:args.show], lines_of(args.data, ranges[where[:args.show], 0].tolist())):
-            print(f"    line {line}, id {dataset.name(ranges[i])}" + (f": {problems[i][:200]}" if i in problems else ""))
+            print(f"    line {line}, id {dataset.name(ranges[i])}", problems.get(i, "")[:200])
     repeated = len(ids) - len(problems) - len(np.unique(np.delete(ids, list(problems))))
-    print(f"\nids used before: {repeated:,}\nimages: " + ", ".join(f"{s} {n:,}" for s, n in sources.most_common(20) if n))
+    print(f"\nids used before: {repeated:,}")
+    print("images: " + ", ".join(f"{source} {n:,}" for source, n in sources.most_common(20) if n))
     if measured and len(good):
         print_lengths(good[:, 0], good[:, 1].sum())
         print(f"{args.stage}: {steps_per_epoch(len(good), global_batch):,} steps of {global_batch} samples an epoch")
@@ -744,8 +754,10 @@ def notes_on(record: dict) -> tuple[str, ...]:
 
 def bytes_as_tokens() -> Tokenizer:
     """For want of a real one: everything but lengths can be checked."""
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*pre_tokenizers.ByteLevel.alphabet(), EOT])}, merges=[]))
-    tok.pre_tokenizer, tok.post_processor = pre_tokenizers.ByteLevel(add_prefix_space=False), processors.ByteLevel(trim_offsets=False)
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), EOT]
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.post_processor = processors.ByteLevel(trim_offsets=False)
     return tok
 
 
@@ -766,7 +778,8 @@ def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict
         clean.write(b"[")
         for i, span in enumerate(ranges.tolist()):
             if i in problems:
-                bad.write(json.dumps({"problem": problems[i], "record": dataset.read(span).decode("utf-8", "replace")}) + "\n")
+                record = dataset.read(span).decode("utf-8", "replace")
+                bad.write(json.dumps({"problem": problems[i], "record": record}) + "\n")
             else:
                 clean.write((b"\n" if first else b",\n") + dataset.read(span).strip())
                 first = False
@@ -777,19 +790,19 @@ def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "check", help="find every bad sample before training does", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command = parser.add_subparsers(required=True).add_parser(
+        "check", help="find every bad sample before training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = command.add_argument
     flag("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
     flag("--images", type=Path, required=True, help="the folder that the records' image paths start from")
     flag("--stage", choices=list(STAGES), default="finetune", help="which stage the data is for")
-    flag("--tokenizer", type=Path, default=Path("checkpoints/phi-2"), help="folder of the tokenizer; without one, no lengths")
-    flag("--decode", choices=["header", "full"], default="full", help="full finds truncated pictures too, header is faster")
+    flag("--tokenizer", type=Path, default=Path("checkpoints/phi-2"), help="its folder; without it, no lengths")
+    flag("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
     flag("--workers", type=int, default=os.cpu_count(), help="processes")
     flag("--max-length", type=int, default=2048, help="positions a sample may have, image expanded")
     flag("--n-patches", type=int, default=576, help="positions of an image")
     flag("--image-size", type=int, default=336, help="pixels of its side")
-    flag("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of the image folder")
+    flag("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
     flag("--show", type=int, default=20, help="how many samples to name of each kind")
     flag("--write-clean", type=Path, help="write the good records here, and the bad ones beside it")
     return check(parser.parse_args(argv))
