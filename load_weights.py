@@ -156,7 +156,7 @@ class Stored(NamedTuple):                   # where a tensor's bytes lie, to be 
 
 
 @dataclass
-class Folder:                               # what a folder of weights holds
+class Folder:                               # what a folder holds
     path: Path
     found: dict[str, dict[str, Stored]]     # our name -> piece -> tensor
     dropped: dict[str, str]                 # its name there -> why it is left out
@@ -321,6 +321,12 @@ def fill(memory: Tensor, stored: Stored) -> None:
             view = view[n:]
 
 
+def read_ahead(stored: Stored) -> None:
+    if hasattr(os, "posix_fadvise"):
+        with open(stored.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), stored.offset, stored.nbytes, os.POSIX_FADV_WILLNEED)
+
+
 def in_order(pieces: dict[str, Stored]) -> list[Stored]:
     return [pieces[piece] for piece in "qkv"] if "q" in pieces else list(pieces.values())
 
@@ -467,42 +473,33 @@ def load_config(*folders: Path) -> LLaVAConfig:
 # Loading
 
 
-def describe(shape: Iterable[int]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ")"
-
-
-def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, allow_missing: tuple[str, ...],
+def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, allow_missing: tuple[str, ...] = (),
           limit: int = 8) -> dict[str, dict[str, Stored]]:
-    """-> our name -> pieces, of all folders. ValueError lists everything missing, unexpected and misshapen at once."""
+    """-> our name -> its pieces, of all folders. ValueError lists what is missing, unexpected and misshapen, all at once."""
+    def say(name: str, shape: Iterable[int]) -> str:
+        return f"{name[:100]} ({', '.join(map(str, shape))})"
     shapes = blueprint(config)
     found = {name: pieces for folder in folders for name, pieces in folder.found.items()}
-    allowed = tuple(prefix for prefix in allow_missing if not any(name.startswith(prefix) for name in found))
-    unexpected = [stored for folder in folders for stored in folder.unexpected]
-    missing, misshapen = [], []
-    for name in needed:
-        pieces = found.get(name, {})
-        if name.startswith(allowed or ("-",)) or set(pieces) & {"", "heads"} or len(pieces) == len(to_saved(name)):
+    absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in found))
+    missing, misshapen, unexpected = [], [], [say(s.name, s.shape) for folder in folders for s in folder.unexpected]
+    for name in dict.fromkeys([*needed, *found]):
+        pieces, whole = found.get(name, {}), shapes.get(name)
+        if whole is None:
+            unexpected += [say(s.name, s.shape) for s in pieces.values()]
             continue
-        third = describe((shapes[name][0] // len(to_saved(name)), *shapes[name][1:]))
-        there = {saved for saved, piece in zip(to_saved(name), "qkv") if piece in pieces}
-        missing += [f"{saved} {third}" for saved in to_saved(name) if saved not in there]
-    for name, pieces in found.items():
-        for piece, stored in pieces.items():
-            if name not in shapes:
-                unexpected.append(stored)
-                continue
-            rows, *rest = shapes[name]
-            wanted = (rows // 3 if piece in ("q", "k", "v") else rows, *rest)
-            if stored.shape != wanted or not stored.dtype.is_floating_point:
-                misshapen.append(f"{stored.name} {describe(stored.shape)} {str(stored.dtype)[6:]}, expected {describe(wanted)}")
-            elif stored.dtype != in_order(pieces)[0].dtype if len(pieces) == 3 else False:
-                misshapen.append(f"{stored.name} is {stored.dtype}, unlike its neighbours")
-    lists = {"missing": missing, "unexpected": [f"{s.name[:100]} {describe(s.shape)}" for s in unexpected], "misshapen": misshapen}
-    if any(lists.values()):
-        text = "; ".join(f"{len(names)} {what}: " + ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-                         for what, names in lists.items() if names)
+        third = (whole[0] // 3, *whole[1:])
+        if not (name.startswith(absent) or "" in pieces or "heads" in pieces):
+            spelled = zip(to_saved(name), "qkv") if len(to_saved(name)) == 3 else [(to_saved(name)[0], "")]
+            missing += [say(saved, third if piece else whole) for saved, piece in spelled if piece not in pieces]
+        for piece, s in pieces.items():
+            wanted = third if piece in ("q", "k", "v") else tuple(whole)
+            if s.shape != wanted or not s.dtype.is_floating_point or s.dtype != next(iter(pieces.values())).dtype:
+                misshapen.append(f"{say(s.name, s.shape)} {str(s.dtype)[6:]}, expected {say('', wanted)[1:]} of floats")
+    wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    if any(wrong.values()):
+        lists = [f"{len(names)} {what}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit) for what, names in wrong.items() if names]
         where = " and ".join(str(folder.path) for folder in folders)
-        raise ValueError(f"{where}: {text} (all of them: python load_weights.py inspect {folders[0].path})")
+        raise ValueError(f"{where}: {'; '.join(lists)} (all of them: python load_weights.py inspect {folders[0].path})")
     return found
 
 
@@ -511,23 +508,39 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
     """Fill a model from one LLaVA-like folder, or from a Phi folder and a CLIP folder, one tensor at a time.
 
     copy(parameter, tensor): called once per parameter, must cast and be done with `tensor` (CPU, the file's dtype) when it
-    returns. allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
+    returns; not given: parameter.copy_(tensor), or a read straight into it. allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
     Raises ValueError: names or shapes do not fit, all of them listed.
     """
-    copy = copy or (lambda parameter, tensor: parameter.data.copy_(tensor))
     parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}    # adapters are new: in no folder
     found = check(read_folders(folders), parameters, model.config, allow_missing)
     wanted = {name: pieces for name, pieces in found.items() if name in parameters}
-    for name, tensor in read_all(wanted, model.config):
-        copy(parameters[name], tensor)
+    in_place = {name: parameters[name].data for name, pieces in wanted.items() if copy is None and fits(parameters[name], pieces)}
+    for name, tensor in read_all(wanted, model.config, in_place):
+        if copy is not None:
+            copy(parameters[name], tensor)
+        elif tensor.data_ptr() != parameters[name].data_ptr():
+            parameters[name].data.copy_(tensor)
 
 
-def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor), in the order of the files. Each tensor is gone when the next one is asked for."""
+def fits(parameter: Tensor, pieces: dict[str, Stored]) -> bool:
+    """Whether a file's bytes can be read straight into a parameter."""
+    return type(parameter.data) is Tensor and parameter.device.type == "cpu" and parameter.is_contiguous() \
+        and "heads" not in pieces and parameter.dtype == in_order(pieces)[0].dtype
+
+
+def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig, in_place: Mapping[str, Tensor] = {}) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor), in the order of the files. Each tensor is gone when the next one is asked for, but those that have
+    a tensor of the same size and dtype in `in_place` are read into that."""
     n_head = {"llm": config.llm.n_head, "vision": config.vision.n_head, "projector": 0}
-    memory = torch.empty(max((sum(s.nbytes for s in p.values()) for p in found.values()), default=0), dtype=torch.uint8)
-    for name in sorted(found, key=lambda name: in_order(found[name])[0][1:3]):
-        yield name, read(found[name], n_head[name.split(".")[0]], memory)
+    sizes = [sum(s.nbytes for s in pieces.values()) for name, pieces in found.items() if name not in in_place]
+    shared = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+    names = sorted(found, key=lambda name: in_order(found[name])[0][1:3])
+    for name, following in zip(names, [*names[1:], None]):
+        memory = in_place[name].flatten().view(torch.uint8) if name in in_place else shared
+        tensor = read(found[name], n_head[name.split(".")[0]], memory)
+        for stored in in_order(found[following]) if following else []:
+            read_ahead(stored)              # the disk works while the caller copies
+        yield name, tensor
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", int8: bool = False) -> LLaVAPhi:
@@ -542,7 +555,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
         quantize_int8(model)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     owners = {m.weight: m for m in model.modules() if isinstance(m, Int8Linear)}
-    load_into(model, [folder], lambda p, tensor: owners[p].quantize(tensor) if p in owners else p.data.copy_(tensor))
+    load_into(model, [folder], (lambda p, tensor: owners[p].quantize(tensor) if p in owners else p.data.copy_(tensor)) if int8 else None)
     return model
 
 # ---------------------------------------------------------------------------------------------------
@@ -665,7 +678,7 @@ def save_model(out: Path, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Te
     assert dtype is not None or isinstance(tensors, Mapping), "tensors that are not known beforehand need a dtype"
     out, sources, shapes = Path(out), list(sources), blueprint(config)
     given, folders = tensors if isinstance(tensors, Mapping) else {}, read_folders(sources)
-    found = check(folders, [name for name in shapes if name not in given] if given is tensors else [], config, ())
+    found = check(folders, [name for name in shapes if name not in given] if given is tensors else [], config)
     dtypes = {name: dtype or (given[name].dtype if name in given else in_order(found[name])[0].dtype) for name in shapes}
     with finished_folder(out) as made:
         slots = lay_out(made, shapes, shapes, dtypes)
@@ -802,27 +815,21 @@ def image_processor(config: LLaVAConfig) -> dict:
 
 def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
     """config.json of a PhiForCausalLM, with the rotary numbers where transformers 4 looks and where 5 does."""
-    factor = config.rotary_dim / (config.n_embd // config.n_head)
+    rope = {"rope_theta": config.rope_base, "partial_rotary_factor": config.rotary_dim / (config.n_embd // config.n_head)}
     return {
-        "architectures": ["PhiForCausalLM"], "model_type": "phi",
-        "vocab_size": config.vocab_size, "max_position_embeddings": config.block_size,
-        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "num_key_value_heads": config.n_head,
-        "hidden_size": config.n_embd, "intermediate_size": config.n_inner, "hidden_act": "gelu_new",
-        "rope_theta": config.rope_base, "partial_rotary_factor": factor, "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base, "partial_rotary_factor": factor},
-        "layer_norm_eps": config.eps, "qk_layernorm": False,
-        "resid_pdrop": config.dropout, "embd_pdrop": 0.0, "attention_dropout": 0.0,
-        "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "tie_word_embeddings": False, "torch_dtype": dtype,
+        "architectures": ["PhiForCausalLM"], "model_type": "phi", "hidden_act": "gelu_new",
+        **{spellings[0]: getattr(config, field) for field, (spellings, _) in PHI_KEYS.items()},
+        "num_key_value_heads": config.n_head, "qk_layernorm": False, "tie_word_embeddings": False, "embd_pdrop": 0.0,
+        "attention_dropout": 0.0, **rope, "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope},
+        "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": dtype,
     }
 
 
 def clip_json(config: VisionConfig) -> dict:
     return {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model",
-        "image_size": config.image_size, "patch_size": config.patch_size, "num_channels": 3,
-        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-        "hidden_size": config.n_embd, "intermediate_size": config.n_inner, "projection_dim": config.n_embd * 3 // 4,
-        "hidden_act": "quick_gelu", "layer_norm_eps": config.eps, "attention_dropout": 0.0,
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3,
+        **{spellings[0]: getattr(config, field) for field, (spellings, _) in VISION_KEYS.items()},
+        "attention_dropout": 0.0, "projection_dim": config.n_embd * 3 // 4,
     }
 
 
@@ -897,7 +904,7 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     folder, = read_folders([model])
     config = config_of(folder)
     shapes, tokenizer = blueprint(config), read_tokenizer(folder.path)
-    found = check([folder], shapes, config, ())
+    found = check([folder], shapes, config)
     dtypes = {name: dtype or in_order(found[name])[0].dtype for name in shapes}
     names = {part: [name for name in shapes if name.startswith(part)] for part in PREFIX}
     projector = {f"multi_modal_projector.linear_{i + 1}.": f"model.mm_projector.{2 * i}." for i in range(2)}
@@ -917,70 +924,56 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         write_json(clip / "preprocessor_config.json", image_processor(config) | {"image_processor_type": "CLIPImageProcessor"})
 
 
-def gigabytes(n: int) -> str:
-    return f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
-
-
-def layout(folder: Folder) -> str:
-    """Which of the published layouts a folder's language model is in, from the names of its tensors."""
-    names = [stored.name for name, pieces in folder.found.items() if name.startswith("llm.h.") for stored in pieces.values()]
-    return ("split q/k/v (transformers 4.37 and newer)" if any(".q_proj." in name for name in names) else
-            "fused query_key_value, packed head by head (transformers 4.36, LLaVA-Phi)" if any("query_key_value" in name for name in names) else
-            "one list, layers.N (the earliest Phi files)" if any(name.startswith("layers.") for name in names) else
-            "mixer.Wqkv (phi-msft)" if names else "no language model")
+LAYOUTS = (     # a piece of a language model's tensor names -> which of the published layouts it is in
+    (".q_proj.", "split q, k, v (transformers 4.37 and newer)"),
+    ("query_key_value", "fused query_key_value, packed head by head (transformers 4.36, LLaVA-Phi)"),
+    ("transformer.h.", "mixer.Wqkv (phi-msft)"),
+    ("layers.", "one list, layers.N (the earliest Phi files)"),
+)
+NEXT = {
+    "a Phi-2 language model": "python load_weights.py merge --llm {} --vision checkpoints/clip-vit-large-patch14-336 --out out/base",
+    "a CLIP vision tower": "python load_weights.py merge --llm checkpoints/phi-2 --vision {} --out out/base",
+    "a LLaVA-Phi model": "python sample.py --model {} --image x.jpg",
+}
 
 
 def inspect(path: Path) -> None:
-    """Print what a folder holds, what would be left out, what is missing, and what to do with it."""
-    folder = read_folder(path)
-    files = tensor_files(path)
-    stored = [s for pieces in folder.found.values() for s in pieces.values()]
-    print(f"{path}: {folder.kind if folder.found else 'nothing this project reads'}")
-    print(f"  files      {len(files)} x {files[0].suffix[1:]}, {gigabytes(sum(file.stat().st_size for file in files))}")
-    print(f"  layout     {layout(folder)}")
+    """Print a page about a folder: what it is, what would be left out, what is missing, and what to run next."""
+    def line(label: str, text: object) -> None:
+        print(f"  {label:10} {text}")
+    folder, files = read_folder(path), tensor_files(path)
+    print(f"{path}: {folder.kind}")
+    line("files", f"{len(files)} x {files[0].suffix[1:]}, {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
     for part in PREFIX:
         mine = [s for name, pieces in folder.found.items() if name.startswith(part + ".") for s in pieces.values()]
         if mine:
-            dtypes = " and ".join(f"{str(dtype)[6:]}" for dtype in sorted({s.dtype for s in mine}, key=str))
-            count = sum(prod(s.shape) for s in mine)
-            print(f"  {part:10} {len(mine)} tensors, {count:,} parameters, {dtypes}, {gigabytes(sum(s.nbytes for s in mine))}")
-    try:
-        tokenizer = read_tokenizer(path)
-        where = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json and merges.txt"
-        print(f"  tokenizer  {where}: {len(token_ids(tokenizer)):,} tokens, {EOT} is {token_ids(tokenizer)[EOT]}")
-    except ValueError as e:
-        print(f"  tokenizer  none ({e})" if "llm" in folder.parts else "  tokenizer  none, and none is needed")
-    for reason, n in Counter(folder.dropped.values()).items():
-        print(f"  ignored    {n} tensors: {reason}")
-    inspect_fit(folder)
-    next_command = {
-        "a Phi-2 language model": f"python load_weights.py merge --llm {path} --vision checkpoints/clip-vit-large-patch14-336 --out out/base",
-        "a CLIP vision tower": f"python load_weights.py merge --llm checkpoints/phi-2 --vision {path} --out out/base",
-        "a LLaVA-Phi model": f"python sample.py --model {path} --image x.jpg",
-    }
-    print(f"  next       {next_command.get(folder.kind, 'nothing: this is not a folder for this project')}")
-
-
-def inspect_fit(folder: Folder) -> None:
-    """The lines about config.json and about tensors that are missing or too many."""
+            dtypes = " and ".join(sorted({str(s.dtype)[6:] for s in mine}))
+            line(part, f"{len(mine)} tensors, {sum(prod(s.shape) for s in mine):,} parameters, {dtypes}, {sum(s.nbytes for s in mine) / 1e6:,.1f} MB")
+        if mine and part == "llm":
+            line("", next(text for mark, text in LAYOUTS if any(mark in s.name for s in mine)))
+    if "llm" in folder.parts:
+        try:
+            ids = token_ids(read_tokenizer(path))
+            line("tokenizer", f"{'tokenizer.json' if (path / 'tokenizer.json').is_file() else 'vocab.json and merges.txt'}: "
+                              f"{len(ids):,} tokens, {EOT} is {ids[EOT]}")
+        except ValueError as e:
+            line("tokenizer", f"none: {e}")
     try:
         config = config_of(folder)
+        for part, numbers in (("llm", config.llm), ("vision", config.vision)):
+            if part in folder.parts:
+                line("config", numbers)
+        line("images", config.image_mode)
+        built = {name for name, _ in meta_model(config).named_parameters()}
+        unused = [name for name in folder.found if name not in built and folder.found[name]]
+        reasons = Counter(folder.dropped.values()) + Counter({UNUSED: len(unused)})
+        for reason, n in reasons.items():
+            line("ignored", f"{n} tensors: {reason}")
+        check([folder], [name for name in blueprint(config) if name.split(".")[0] in folder.parts], config, limit=10 ** 6)
+        line("missing", "nothing")
+        line("next", NEXT.get(folder.kind, "nothing").format(path))
     except (ValueError, OSError) as e:
-        print(f"  config     {e}")
-        return
-    whole, parts = blueprint(config), folder.parts
-    if "llm" in parts:
-        print(f"  llm        {config.llm}")
-    if "vision" in parts:
-        print(f"  vision     {config.vision}")
-        unused = [name for name in folder.found if name not in dict(meta_model(config).named_parameters()) and name in whole]
-        print(f"  ignored    {len(unused)} tensors: {UNUSED}")
-    print(f"  images     {config.image_mode}")
-    try:
-        check([folder], [name for name in whole if name.split(".")[0] in parts], config, (), limit=10**6)
-        print("  missing    nothing")
-    except ValueError as e:
-        print(f"  problems   {e}")
+        line("problem", e)
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
