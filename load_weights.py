@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from model import Int8Linear, LLaVAConfig, LLaVAPhi, PhiConfig, Projector, init_weights, quantize_int8
+from model import Int8Linear, LLaVAConfig, LLaVAPhi, PhiConfig, Projector, init_weights, merge_lora, quantize_int8
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
 # ---------------------------------------------------------------------------------------------------
@@ -895,8 +897,35 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
 
 
 def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Any readable model in the saved format."""
-    save_model(out, {}, load_config(model), [model], dtype)
+    """Any readable model, or a training checkpoint (out/step_NNNNNN), in the saved format."""
+    if not (model / "checkpoint.json").is_file():
+        return save_model(out, {}, load_config(model), [model], dtype)
+    manifest = read_json(model / "checkpoint.json")
+    settings, sources = manifest["config"], [Path(source) for source in manifest["sources"]]
+    config = load_config(*sources)
+    dropout = config.llm.dropout if settings["dropout"] < 0 else settings["dropout"]
+    config = replace(config, image_mode=settings["image_mode"], llm=replace(config.llm, dropout=dropout))
+    tensors = trained(model, read_folders(sources), config, settings["lora_alpha"])
+    save_model(out, tensors, config, sources, dtype or parse_dtype(settings["dtype"]))
+
+
+def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig, lora_alpha: float) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) of everything that a training run has changed, one at a time, LoRA adapters merged into their weights."""
+    sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+
+    def load(name: str) -> Tensor:
+        tensor = torch.empty(sizes[f"model.{name}"].size)
+        dcp.load({f"model.{name}": tensor}, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+        return tensor
+
+    names = [name.removeprefix("model.") for name in sizes if name.startswith("model.")]
+    for name in names:
+        if ".lora_" not in name:
+            yield name, load(name)
+    found = {name: pieces for folder in sources for name, pieces in folder.found.items() if name.removesuffix("weight") + "lora_a" in names}
+    for name, weight in read_all(found, config):
+        adapters = {name: load(name) for name in (name.removesuffix("weight") + f"lora_{x}" for x in "ab")}
+        yield name, merge_lora({name: weight.float(), **adapters}, lora_alpha)[name]
 
 
 def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:

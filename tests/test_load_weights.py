@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from conftest import ROOT
 from load_weights import (blueprint, export, export_parts, load_config, load_into, load_model, main, merge, read_bin, read_folder,
@@ -653,6 +655,26 @@ def test_tokenizer_files(tmp_path, saved):
     assert token_ids(read_tokenizer(saved)) == token_ids(read_tokenizer(PHI))
     with pytest.raises(ValueError, match="no tokenizer.json"):
         read_tokenizer(CLIP)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_export_of_a_training_checkpoint(lora, tmp_path, model):
+    """What trained comes from the checkpoint (adapters merged), the rest from where the run began."""
+    weights = {f"model.{name}": p + 1 for name, p in model.named_parameters() if name.startswith("projector")}
+    a, b = torch.randn(4, 40), torch.randn(160, 4)
+    if lora:
+        weights |= {"model.llm.h.1.mlp.fc.lora_a": a, "model.llm.h.1.mlp.fc.lora_b": b}
+    step = tmp_path / "step_000007"
+    dcp.save(weights | {"exp_avg.projector.fc.bias": torch.zeros(40)}, no_dist=True,
+             storage_writer=HuggingFaceStorageWriter(str(step), save_distributed=True))
+    settings = {"dropout": 0.2, "image_mode": "crop", "dtype": "float32", "lora_alpha": 8.0}
+    (step / "checkpoint.json").write_text(json.dumps({"config": settings, "sources": [str(LLAVA)]}))
+    export(step, tmp_path / "out", None)
+    there, old = load_model(tmp_path / "out"), dict(model.named_parameters())
+    assert there.config.image_mode == "crop" and there.config.llm.dropout == 0.2
+    for name, p in there.named_parameters():
+        expected = old[name] + 2.0 * b @ a if lora and name == "llm.h.1.mlp.fc.weight" else old[name] + name.startswith("projector")
+        torch.testing.assert_close(p, expected)
 
 
 def test_export_parts_and_join_them_again(tmp_path, model):
