@@ -1,9 +1,7 @@
 """sample.py as a person uses it: the golden answer, streaming, odd files, a chat, a pipe, errors of one line."""
 import io
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,3 +75,132 @@ def test_a_character_appears_when_it_is_complete(tok):
 def test_control_characters_do_not_reach_the_terminal():
     assert sample.CONTROL.sub("", "a\x1b[31mb\x07\r\x9b\u202e\tc\nd") == "a[31mb\tc\nd"
     assert sample.CONTROL.sub("", "\u65e5\U0001f468\u200d\U0001f469 caf\u00e9") == "\u65e5\U0001f468\u200d\U0001f469 caf\u00e9"
+
+# ---------------------------------------------------------------------------------------------------
+# One question
+
+
+def test_several_pictures_are_asked_in_one_batch_as_if_alone(capsys):
+    pictures = [ROOT / f"tests/golden/images/{name}" for name in ("photo.jpg", "alpha.png", "tall.png")]
+    ask = ("--prompt", "What is this?", "--max-new-tokens", 8)
+    alone = [main(capsys, "--image", picture, *ask)[0].strip() for picture in pictures]
+    out, _ = main(capsys, "--image", pictures[0], pictures[1], "--image", pictures[2], "--json", *ask)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["answer"] for line in lines] == alone
+    assert [line["image"] for line in lines] == [str(picture) for picture in pictures]
+
+
+def test_stdin_brings_the_picture_or_the_question():
+    ask = ("--model", MODEL, "--prompt", "What is this?", "--max-new-tokens", "24")
+    done = subprocess.run([sys.executable, "sample.py", "--image", "-", *map(str, ask)], cwd=ROOT, capture_output=True,
+                          input=PHOTO.read_bytes(), timeout=60)
+    assert done.stdout.decode() == GOLDEN + "\n"
+
+
+def test_same_seed_same_text(capsys):
+    ask = ("--image", PHOTO, "--prompt", "Why?", "--temperature", 1, "--max-new-tokens", 8)
+    texts = [main(capsys, *ask, "--seed", seed)[0] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_verbose_speaks_on_stderr_only(capsys):
+    out, err = main(capsys, "--prompt", "Who?", "--max-new-tokens", 3, "--verbose", "--int8")
+    assert "3 tokens" in err and "tokens/s" in err and "GB" in err and "int8" in err
+    assert out.count("\n") == 1
+
+
+def test_bench_prints_a_table(capsys):
+    out, _ = main(capsys, "--bench")
+    assert [line.split("  ")[0] for line in out.splitlines()][1:3] == ["seconds to first token", "tokens per second"]
+
+
+@pytest.mark.parametrize("written", ["{}", " {} ", "'{}'", '"{}"', "file://{quoted}", "{escaped}"])
+def test_a_path_as_it_is_pasted(tmp_path, model, written):
+    path = tmp_path / "my photo (1).jpg"
+    path.write_bytes(PHOTO.read_bytes())
+    text = written.format(path, quoted=str(path).replace(" ", "%20"), escaped=str(path).replace(" ", r"\ ").replace("(", r"\("))
+    assert torch.equal(sample.open_image(text, model.config), sample.open_image(str(PHOTO), model.config))
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--image", "https://example.org/x.jpg", "--prompt", "?"], "download it"),
+    (["--image", "nowhere.jpg", "--prompt", "?"], "nowhere.jpg"),
+    (["--image", "sample.py", "--prompt", "?"], "sample.py"),
+    (["--prompt", " "], "empty"),
+    (["--prompt", "a " * 3000], "the model has 2048"),
+    (["--prompt", "a" * 32001], "32,001 characters"),
+    (["--prompt", "a\udcff"], "surrogates"),
+    (["--prompt", "?", "--dtype", "fp16"], "overflow"),
+    (["--prompt", "?", "--dtype", "int3"], "fp32 or bf16"),
+    (["--prompt", "?", "--compile"], "CUDA"),
+    (["--prompt", "?", "--temperature", "-1"], "--temperature"),
+    (["--prompt", "?", "--bogus"], "--bogus"),
+    (["--image", "a.jpg", "b.jpg"], "--prompt"),
+    (["--image", "-"], "--prompt"),
+])
+def test_what_cannot_be_is_one_line(args, message):
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        sample.main(["--model", str(MODEL), *args])
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_downloaded_is_one_helpful_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", "x.jpg"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} sample.py --model {MODEL} --prompt x --max-new-tokens 60 | head -c 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert len(done.stdout) == 1 and "rror" not in done.stderr
+
+# ---------------------------------------------------------------------------------------------------
+# A chat
+
+
+def test_each_turn_equals_the_whole_chat_asked_anew(monkeypatch, capsys, model, tok):
+    lines, _ = chat(monkeypatch, capsys, ["What is this?", "", "Why?", "Where?"], "--image", PHOTO, "--max-new-tokens", 6)
+    turns, image = [], sample.open_image(str(PHOTO), model.config)
+    for question, said in zip(["What is this?", "Why?", "Where?"], lines, strict=True):
+        pieces = sample.answer(model, tok, [[*turns, question]], [image], sample.Clock(), max_new_tokens=6)
+        assert said == "".join(piece for (piece,) in pieces)
+        turns += [question, said]
+
+
+def test_commands_and_mistakes_keep_the_chat_going(monkeypatch, capsys, tmp_path):
+    lines, err = chat(monkeypatch, capsys, [
+        "hello", f"/image '{PHOTO}'", "What is this?", "/image nowhere.jpg", "/nonsense", "a " * 3000, f"/save {tmp_path}/c.json",
+        f"/save {tmp_path}/c.json", "/reset", "What is this?"], "--max-new-tokens", 6)
+    assert len(lines) == 3 and lines[1] == lines[2]
+    saved = json.loads((tmp_path / "c.json").read_text())
+    assert saved["turns"] == ["What is this?", lines[1]] and "photo.jpg" in saved["image"]
+    for part in ("nowhere.jpg", "/reset ", "the model has 2048", "File exists", "--max-new-tokens"):
+        assert part in err
+
+
+def test_a_full_context_says_so(monkeypatch, capsys):
+    _, err = chat(monkeypatch, capsys, ["a " * 1000], "--max-new-tokens", 2000)
+    assert "2048 positions are full: /reset" in err
+
+
+def test_ctrl_c_stops_the_answer_and_twice_leaves(monkeypatch, capsys, model, tok):
+    it = sample.Chat(model, tok, None, sample.open_image(None, model.config), False, {"max_new_tokens": 20})
+    shown, lines = [], iter(["Who?", "And?", KeyboardInterrupt, "Well?", KeyboardInterrupt, KeyboardInterrupt, "never"])
+
+    def read_line():
+        if (line := next(lines)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    def show(text, end=""):
+        shown.append(text)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "read_line", read_line)
+    monkeypatch.setattr(sample, "show", show)
+    it.run()
+    assert it.turns[0::2] == ["Who?", "And?", "Well?"] and it.turns[1] == "".join(shown[:3])
+    assert next(lines) == "never"
+    assert "[stopped]" in capsys.readouterr().err
