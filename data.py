@@ -197,14 +197,18 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
     return turns, image
 
 
+@lru_cache(maxsize=4)
+def encode_once(text: str, tok: Tokenizer) -> tuple[int, ...]:
+    return tuple(tok.encode(text, add_special_tokens=False).ids)
+
+
 def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[int], list[int]]:
     """LLaVA-Phi's chat template "v0". An odd number of turns leaves the last question open for the model to answer."""
-    eot, ids, labels, text = eot_id(tok), [], [], SYSTEM + " USER: "
+    eot, ids, text = eot_id(tok), [], SYSTEM + " USER: "
+    if image:
+        ids, text = [*encode_once(text, tok), IMAGE_ID], "\n" if turns[0] else ""
+    labels = [IGNORE] * len(ids)
     for i in range(0, len(turns), 2):
-        if image and i == 0:
-            ids = tok.encode(text, add_special_tokens=False).ids + [IMAGE_ID]
-            labels = [IGNORE] * len(ids)
-            text = "\n" if turns[0] else ""
         text += turns[i] + " ASSISTANT:"
         answer = " " + turns[i + 1] if i + 1 < len(turns) and turns[i + 1] else ""
         # In one piece, because the space before the answer is part of the answer's first token.
@@ -399,9 +403,9 @@ class Dataset:
         if not self.path.is_file():
             raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
         first = next(find_records(self.path), None)
-        if first is None or not isinstance(record := parse(self.read(first)), dict) or "conversations" not in record:
-            raise ValueError(f"{self.path} is not LLaVA's json: " + ("it has no records" if first is None else
-                             f'expected records with "conversations", found {str(record)[:80]}'))
+        if first is None or b'"conversations"' not in self.read(first):
+            found = f"found {self.read(first)[:80]!r}" if first else "it has no records"
+            raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\", {found}")
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -516,10 +520,10 @@ def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.G
     lengths are negative for text-only samples. Each run is dealt to the processes by length, the longest first, to the
     one with the least so far. The last runs of each kind are mixed.
     """
-    full, left = [], []
+    full, left, size = [], [], np.abs(lengths)
     for kind in (np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)):
         mixed = kind[torch.randperm(len(kind), generator=shuffle).numpy()]
-        runs = [deal(mixed[i:i + world * batch], np.abs(lengths), world) for i in range(0, len(mixed), world * batch)]
+        runs = [deal(mixed[i:i + world * batch], size, world) for i in range(0, len(mixed), world * batch)]
         full += runs[:-1]
         left += runs[-1] if runs else []
     full = [full[i] for i in torch.randperm(len(full), generator=shuffle_steps).tolist()]
@@ -530,8 +534,8 @@ def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.G
 
 
 def deal(run: np.ndarray, lengths: np.ndarray, world: int) -> list[int]:
-    run = sorted(run.tolist(), key=lambda i: -lengths[i])
-    if len(run) % world:
+    run = run[np.argsort(-lengths[run], kind="stable")].tolist()
+    if world == 1 or len(run) % world:
         return [i for rank in range(world) for i in run[rank::world]]
     hands, sums = [[] for _ in range(world)], [0] * world
     for i in run:

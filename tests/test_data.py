@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import pickle
 import random
 import re
 import signal
@@ -639,7 +640,7 @@ def test_the_check_names_every_animal_of_the_zoo(tmp_path, zoo_images, capsys):
     rejects = map(json.loads, (tmp_path / "clean.rejects.jsonl").read_text().splitlines())
     assert [json.loads(r["record"]) for r in rejects] == [r for _, r in animals]
     assert json.loads(clean.read_text(encoding="utf-8")) == good
-    code, out = run_check(capsys, clean, zoo_images)
+    code, out = run_check(capsys, clean, zoo_images, "--workers", "2")
     assert code == 0 and "0 bad ones" in out and "1 steps of 128 samples" in out
     code, out = run_check(capsys, path, zoo_images, "--decode", "header")
     assert code == 1 and f"{len(animals) - 1} bad ones" in out              # only the truncated picture has a good head
@@ -677,6 +678,13 @@ def test_a_bad_sample_in_a_worker_stops_the_run(tmp_path, tiny):
     path = write_data(tmp_path, t7=talk(f"{IMAGE}\nq", "a", id="the bad one", image="absent.jpg"))
     with pytest.raises(ValueError, match="the bad one.*image missing"):
         list(loader(open_dataset(path, tiny), workers=2))
+
+
+def test_a_dataset_survives_the_way_to_a_spawned_worker(tmp_path, tiny):
+    """Pickling a tokenizer forgets that special words in texts are text; systems that do not fork would train on it."""
+    dataset = open_dataset(write_data(tmp_path, t1=talk(f"what is {EOT}?", f"{EOT} is text")), tiny)
+    assert pickle.loads(pickle.dumps(dataset)).sample(1) == dataset.sample(1)
+    assert dataset.sample(1).labels.count(eot_id(tiny)) == 1
 
 
 def test_links_out_of_the_folder_can_be_allowed(zoo_images):
