@@ -1,8 +1,8 @@
 """Every way weights enter or leave: published Phi-2, CLIP and LLaVA-Phi folders in, one saved format out.
 
-A folder is recognised by the names of its tensors; config.json is asked for numbers only, the folder's own name for nothing.
-Tensors are read one at a time from their place in the file to their place in the model: no file is held or mapped.
-What is saved is a folder that transformers' LlavaForConditionalGeneration and vLLM read, and that needs no other folder.
+A folder is recognised by the names of its tensors; config.json gives numbers only, the folder's name gives nothing.
+Tensors go one at a time from their place in the file to their place in the model: no file is held or mapped.
+What is saved is a folder that transformers' LlavaForConditionalGeneration and vLLM read, complete by itself.
 
 $ python load_weights.py merge --llm checkpoints/phi-2 --vision checkpoints/clip-vit-large-patch14-336 --out out/base
 $ python load_weights.py inspect out/base
@@ -83,8 +83,8 @@ BEGINNINGS = (  # how a tensor's name may begin, the part it is of, what stands 
     (r"model\.language_model\.", "llm", "model."),
     (r"language_model\.|(?=model\.|lm_head\.|transformer\.)", "llm", ""),
 )
-PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}   # saved
-PLACES = {(ours.split(".")[0], theirs): ours for theirs, ours in [(t, o) for o, t in SAVED.items()] + list(OTHER.items())}
+PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
+PLACES = {(ours.split(".")[0], theirs): ours for ours, theirs in [*SAVED.items(), *((o, t) for t, o in OTHER.items())]}
 DROPPED = (     # tensors of published files that are left out on purpose
     (r".*rotary_emb", "rotary angles are computed in every forward"),
     (r".*position_ids", "0, 1, 2, ..."),
@@ -102,7 +102,7 @@ def to_saved(name: str) -> list[str]:
 
 
 def to_ours(name: str) -> tuple[str, str] | None:
-    """A tensor's name in any layout -> (our name, piece: "" all of it, "q", "k", "v", "heads"); None: we have no such thing."""
+    """A tensor's name in any layout -> (our name, piece: "" for all of it, "q", "k", "v", "heads"), or None."""
     for beginning, part, stand_in in BEGINNINGS:
         if match := re.match(beginning, name):
             rest = stand_in + name[match.end():]
@@ -120,8 +120,8 @@ def unroll(names: Iterable[str]) -> dict[str, str]:
     """The oldest layout is one list, from embedding (0) to head (last): -> what phi-msft calls the same tensors."""
     numbers = {name: int(m[1]) for name in names if (m := re.match(r"layers\.(\d+)\.", name))}
     last = max(numbers.values(), default=0)
-    begin = {n: "transformer.embd" if n == 0 else "lm_head" if n == last else f"transformer.h.{n - 1}" for n in numbers.values()}
-    return {name: re.sub(r"layers\.\d+", begin[n], name, count=1) for name, n in numbers.items()}
+    ends = {0: "transformer.embd", last: "lm_head"}
+    return {name: ends.get(n, f"transformer.h.{n - 1}") + name.removeprefix(f"layers.{n}") for name, n in numbers.items()}
 
 
 def meta_model(config: LLaVAConfig) -> LLaVAPhi:
@@ -183,7 +183,7 @@ KINDS = {
 HINTS = {
     "a Phi-2 language model": "get it with: hf download microsoft/phi-2 --local-dir {}",
     "a CLIP vision tower": "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {}",
-    "a LLaVA-Phi model": "train one (python train.py --stage pretrain), or get one with: hf download zxmonent/llava-phi --local-dir {}",
+    "a LLaVA-Phi model": "train one (python train.py) or get one with: hf download zxmonent/llava-phi --local-dir {}",
 }
 
 
@@ -195,7 +195,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not json, it begins with {data[:40]!r}: was a web page saved in its place?") from None
+        raise ValueError(f"{path}: not json, begins with {data[:40]!r}: was a web page saved in its place?") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a json object, found {type(value).__name__}")
     return value
@@ -203,19 +203,20 @@ def read_json(path: Path) -> dict:
 
 def tensor_files(folder: Path) -> list[Path]:
     """The files that hold a folder's tensors: safetensors before .bin, one file before shards."""
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if not (folder / name).exists():
-            continue
-        if not name.endswith(".json"):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
             return [folder / name]
-        shards = read_json(folder / name).get("weight_map")
+        index = folder / f"{name}.index.json"
+        if not index.exists():
+            continue
+        shards = read_json(index).get("weight_map")         # names the shards; what is in them they say themselves
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ValueError(f"{folder / name}: has no weight_map of tensor names to file names")
+            raise ValueError(f"{index}: has no weight_map of tensor names to file names")
         for shard in set(shards.values()):
-            if Path(shard).name != shard or Path(shard).suffix != Path(name.removesuffix(".index.json")).suffix:
-                raise ValueError(f"{folder / name}: {shard!r} is not the plain name of a shard in this folder")
+            if Path(shard).name != shard or Path(shard).suffix != Path(name).suffix:
+                raise ValueError(f"{index}: {shard!r} is not the plain name of a shard in this folder")
             if not (folder / shard).is_file():
-                raise ValueError(f"{folder / shard}: named in {name}, but not there: incomplete download?")
+                raise ValueError(f"{folder / shard}: named in {index.name}, but not there: incomplete download?")
         return [folder / shard for shard in sorted(set(shards.values()))]
     raise ValueError(f"{folder}: holds no model.safetensors and no pytorch_model.bin, in one file or with an index")
 
@@ -226,16 +227,17 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(HEADER_LIMIT, size - 8):
-            raise ValueError(f"{path}: file is {size} bytes, header says its header is {length}: incomplete download?")
+            raise ValueError(f"{path}: file is {size} bytes, header says it alone has {length}: incomplete download?")
         header = file.read(length)
     try:
         table = json.loads(header)
         table.pop("__metadata__", None)
-        rows = sorted((*row["data_offsets"], name, row["dtype"], tuple(row["shape"])) for name, row in table.items())
-        stored = {name: Stored(name, path, 8 + length + start, DTYPES[dtype], shape) for start, _, name, dtype, shape in rows}
-        end = 0
-        for start, stop, name, _, shape in rows:
-            if start != end or stop - start != stored[name].nbytes or not all(type(n) is int and n >= 0 for n in shape):
+        stored, end = {}, 0
+        for name, row in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = row["data_offsets"]
+            stored[name] = Stored(name, path, 8 + length + start, DTYPES[row["dtype"]], tuple(row["shape"]))
+            counts = all(type(n) is int and n >= 0 for n in row["shape"])
+            if not counts or start != end or stop - start != stored[name].nbytes:
                 raise ValueError(f"the entry of {name[:80]} does not fit its place")
             end = stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -248,7 +250,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 def read_bin(path: Path) -> dict[str, Stored]:
     """The same table for a file of torch.save: a zip of one pickle (names, shapes) and one plain record per tensor.
 
-    The pickle is read by torch's safe unpickler onto fake tensors, which have no memory but know their place in the file.
+    torch's safe unpickler reads the pickle onto fake tensors, which have no memory but know their place in the file.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:          # the length of the zip's table stands near its end: look before parsing it
@@ -264,14 +266,15 @@ def read_bin(path: Path) -> dict[str, Stored]:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
         raise ValueError(f"{path}: not a file of torch.save (of torch 1.6 or newer): incomplete download?") from None
     for record in records:
-        if record.compress_type != zipfile.ZIP_STORED or record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT:
+        large = record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT
+        if record.compress_type != zipfile.ZIP_STORED or large:
             raise ValueError(f"{path}: {record.filename} is compressed or too large, torch.save writes no such thing")
     try:
         with FakeTensorMode():
             state = torch.load(path, weights_only=True)
     except Exception as e:                  # a stranger's pickle can fail in any way
-        reason = str(e).strip().splitlines()
-        raise ValueError(f"{path}: refused, it holds more than plain tensors ({reason[0] if reason else type(e).__name__})") from None
+        reason = [*str(e).strip().splitlines(), type(e).__name__][0]
+        raise ValueError(f"{path}: refused, it holds more than plain tensors ({reason})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
     stored = {}
@@ -305,7 +308,8 @@ def read_folder(folder: Path, expected: str = "a LLaVA-Phi model") -> Folder:
         elif place := to_ours(modern.get(name, name)):
             pieces = result.found.setdefault(place[0], {})
             if pieces and (place[1] in pieces or {"", "heads"} & {place[1], *pieces}):
-                raise ValueError(f"{folder}: {name} and {next(iter(pieces.values())).name} are the same tensor in two layouts")
+                other = next(iter(pieces.values())).name
+                raise ValueError(f"{folder}: {name} and {other} are the same tensor in two layouts")
             pieces[place[1]] = stored
         else:
             result.unexpected.append(stored)
@@ -376,8 +380,8 @@ def numbers(c: dict, keys: dict, path: Path) -> dict:
     values = {}
     for field, (spellings, default) in keys.items():
         value = next((c[key] for key in spellings if c.get(key) is not None), default)
-        whole = not isinstance(default, float)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not 0 <= value < 1e9):
+        kinds = (int, float) if isinstance(default, float) else (int,)
+        if value is not None and (type(value) not in kinds or not 0 <= value < 1e9):
             raise ValueError(f"{path}: {spellings[0]} is {value!r}, expected a number")
         values[field] = value
     return values
@@ -397,8 +401,10 @@ def phi_config(c: dict, path: Path) -> PhiConfig:
     expect(path, "rope_type", rope.get("rope_type", "default"), "default")
     expect(path, "qk_layernorm", c.get("qk_layernorm", False), False)
     expect(path, "tie_word_embeddings", c.get("tie_word_embeddings", False), False)
-    expect(path, "activation", c.get("hidden_act", c.get("activation_function", "gelu_new")), "gelu_new", "gelu_pytorch_tanh")
-    expect(path, "the number of key and value heads", c.get("num_key_value_heads", c.get("n_head_kv")), None, values["n_head"])
+    activation = c.get("hidden_act", c.get("activation_function", "gelu_new"))
+    expect(path, "activation", activation, "gelu_new", "gelu_pytorch_tanh")
+    kv_heads = c.get("num_key_value_heads", c.get("n_head_kv"))
+    expect(path, "the number of key and value heads", kv_heads, None, values["n_head"])
     factor = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 0.5))
     rotary_dim = c.get("rotary_dim") or int(values["n_embd"] // values["n_head"] * factor)
     return PhiConfig(**values, rotary_dim=rotary_dim)
@@ -458,12 +464,12 @@ def config_of(*folders: Folder) -> LLaVAConfig:
     config = LLaVAConfig(
         phi_config(text, path) if "llm" in llm.parts else PhiConfig(),
         vision_config(tower, feature_layer, v_path) if "vision" in vision.parts else VisionConfig(),
-        image_mode(c, llm.path) if len(folders) == 1 else "crop",       # two bases: they have seen no padded picture yet
+        image_mode(c, llm.path) if len(folders) == 1 else "crop",   # two bases have seen no padded picture yet
     )
     for part, folder, n in (("llm", llm, config.llm.n_layer), ("vision", vision, config.vision.n_layer)):
         there = {int(m[1]) for name in folder.found if (m := re.match(part + r"\.h\.(\d+)\.", name))}
         if there and len(there) != n:
-            raise ValueError(f"{folder.path}: config.json says {n} layers of the {part} part, the tensors are of {len(there)}")
+            raise ValueError(f"{folder.path}: config.json says {n} {part} layers, the tensors are of {len(there)}")
     return config
 
 
@@ -477,7 +483,7 @@ def load_config(*folders: Path) -> LLaVAConfig:
 
 def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, allow_missing: tuple[str, ...] = (),
           limit: int = 8) -> dict[str, dict[str, Stored]]:
-    """-> our name -> its pieces, of all folders. ValueError lists what is missing, unexpected and misshapen, all at once."""
+    """-> our name -> its pieces, of all folders. ValueError lists what is missing, unexpected and misshapen at once."""
     def say(name: str, shape: Iterable[int]) -> str:
         return f"{name[:100]} ({', '.join(map(str, shape))})"
     shapes = blueprint(config)
@@ -491,15 +497,17 @@ def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, all
             continue
         third = (whole[0] // 3, *whole[1:])
         if not (name.startswith(absent) or "" in pieces or "heads" in pieces):
-            spelled = zip(to_saved(name), "qkv") if len(to_saved(name)) == 3 else [(to_saved(name)[0], "")]
-            missing += [say(saved, third if piece else whole) for saved, piece in spelled if piece not in pieces]
+            saved = to_saved(name)
+            missing += [say(n, whole if piece == "" else third)
+                        for n, piece in zip(saved, "qkv" if len(saved) == 3 else [""]) if piece not in pieces]
         for piece, s in pieces.items():
             wanted = third if piece in ("q", "k", "v") else tuple(whole)
             if s.shape != wanted or not s.dtype.is_floating_point or s.dtype != next(iter(pieces.values())).dtype:
-                misshapen.append(f"{say(s.name, s.shape)} {str(s.dtype)[6:]}, expected {say('', wanted)[1:]} of floats")
+                misshapen.append(f"{say(s.name, s.shape)} {str(s.dtype)[6:]}, expected{say('', wanted)} of floats")
     wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(wrong.values()):
-        lists = [f"{len(names)} {what}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit) for what, names in wrong.items() if names]
+        lists = [f"{len(names)} {what}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)
+                 for what, names in wrong.items() if names]
         where = " and ".join(str(folder.path) for folder in folders)
         raise ValueError(f"{where}: {'; '.join(lists)} (all of them: python load_weights.py inspect {folders[0].path})")
     return found
@@ -509,18 +517,19 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
               allow_missing: tuple[str, ...] = ()) -> None:
     """Fill a model from one LLaVA-like folder, or from a Phi folder and a CLIP folder, one tensor at a time.
 
-    copy(parameter, tensor): called once per parameter, must cast and be done with `tensor` (CPU, the file's dtype) when it
-    returns; not given: parameter.copy_(tensor), or a read straight into it. allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
+    copy(parameter, tensor): called once per parameter, must cast and be done with `tensor` (CPU, the file's dtype) when
+    it returns. Not given: parameter.copy_(tensor), or a read straight into it.
+    allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
     Raises ValueError: names or shapes do not fit, all of them listed.
     """
-    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}    # adapters are new: in no folder
+    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}     # adapters are in no folder
     found = check(read_folders(folders), parameters, model.config, allow_missing)
     wanted = {name: pieces for name, pieces in found.items() if name in parameters}
-    in_place = {name: parameters[name].data for name, pieces in wanted.items() if copy is None and fits(parameters[name], pieces)}
-    for name, tensor in read_all(wanted, model.config, in_place):
-        if copy is not None:
+    own = {} if copy else {name: parameters[name].data for name in wanted if fits(parameters[name], wanted[name])}
+    for name, tensor in read_all(wanted, model.config, own):
+        if copy:
             copy(parameters[name], tensor)
-        elif tensor.data_ptr() != parameters[name].data_ptr():
+        elif name not in own:
             parameters[name].data.copy_(tensor)
 
 
@@ -530,9 +539,10 @@ def fits(parameter: Tensor, pieces: dict[str, Stored]) -> bool:
         and "heads" not in pieces and parameter.dtype == in_order(pieces)[0].dtype
 
 
-def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig, in_place: Mapping[str, Tensor] = {}) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor), in the order of the files. Each tensor is gone when the next one is asked for, but those that have
-    a tensor of the same size and dtype in `in_place` are read into that."""
+def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig,
+             in_place: Mapping[str, Tensor] = {}) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor), in the order of the files. Each is gone when the next one is asked for, but those that have
+    a tensor of their size and dtype in `in_place` are read into that."""
     n_head = {"llm": config.llm.n_head, "vision": config.vision.n_head, "projector": 0}
     sizes = [sum(s.nbytes for s in pieces.values()) for name, pieces in found.items() if name not in in_place]
     shared = torch.empty(max(sizes, default=0), dtype=torch.uint8)
@@ -545,19 +555,21 @@ def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig, in_place:
         yield name, tensor
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", int8: bool = False) -> LLaVAPhi:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+               int8: bool = False) -> LLaVAPhi:
     """A LLaVA-like folder of any layout as a frozen model in eval mode, straight on its device.
 
     int8: each Linear's weight is quantised as it arrives, so the model never exists in a larger type.
     """
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{dtype}: Phi-2's attention scores overflow in fp16, and nothing else is tested: take bfloat16 or float32")
+        raise ValueError(f"{dtype}: Phi-2's attention scores overflow in fp16; take bfloat16 or float32")
     model = meta_model(load_config(folder)).to(dtype)
     if int8:
         quantize_int8(model)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     owners = {m.weight: m for m in model.modules() if isinstance(m, Int8Linear)}
-    load_into(model, [folder], (lambda p, tensor: owners[p].quantize(tensor) if p in owners else p.data.copy_(tensor)) if int8 else None)
+    take = lambda p, tensor: owners[p].quantize(tensor) if p in owners else p.data.copy_(tensor)
+    load_into(model, [folder], take if int8 else None)
     return model
 
 # ---------------------------------------------------------------------------------------------------
@@ -566,7 +578,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
 
 def lay_out(folder: Path, names: Iterable[str], shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype],
             rename: dict[str, str] | None = None) -> dict[str, Stored]:
-    """Make the safetensors files that our tensors `names` will fill, headers written -> saved name -> where its bytes go.
+    """Make the safetensors files for our tensors `names`, only headers written -> saved name -> where its bytes go.
 
     rename: beginnings of saved names that are written otherwise.
     """
@@ -583,13 +595,15 @@ def lay_out(folder: Path, names: Iterable[str], shapes: dict[str, torch.Size], d
         room -= nbytes
     slots, codes = {}, {dtype: code for code, dtype in DTYPES.items()}
     for i, names in enumerate(shards):
-        path = folder / ("model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors")
+        number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        path = folder / f"model{number}.safetensors"
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in sorted(names, key=lambda name: -tensors[name][0].itemsize):      # stable; wide ones first keeps all aligned
+        for name in sorted(names, key=lambda name: -tensors[name][0].itemsize):     # wide ones first: all stay aligned
             theirs = next((new + name[len(old):] for old, new in (rename or {}).items() if name.startswith(old)), name)
             slots[name] = Stored(theirs, path, end, *tensors[name])
             start, end = end, end + slots[name].nbytes
-            header[theirs] = {"dtype": codes[slots[name].dtype], "shape": list(slots[name].shape), "data_offsets": [start, end]}
+            dtype, shape = tensors[name]
+            header[theirs] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
         head = json.dumps(header, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
         with open(path, "wb") as file:
@@ -597,9 +611,9 @@ def lay_out(folder: Path, names: Iterable[str], shapes: dict[str, torch.Size], d
             file.truncate(8 + len(head) + end)
         slots |= {name: slots[name]._replace(offset=slots[name].offset + 8 + len(head)) for name in names}
     if len(shards) > 1:
+        where = {slot.name: slot.path.name for slot in slots.values()}
         total = sum(slot.nbytes for slot in slots.values())
-        write_json(folder / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": {slot.name: slot.path.name for slot in slots.values()}})
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
     return slots
 
 
@@ -625,13 +639,14 @@ def sync(path: Path) -> None:
 def finished_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` to write to. At the end it is renamed to `out`, or its files are moved into it.
 
-    The second happens where a training run, or an older saved model, is already: config.json is moved last, and until then
-    the one that is there says nothing of a model, so a crash in between leaves no mixture that would load.
+    The second happens where a training run, or an older saved model, is already: config.json is moved last, and until
+    then the one that is there says nothing of a model, so a crash in between leaves no mixture that would load.
     Raises ValueError where `out` holds anything else.
     """
     old = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     used = out.exists() and any(out.iterdir())
-    if used and "training" not in old and not (out / "load_hf.py").exists() and not (out / "mm_projector.safetensors").exists():
+    ours = "training" in old or (out / "load_hf.py").exists() or (out / "mm_projector.safetensors").exists()
+    if used and not ours:
         raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
     made = out.parent / f".{out.name}.unfinished"
     shutil.rmtree(made, ignore_errors=True)
@@ -658,8 +673,8 @@ def finished_folder(out: Path) -> Iterator[Path]:
 def move_into(made: Path, out: Path) -> None:
     if (made / "old.json").exists():
         os.replace(made / "old.json", out / "config.json")
-    for path in out.glob("model*.safetensors*"):
-        path.unlink()
+        for path in out.glob("model*.safetensors*"):
+            path.unlink()
     for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_dir():
             shutil.rmtree(out / path.name, ignore_errors=True)
@@ -672,15 +687,16 @@ def save_model(out: Path, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Te
                sources: Iterable[Path], dtype: torch.dtype | None = None) -> None:
     """Write a model folder that is complete by itself, in the one format we save.
 
-    tensors: those of our parameters that changed; everything else (other parameters, the vision layers behind the one that
-    is read, the tokenizer) is taken from `sources`, the folders that the model came from. dtype None: each tensor's own.
-    Pairs from an iterator are written as they come, in any order, and need a dtype. In a training folder config.json keeps
-    the trainer's settings under its key "training". Nothing is at `out` before all of it is there.
+    tensors: those of our parameters that changed; everything else (other parameters, the vision layers behind the one
+    that is read, the tokenizer) is taken from `sources`, the folders that the model came from. dtype None: each tensor's
+    own. Pairs from an iterator are written as they come, in any order, and need a dtype. In a training folder config.json
+    keeps the trainer's settings under its key "training". Nothing is at `out` before all of it is there.
     """
     assert dtype is not None or isinstance(tensors, Mapping), "tensors that are not known beforehand need a dtype"
     out, sources, shapes = Path(out), list(sources), blueprint(config)
     given, folders = tensors if isinstance(tensors, Mapping) else {}, read_folders(sources)
-    found = check(folders, [name for name in shapes if name not in given] if given is tensors else [], config)
+    needed = [name for name in shapes if name not in given] if given is tensors else []
+    found = check(folders, needed, config)
     dtypes = {name: dtype or (given[name].dtype if name in given else in_order(found[name])[0].dtype) for name in shapes}
     with finished_folder(out) as made:
         slots = lay_out(made, shapes, shapes, dtypes)
@@ -764,11 +780,12 @@ plain `from_pretrained` drops the bias of the language model's head, and the ans
 
 
 def added_token(id: int, text: str, special: bool) -> dict:
-    return {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+    return {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": not special, "special": special}
 
 
 def read_tokenizer(folder: Path) -> dict:
-    """tokenizer.json as it is there, or built from vocab.json, merges.txt and added_tokens.json; without an <image> token."""
+    """tokenizer.json as it is, or made of vocab.json, merges.txt and added_tokens.json; without an <image> token."""
     if (folder / "tokenizer.json").is_file():
         tokenizer = read_json(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -780,14 +797,14 @@ def read_tokenizer(folder: Path) -> dict:
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         tokenizer = {
             "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [added_token(id, text, text == EOT) for text, id in sorted(added.items(), key=lambda a: a[1])],
+            "added_tokens": [added_token(id, text, text == EOT) for id, text in sorted((i, t) for t, i in added.items())],
             "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-                      "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+                      "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
                       "merges": [line for line in lines if line and not line.startswith("#version")]},
         }
     else:
-        raise ValueError(f"{folder}: has no tokenizer.json, and no vocab.json with merges.txt; copy one there, microsoft/phi-2 has both")
+        raise ValueError(f"{folder}: has no tokenizer.json and no vocab.json with merges.txt; microsoft/phi-2 has both")
     try:
         tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]
         ids = token_ids(tokenizer)
@@ -817,7 +834,8 @@ def image_processor(config: LLaVAConfig) -> dict:
 
 def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
     """config.json of a PhiForCausalLM, with the rotary numbers where transformers 4 looks and where 5 does."""
-    rope = {"rope_theta": config.rope_base, "partial_rotary_factor": config.rotary_dim / (config.n_embd // config.n_head)}
+    factor = config.rotary_dim / (config.n_embd // config.n_head)
+    rope = {"rope_theta": config.rope_base, "partial_rotary_factor": factor}
     return {
         "architectures": ["PhiForCausalLM"], "model_type": "phi", "hidden_act": "gelu_new",
         **{spellings[0]: getattr(config, field) for field, (spellings, _) in PHI_KEYS.items()},
@@ -829,29 +847,30 @@ def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
 
 def clip_json(config: VisionConfig) -> dict:
     return {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu", "num_channels": 3,
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
         **{spellings[0]: getattr(config, field) for field, (spellings, _) in VISION_KEYS.items()},
-        "attention_dropout": 0.0, "projection_dim": config.n_embd * 3 // 4,
+        "num_channels": 3, "attention_dropout": 0.0, "projection_dim": config.n_embd * 3 // 4,
     }
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    return "float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")      # never to be computed in fp16
+    return "float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")    # never to be computed in fp16
 
 
 def write_tokenizer(folder: Path, tokenizer: dict, image: bool) -> int:
-    """tokenizer.json and the files around it -> the id of <|endoftext|>. image: with <image> as the first id after the others."""
-    ids = token_ids(tokenizer)
+    """tokenizer.json and the files around it -> the id of <|endoftext|>. image: with <image> as the first id behind."""
+    ids, added = token_ids(tokenizer), tokenizer["added_tokens"]
     if image:
-        tokenizer = tokenizer | {"added_tokens": tokenizer["added_tokens"] + [added_token(max(ids.values()) + 1, "<image>", True)]}
-    added = tokenizer["added_tokens"]
+        added = added + [added_token(max(ids.values()) + 1, "<image>", True)]
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT)
-    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", tokenizer | {"added_tokens": added})
     write_json(folder / "added_tokens.json", {token["content"]: token["id"] for token in added})
-    write_json(folder / "special_tokens_map.json", names | ({"additional_special_tokens": ["<image>"]} if image else {}))
+    special = {"additional_special_tokens": ["<image>"]} if image else {}
+    write_json(folder / "special_tokens_map.json", names | special)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "padding_side": "left",
-        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, **names, **({"extra_special_tokens": {"image_token": "<image>"}} if image else {}),
+        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, **names,
+        **({"extra_special_tokens": {"image_token": "<image>"}} if image else {}),
         "added_tokens_decoder": {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added},
     })
     return ids[EOT]
@@ -862,12 +881,13 @@ def write_texts(folder: Path, config: LLaVAConfig, source: Path, dtype: torch.dt
     tokenizer = read_tokenizer(source)
     image_id = max(token_ids(tokenizer).values()) + 1
     if image_id >= config.llm.vocab_size:
-        raise ValueError(f"{source}: its {config.llm.vocab_size} embedding rows are all taken, none is left for <image>")
+        raise ValueError(f"{source}: all {config.llm.vocab_size} embedding rows are taken, none is left for <image>")
     eot = write_tokenizer(folder, tokenizer, image=True)
     name = dtype_name(dtype)
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": image_id, "image_seq_length": config.vision.n_patches, "image_aspect_ratio": config.image_mode,
+        "image_token_index": image_id, "image_seq_length": config.vision.n_patches,
+        "image_aspect_ratio": config.image_mode,                        # LLaVA's key, for us
         "vision_feature_layer": config.vision.feature_layer, "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
         "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": name,
@@ -909,8 +929,9 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     save_model(out, tensors, config, sources, dtype or parse_dtype(settings["dtype"]))
 
 
-def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig, lora_alpha: float) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of everything that a training run has changed, one at a time, LoRA adapters merged into their weights."""
+def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
+            lora_alpha: float) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) of everything that a run has changed, one at a time, LoRA adapters merged into the weights."""
     sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
 
     def load(name: str) -> Tensor:
@@ -922,14 +943,15 @@ def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig, lora_a
     for name in names:
         if ".lora_" not in name:
             yield name, load(name)
-    found = {name: pieces for folder in sources for name, pieces in folder.found.items() if name.removesuffix("weight") + "lora_a" in names}
+    found = {name: pieces for folder in sources for name, pieces in folder.found.items()
+             if name.removesuffix("weight") + "lora_a" in names}
     for name, weight in read_all(found, config):
         adapters = {name: load(name) for name in (name.removesuffix("weight") + f"lora_{x}" for x in "ab")}
         yield name, merge_lora({name: weight.float(), **adapters}, lora_alpha)[name]
 
 
 def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """A plain Phi folder, a plain CLIP folder and LLaVA's mm_projector: what llama.cpp's converters and LLaVA users want."""
+    """A plain Phi folder, a plain CLIP folder and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
     folder, = read_folders([model])
     config = config_of(folder)
     shapes, tokenizer = blueprint(config), read_tokenizer(folder.path)
@@ -950,7 +972,8 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         write_json(phi / "config.json", phi_json(config.llm, eot, dtype_name(dtypes["llm.wte.weight"])))
         write_json(phi / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
         write_json(clip / "config.json", clip_json(config.vision) | {"torch_dtype": dtype_name(dtypes["vision.cls"])})
-        write_json(clip / "preprocessor_config.json", image_processor(config) | {"image_processor_type": "CLIPImageProcessor"})
+        clip_processor = image_processor(config) | {"image_processor_type": "CLIPImageProcessor"}
+        write_json(clip / "preprocessor_config.json", clip_processor)
 
 
 LAYOUTS = (     # a piece of a language model's tensor names -> which of the published layouts it is in
@@ -960,8 +983,8 @@ LAYOUTS = (     # a piece of a language model's tensor names -> which of the pub
     ("layers.", "one list, layers.N (the earliest Phi files)"),
 )
 NEXT = {
-    "a Phi-2 language model": "python load_weights.py merge --llm {} --vision checkpoints/clip-vit-large-patch14-336 --out out/base",
-    "a CLIP vision tower": "python load_weights.py merge --llm checkpoints/phi-2 --vision {} --out out/base",
+    "a Phi-2 language model": "python load_weights.py merge --llm {}    (with a CLIP folder as --vision)",
+    "a CLIP vision tower": "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
     "a LLaVA-Phi model": "python sample.py --model {} --image x.jpg",
 }
 
@@ -976,15 +999,15 @@ def inspect(path: Path) -> None:
     for part in PREFIX:
         mine = [s for name, pieces in folder.found.items() if name.startswith(part + ".") for s in pieces.values()]
         if mine:
-            dtypes = " and ".join(sorted({str(s.dtype)[6:] for s in mine}))
-            line(part, f"{len(mine)} tensors, {sum(prod(s.shape) for s in mine):,} parameters, {dtypes}, {sum(s.nbytes for s in mine) / 1e6:,.1f} MB")
+            dtypes, count = " and ".join(sorted({str(s.dtype)[6:] for s in mine})), sum(prod(s.shape) for s in mine)
+            line(part, f"{len(mine)} tensors, {count:,} parameters, {dtypes}, {sum(s.nbytes for s in mine) / 1e6:,.1f} MB")
         if mine and part == "llm":
             line("", next(text for mark, text in LAYOUTS if any(mark in s.name for s in mine)))
     if "llm" in folder.parts:
         try:
             ids = token_ids(read_tokenizer(path))
-            line("tokenizer", f"{'tokenizer.json' if (path / 'tokenizer.json').is_file() else 'vocab.json and merges.txt'}: "
-                              f"{len(ids):,} tokens, {EOT} is {ids[EOT]}")
+            where = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json and merges.txt"
+            line("tokenizer", f"{where}: {len(ids):,} tokens, {EOT} is {ids[EOT]}")
         except ValueError as e:
             line("tokenizer", f"none: {e}")
     try:
@@ -994,11 +1017,11 @@ def inspect(path: Path) -> None:
                 line("config", numbers)
         line("images", config.image_mode)
         built = {name for name, _ in meta_model(config).named_parameters()}
-        unused = [name for name in folder.found if name not in built and folder.found[name]]
-        reasons = Counter(folder.dropped.values()) + Counter({UNUSED: len(unused)})
-        for reason, n in reasons.items():
+        unused = [UNUSED for name, pieces in folder.found.items() if name not in built for _ in pieces]
+        for reason, n in Counter([*folder.dropped.values(), *unused]).items():
             line("ignored", f"{n} tensors: {reason}")
-        check([folder], [name for name in blueprint(config) if name.split(".")[0] in folder.parts], config, limit=10 ** 6)
+        needed = [name for name in blueprint(config) if name.split(".")[0] in folder.parts]
+        check([folder], needed, config, limit=10 ** 6)
         line("missing", "nothing")
         line("next", NEXT.get(folder.kind, "nothing").format(path))
     except (ValueError, OSError) as e:
@@ -1019,7 +1042,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("merge", help="one base model from a Phi-2 folder and a CLIP folder", formatter_class=shape)
     p.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
-    p.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"), help="folder of the vision tower")
+    p.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"), help="CLIP's")
     p.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
     p.add_argument("--seed", type=int, default=42, help="of the new projector's weights")
     p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
@@ -1030,7 +1053,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
     p.add_argument("--to", choices=("model", "parts"), default="model",
-                   help="model: one folder for this project, transformers and vLLM; parts: Phi, CLIP and mm_projector by themselves")
+                   help="model: one folder, for transformers and vLLM too; parts: Phi, CLIP and mm_projector apart")
     args = parser.parse_args(argv)
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, parse_dtype(args.dtype))
