@@ -1,0 +1,132 @@
+"""
+Questions per second of eval.py against a batch-1 loop of transformers, on the same random weights; and of scoring.
+
+$ python tests/bench/eval.py                 # needs transformers 5 beside requirements.txt; a few minutes on a CPU
+$ python tests/bench/eval.py --only tiny --threads 1
+
+tiny: the model of generate.py, where overhead is most of the time. small: tower 4 x 256 at 336 pixels, decoder 4 x 320,
+so that a prompt is mostly picture, as in the real one, and arithmetic is most of the time. Every answer is 3 tokens, about
+what the benchmarks' are. Both sides decode the pictures, tokenise and detokenise; transformers is asked question by
+question, as the benchmarks' own scripts do. First the answers must agree; then all ways take turns.
+"""
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]
+
+import torch
+from PIL import Image
+
+import eval as ev
+from data import load_image, load_tokenizer
+from generate import TINY, make_ours, make_theirs
+from model import IMAGE_ID, LLaVAConfig, PhiConfig
+from vision import VisionConfig, normalize
+
+SMALL = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=320, n_inner=1280, dropout=0.0),
+                    VisionConfig(n_layer=4, n_head=4, n_embd=256, n_inner=1024))
+MODELS = {"tiny": TINY, "small": SMALL}
+TOKENS = 3
+
+
+def questions_on(folder: Path, n: int, per_image: int) -> list[ev.Example]:
+    """n questions in POPE's words on n / per_image photographs of 640 x 480."""
+    examples = []
+    for i in range(n):
+        path = folder / f"{i // per_image}.jpg"
+        if not path.exists():
+            Image.effect_noise((640, 480), 80 + i).convert("RGB").save(path, quality=90)
+        examples.append(ev.Example(i, path, f"Is there a {'red ' * (i % 5)}thing {i} in the image?\n{ev.SHORT}", "yes"))
+    return examples
+
+
+def ask_ours(brain: ev.Brain, examples: list[ev.Example], batch: int) -> list[str]:
+    """eval.py's own loop, with its file of answers."""
+    data = ev.Data("bench", ev.TASKS["pope"], "all", Path(), examples)
+    settings = {"image_mode": "pad", "max_new_tokens": TOKENS}
+    args = argparse.Namespace(batch=batch, exact=False)
+    with tempfile.TemporaryDirectory() as out:
+        ev.generate(data, settings, brain, set(range(len(examples))), 0, 1, args, Path(out))
+        answers = ev.answered(Path(out), examples)
+    return [answers[row]["text"] for row in range(len(examples))]
+
+
+def ask_theirs(theirs, brain: ev.Brain, examples: list[ev.Example]) -> list[str]:
+    """One question after the other, the pixels the same."""
+    texts = []
+    for example in examples:
+        pixels = normalize(load_image(example.image, brain.model.config.vision.image_size, "pad")[None])
+        ids = torch.tensor([ev.encode_question(example, brain)])
+        ids[ids == IMAGE_ID] = theirs.config.image_token_index
+        out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,
+                              max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0)
+        texts.append(brain.tok.decode(out[0, ids.size(1):].tolist(), skip_special_tokens=True).strip())
+    return texts
+
+
+def rates(ways: dict, n: int, repeats: int) -> dict[str, float]:
+    """Questions per second of each way, the median of rounds in which all take turns."""
+    seconds = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, ask in ways.items():
+            start = time.perf_counter()
+            ask()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: n / statistics.median(times) for name, times in seconds.items()}
+
+
+def bench_generation(name: str, questions: int, repeats: int) -> None:
+    ours = make_ours(MODELS[name])
+    theirs = make_theirs(ours)
+    tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
+    brain = ev.Brain(ours, tok, -1)                 # no token ends an answer: both sides write TOKENS of them
+    assert tok.get_vocab_size() < ours.config.llm.vocab_size, f"{tok.get_vocab_size()} ids do not fit the model"
+    for per_image in (1, 16):
+        with tempfile.TemporaryDirectory() as folder:
+            examples = questions_on(Path(folder), questions, per_image)
+            first = examples[:per_image]
+            same = sum(a == b for a, b in zip(ask_ours(brain, first, 16), ask_theirs(theirs, brain, first)))
+            assert same == len(first), f"{len(first) - same} of {len(first)} answers differ"
+            found = rates({"transformers, one by one": lambda: ask_theirs(theirs, brain, examples),
+                           "eval.py --batch 1": lambda: ask_ours(brain, examples, 1),
+                           "eval.py": lambda: ask_ours(brain, examples, 16)}, questions, repeats)
+            loop = found["transformers, one by one"]
+            for way, each in found.items():
+                print(f"{name:5}  {per_image:2} questions an image  {way:24}  {each:7.2f} questions/s {each / loop:5.1f} times",
+                      flush=True)
+
+
+def bench_scoring(n: int = 100_000) -> None:
+    humans = [[f"the answer {(i + j % 3) % 30_000}" for j in range(10)] for i in range(n)]
+    examples = [ev.Example(i, None, "", answers) for i, answers in enumerate(humans)]
+    start = time.perf_counter()
+    marks = [ev.grade_textvqa(example, f"Answer {example.question_id % 30_000}.") for example in examples]
+    score = ev.accuracy(examples, marks)
+    print(f"scoring {n:,} TextVQA answers: {time.perf_counter() - start:.1f} s ({score.value:.1f} {score.interval})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("$")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--only", choices=[*MODELS], help="one of the models")
+    parser.add_argument("--questions", type=int, default=64, help="a multiple of 16")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, fp32, {args.questions} questions")
+    bench_scoring()
+    with torch.inference_mode():
+        for name in [args.only] if args.only else MODELS:
+            bench_generation(name, args.questions, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
