@@ -189,9 +189,9 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
         raise ValueError("no answer: the conversation " + ("ends with a question" if said else "is empty"))
     turns = [turn["value"] for turn in said]
     image = record.get("image") is not None
-    if image and (not isinstance(record["image"], str) or not record["image"]):
-        raise ValueError(f"image name: expected one path, found {record['image']!r}")
     if image:
+        if not isinstance(record["image"], str) or not record["image"]:
+            raise ValueError(f"image name: expected one path, found {record['image']!r}")
         first = turns[0].strip()
         turns[0] = (first.removeprefix(IMAGE) if first.startswith(IMAGE) else first.removesuffix(IMAGE)).strip()
     return turns, image
@@ -725,15 +725,15 @@ def check(args: argparse.Namespace) -> int:
         for note in found.notes + ("answer cut at the end",) * (found.cut > 0):
             notes["worth knowing: " + note].append(i)
     good = np.delete(numbers, list(problems), axis=0)
-    print(f"{args.data}: {len(ranges):,} records, {good[:, 2].sum():,} good ones with an image, "
-          f"{(good[:, 2] == 0).sum():,} good ones of text only, {len(problems):,} bad ones")
+    print(f"{args.data}: {len(ranges):,} records: {good[:, 2].sum():,} with an image, {(good[:, 2] == 0).sum():,} of text "
+          f"only, {len(problems):,} bad")
     for kind, where in sorted(kinds.items()) + sorted(notes.items()):
         print(f"\n{kind}: {len(where):,}")
         for i, line in zip(where[:args.show], lines_of(args.data, ranges[where[:args.show], 0].tolist())):
             print(f"    line {line}, id {dataset.name(ranges[i])}", problems.get(i, "")[:200])
     repeated = len(ids) - len(problems) - len(np.unique(np.delete(ids, list(problems))))
-    print(f"\nids used before: {repeated:,}")
-    print("images: " + ", ".join(f"{source} {n:,}" for source, n in sources.most_common(20) if n))
+    print(f"\nids that were used before: {repeated:,}")
+    print("image folders: " + ", ".join(f"{source} {n:,}" for source, n in sources.most_common(20) if n))
     if measured and len(good):
         print_lengths(good[:, 0], good[:, 1].sum())
         print(f"{args.stage}: {steps_per_epoch(len(good), global_batch):,} steps of {global_batch} samples an epoch")

@@ -633,7 +633,7 @@ def test_the_check_names_every_animal_of_the_zoo(tmp_path, zoo_images, capsys):
     lines = [json.dumps(record, ensure_ascii=record["id"] != "text") for record in records]
     path.write_text("[" + ",\n".join(lines) + "]", encoding="utf-8")
     code, out = run_check(capsys, path, zoo_images, "--write-clean", str(clean), "--show", "100")
-    assert code == 1 and f"{len(animals)} bad ones" in out
+    assert code == 1 and f"{len(animals)} bad" in out
     for i, (kind, record) in enumerate(animals):
         block = out[out.index(f"bad: {kind}"):].split("\n\n")[0]
         assert f"line {i + 2}, id {json.dumps(record['id'])[1:-1]} {kind}" in block, record
@@ -641,9 +641,9 @@ def test_the_check_names_every_animal_of_the_zoo(tmp_path, zoo_images, capsys):
     assert [json.loads(r["record"]) for r in rejects] == [r for _, r in animals]
     assert json.loads(clean.read_text(encoding="utf-8")) == good
     code, out = run_check(capsys, clean, zoo_images, "--workers", "2")
-    assert code == 0 and "0 bad ones" in out and "1 steps of 128 samples" in out
+    assert code == 0 and "0 bad" in out and "1 steps of 128 samples" in out
     code, out = run_check(capsys, path, zoo_images, "--decode", "header")
-    assert code == 1 and f"{len(animals) - 1} bad ones" in out              # only the truncated picture has a good head
+    assert code == 1 and f"{len(animals) - 1} bad" in out              # only the truncated picture has a good head
 
 
 @pytest.mark.parametrize("name", sorted(zoo(Path())))
@@ -722,7 +722,7 @@ def test_the_check_without_a_tokenizer_and_with_mistaken_flags(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert data.main(["check", "--data", str(path), "--images", images, "--workers", "0"]) == 0
     out = capsys.readouterr().out
-    assert "no lengths" in out and "0 bad ones" in out
+    assert "no lengths" in out and "0 bad" in out
     for bad in (["--images", "absent"], ["--images", images, "--tokenizer", str(tmp_path)],
                 ["--images", images, "--write-clean", str(path)]):
         with pytest.raises((ValueError, OSError)):
