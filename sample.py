@@ -85,7 +85,7 @@ class Clock:
 
 
 def encode(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
-    """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> packed ids. ValueError: not a question we can ask."""
+    """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> packed ids. ValueError: cannot be asked."""
     if not turns[-1].strip():
         raise ValueError("the question is empty")
     if len(turns[-1]) > MAX_CHARACTERS:
@@ -120,10 +120,10 @@ def open_image(source: str | None, config: LLaVAConfig) -> Tensor:
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     elif re.match(r"[a-z]+://|data:", text, re.IGNORECASE):
-        raise ValueError(f"{text[:80]} is an address, and nothing here uses the network: download it, then give the file")
-    path, plain = Path(text).expanduser(), Path(re.sub(r"\\(.)", r"\1", text)).expanduser()     # my\ cat.jpg
-    file = io.BytesIO(sys.stdin.buffer.read()) if text == "-" else plain if plain.exists() and not path.exists() else path
-    return load_image(file, S, config.image_mode)[None]
+        raise ValueError(f"{text[:80]} is an address, and nothing here uses the network: download it and give the file")
+    path, unescaped = Path(text).expanduser(), Path(re.sub(r"\\(.)", r"\1", text)).expanduser()    # my\ cat.jpg
+    path = unescaped if unescaped.exists() and not path.exists() else path
+    return load_image(io.BytesIO(sys.stdin.buffer.read()) if text == "-" else path, S, config.image_mode)[None]
 
 # ---------------------------------------------------------------------------------------------------
 # Once, as a chat, or for the clock
@@ -149,9 +149,9 @@ def once(model: LLaVAPhi, tok: Tokenizer, images: list[Tensor], args: argparse.N
 
 class Chat:
     """One picture at most, and everything said about it so far."""
-    def __init__(self, model: LLaVAPhi, tok: Tokenizer, source: str | None, image: Tensor, verbose: bool, options: dict):
-        self.model, self.tok, self.source, self.image = model, tok, source, image
-        self.verbose, self.options = verbose, options
+    def __init__(self, model: LLaVAPhi, tok: Tokenizer, image: Tensor, args: argparse.Namespace, options: dict):
+        self.model, self.tok, self.image, self.source = model, tok, image, args.image and args.image[0]
+        self.verbose, self.options = args.verbose, options
         self.turns: list[str] = []
         self.memory: list[Prefix] = []                      # keys and values so far: a turn computes only what is new
 
@@ -276,8 +276,8 @@ def find_model(given: str | None) -> Path:
     usual = [Path("out/finetune"), Path("checkpoints/llava-phi")]
     if found := [Path(given)] if given else [folder for folder in usual if folder.exists()]:
         return found[0]
-    raise ValueError("no model: neither out/finetune (made by train.py) nor checkpoints/llava-phi is here; get the published "
-                     "one with `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
+    raise ValueError("no model: neither out/finetune (made by train.py) nor checkpoints/llava-phi is here; "
+                     "get the published one with `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.prompt is not None:
         once(model, tok, images, args, options)
     else:
-        Chat(model, tok, args.image and args.image[0], images[0], args.verbose, options).run()
+        Chat(model, tok, images[0], args, options).run()
 
 
 if __name__ == "__main__":

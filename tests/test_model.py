@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from load_weights import load_model
-from model import (IMAGE_ID, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, cross_entropy_sum, init_weights, pick,
-                   quantize_int8)
+from model import (IMAGE_ID, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, cross_entropy_sum,
+                   init_weights, pick, quantize_int8)
 from test_vision import to_uint8
 from vision import VisionConfig
 
@@ -134,7 +134,8 @@ def test_loss_and_gradients_equal_the_original(original, golden):
     targets = torch.tensor(rowlabels)
     supervised = (targets != -100).nonzero().flatten()
     original.zero_grad()
-    loss = original(ids, lengths, to_uint8(golden["train.pixel_values"]), slots, supervised, targets[supervised]) / len(supervised)
+    images = to_uint8(golden["train.pixel_values"])
+    loss = original(ids, lengths, images, slots, supervised, targets[supervised]) / len(supervised)
     loss.backward()
     torch.testing.assert_close(loss.detach(), golden["train.loss"][0], atol=0, rtol=1e-5)
     grads = {name: p.grad.clone() for name, p in original.named_parameters()}
@@ -179,7 +180,8 @@ def test_a_batch_without_pictures_still_has_every_gradient(tiny):
     """Under FSDP a process that skips the tower hangs the others."""
     ids = torch.tensor([3, 4, 5, 6])
     tiny.zero_grad()
-    loss = tiny(ids, torch.tensor([4]), NONE, torch.zeros(0, dtype=torch.int64), torch.tensor([1, 2]), torch.tensor([5, 6]))
+    no_slots = torch.zeros(0, dtype=torch.int64)
+    loss = tiny(ids, torch.tensor([4]), NONE, no_slots, torch.tensor([1, 2]), torch.tensor([5, 6]))
     loss.backward()
     missing = [name for name, p in tiny.named_parameters() if p.grad is None]
     tiny.zero_grad()
@@ -237,7 +239,7 @@ def test_cached_batched_and_shared_equal_the_slow_path(tiny, seed):
     rng = random.Random(seed)
     batch = [draw_prompt(rng, n) for n in (0, 1, 2, 1)]
     head, images = draw_prompt(rng, 1 + seed % 2)
-    batch += [(head + draw_words(rng, n), images) for n in (0, 1, 5)]              # three questions about the same pictures
+    batch += [(head + draw_words(rng, n), images) for n in (0, 1, 5)]      # three questions about the same pictures
     rng.shuffle(batch)
     prompts, pictures = map(list, zip(*batch))
     expected = [slow_greedy(tiny, prompt, pics, 9) for prompt, pics in batch]
@@ -362,7 +364,7 @@ def test_fixed_shapes_change_nothing(tiny, monkeypatch):
 
 @pytest.mark.parametrize("room", [1, 5, 30])
 def test_a_step_ahead_of_the_host_changes_nothing(tiny, room):
-    """What --fast does on CUDA, where the step after next is queued before a token is read; also at the last position."""
+    """What --compile does on CUDA: the next step is queued before a token is read, also at the last position."""
     rng, memory = random.Random(room), []
     prompts, pictures = [draw_words(rng, 3), draw_words(rng, 64 - room)], [NONE, NONE]
     expected = fast(tiny, prompts, pictures, 9)
@@ -400,7 +402,8 @@ def test_pick_draws_from_the_distribution():
 def test_same_seed_same_answer(tiny):
     prompt, images = draw_prompt(random.Random(8), 1)
     settings = {"temperature": 2.0, "top_p": 0.9}
-    said = [fast(tiny, [prompt], [images], 9, generator=torch.Generator().manual_seed(seed), **settings) for seed in (0, 0, 1, 2)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1, 2)]
+    said = [fast(tiny, [prompt], [images], 9, generator=generator, **settings) for generator in generators]
     assert said[0] == said[1] and said[2] != said[3]
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """sample.py as a person uses it: the golden answer, streaming, odd files, a chat, a pipe, errors of one line."""
+import argparse
 import io
 import json
 import random
@@ -16,7 +17,7 @@ from load_weights import load_model
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests/golden/tiny-llava-phi"
 PHOTO = ROOT / "tests/golden/images/photo.jpg"
-GOLDEN = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"     # tok.decode(generate.one).strip()
+GOLDEN = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"    # tok.decode(generate.one).strip()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def model():
 
 
 def run(*args, **kind) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "sample.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=60, **kind)
+    command = [sys.executable, ROOT / "sample.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, timeout=60, **{"text": True, "cwd": ROOT} | kind)
 
 
 def main(capsys, *args) -> tuple[str, str]:
@@ -46,7 +48,8 @@ def chat(monkeypatch, capsys, lines: list[str], *args) -> tuple[list[str], str]:
 
 
 def test_the_golden_answer_on_the_command_line():
-    done = run("--model", MODEL, "--image", PHOTO, "--prompt", "What is this?", "--temperature", 0, "--max-new-tokens", 24)
+    ask = ("--prompt", "What is this?", "--temperature", 0, "--max-new-tokens", 24)
+    done = run("--model", MODEL, "--image", PHOTO, *ask)
     assert (done.stdout, done.returncode) == (GOLDEN + "\n", 0)
     assert done.stderr.count("\n") == 1 and "cpu" in done.stderr and "fp32" in done.stderr
 
@@ -74,7 +77,8 @@ def test_a_character_appears_when_it_is_complete(tok):
 
 def test_control_characters_do_not_reach_the_terminal():
     assert sample.CONTROL.sub("", "a\x1b[31mb\x07\r\x9b\u202e\tc\nd") == "a[31mb\tc\nd"
-    assert sample.CONTROL.sub("", "\u65e5\U0001f468\u200d\U0001f469 caf\u00e9") == "\u65e5\U0001f468\u200d\U0001f469 caf\u00e9"
+    harmless = "\u65e5\U0001f468\u200d\U0001f469 caf\u00e9"
+    assert sample.CONTROL.sub("", harmless) == harmless
 
 # ---------------------------------------------------------------------------------------------------
 # One question
@@ -91,9 +95,8 @@ def test_several_pictures_are_asked_in_one_batch_as_if_alone(capsys):
 
 
 def test_stdin_brings_the_picture_or_the_question():
-    ask = ("--model", MODEL, "--prompt", "What is this?", "--max-new-tokens", "24")
-    done = subprocess.run([sys.executable, "sample.py", "--image", "-", *map(str, ask)], cwd=ROOT, capture_output=True,
-                          input=PHOTO.read_bytes(), timeout=60)
+    ask = ("--model", MODEL, "--prompt", "What is this?", "--max-new-tokens", 24)
+    done = run("--image", "-", *ask, input=PHOTO.read_bytes(), text=False)
     assert done.stdout.decode() == GOLDEN + "\n"
 
 
@@ -118,7 +121,8 @@ def test_bench_prints_a_table(capsys):
 def test_a_path_as_it_is_pasted(tmp_path, model, written):
     path = tmp_path / "my photo (1).jpg"
     path.write_bytes(PHOTO.read_bytes())
-    text = written.format(path, quoted=str(path).replace(" ", "%20"), escaped=str(path).replace(" ", r"\ ").replace("(", r"\("))
+    escaped = str(path).replace(" ", r"\ ").replace("(", r"\(")
+    text = written.format(path, quoted=str(path).replace(" ", "%20"), escaped=escaped)
     assert torch.equal(sample.open_image(text, model.config), sample.open_image(str(PHOTO), model.config))
 
 
@@ -145,7 +149,7 @@ def test_what_cannot_be_is_one_line(args, message):
 
 
 def test_nothing_downloaded_is_one_helpful_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", "x.jpg"], cwd=tmp_path, capture_output=True, text=True)
+    done = run("--image", "x.jpg", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi" in done.stderr
 
@@ -160,9 +164,10 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_each_turn_equals_the_whole_chat_asked_anew(monkeypatch, capsys, model, tok):
-    lines, _ = chat(monkeypatch, capsys, ["What is this?", "", "Why?", "Where?"], "--image", PHOTO, "--max-new-tokens", 6)
+    questions = ["What is this?", "Why?", "Where?"]
+    lines, _ = chat(monkeypatch, capsys, ["", *questions], "--image", PHOTO, "--max-new-tokens", 6)
     turns, image = [], sample.open_image(str(PHOTO), model.config)
-    for question, said in zip(["What is this?", "Why?", "Where?"], lines, strict=True):
+    for question, said in zip(questions, lines, strict=True):
         pieces = sample.answer(model, tok, [[*turns, question]], [image], sample.Clock(), max_new_tokens=6)
         assert said == "".join(piece for (piece,) in pieces)
         turns += [question, said]
@@ -170,8 +175,8 @@ def test_each_turn_equals_the_whole_chat_asked_anew(monkeypatch, capsys, model, 
 
 def test_commands_and_mistakes_keep_the_chat_going(monkeypatch, capsys, tmp_path):
     lines, err = chat(monkeypatch, capsys, [
-        "hello", f"/image '{PHOTO}'", "What is this?", "/image nowhere.jpg", "/nonsense", "a " * 3000, f"/save {tmp_path}/c.json",
-        f"/save {tmp_path}/c.json", "/reset", "What is this?"], "--max-new-tokens", 6)
+        "hello", f"/image '{PHOTO}'", "What is this?", "/image nowhere.jpg", "/nonsense", "a " * 3000,
+        f"/save {tmp_path}/c.json", f"/save {tmp_path}/c.json", "/reset", "What is this?"], "--max-new-tokens", 6)
     assert len(lines) == 3 and lines[1] == lines[2]
     saved = json.loads((tmp_path / "c.json").read_text())
     assert saved["turns"] == ["What is this?", lines[1]] and "photo.jpg" in saved["image"]
@@ -185,7 +190,8 @@ def test_a_full_context_says_so(monkeypatch, capsys):
 
 
 def test_ctrl_c_stops_the_answer_and_twice_leaves(monkeypatch, capsys, model, tok):
-    it = sample.Chat(model, tok, None, sample.open_image(None, model.config), False, {"max_new_tokens": 20})
+    args = argparse.Namespace(image=None, verbose=False)
+    it = sample.Chat(model, tok, sample.open_image(None, model.config), args, {"max_new_tokens": 20})
     shown, lines = [], iter(["Who?", "And?", KeyboardInterrupt, "Well?", KeyboardInterrupt, KeyboardInterrupt, "never"])
 
     def read_line():

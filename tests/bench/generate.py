@@ -3,7 +3,7 @@
 $ python tests/bench/generate.py                 # needs transformers 5 beside requirements.txt; about ten minutes
 $ python tests/bench/generate.py --only C1 --threads 1
 
-C1: tiny (decoder 4 x 128, tower 4 x 64), 76-token prompt. C2: full width, 2 decoder and 3 tower layers, 636-token prompt.
+C1: tiny (decoder 4 x 128, tower 4 x 64), 76-token prompt. C2: full width, 2 decoder and 3 tower layers, 636 tokens.
 C3: 32 questions on 4 pictures, 8 a batch, the C2 model. First the logits must agree; then both sides take turns.
 """
 import argparse
@@ -41,13 +41,17 @@ def their_name(name: str) -> list[str]:
     """Our parameter -> the one or three of theirs that lie in it."""
     tower = name.startswith("vision.")
     for a, b in (
-        ("llm.wte", "model.language_model.embed_tokens"), ("llm.ln_f", "model.language_model.final_layernorm"), ("llm.lm_head", "lm_head"),
-        ("llm.h.", "model.language_model.layers."), (".ln.", ".input_layernorm."), (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."),
-        (".mlp.fc.", ".mlp.fc1."), (".mlp.proj.", ".mlp.fc2."), (".attn.proj.", ".self_attn.out_proj." if tower else ".self_attn.dense."),
-        (".attn.qkv.", ".self_attn.qkv_proj."), ("projector.fc", "model.multi_modal_projector.linear_1"),
-        ("projector.proj", "model.multi_modal_projector.linear_2"), ("vision.h.", "model.vision_tower.encoder.layers."),
-        ("vision.patch.", "model.vision_tower.embeddings.patch_embedding."), ("vision.cls", "model.vision_tower.embeddings.class_embedding"),
-        ("vision.pos", "model.vision_tower.embeddings.position_embedding.weight"), ("vision.ln_pre.", "model.vision_tower.pre_layrnorm."),
+        ("llm.wte", "model.language_model.embed_tokens"), ("llm.ln_f", "model.language_model.final_layernorm"),
+        ("llm.lm_head", "lm_head"), ("llm.h.", "model.language_model.layers."), (".ln.", ".input_layernorm."),
+        (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".mlp.fc.", ".mlp.fc1."),
+        (".mlp.proj.", ".mlp.fc2."), (".attn.qkv.", ".self_attn.qkv_proj."),
+        (".attn.proj.", ".self_attn.out_proj." if tower else ".self_attn.dense."),
+        ("projector.fc", "model.multi_modal_projector.linear_1"),
+        ("projector.proj", "model.multi_modal_projector.linear_2"),
+        ("vision.h.", "model.vision_tower.encoder.layers."), ("vision.ln_pre.", "model.vision_tower.pre_layrnorm."),
+        ("vision.patch.", "model.vision_tower.embeddings.patch_embedding."),
+        ("vision.cls", "model.vision_tower.embeddings.class_embedding"),
+        ("vision.pos", "model.vision_tower.embeddings.position_embedding.weight"),
     ):
         name = name.replace(a, b)
     return [name.replace("qkv_proj", f"{x}_proj") for x in "qkv"] if "qkv_proj" in name else [name]
@@ -55,13 +59,15 @@ def their_name(name: str) -> list[str]:
 
 def make_theirs(ours: LLaVAPhi) -> LlavaForConditionalGeneration:
     llm, vision = ours.config.llm, ours.config.vision
-    text = TheirPhiConfig(vocab_size=llm.vocab_size, hidden_size=llm.n_embd, intermediate_size=llm.n_inner, num_hidden_layers=llm.n_layer,
-                          num_attention_heads=llm.n_head, max_position_embeddings=llm.block_size, partial_rotary_factor=0.4,
-                          rope_theta=llm.rope_base, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    tower = CLIPVisionConfig(hidden_size=vision.n_embd, intermediate_size=vision.n_inner, num_hidden_layers=vision.n_layer,
-                             num_attention_heads=vision.n_head, image_size=vision.image_size, patch_size=vision.patch_size)
-    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=llm.vocab_size - 1, vision_feature_layer=-2,
-                         vision_feature_select_strategy="default", tie_word_embeddings=False)
+    text = TheirPhiConfig(
+        vocab_size=llm.vocab_size, hidden_size=llm.n_embd, intermediate_size=llm.n_inner, num_hidden_layers=llm.n_layer,
+        num_attention_heads=llm.n_head, max_position_embeddings=llm.block_size, partial_rotary_factor=0.4,
+        rope_theta=llm.rope_base, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    tower = CLIPVisionConfig(
+        hidden_size=vision.n_embd, intermediate_size=vision.n_inner, num_hidden_layers=vision.n_layer,
+        num_attention_heads=vision.n_head, image_size=vision.image_size, patch_size=vision.patch_size)
+    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=llm.vocab_size - 1,
+                         vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False)
     theirs = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
     state = theirs.state_dict()
     for name, p in ours.named_parameters():
@@ -78,18 +84,20 @@ def prompts_of(config: LLaVAConfig, n: int, n_images: int) -> tuple[list[list[in
     S, V = config.vision.image_size, config.llm.vocab_size
     pictures = [torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8, generator=g) for _ in range(n_images)]
     head = torch.randint(1, V - 1, (20,), generator=g).tolist() + [IMAGE_ID] * config.vision.n_patches
-    return [head + torch.randint(1, V - 1, (40,), generator=g).tolist() for _ in range(n)], [pictures[i * n_images // n] for i in range(n)]
+    questions = [head + torch.randint(1, V - 1, (40,), generator=g).tolist() for _ in range(n)]
+    return questions, [pictures[i * n_images // n] for i in range(n)]
 
 
 def ask_ours(model: LLaVAPhi, prompts: list[list[int]], images: list[Tensor], n: int) -> list[list[int]]:
     return [list(row) for row in zip(*model.generate(prompts, images, max_new_tokens=n, eos_id=-1))]
 
 
-def ask_theirs(model: LlavaForConditionalGeneration, prompts: list[list[int]], images: list[Tensor], n: int) -> list[list[int]]:
+def ask_theirs(model: nn.Module, prompts: list[list[int]], images: list[Tensor], n: int) -> list[list[int]]:
     ids = torch.tensor(prompts)
     ids[ids == IMAGE_ID] = model.config.image_token_id
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=normalize(torch.cat(images)).to(model.dtype),
-                         max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    pixels = normalize(torch.cat(images)).to(model.dtype)
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=n,
+                         min_new_tokens=n, do_sample=False)
     return out[:, ids.size(1):].tolist()
 
 
@@ -105,46 +113,50 @@ def take_turns(sides: dict[str, Callable[[], object]], repeats: int, warmups: in
 
 
 def report(title: str, times: dict[str, list[float]], unit: float = 1e3, label: str = "ms") -> None:
-    base = min(statistics.median(t) for name, t in times.items() if name.startswith("transformers"))
-    print(f"\n{title}: median, minimum, quartiles in {label}; how many times as fast as the best transformers (by median, by minimum)")
-    fastest = min(min(t) for name, t in times.items() if name.startswith("transformers"))
+    print(f"\n{title}, {label}: median, minimum, quartiles; times as fast as transformers' best (by medians, by minima)")
+    peers = [t for name, t in times.items() if name.startswith("transformers")]
+    usual, best = min(map(statistics.median, peers)), min(map(min, peers))
     for name, t in times.items():
         low, middle, high = statistics.quantiles(t, n=4)
         print(f"  {name:20}{middle * unit:10.2f}{min(t) * unit:10.2f}   {low * unit:.2f} .. {high * unit:.2f}   "
-              f"x{base / middle:.2f}  x{fastest / min(t):.2f}")
+              f"x{usual / middle:.2f}  x{best / min(t):.2f}")
+
+
+def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
+    """The same weights on both sides, in every type; in fp32 they must say the same."""
+    ours = make_ours(config)
+    theirs = make_theirs(ours)
+    prompts, images = prompts_of(config, 1, 1)
+    assert ask_ours(ours, prompts, images, 4) == ask_theirs(theirs, prompts, images, 4), "they differ in fp32"
+    models = {"ours fp32": ours, "transformers fp32": theirs, "ours bf16": deepcopy(ours).bfloat16(),
+              "transformers bf16": deepcopy(theirs).bfloat16(), "ours int8": deepcopy(ours)}
+    quantize_int8(models["ours int8"])
+    return models
+
+
+def asker(name: str) -> Callable[..., list[list[int]]]:
+    return ask_theirs if name.startswith("transformers") else ask_ours
 
 
 def one_prompt(title: str, config: LLaVAConfig, repeats: int) -> None:
     """Time to the first token, and time per further token (17 tokens less 1, by 16)."""
-    ours = make_ours(config)
-    theirs = make_theirs(ours)
-    prompts, images = prompts_of(config, 1, 1)
-    assert ask_ours(ours, prompts, images, 4) == ask_theirs(theirs, prompts, images, 4), "the two do not say the same in fp32"
-    models = {"ours fp32": ours, "transformers fp32": theirs, "ours bf16": deepcopy(ours).bfloat16(),
-              "transformers bf16": deepcopy(theirs).bfloat16(), "ours int8": deepcopy(ours)}
-    quantize_int8(models["ours int8"])
-    ask = {name: ask_theirs if name.startswith("transformers") else ask_ours for name in models}
-    first = take_turns({name: lambda n=name: ask[n](models[n], prompts, images, 1) for name in models}, repeats)
-    many = take_turns({name: lambda n=name: ask[n](models[n], prompts, images, 17) for name in models}, repeats)
+    models, (prompts, images) = make_models(config), prompts_of(config, 1, 1)
+    first = take_turns({k: lambda k=k, m=m: asker(k)(m, prompts, images, 1) for k, m in models.items()}, repeats)
+    many = take_turns({k: lambda k=k, m=m: asker(k)(m, prompts, images, 17) for k, m in models.items()}, repeats)
     report(f"{title}, first token", first)
-    report(f"{title}, each further token", {name: [(b - statistics.median(first[name])) / 16 for b in many[name]] for name in models})
+    usual = {name: statistics.median(times) for name, times in first.items()}
+    report(f"{title}, each further token", {name: [(t - usual[name]) / 16 for t in many[name]] for name in models})
 
 
 def many_questions(repeats: int) -> None:
-    ours = make_ours(WIDE)
-    theirs = make_theirs(ours)
-    prompts, images = prompts_of(WIDE, 32, 4)
-    models = {"ours fp32": ours, "transformers fp32": theirs, "ours bf16": deepcopy(ours).bfloat16(),
-              "transformers bf16": deepcopy(theirs).bfloat16(), "ours int8": deepcopy(ours)}
-    quantize_int8(models["ours int8"])
+    models, (prompts, images) = make_models(WIDE), prompts_of(WIDE, 32, 4)
 
     def all_of(name: str) -> None:
-        ask = ask_theirs if name.startswith("transformers") else ask_ours
         for i in range(0, 32, 8):
-            ask(models[name], prompts[i:i + 8], images[i:i + 8], 8)
+            asker(name)(models[name], prompts[i:i + 8], images[i:i + 8], 8)
 
-    times = take_turns({name: lambda n=name: all_of(n) for name in models}, repeats, warmups=1)
-    report("C3, 32 questions of 8 tokens on 4 pictures", times, 1 / 32 * 1e3, "ms per question")
+    times = take_turns({name: lambda name=name: all_of(name) for name in models}, repeats, warmups=1)
+    report("C3, a question of 32 on 4 pictures, 8 tokens each", times, 1e3 / 32)
 
 
 def main() -> None:
