@@ -84,7 +84,7 @@ class Task:
     metric: str                                         # what the headline number is
     read: Callable[[Path, Namespace], list[Example]]
     grade: Callable[[Example, str], Mark] | None        # None: a judge does it
-    summarise: Callable[[list[Example], list[Mark]], Score]
+    summarise: Callable[[list[Example], list[Mark]], Score | None]
     get: str                                            # where the data comes from
     splits: dict[str, int]                              # name -> official number of questions (0: any); default first
     folders: tuple[str, ...] = ()                       # names of its folder under --root
@@ -364,10 +364,11 @@ def interval_of_mean(points: list[float]) -> tuple[float, float, str]:
     """In per cent: Wilson's interval where every answer is right or wrong, the normal one where answers earn parts."""
     n, p, z = len(points), mean(points), 1.96
     if set(points) <= {0.0, 1.0}:
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return 100 * (middle - half) / (1 + z * z / n), 100 * (middle + half) / (1 + z * z / n), "Wilson"
-    half = z * math.sqrt(mean([(x - p) ** 2 for x in points]) / n)
-    return 100 * max(0.0, p - half), 100 * min(1.0, p + half), "normal"
+        scale, half = 1 + z * z / n, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        middle, half, method = (p + z * z / (2 * n)) / scale, half / scale, "Wilson"
+    else:
+        middle, half, method = p, z * math.sqrt(mean([(x - p) ** 2 for x in points]) / n), "normal"
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half), method
 
 
 Metric = Callable[[np.ndarray], np.ndarray]         # summed counts (..., k) -> (...)
@@ -394,12 +395,12 @@ def accuracy(examples: list[Example], marks: list[Mark]) -> Score:
     return Score(100 * mean(points), *interval_of_mean(points), percent_by_label(examples, marks))
 
 
-def accuracy_on(label: str) -> Callable[[list[Example], list[Mark]], Score]:
-    """Accuracy on the questions with this label; `all` beside it."""
-    def summarise(examples: list[Example], marks: list[Mark]) -> Score:
+def accuracy_on(label: str) -> Callable[[list[Example], list[Mark]], Score | None]:
+    """Accuracy on the questions with this label; `all` beside it. None where --limit leaves no such question."""
+    def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
         chosen = [(e, m) for e, m in zip(examples, marks) if label in e.labels]
         if not chosen:
-            raise ValueError(f"none of the {len(examples)} questions is of the kind {label!r} that this score is about")
+            return None
         everything = {"all": 100 * mean([mark.points for mark in marks])}
         return accuracy(*zip(*chosen))._replace(others=everything | percent_by_label(examples, marks))
     return summarise
@@ -549,7 +550,7 @@ def write_whole(path: Path, data: str | bytes) -> Path:
     """The file is either the old one or all of the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data.encode() if isinstance(data, str) else data)
+    part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     part.replace(path)
     return path
 
@@ -606,7 +607,7 @@ def read_own(folder: Path, options: Namespace) -> list[Example]:
     if not options.questions:
         raise ValueError("needs --questions FILE (jsonl: question_id, image, text, perhaps answer) and --images DIR")
     examples = []
-    for i, row in enumerate(read_jsonl(Path(options.questions))):
+    for i, row in enumerate(read_jsonl(need(Path(), options.questions))):
         if row.get("image") and not options.images:
             raise ValueError(f"{options.questions} names images: add --images DIR")
         image = inside(Path(options.images), row["image"]) if row.get("image") else None
@@ -1209,14 +1210,14 @@ def load_data(name: str, args: Namespace) -> Data:
     try:
         examples = task.read(folder, Namespace(**{**vars(args), "split": split}))
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{name}: {e}. Get it from {task.get}") from e
+        raise FileNotFoundError(f"{name}: {e}. Get it: {task.get}") from e
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         problem = f"{folder} is not in the official format ({type(e).__name__}: {e})"
-        raise ValueError(f"{name}: {problem}. Get it from {task.get}") from e
+        raise ValueError(f"{name}: {problem}. Get it: {task.get}") from e
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
     if not examples:
-        raise ValueError(f"{name}: no questions in {folder}. Get them from {task.get}")
+        raise ValueError(f"{name}: no questions in {folder}. Get them: {task.get}")
     number, times = Counter(example.question_id for example in examples).most_common(1)[0]
     if times > 1 and not task.repeated_ids:
         raise ValueError(f"{name}: question_id {number!r} occurs {times} times in {folder}, expected once")
@@ -1227,7 +1228,7 @@ def check_images(data: Data) -> None:
     paths = dict.fromkeys(example.image for example in data.examples if isinstance(example.image, Path))
     if missing := [path for path in paths if not path.is_file()]:
         problem = f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}"
-        raise FileNotFoundError(f"{data.name}: {problem}. Get them from {data.task.get}")
+        raise FileNotFoundError(f"{data.name}: {problem}. Get them: {data.task.get}")
 
 
 def checksums(data: Data) -> dict[str, str]:
@@ -1252,7 +1253,7 @@ def check_data(names: list[str], args: Namespace) -> None:
         try:
             data = load_data(name, args)
             check_images(data)
-            problems = [f"{name}: {note}. Get it from {data.task.get}" for note in other_versions(data, args)]
+            problems = [f"{name}: {note}. Get it: {data.task.get}" for note in other_versions(data, args)]
         except (ValueError, FileNotFoundError) as e:
             problems = [str(e)]
         bad += bool(problems)
@@ -1277,8 +1278,8 @@ def default_model() -> Path:
     for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give --model "
-                            "DIR, or run `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
+    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give "
+                            "--model DIR, or run `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -1568,7 +1569,8 @@ def remarks(result: dict) -> list[str]:
     if result["task"] == "textvqa":
         lines.append("OCR tokens were in the prompt." if settings["ocr"] else "No OCR tokens were in the prompt.")
     if result["value"] is None:
-        lines.append("Not scored here: the truth is on a server, or a judge is needed (--grades, --judge-url).")
+        lines.append("Not scored here: the truth is on a server, a judge is needed (--grades, --judge-url), or --limit "
+                     "left none of the questions that count.")
     if result["judge"]:
         lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
     if result["other_prompts"]:
@@ -1801,9 +1803,9 @@ def main_score(args: Namespace) -> None:
     """--score FILE: where settings lie beside the file they say which task it is and how it was asked."""
     path = Path(args.score)
     sidecar = path.parent / "settings.json"
-    settings = read_json(sidecar) if sidecar.exists() else {}
-    if settings and args.task in (None, settings["task"]):
-        args.task, args.split, args.ocr, args.img_only = (settings[key] for key in ("task", "split", "ocr", "img_only"))
+    settings, asked = read_json(sidecar) if sidecar.exists() else {}, ("task", "split", "ocr", "img_only")
+    if settings and args.task in (None, settings.get("task")):
+        args.task, args.split, args.ocr, args.img_only = (settings.get(key) for key in asked)
     names = chosen_tasks(args)
     if len(names) > 1:
         raise ValueError(f"--score takes one task, these are {len(names)}")

@@ -947,3 +947,15 @@ def test_bad_images_and_models(tmp_path, short, monkeypatch):
     with pytest.raises(FileNotFoundError, match="1 of 2 images are missing"):
         ev.main([*flags, "--out", str(tmp_path / "out2")])
     assert not (tmp_path / "out2").exists()
+
+
+def test_several_tasks_share_a_model_and_end_in_one_table(tmp_path, short, capsys, monkeypatch):
+    flags = many_shapes(tmp_path, pictures=1)
+    make_scienceqa(tmp_path)
+    loads, load_brain = [], ev.load_brain
+    monkeypatch.setattr(ev, "load_brain", lambda *args: loads.append(1) or load_brain(*args))
+    ev.main(["--task", "shapes,scienceqa", *flags[2:], "--out", str(tmp_path / "out"), "--limit", "2"])
+    table = capsys.readouterr().out.split("all tasks")[1]
+    assert "shapes (all)" in table and "scienceqa (test)" in table and "68.4" in table and loads == [1]
+    assert json.loads((tmp_path / "out/scienceqa/result.json").read_text())["limit"] == 2
+    assert ev.chosen_tasks(ev.parse(["--task", "paper,gqa"])) == [*ev.PAPER, "gqa"]
