@@ -349,7 +349,6 @@ def read(pieces: dict[str, Stored], n_head: int, memory: Tensor) -> Tensor:
         x = x.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)      # (head, 3, size) -> (3, head, size) rows
     return x
 
-
 # ---------------------------------------------------------------------------------------------------
 # Config
 
@@ -364,6 +363,7 @@ PHI_KEYS = {    # ours -> (its spellings in config.json through the years, what 
     "eps": (("layer_norm_eps", "layer_norm_epsilon"), 1e-5),
     "dropout": (("resid_pdrop",), 0.0),
 }
+ROTARY_KEYS = {"dim": (("rotary_dim",), None), "factor": (("partial_rotary_factor",), 0.5)}
 VISION_KEYS = {
     "image_size": (("image_size",), 224),
     "patch_size": (("patch_size",), 32),
@@ -380,11 +380,19 @@ def numbers(c: dict, keys: dict, path: Path) -> dict:
     values = {}
     for field, (spellings, default) in keys.items():
         value = next((c[key] for key in spellings if c.get(key) is not None), default)
-        kinds = (int, float) if isinstance(default, float) else (int,)
-        if value is not None and (type(value) not in kinds or not 0 <= value < 1e9):
+        fits = type(value) in (int, float) if isinstance(default, float) else type(value) is int and value > 0
+        if value is not None and not (fits and 0 <= value < 1e9):
             raise ValueError(f"{path}: {spellings[0]} is {value!r}, expected a number")
         values[field] = value
     return values
+
+
+def inner(c: dict, key: str, default: dict, path: Path) -> dict:
+    """A config inside a config."""
+    value = default if c.get(key) is None else c[key]
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {key} is {value!r}, expected an object")
+    return value
 
 
 def expect(path: Path, what: str, found: object, *known: object) -> None:
@@ -393,8 +401,8 @@ def expect(path: Path, what: str, found: object, *known: object) -> None:
 
 
 def phi_config(c: dict, path: Path) -> PhiConfig:
-    rope = c.get("rope_parameters") or {}                           # transformers 5
-    values = numbers(c | {k: v for k, v in rope.items() if k == "rope_theta"}, PHI_KEYS, path)
+    rope = inner(c, "rope_parameters", {}, path)                    # transformers 5
+    values = numbers({**c, **rope}, PHI_KEYS, path)
     if values["n_inner"] is None:
         values["n_inner"] = 8192 if "hidden_size" in c else 4 * values["n_embd"]
     expect(path, "rope_scaling", c.get("rope_scaling"), None)
@@ -405,8 +413,10 @@ def phi_config(c: dict, path: Path) -> PhiConfig:
     expect(path, "activation", activation, "gelu_new", "gelu_pytorch_tanh")
     kv_heads = c.get("num_key_value_heads", c.get("n_head_kv"))
     expect(path, "the number of key and value heads", kv_heads, None, values["n_head"])
-    factor = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 0.5))
-    rotary_dim = c.get("rotary_dim") or int(values["n_embd"] // values["n_head"] * factor)
+    if values["n_embd"] % values["n_head"]:
+        raise ValueError(f"{path}: hidden_size {values['n_embd']} is not a multiple of {values['n_head']} heads")
+    size, rotary = values["n_embd"] // values["n_head"], numbers({**c, **rope}, ROTARY_KEYS, path)
+    rotary_dim = rotary["dim"] or int(size * rotary["factor"])
     return PhiConfig(**values, rotary_dim=rotary_dim)
 
 
@@ -414,7 +424,8 @@ def vision_config(c: dict, feature_layer: object, path: Path) -> VisionConfig:
     expect(path, "the vision tower's activation", c.get("hidden_act", "quick_gelu"), "quick_gelu")
     expect(path, "num_channels", c.get("num_channels", 3), 3)
     values = numbers(c, VISION_KEYS, path)
-    expect(path, "the vision layer that is read", feature_layer, *range(-values["n_layer"], 0))
+    if type(feature_layer) is not int or not -values["n_layer"] <= feature_layer < 0:
+        raise ValueError(f"{path}: the vision layer to read is {feature_layer!r}, expected one counted from the end")
     return VisionConfig(**values, feature_layer=feature_layer)
 
 
@@ -452,9 +463,9 @@ def config_of(*folders: Folder) -> LLaVAConfig:
             raise ValueError(f"{folder.path / 'config.json'}: not there; it belongs to the download")
     c, path = read_json(llm.path / "config.json"), llm.path / "config.json"
     v, v_path = read_json(vision.path / "config.json"), vision.path / "config.json"
-    text, tower = c.get("text_config", c), v.get("vision_config", v)
-    projector = tower.get("mm_projector", {})                       # LLaVA-Phi keeps both in its vision_config
-    tower = tower.get("vision_tower", tower)
+    text, tower = inner(c, "text_config", c, path), inner(v, "vision_config", v, v_path)
+    projector = inner(tower, "mm_projector", {}, v_path)            # LLaVA-Phi keeps both in its vision_config
+    tower = inner(tower, "vision_tower", tower, v_path)
     expect(path, "tie_word_embeddings", c.get("tie_word_embeddings", False), False)
     expect(v_path, "the projector", projector.get("mm_projector_type", "mlp2x_gelu"), "mlp2x_gelu")
     expect(v_path, "the projector's activation", v.get("projector_hidden_act", "gelu"), "gelu")

@@ -250,6 +250,11 @@ def test_missing_keys_take_the_official_defaults(tmp_path):
     ({"hidden_act": "silu"}, "activation is 'silu'"),
     ({"num_key_value_heads": 1}, "key and value heads"),
     ({"hidden_size": "40"}, "hidden_size is '40'"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+    ({"num_attention_heads": 3}, "not a multiple of 3 heads"),
+    ({"num_hidden_layers": 10 ** 8}, "config.json says 100000000 llm layers"),
+    ({"partial_rotary_factor": "0.4"}, "partial_rotary_factor is '0.4'"),
+    ({"rope_parameters": [1]}, "rope_parameters is .1., expected an object"),
     ({"num_hidden_layers": 3}, "config.json says 3 llm layers, the tensors are of 2"),
 ])
 def test_what_we_do_not_implement_is_refused(change, words, tmp_path):
