@@ -1,7 +1,7 @@
 """The saved folder read by transformers: logits, prompt ids, pixels and greedy text equal ours. Skipped where it is not installed.
 
-$ python -m venv /tmp/hf && /tmp/hf/bin/pip install -r requirements.txt transformers jinja2
-$ /tmp/hf/bin/python -m pytest tests/test_transformers.py
+$ python -m venv .hf && .hf/bin/pip install -r requirements.txt transformers jinja2
+$ .hf/bin/python -m pytest tests/test_transformers.py
 """
 import importlib.util
 import json
