@@ -166,9 +166,12 @@ class KVCache:
         """What the row holds for `ids`: a view."""
         return Prefix(ids, images, self.k[:, row, :len(ids)], self.v[:, row, :len(ids)])
 
-    def restore(self, row: int, prefix: Prefix) -> None:
-        n = self.lengths[row] = len(prefix.ids)
-        self.k[:, row, :n], self.v[:, row, :n] = prefix.k, prefix.v
+    def restore(self, prefixes: list[Prefix | None]) -> None:
+        """Begin each row with what is known of it."""
+        for row, prefix in enumerate(prefixes):
+            if prefix:
+                n = self.lengths[row] = len(prefix.ids)
+                self.k[:, row, :n], self.v[:, row, :n] = prefix.k, prefix.v
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout | Step) -> Tensor:
         """Store the new k, v (T, nh, hs), then let q (T, nh, hs) see each sequence's past and itself -> (T, nh, hs)."""
@@ -401,9 +404,7 @@ class LLaVAPhi(nn.Module):
         if longest >= limit:
             raise ValueError(f"the prompt takes {longest} of the model's {limit} positions and leaves none for an answer")
         cache = self.new_cache(len(prompts), min(longest + max_new_tokens, limit))
-        for row, prefix in enumerate(self.prefixes(prompts, images, memory or [])):
-            if prefix:
-                cache.restore(row, prefix)
+        cache.restore(self.prefixes(prompts, images, memory or []))
         logits = self.prefill(prompts, images, cache)
         ended, answers = [False] * len(prompts), [[] for _ in prompts]
         try:
@@ -426,8 +427,10 @@ class LLaVAPhi(nn.Module):
                     logits = self.decode(ids, cache)
         finally:                                            # also when the caller stops listening
             if memory is not None:
-                ids, pics, k, v = cache.prefix(-1, (prompts[-1] + answers[-1])[:cache.lengths[-1]], images[-1])
-                memory[:] = [Prefix(ids, pics, k.clone(), v.clone())]
+                last = cache.prefix(-1, (prompts[-1] + answers[-1])[:cache.lengths[-1]], images[-1])
+                if len(prompts) > 1:                        # keep one row, not all of them
+                    last = last._replace(k=last.k.clone(), v=last.v.clone())
+                memory[:] = [last]
 
 
 def read_later(ids: Tensor) -> Callable[[], list[int]]:

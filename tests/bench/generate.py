@@ -119,7 +119,7 @@ def report(title: str, times: dict[str, list[float]], unit: float = 1e3, label: 
     for name, t in times.items():
         low, middle, high = statistics.quantiles(t, n=4)
         print(f"  {name:20}{middle * unit:10.2f}{min(t) * unit:10.2f}   {low * unit:.2f} .. {high * unit:.2f}   "
-              f"x{usual / middle:.2f}  x{best / min(t):.2f}")
+              f"x{usual / middle:.2f}  x{best / min(t):.2f}", flush=True)
 
 
 def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
@@ -142,8 +142,8 @@ def one_prompt(title: str, config: LLaVAConfig, repeats: int) -> None:
     """Time to the first token, and time per further token (17 tokens less 1, by 16)."""
     models, (prompts, images) = make_models(config), prompts_of(config, 1, 1)
     first = take_turns({k: lambda k=k, m=m: asker(k)(m, prompts, images, 1) for k, m in models.items()}, repeats)
-    many = take_turns({k: lambda k=k, m=m: asker(k)(m, prompts, images, 17) for k, m in models.items()}, repeats)
     report(f"{title}, first token", first)
+    many = take_turns({k: lambda k=k, m=m: asker(k)(m, prompts, images, 17) for k, m in models.items()}, repeats)
     usual = {name: statistics.median(times) for name, times in first.items()}
     report(f"{title}, each further token", {name: [(t - usual[name]) / 16 for t in many[name]] for name in models})
 
