@@ -523,6 +523,7 @@ class Int8Linear(nn.Linear):        # weights in 8 bits with a scale per output 
 def quantize_int8(model: LLaVAPhi) -> int:
     """Turn the Linears of the decoder's blocks, its head, the tower and the projector into Int8Linears, in place. -> how many.
 
+    None is left out: no kind of layer, kept in fp32, takes more than a third off the error of the logits.
     On the meta device only the classes change; load_model then quantises each weight as it arrives.
     """
     found = [(module, name, base) for module in model.modules() for name, base in module.named_children() if type(base) is nn.Linear]
