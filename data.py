@@ -725,8 +725,8 @@ def check(args: argparse.Namespace) -> int:
         for note in found.notes + ("answer cut at the end",) * (found.cut > 0):
             notes["worth knowing: " + note].append(i)
     good = np.delete(numbers, list(problems), axis=0)
-    print(f"{args.data}: {len(ranges):,} records: {good[:, 2].sum():,} with an image, {(good[:, 2] == 0).sum():,} of text "
-          f"only, {len(problems):,} bad")
+    print(f"{args.data}: {len(ranges):,} records: {good[:, 2].sum():,} with an image, "
+          f"{(good[:, 2] == 0).sum():,} of text only, {len(problems):,} bad")
     for kind, where in sorted(kinds.items()) + sorted(notes.items()):
         print(f"\n{kind}: {len(where):,}")
         for i, line in zip(where[:args.show], lines_of(args.data, ranges[where[:args.show], 0].tolist())):
