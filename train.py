@@ -1,9 +1,10 @@
-"""Train LLaVA-Phi, both stages of the published recipe. One path from a laptop's CPU to many nodes.
+"""Train LLaVA-Phi, all stages of the published recipe. One path from a laptop's CPU to many nodes.
 
-There is always a process group and a mesh, of one process if need be; FSDP2 shards what trains and leaves what is
-frozen alone. A step is a set of samples: its loss is the mean over all supervised tokens of its global batch, so neither
+There is always a process group and a mesh, of one process if need be; FSDP2 shards what trains and leaves alone what
+is frozen. A step is a set of samples: its loss is the mean over all supervised tokens of its global batch, so neither
 the number of processes nor the size of a micro-batch changes what is learned.
 
+$ torchrun --nproc_per_node=8 train.py --stage sft             # optional: Phi-2 alone, on text conversations
 $ torchrun --nproc_per_node=8 train.py --stage pretrain        # projector only, frozen towers: picture -> caption
 $ torchrun --nproc_per_node=8 train.py --stage finetune        # everything, on conversations
 $ python train.py --stage finetune --model out/demo/pretrain --data my.json --images my_pictures --out out/mine
@@ -19,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,10 +37,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data import Batch, Dataset, Loader, Step, load_tokenizer, steps_per_epoch
-from load_weights import load_config, load_into, save_model
-from model import LLaVAConfig, LLaVAPhi, Projector, apply_lora, init_weights, merge_lora
+from load_weights import (check, config_of, dtype_name, finished_folder, lay_out, load_config, load_into, phi_json,
+                          read_all, read_folder, read_tokenizer, save_model, write_json, write_ours, write_tokenizer)
+from model import LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, init_weights, merge_lora
 
-PARTS = ("projector", "llm", "vision")
+PHI = "a Phi-2 language model"       # what load_weights calls such a folder
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}    # dense bf16, datasheets
 
@@ -47,15 +49,15 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "40
 # Configuration: one flag per field, a row of values per stage
 
 
-def flag(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default, help: str, *choices: str):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices or None})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    stage: str = flag("pretrain", "which row of recipe values: pretrain or finetune")
+    stage: str = flag("pretrain", "which row of recipe values", "pretrain", "finetune", "sft")
     model: str = flag("", "folder to start from; empty: --llm and --vision with a new projector")
-    llm: str = flag("", "Phi-2 folder (pretrain)")
+    llm: str = flag("", "Phi-2 folder (pretrain, sft)")
     vision: str = flag("", "CLIP folder (pretrain)")
     data: str = flag("", "LLaVA json or jsonl")
     images: str = flag("", "folder that image paths in the data start from")
@@ -63,33 +65,37 @@ class TrainConfig:
     out: str = flag("", "folder for metrics, checkpoints and the final model")
     train: str = flag("projector", "comma-separated parts that learn: projector, llm, vision")
     freeze: str = flag("", "comma-separated parts taken out of --train again")
-    template: str = flag("plain", "prompt: plain (image, caption, newline) or v0 (chat)")
-    image_mode: str = flag("crop", "pictures: crop the centre or pad to a square")
+    template: str = flag("plain", "prompt: plain (image, caption, newline) or v0 (chat)", "plain", "v0")
+    image_mode: str = flag("crop", "pictures: crop the centre or pad to a square", "crop", "pad")
     global_batch: int = flag(256, "samples per optimizer step, over all processes")
     micro_tokens: int = flag(16384, "tokens per forward on one process: as many as its memory holds")
     max_length: int = flag(2048, "positions per sample after the image is expanded; longer ones are cut on the right")
     epochs: float = flag(1.0, "passes over the data")
     max_steps: int = flag(0, "stop after so many steps; 0: what the epochs give")
     lora_r: int = flag(0, "rank of low-rank adapters in the language model, which is then frozen itself; 0: none")
-    lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_r; merged into the weights when the model is saved")
+    lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_r, and merged when the model is saved")
     lr: float = flag(1e-3, "peak learning rate")
     projector_lr: float = flag(0.0, "the projector's own peak learning rate; 0: as --lr")
     vision_lr: float = flag(0.0, "the tower's own peak learning rate; 0: as --lr")
     warmup: float = flag(0.03, "share of the steps over which the rate rises from 0")
-    schedule: str = flag("cosine", "how it falls to 0 afterwards: cosine or linear")
+    schedule: str = flag("cosine", "how it falls to 0 afterwards", "cosine", "linear")
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.98, "AdamW")
     eps: float = flag(1e-7, "AdamW")
     weight_decay: float = flag(0.0, "AdamW; biases and LayerNorms are never decayed")
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
     dropout: float = flag(-1.0, "residual dropout of the language model; -1: as its config.json says")
-    dtype: str = flag("bfloat16", "compute: bfloat16 or float32; master weights and sums are always fp32")
-    recompute: str = flag("none", "in the backward pass: none (fastest), selective (half the memory, 3 %% more work), full (least "
-                                  "memory, 22 %% more)")
+    dtype: str = flag("bfloat16", "compute; master weights and sums are always fp32", "bfloat16", "float32", "float16")
+    recompute: str = flag("auto", "in the backward pass: none (fastest), selective (half the memory, 3 %% more work), "
+                                  "full (least memory, 22 %% more); auto: the first that fits",
+                          "auto", "none", "selective", "full")
+    compile: bool = flag(False, "compile each block: one graph for all lengths; it starts a minute later")
     seed: int = flag(42, "data order, dropout and a new projector")
     workers: int = flag(4, "data processes per training process")
-    group: str = flag("none", "order within an epoch: none (random) or modality_length (as LLaVA groups its batches)")
-    on_bad_sample: str = flag("stop", "stop, or skip: count it, list it in out/bad_samples.jsonl, give up above 0.1 %%")
+    group: str = flag("none", "order within an epoch: none (random) or modality_length (as LLaVA groups its batches)",
+                      "none", "modality_length")
+    on_bad_sample: str = flag("stop", "stop, or skip: count it, list it in out/bad_samples.jsonl, give up above 0.1 %%",
+                              "stop", "skip")
     val_every: int = flag(0, "steps between validations; 0: before and after only")
     save_every: int = flag(0, "steps between checkpoints; 0: only when interrupted, and at the end")
     keep: int = flag(2, "checkpoints kept")
@@ -98,14 +104,18 @@ class TrainConfig:
 
 
 STAGES: dict[str, dict] = {
-    "pretrain": dict(llm="checkpoints/phi-2", vision="checkpoints/clip-vit-large-patch14-336",
-                     data="data/pretrain/blip_laion_cc_sbu_558k.json", images="data/pretrain/images", out="out/pretrain"),
+    "pretrain": dict(llm="checkpoints/phi-2", vision="checkpoints/clip-vit-large-patch14-336", out="out/pretrain",
+                     data="data/pretrain/blip_laion_cc_sbu_558k.json", images="data/pretrain/images"),
     "finetune": dict(model="out/pretrain", data="data/finetune/llava_v1_5_mix665k.json", images="data/finetune",
                      out="out/finetune", train="projector,llm,vision", template="v0", image_mode="pad",
                      global_batch=128, lr=2e-5, group="modality_length"),
+    "sft": dict(llm="checkpoints/phi-2", data="data/sft/sharegpt.json", out="out/phi-2-sft", train="llm", template="v0",
+                global_batch=128, epochs=2.0, lr=3e-5, schedule="linear"),
 }
-HARMLESS = {"out", "val_data", "val_every", "save_every", "keep", "resume", "workers", "micro_tokens", "recompute",
-            "stop_after", "data", "images"}     # fields that may differ between a checkpoint and the run that goes on from it
+HARMLESS = {        # fields that may differ between a checkpoint and the run that goes on from it
+    "out", "val_data", "val_every", "save_every", "keep", "resume", "workers", "micro_tokens", "recompute", "compile",
+    "stop_after", "data", "images",
+}
 
 
 def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
@@ -117,27 +127,42 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
                                      epilog=f"Defaults shown are those of --stage {stage}.", allow_abbrev=False)
     for f in dataclasses.fields(TrainConfig):
         default = STAGES.get(stage, {}).get(f.name, f.default)
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        choices = {"stage": list(STAGES), "dtype": [*DTYPES, "float16"], "template": ["plain", "v0"], "image_mode": ["crop", "pad"],
-                   "recompute": ["none", "selective", "full"], "schedule": ["cosine", "linear"], "group": ["none", "modality_length"], "on_bad_sample": ["stop", "skip"]}
-        if f.name in choices:
-            kind["choices"] = choices[f.name]
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else \
+               {"type": f.type, "choices": f.metadata["choices"]}
         name = "--" + f.name.replace("_", "-")
         parser.add_argument(name, default=default, help=f"{f.metadata['help']} (default: {default!r})", **kind)
-    parser.add_argument("--plot", nargs="+", type=Path, metavar="OUT", help="no training: draw these runs' curves into loss.html")
-    parser.add_argument("--plan", action="store_true", help="no training, no weights: print memory, speed and traffic to expect")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="OUT",
+                        help="no training: draw these runs' curves into loss.html")
+    parser.add_argument("--plan", action="store_true",
+                        help="no training, no weights: print memory, speed and traffic to expect")
     parser.add_argument("--gpus", type=int, default=8, help="for --plan (default: 8)")
     parser.add_argument("--gpu-memory", type=float, default=80, help="for --plan, GB each (default: 80)")
     args = vars(parser.parse_args(argv))
     action = {name: args.pop(name) for name in ("plot", "plan", "gpus", "gpu_memory")}
     cfg = TrainConfig(**args)
     if cfg.dtype == "float16":
-        raise ValueError("--dtype float16: Phi-2's attention scores overflow in fp16 and give NaN; use bfloat16 or float32")
+        raise ValueError("--dtype float16: Phi-2's attention scores overflow and give NaN; use bfloat16 or float32")
+    if cfg.compile and cfg.recompute == "selective":
+        raise ValueError("--compile does what --recompute selective does by itself; give --recompute none or full")
+    if cfg.stage == "sft" and (cfg.model or cfg.vision):
+        raise ValueError("--stage sft trains a language model alone: give --llm, and neither --model nor --vision")
     return cfg, action
 
 
+def folders(cfg: TrainConfig) -> list[Path]:
+    """What the run starts from."""
+    return [Path(folder) for folder in ([cfg.model] if cfg.model else [cfg.llm, cfg.vision]) if folder]
+
+
+def read_config(cfg: TrainConfig) -> LLaVAConfig:
+    """As the folders say, but for --image-mode and --dropout."""
+    config = config_of(read_folder(Path(cfg.llm), PHI)) if cfg.stage == "sft" else load_config(*folders(cfg))
+    dropout = config.llm.dropout if cfg.dropout < 0 else cfg.dropout
+    return dataclasses.replace(config, image_mode=cfg.image_mode, llm=dataclasses.replace(config.llm, dropout=dropout))
+
+
 def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
-    """Share of the peak rate at `step` (from 0): linear from 0 over the warm-up, then to 0, as Hugging Face's schedules do."""
+    """Share of the peak rate at `step` (from 0): up from 0 over the warm-up, then down to 0, as Hugging Face's do."""
     if step < warmup:
         return step / warmup
     left = 1 - (step - warmup) / max(1, steps - warmup)
@@ -148,59 +173,85 @@ def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float
 
 
 def setup() -> tuple[DeviceMesh, torch.device]:
-    """Join torchrun's group, or make a group of one. More than one node: shard within a node, replicate across nodes."""
+    """Join torchrun's group, or make a group of one. Several nodes: shard within a node, replicate across nodes."""
     cuda, timeout = torch.cuda.is_available(), timedelta(minutes=10)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"      # what the CPUs agree on, the GPUs need not wait for
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world > local:
         return init_device_mesh(device.type, (world // local, local), mesh_dim_names=("replicate", "shard")), device
     return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",)), device
 
 
-def set_trainable(model: LLaVAPhi, names: str, frozen: str) -> None:
-    """Freeze everything but the named parts and say what is left to learn. ValueError for a name that is no part."""
-    wanted, frozen = ([name.strip() for name in text.split(",") if name.strip()] for text in (names, frozen))
+class PhiAlone(LLaVAPhi):
+    """--stage sft: the language model behind LLaVAPhi's door. Its data has no pictures, so it has no tower."""
+    def __init__(self, config: LLaVAConfig):
+        nn.Module.__init__(self)
+        self.config, self.vision, self.projector, self.llm = config, None, None, Phi(config.llm)
+
+    def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
+        return self.llm.wte(ids)
+
+
+def skeleton(cfg: TrainConfig, config: LLaVAConfig) -> LLaVAPhi:
+    """The model without memory, its parts frozen or not; says what will learn. ValueError: a name that is no part."""
+    with torch.device("meta"):
+        model = (PhiAlone if cfg.stage == "sft" else LLaVAPhi)(config)
+        if cfg.lora_r:
+            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha)
+    parts = dict(model.named_children())
+    wanted, frozen = ([name.strip() for name in text.split(",") if name.strip()] for text in (cfg.train, cfg.freeze))
     for name in wanted + frozen:
-        if name not in PARTS:
-            raise ValueError(f"{name!r} is no part of the model; the parts are {', '.join(PARTS)}")
-    train = [name for name in wanted if name not in frozen]
-    adapters = [p for name, p in model.llm.named_parameters() if ".lora_" in name]
-    if adapters:
-        train = [name for name in train if name != "llm"]
+        if name not in parts:
+            raise ValueError(f"{name!r} is no part of the model; the parts are {', '.join(parts)}")
+    adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
+    train = [name for name in wanted if name not in frozen and not (adapters and name == "llm")]
     if not train and not adapters:
         raise ValueError("nothing would be trained: --train minus --freeze is empty")
-    for name in PARTS:
-        getattr(model, name).requires_grad_(name in train)
-        log0(f"{name:10s} {sum(p.numel() for p in getattr(model, name).parameters()):>13,} parameters, "
+    for name, part in parts.items():
+        part.requires_grad_(name in train)
+        log0(f"{name:10s} {sum(p.numel() for p in part.parameters()):>13,} parameters, "
              + ("trained" if name in train else "frozen"))
     for p in adapters:
         p.requires_grad_(True)
     if adapters:
-        log0(f"{'adapters':10s} {sum(p.numel() for p in adapters):>13,} parameters, trained")
+        log0(f"{'adapters':10s} {sum(p.numel() for p in adapters):>13,} of them, trained")
+    return model
+
+
+def learning(model: LLaVAPhi) -> list[str]:
+    """The parts that are trained as a whole."""
+    return [name for name, part in model.named_children() if next(part.parameters()).requires_grad]
 
 
 def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """FSDP2 from outside: a unit per decoder block, one for the tower; projector, embeddings and head in the root.
 
     Frozen parts are held whole in the compute dtype on every process: gathering them again and again would buy nothing.
+    A process by itself gathers by copying; it keeps the copy from the forward pass to the backward pass.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)  # rotary angles stay fp32
-    frozen = {p for p in model.parameters() if not p.requires_grad}
+    inner = dataclasses.replace(policy, cast_forward_inputs=False)      # rotary angles stay fp32
+    frozen, learn = {p for p in model.parameters() if not p.requires_grad}, learning(model)
     for p in frozen:
         p.data = p.data.to(dtype)
-    if model.llm.wte.weight.requires_grad:
-        for block in model.llm.h:
-            fully_shard(block, mesh=mesh, mp_policy=inner)
-    if model.vision.cls.requires_grad:
-        fully_shard(model.vision, mesh=mesh, mp_policy=inner)
+    units = [*(model.llm.h if "llm" in learn else []), *([model.vision] if "vision" in learn else [])]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=inner, reshard_after_forward=mesh.size() > 1)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
+
+
+def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
+    """Inside what FSDP and recomputation wrap. On a CPU without attention: a loop over lengths that always change."""
+    blocks = [*model.llm.h] if device.type == "cuda" else [block.mlp for block in model.llm.h]
+    for block in blocks + ([*model.vision.h] if model.vision else []):
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 
 
 def local_copy(parameter: Tensor, tensor: Tensor) -> None:
@@ -217,40 +268,47 @@ def local_copy(parameter: Tensor, tensor: Tensor) -> None:
 
 def build(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Meta -> shard -> empty -> stream the weights in: no process ever holds more than its share plus one tensor."""
-    with torch.device("meta"):
-        model = LLaVAPhi(config)
-        if cfg.lora_r:
-            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha)
-    set_trainable(model, cfg.train, cfg.freeze)
+    model = skeleton(cfg, config)
+    recompute = cfg.recompute
+    if recompute == "auto":
+        recompute = choose_recompute(cfg, model, mesh.size(-1), memory_of(device))
+    model.llm.recompute = recompute
+    if model.vision:
+        model.vision.recompute = recompute != "none"
     shard(model, mesh, DTYPES[cfg.dtype])
     model.to_empty(device=device)
-    model.llm.recompute, model.vision.recompute = cfg.recompute, cfg.recompute != "none"
-    load_into(model, folders(cfg), copy=local_copy, allow_missing=() if cfg.model else ("projector.",))
-    draw = torch.Generator().manual_seed(cfg.seed)          # what is new is drawn whole, then shared out: the same for any number
-    if not cfg.model:                                       # of processes
+    parameters = dict(model.named_parameters())
+    if cfg.stage == "sft":
+        found = check([read_folder(Path(cfg.llm), PHI)], [name for name in parameters if ".lora_" not in name], config)
+        for name, tensor in read_all(found, config):
+            local_copy(parameters[name], tensor)
+    else:
+        load_into(model, folders(cfg), copy=local_copy, allow_missing=() if cfg.model else ("projector.",))
+    draw = torch.Generator().manual_seed(cfg.seed)          # what is new is drawn whole, then shared out: the same for
+    if model.projector and not cfg.model:                   # any number of processes
         fresh = Projector(config.vision.n_embd, config.llm.n_embd)
         init_weights(fresh, draw)
         for parameter, value in zip(model.projector.parameters(), fresh.parameters()):
             local_copy(parameter, value.data)
-    for name, parameter in model.llm.named_parameters():
-        if ".lora_" in name:
-            local_copy(parameter, torch.randn(parameter.shape, generator=draw) / parameter.size(1) ** 0.5
-                       if name.endswith("lora_a") else torch.zeros(parameter.shape))
+    for name, parameter in parameters.items():
+        if name.endswith("lora_a"):
+            local_copy(parameter, torch.randn(parameter.shape, generator=draw) / parameter.size(1) ** 0.5)
+        elif name.endswith("lora_b"):
+            local_copy(parameter, torch.zeros(parameter.shape))
+    if cfg.compile:
+        compile_blocks(model, device)
+    log0(f"compute in {cfg.dtype}, recompute {recompute}" + ", compiled" * cfg.compile)
     return model.train()
 
 
-def folders(cfg: TrainConfig) -> list[Path]:
-    return [Path(cfg.model)] if cfg.model else [Path(cfg.llm), Path(cfg.vision)]
-
-
 def make_optimizer(model: LLaVAPhi, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with a group per part and kind: matrices decay, biases and LayerNorms do not; a part may have its own rate."""
+    """AdamW, a group per part and kind: matrices decay, biases and LayerNorms do not; a part may have its own rate."""
     rates = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
-    for part, rate in rates.items():
-        params = [p for p in getattr(model, part).parameters() if p.requires_grad]
-        for decay, chosen in ((cfg.weight_decay, [p for p in params if p.dim() > 1]), (0.0, [p for p in params if p.dim() <= 1])):
-            if chosen:
+    for part, module in model.named_children():
+        rate, params = rates[part], [p for p in module.parameters() if p.requires_grad]
+        for decay, wide in ((cfg.weight_decay, True), (0.0, False)):
+            if chosen := [p for p in params if (p.dim() > 1) == wide]:
                 groups.append(dict(params=chosen, peak_lr=rate, lr=rate, weight_decay=decay))
     return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
@@ -258,27 +316,37 @@ def make_optimizer(model: LLaVAPhi, cfg: TrainConfig) -> torch.optim.AdamW:
 # Checkpoints: out/step_NNNNNN, complete or absent. Only what trains is in it, in safetensors files, one per process.
 
 
-def checkpoint_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor that training changes, under flat names. The optimizer's moments are made (as zeros) if it has none yet."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            state = optimizer.state[p]
-            if not state:
-                device = p.to_local().device if isinstance(p, DTensor) else p.device
-                state.update(step=torch.zeros((), device=device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            tensors |= {f"model.{name}": p.data, f"exp_avg.{name}": state["exp_avg"], f"exp_avg_sq.{name}": state["exp_avg_sq"]}
-    return tensors
+@dataclass
+class State:                        # what a checkpoint is made of
+    cfg: TrainConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: str                       # checksum
+    step: int = 0                   # steps done
+    updates: int = 0                # of them, those that changed the weights
+    failed_saves: int = 0           # in a row
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, under flat names. The optimizer's moments are made, as zeros, if it has none."""
+        tensors = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                moments = self.optimizer.state[p]
+                if not moments:
+                    moments["step"] = torch.zeros((), device=p.device)
+                    moments |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                tensors |= {f"{kind}.{name}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
+                tensors[f"model.{name}"] = p.data
+        return tensors
 
 
-def save_checkpoint(out: Path, step: int, updates: int, cfg: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer,
-                    data_checksum: str) -> Path:
+def save_checkpoint(state: State) -> Path:
     """Write `out/step_NNNNNN` under another name, make it durable, rename it into place, drop the oldest beyond --keep.
 
     OSError on every process, with nothing left behind, when any of them cannot write.
     """
-    final, temporary = out / f"step_{step:06d}", out / f".writing_step_{step:06d}"
-    tensors = checkpoint_tensors(model, optimizer)
+    out, tensors = Path(state.cfg.out), state.tensors()
+    final, temporary = out / f"step_{state.step:06d}", out / f".writing_step_{state.step:06d}"
 
     def begin() -> None:
         need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(out).free
@@ -288,14 +356,17 @@ def save_checkpoint(out: Path, step: int, updates: int, cfg: TrainConfig, model:
         temporary.mkdir()
 
     def commit() -> None:
-        manifest = dict(step=step, updates=updates, data=data_checksum, files={f.name: f.stat().st_size for f in temporary.iterdir()},
-                        config=dataclasses.asdict(cfg), sources=[str(folder) for folder in folders(cfg)], torch=torch.__version__)
+        files = {f.name: f.stat().st_size for f in temporary.iterdir()}
+        manifest = dict(step=state.step, updates=state.updates, data=state.data, files=files, torch=torch.__version__,
+                        config=dataclasses.asdict(state.cfg), sources=[str(folder) for folder in folders(state.cfg)])
         write_durably(temporary / "checkpoint.json", json.dumps(manifest, indent=2))
         sync_folder(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync_folder(out)
-        for old in sorted(out.glob("step_*"))[:-cfg.keep]:
+        steps = sorted(out.glob("step_*"))
+        end = steps.index(final) + 1
+        for old in steps[:max(0, end - state.cfg.keep)] + steps[end:]:      # later ones are there if --resume went back
             shutil.rmtree(old)
 
     try:
@@ -305,42 +376,35 @@ def save_checkpoint(out: Path, step: int, updates: int, cfg: TrainConfig, model:
     except (OSError, CheckpointException) as e:             # dcp, too, fails on all processes when it fails on one
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint of step {step} not written: {e}") from None
+        raise OSError(f"checkpoint of step {state.step} not written: {e}") from None
     return final
 
 
-def try_to_save(cfg: TrainConfig, done: int, updates: int, model: nn.Module, optimizer: torch.optim.Optimizer, data_checksum: str,
-                failed: int) -> int:
-    """Save; a full disk does not end the run, the third failure in a row does. -> failures in a row."""
+def try_to_save(state: State) -> None:
+    """Save; a full disk does not end the run, the third failure in a row does."""
     try:
-        path = save_checkpoint(Path(cfg.out), done, updates, cfg, model, optimizer, data_checksum)
+        path = save_checkpoint(state)
     except OSError as e:
-        if failed == 2:
+        state.failed_saves += 1
+        if state.failed_saves == 3:
             raise
-        log0(f"warning: {e}; training goes on with the checkpoint before it")
-        return failed + 1
+        return log0(f"warning: {e}; training goes on with the checkpoint before it")
+    state.failed_saves = 0
     log0(f"saved {path}")
-    return 0
 
 
-def agree(value):
-    """Process 0's value, on every process."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def on_process_0(work: Callable[[], None]) -> None:
-    """Do it there while the others wait; what goes wrong is raised on every process, so that none waits for ever."""
-    problem = None
+def on_process_0(work: Callable):
+    """Its result, on every process; or what went wrong, raised on every process, so that none waits for ever."""
+    box = [None, None]
     if dist.get_rank() == 0:
         try:
-            work()
+            box[0] = work()
         except (OSError, ValueError) as e:
-            problem = e
-    problem = agree(problem)
-    if problem:
-        raise problem
+            box[1] = e
+    dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise box[1]
+    return box[0]
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -371,36 +435,42 @@ def problem_with(checkpoint: Path) -> str:
 
 
 def find_checkpoint(cfg: TrainConfig) -> Path | None:
-    """The newest complete checkpoint under --out (or the one that --resume names); names every one it passes over."""
+    """The newest complete checkpoint under --out (or the one that --resume names); says which it passes over.
+
+    ValueError if there are some and none is complete: a new run would delete them.
+    """
     if cfg.resume == "never":
         return None
-    candidates = sorted(Path(cfg.out).glob("step_*"), reverse=True) if cfg.resume == "auto" else [Path(cfg.resume)]
+    named = cfg.resume != "auto"
+    candidates = [Path(cfg.resume)] if named else sorted(Path(cfg.out).glob("step_*"), reverse=True)
     for path in candidates:
         problem = problem_with(path)
         if not problem:
             return path
-        if cfg.resume != "auto":
-            raise ValueError(f"--resume {path}: not a complete checkpoint: {problem}")
         log0(f"passing over {path}: {problem}")
+    if candidates:
+        raise ValueError(f"{candidates[0]}: not a complete checkpoint: {problem}"
+                         + ("" if named else "; nor is any before it. --resume never deletes them and begins again"))
     return None
 
 
-def load_checkpoint(path: Path, cfg: TrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, data_checksum: str) -> tuple[int, int]:
-    """Restore weights and moments, whatever number of processes wrote them. -> (steps done, updates made).
-
-    ValueError lists every setting that changes the maths and differs from the one the checkpoint was made with.
-    """
-    manifest = json.loads((path / "checkpoint.json").read_text())
-    now = dataclasses.asdict(cfg) | {"data checksum": data_checksum}
-    then = manifest["config"] | {"data checksum": manifest["data"]}
-    differ = [f"{k}: {then.get(k)!r} in the checkpoint, {v!r} now" for k, v in now.items() if k not in HARMLESS and then.get(k) != v]
+def check_same(then: dict, now: dict, harmless: set[str], problem: str) -> None:
+    """ValueError with `problem` and every setting that changes the maths and differs."""
+    differ = [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in harmless and then.get(k) != v]
     if differ:
-        raise ValueError(f"{path} was made with other settings; give the same ones, or --resume never and another --out:\n  "
-                         + "\n  ".join(differ))
-    dcp.load(checkpoint_tensors(model, optimizer), storage_reader=HuggingFaceStorageReader(str(path)))
-    for state in optimizer.state.values():
-        state["step"].fill_(manifest["updates"])
-    return manifest["step"], manifest["updates"]
+        raise ValueError(problem + ":\n  " + "\n  ".join(differ))
+
+
+def load_checkpoint(path: Path, state: State) -> None:
+    """Restore weights, moments and step, whatever number of processes wrote them."""
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    then, now = manifest["config"], dataclasses.asdict(state.cfg)
+    check_same(then | {"data checksum": manifest["data"]}, now | {"data checksum": state.data}, HARMLESS,
+               f"{path} was made with other settings; give the same ones, or --resume never and another --out")
+    dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(path)))
+    state.step, state.updates = manifest["step"], manifest["updates"]
+    for moments in state.optimizer.state.values():
+        moments["step"].fill_(state.updates)
 
 
 def save_final(cfg: TrainConfig, config: LLaVAConfig, model: LLaVAPhi) -> None:
@@ -410,9 +480,21 @@ def save_final(cfg: TrainConfig, config: LLaVAConfig, model: LLaVAPhi) -> None:
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         if dist.get_rank() == 0:
             tensors[name] = whole.detach().to("cpu", DTYPES[cfg.dtype])
-    if dist.get_rank() == 0:
-        save_model(Path(cfg.out), merge_lora(tensors, cfg.lora_alpha), config, folders(cfg))
-    dist.barrier()
+    tensors = merge_lora(tensors, cfg.lora_alpha)
+    on_process_0(lambda: save_phi(Path(cfg.out), tensors, config, Path(cfg.llm)) if cfg.stage == "sft" else
+                 save_model(Path(cfg.out), tensors, config, folders(cfg)))
+
+
+def save_phi(out: Path, tensors: dict[str, Tensor], config: LLaVAConfig, source: Path) -> None:
+    """A plain Phi-2 folder, as transformers' PhiForCausalLM and `load_weights.py merge --llm` take it."""
+    shapes, dtypes = ({name: getattr(t, what) for name, t in tensors.items()} for what in ("shape", "dtype"))
+    with finished_folder(out) as made:
+        slots = lay_out(made, tensors, shapes, dtypes, {"language_model.": ""})
+        for name, tensor in tensors.items():
+            write_ours(slots, name, tensor)
+        eot = write_tokenizer(made, read_tokenizer(source), image=False)
+        write_json(made / "config.json", phi_json(config.llm, eot, dtype_name(dtypes["llm.wte.weight"])))
+        write_json(made / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
 
 # ---------------------------------------------------------------------------------------------------
 # What is printed and logged
@@ -423,10 +505,11 @@ def log0(text: str) -> None:
         print(text, flush=True)
 
 
-def step_flops(config: LLaVAConfig, train: list[str], tokens: float, squares: float, images: float, rows: float) -> float:
+def step_flops(config: LLaVAConfig, learn: list[str], tokens: float, squares: float, images: float,
+               rows: float) -> float:
     """Floating-point operations that one step's maths needs (recomputation not counted), 2 per multiply-add.
 
-    `squares`: sum over sequences of length ** 2; attention is causal, so half of it counts. `rows`: supervised positions.
+    squares: sum over sequences of length ** 2; attention is causal, so half of it counts. rows: supervised positions.
     """
     llm, vision = config.llm, config.vision
     S, C, D = vision.n_patches + 1, llm.n_embd, vision.n_embd
@@ -435,68 +518,106 @@ def step_flops(config: LLaVAConfig, train: list[str], tokens: float, squares: fl
     tower = images * (vision.n_used * (2 * S * (4 * D * D + 2 * D * vision.n_inner) + 4 * S * S * D)
                       + 2 * vision.n_patches * D * 3 * vision.patch_size ** 2)
     projector = images * 2 * vision.n_patches * (D * C + C * C)
-    learns = {part: 2 if part in train else 1 for part in PARTS}        # gradient of the input, and of the weights
-    return (dense * (1 + learns["llm"]) + attention * 3 + projector * (1 + learns["projector"])
-            + tower * (3 if "vision" in train else 1))
+    return (dense * (3 if "llm" in learn else 2) + attention * 3        # backward: for the input, and for the weights
+            + projector * (3 if "projector" in learn else 2) + tower * (3 if "vision" in learn else 1))
 
 
-TOKENS = {"pretrain": (597, 21), "finetune": (848, 132)}    # per sample: mean length, supervised, on the published data
+PUBLISHED = {       # samples, and per sample mean length and supervised tokens: estimates, data.py check measures them
+    "pretrain": (558_128, 597, 21), "finetune": (665_298, 848, 132), "sft": (40_688, 1126, 800),
+}
 
 
-def memory_plan(cfg: TrainConfig, config: LLaVAConfig, gpus: int) -> tuple[dict[str, float], dict[str, float], float]:
-    """Bytes on each GPU -> (what is always there, by kind; activations per token, by --recompute; per image with gradient).
+def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes on each of `shards` GPUs -> (always there, by kind; added by a token of a micro-batch, by --recompute).
 
-    Counted from the shapes that forward keeps for backward, in bf16; a test holds the counts against a measured run.
+    Counted from what forward keeps for backward; a test holds the counts against measured ones. Any token may be a
+    picture's, so each carries its share of the tower.
     """
-    llm, vision = config.llm, config.vision
-    with torch.device("meta"):
-        model = LLaVAPhi(config)
-    sizes = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in PARTS}
-    learns = [part for part in cfg.train.split(",") if part not in cfg.freeze.split(",")]
-    trained = sum(sizes[part] for part in learns)
-    block = sum(p.numel() for p in model.llm.h[0].parameters())
-    root = sizes["llm"] - block * llm.n_layer if "llm" in learns else 0
+    llm, vision, learn, width = model.config.llm, model.config.vision, learning(model), DTYPES[cfg.dtype].itemsize
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    block = sum(p.numel() for p in model.llm.h[0].parameters()) * ("llm" in learn)
+    tower = sum(p.numel() for p in model.vision.parameters()) if "vision" in learn else 0
+    root = trained - tower - block * llm.n_layer
     always = {
-        "frozen weights, bf16, whole": 2 * (sum(sizes.values()) - trained),
-        "master weights and moments, fp32, shared out": 12 * trained / min(gpus, 8),
-        "gradients, fp32, shared out": 4 * trained / min(gpus, 8),
-        "gathered for use, bf16 and fp32": 2 * (root + sizes["projector"]) + ("llm" in learns) * 12 * block
-                                           + ("vision" in learns) * 6 * sizes["vision"],
-        "logits, fp32": 12 * 4096 * llm.vocab_size,
-        "workspace": 2e9,
+        "frozen weights, whole": width * (total - trained),
+        "weights, moments and gradients, fp32, shared out": 16 * trained / shards,
+        "weights gathered for use": width * (trained if shards == 1 else root + tower + 2 * block),
+        "gradients before they are shared out": (width + 4) * max(root, tower, block),
+        "logits": 12 * min(4096, cfg.micro_tokens) * llm.vocab_size,
+        "workspace": 1e9,
     }
-    wide = 9 * llm.n_embd + 2 * llm.n_inner if "llm" in learns else 7 * llm.n_embd + llm.n_inner
-    per_token = {"none": wide, "selective": 5 * llm.n_embd + llm.n_inner, "full": llm.n_embd}
-    per_image = (vision.n_patches + 1) * vision.n_used * (12 * vision.n_embd + 2 * vision.n_inner) * 2 if "vision" in learns else 0
-    return always, {mode: 2 * n * llm.n_layer for mode, n in per_token.items()}, per_image
+    C, I, D, J = llm.n_embd, llm.n_inner, vision.n_embd, vision.n_inner
+    masks = C if llm.dropout else 0                         # two, of a byte a number
+    whole = masks + (9 * C + 2 * I if any(p.requires_grad for p in model.llm.parameters()) else 7 * C + I)
+    kept = {"none": whole, "selective": 5 * C + I, "full": C}
+    per_token = {}
+    for mode, numbers in kept.items():
+        again = 0 if mode == "none" else whole              # one block at a time
+        patch = vision.n_used * (12 * D + 2 * J if mode == "none" else D) if "vision" in learn else 0
+        per_token[mode] = width * (llm.n_layer * numbers + again + patch * (1 + 1 / vision.n_patches))
+    return always, per_token
 
 
-def print_plan(cfg: TrainConfig, config: LLaVAConfig, gpus: int, gpu_memory: float, share: float = 0.5) -> None:
-    """`--plan`: what a run needs and how long it takes at `share` of the peak of an H100, on these GPUs and on 1 to 512."""
-    length, supervised = TOKENS[cfg.stage]
-    always, per_token, per_image = memory_plan(cfg, config, gpus)
-    free = gpu_memory * 1e9 - sum(always.values())
-    print(f"stage {cfg.stage} on {gpus} x {gpu_memory:.0f} GB, samples of {length} tokens with one image and {supervised} supervised tokens\n")
+def choose_recompute(cfg: TrainConfig, model: LLaVAPhi, shards: int, memory: float) -> str:
+    """The fastest --recompute with which a micro-batch fits into so many bytes; the leanest if none does."""
+    always, per_token = memory_plan(cfg, model, shards)
+    most = (memory - sum(always.values())) / cfg.micro_tokens
+    fits = [mode for mode, size in per_token.items() if size <= most and not (cfg.compile and mode == "selective")]
+    return [*fits, "full"][0]
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that a process may fill."""
+    if device.type == "cuda":
+        return 0.95 * torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def plan_micro_batch(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float, share: int) -> dict[str, int]:
+    """--micro-tokens by --recompute, the best first: what fits, not above a GPU's `share` of a step, in steps of 1024.
+
+    Below 8192 tokens the matrix products are too small to be fast: better to recompute than to take less at a time.
+    """
+    always, per_token = memory_plan(cfg, model, min(gpus, 8))
+    room, most = memory - sum(always.values()), min(24576, share + 1023)
+    tokens = {mode: int(min(room / size, most)) // 1024 * 1024 for mode, size in per_token.items()}
+    fits = {mode: n for mode, n in tokens.items() if n > 0}
+    return dict(sorted(fits.items(), key=lambda pair: -min(pair[1], 8192)))
+
+
+def print_plan(cfg: TrainConfig, config: LLaVAConfig, gpus: int, gpu_memory: float, peak: float = 0.5) -> None:
+    """`--plan`: what a run needs on these GPUs, and how long it takes on 1 to 512 at `peak` of an H100's datasheet."""
+    samples, length, supervised = PUBLISHED[cfg.stage]
+    n, image = cfg.global_batch, cfg.stage != "sft"
+    print(f"stage {cfg.stage} on {gpus} x {gpu_memory:.0f} GB\n")
+    model = skeleton(cfg, config)
+    always, per_token = memory_plan(cfg, model, min(gpus, 8))
+    print(f"\nneeded on each GPU (--dtype {cfg.dtype}):")
     for kind, size in always.items():
-        print(f"  {kind:48s} {size / 1e9:6.1f} GB")
-    choice = None
+        print(f"  {kind:50s} {size / 1e9:6.1f} GB")
+    fits = plan_micro_batch(cfg, model, gpus, gpu_memory * 1e9, n * length // gpus)
     for mode, size in per_token.items():
-        images = per_image * (0.05 if mode != "none" else 1) / length
-        tokens = max(0, min(24576, int(free / (size + images)) // 1024 * 1024))
-        print(f"  --recompute {mode:10s} {size / 2 ** 20:5.2f} MiB per token: --micro-tokens {tokens}" + ("" if tokens else " (does not fit)"))
-        if choice is None and tokens >= min(8192, cfg.global_batch * length // gpus):
-            choice = mode, tokens
-    print("\nbest: " + ("--recompute {} --micro-tokens {}".format(*choice) if choice else "does not fit; use more GPUs, --lora-r 64 or --freeze"))
-    n, steps = cfg.global_batch, math.ceil({"pretrain": 558128, "finetune": 665298}[cfg.stage] / cfg.global_batch)
-    learns = [part for part in cfg.train.split(",") if part not in cfg.freeze.split(",")]
-    flops = step_flops(config, learns, n * length, n * length ** 2, n, n * supervised)
-    print(f"one step: {flops / 1e15:.2f} PFLOP; {steps:,} steps of {n} samples for the published data\n\n  GPUs   hours   GB moved per GPU and step")
-    with torch.device("meta"):
-        trained = sum(sum(p.numel() for p in getattr(LLaVAPhi(config), part).parameters()) for part in learns)
-    for g in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-        traffic = 0 if g == 1 else trained * (2 * 2 + 4) * (min(g, 8) - 1) / min(g, 8) + (g > 8) * 2 * 4 * trained / 8
-        print(f"  {g:4d} {flops * steps / g / share / 989e12 / 3600:7.2f} {traffic / 1e9:9.1f}")
-    print(f"\nhours at {share:.0%} of 989 TFLOP/s (dense bf16 of an H100 or H200); beyond {n} GPUs there are fewer samples than GPUs in a step")
+        found = f"--micro-tokens {fits[mode]}" if mode in fits else "does not fit"
+        print(f"  --recompute {mode:10s} {size / 2 ** 20:5.2f} MiB a token: {found}")
+    print("best: " + next((f"--recompute {mode} --micro-tokens {tokens}" for mode, tokens in fits.items()),
+                          "does not fit; take more GPUs, --lora-r 64 or --freeze"))
+    flops = step_flops(config, learning(model), n * length, n * length ** 2, n * image, n * supervised)
+    steps = math.ceil(cfg.epochs * steps_per_epoch(samples, n))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"\n{steps:,} steps of {n} samples of {length} tokens, {supervised} supervised{', with a picture' * image}: "
+          f"{flops / 1e15:.2f} PFLOP a step\n\n  GPUs   hours   GB sent by a GPU in a step")
+    for g in (2 ** i for i in range(10)):
+        fits = plan_micro_batch(cfg, model, g, gpu_memory * 1e9, n * length // g)
+        if not fits:
+            print(f"  {g:4d}   does not fit")
+            continue
+        near, micros = min(g, 8), math.ceil(n * length / g / next(iter(fits.values())))
+        sent = micros * trained * (8 * (near - 1) + 8 * (g > 8)) / near     # bf16 gathered twice and fp32 shared out;
+        busy = min(g, n)                                                    # then fp32 shares summed across nodes
+        print(f"  {g:4d} {flops * steps / busy / peak / 989e12 / 3600:7.2f} {sent / 1e9:9.1f}"
+              + f"    only {n} of them have a sample" * (g > n))
+    print(f"\nhours at {peak:.0%} of 989 TFLOP/s (dense bf16 of an H100 or H200): an assumption, no measurement")
 
 
 def memory_gb(device: torch.device) -> float:
@@ -512,49 +633,53 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     return next((flops_per_second / peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """A file with one JSON object per line, up to the first that was cut short when a run was killed."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
 class Metrics:
-    """out/metrics.jsonl: one object per step, appended by process 0. Going on from step k keeps the k lines before it."""
+    """metrics.jsonl, one object per step, and skipped_steps.jsonl. Going on from step k keeps what was known at k."""
     def __init__(self, out: Path, done: int):
-        self.path = out / "metrics.jsonl"
-        if dist.get_rank() != 0:
-            return
-        lines = self.path.read_text().splitlines() if self.path.exists() and done else []
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] < done + (1 if "val_loss" in json.loads(line) else 0):
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):                  # a line cut short when the run was killed
-                break
-        temporary = self.path.with_suffix(".new")
-        write_durably(temporary, "".join(kept))
-        temporary.replace(self.path)
+        self.path, self.skipped = out / "metrics.jsonl", out / "skipped_steps.jsonl"
+        for path in (self.path, self.skipped):
+            if dist.get_rank() or not path.exists():
+                continue
+            kept = [r for r in read_lines(path) if done and r["step"] < done + ("val_loss" in r)]
+            temporary = path.with_suffix(".new")
+            write_durably(temporary, "".join(json.dumps(r) + "\n" for r in kept))
+            temporary.replace(path)
 
     def add(self, record: dict, path: Path | None = None) -> None:
         if dist.get_rank() == 0:
             with open(path or self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
 
-    def note_skipped(self, step: Step) -> None:
-        self.add(dict(step=step.step, sample_ids=step.sample_ids), self.path.with_name("skipped_steps.jsonl"))
-
 
 def progress_line(r: dict, steps: int, left: float) -> str:
     mfu = f" | mfu {100 * r['mfu']:.1f} %" if r["mfu"] else ""
-    return (f"step {r['step'] + 1}/{steps} | loss {r['loss']:.4f} | norm {r['grad_norm']:.3f} | lr {r['lr']:.2e} | {1000 * r['seconds']:.0f} ms"
-            f" | {r['tokens_per_second']:,.0f} tok/s{mfu} | {r['memory_gb']:.1f} GB | {left / 60:.1f} min left"
-            + (" | SKIPPED: not finite" if r["skipped"] else ""))
+    return (f"step {r['step'] + 1}/{steps} | loss {r['loss']:.4f} | norm {r['grad_norm']:.3f} | lr {r['lr']:.2e}"
+            f" | {1000 * r['seconds']:.0f} ms | {r['tokens_per_second']:,.0f} tok/s{mfu} | {r['memory_gb']:.1f} GB"
+            f" | {left / 60:.1f} min left" + " | SKIPPED: not finite" * r["skipped"])
 
 
 def plot(runs: list[Path], to: Path) -> None:
     """`--plot OUT...`: the loss curves of one or several runs in one self-contained page."""
     curves = {}
     for run in runs:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        curves[str(run)] = [(r["step"] + 1, r["loss"]) for r in lines if "loss" in r and not r["skipped"]]
-    page = ("<!doctype html><meta charset=utf-8><title>loss</title><style>body{font:15px sans-serif;max-width:860px;margin:2em auto}"
-            f"</style><h1>Training loss</h1>{loss_svg(curves)}")
-    to.write_text(page)
+        if not (run / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"{run / 'metrics.jsonl'}: not there; --plot takes the --out folders of runs")
+        steps = [r for r in read_lines(run / "metrics.jsonl") if "loss" in r and not r["skipped"]]
+        curves[str(run)] = [(r["step"] + 1, r["loss"]) for r in steps]
+    style = "body{font:15px sans-serif;max-width:860px;margin:2em auto}"
+    page = f"<!doctype html><meta charset=utf-8><title>loss</title><style>{style}</style><h1>Training loss</h1>"
+    to.write_text(page + loss_svg(curves))
     print(f"wrote {to}")
 
 
@@ -564,13 +689,14 @@ def loss_svg(curves: dict[str, list[tuple[int, float]]], width: int = 800, heigh
     points = [p for curve in curves.values() for p in curve]
     if not points:
         return "<p>no steps yet</p>"
-    right, top = max(x for x, _ in points), max(y for _, y in points)
+    right, top = max(x for x, _ in points), max(y for _, y in points) or 1
     place = lambda x, y: f"{50 + (width - 60) * x / right:.1f},{height - 30 - (height - 45) * y / top:.1f}"
     parts = [f'<svg viewBox="0 0 {width} {height}" width="100%" role="img" font-size="12" font-family="sans-serif">']
     for i in range(5):
         x, y = right * i / 4, top * i / 4
         (px, _), (_, py) = place(x, 0).split(","), place(0, y).split(",")
-        parts.append(f'<line x1="50" x2="{width - 10}" y1="{py}" y2="{py}" stroke="#ddd"/><text x="6" y="{py}">{y:.2f}</text>'
+        parts.append(f'<line x1="50" x2="{width - 10}" y1="{py}" y2="{py}" stroke="#ddd"/>'
+                     f'<text x="6" y="{py}">{y:.2f}</text>'
                      f'<text x="{px}" y="{height - 8}" text-anchor="middle">{x:.0f}</text>')
     for i, (name, curve) in enumerate(curves.items()):
         colour, window = colours[i % len(colours)], max(1, len(curve) // 50)
@@ -578,8 +704,10 @@ def loss_svg(curves: dict[str, list[tuple[int, float]]], width: int = 800, heigh
         mean = np.convolve(losses, np.ones(window) / window, "valid")
         smooth = [(x, y) for (x, _), y in zip(curve[window - 1:], mean)]
         for line, style in ((curve, 'stroke-width="1" opacity="0.3"'), (smooth, 'stroke-width="2"')):
-            parts.append(f'<polyline fill="none" stroke="{colour}" {style} points="{" ".join(place(*p) for p in line)}"/>')
-        parts.append(f'<text x="{width - 12}" y="{22 + 16 * i}" text-anchor="end" fill="{colour}">{html.escape(name)}</text>')
+            points = " ".join(place(*p) for p in line)
+            parts.append(f'<polyline fill="none" stroke="{colour}" {style} points="{points}"/>')
+        parts.append(f'<text x="{width - 12}" y="{22 + 16 * i}" text-anchor="end" fill="{colour}">'
+                     f'{html.escape(name)}</text>')
     return "".join(parts) + "</svg>"
 
 
@@ -606,19 +734,35 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     return ids, batch.lengths, images, slots, rows, targets
 
 
-def count(batches: list[Batch], device: torch.device) -> list[float]:
-    """Over all processes: supervised tokens, tokens, images, sum of squared lengths."""
-    mine = [[len(b.targets), len(b.ids), len(b.images), int((b.lengths ** 2).sum())] for b in batches]
-    total = torch.tensor(mine, dtype=torch.float64, device=device).sum(0)
-    dist.all_reduce(total)
-    return total.tolist()
+def agreed(loader: Loader, asked: Sequence = ()) -> Iterator[tuple[Step, int, bool]]:
+    """A loader's steps -> step, supervised tokens in it, whether to stop: the last two the same on every process.
+
+    Data that one process cannot read ends all of them at the same step, with its message: none waits for one that left.
+    """
+    steps = iter(loader)
+    while True:
+        step = problem = None
+        try:
+            step = next(steps, None)
+        except (ValueError, OSError) as e:
+            problem = str(e)
+        if not (step or problem):
+            return
+        sums = torch.tensor([sum(len(b.targets) for b in step.batches) if step else 0, bool(asked), bool(problem)])
+        dist.all_reduce(sums)                               # on the CPU: the GPU need not be waited for
+        supervised, stop, failed = sums.tolist()
+        if failed:
+            problems = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+            raise ValueError(next(problem for problem in problems if problem))
+        yield step, supervised, stop > 0
 
 
-def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cfg: TrainConfig, n_supervised: float, rate: float,
-               device: torch.device, stop: bool) -> tuple[float, float, bool, bool]:
-    """Forward, backward, update. -> loss, gradient norm, skipped, stop: the same four on every process.
+def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cfg: TrainConfig, n_supervised: int,
+               rate: float, device: torch.device) -> tuple[float, float, bool]:
+    """Forward, backward, update. -> loss, gradient norm, skipped: the same three on every process.
 
-    The loss is the mean over the step's supervised tokens, all micro-batches and processes together, not a mean of means.
+    The loss is the mean over the step's supervised tokens, of all micro-batches and processes; not a mean of means.
     A loss or gradient that is not finite anywhere leaves the weights as they are everywhere.
     """
     world, rank, total = dist.get_world_size(), dist.get_rank(), torch.zeros((), device=device)
@@ -627,54 +771,54 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
         loss = model(*to_device(batch, device)) / max(n_supervised, 1)
         (loss * world).backward()                           # FSDP takes the mean over processes, and we want the sum
         total += loss.detach()
-    sums = torch.stack([total, torch.tensor(float(stop), device=device)])
-    dist.all_reduce(sums)
-    params = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    dist.all_reduce(total)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    loss, stop, norm = torch.cat([sums, norm[None].to(sums)]).tolist()      # the step's one wait for the device
+    loss, norm = torch.stack([total, norm.to(total)]).tolist()              # the step's one wait for the device
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
         if cfg.grad_clip > 0 and norm > cfg.grad_clip:
-            torch._foreach_mul_([p.grad for p in params if p.grad is not None], cfg.grad_clip / (norm + 1e-6))
+            torch._foreach_mul_(grads, cfg.grad_clip / (norm + 1e-6))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak_lr"]
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, norm, skipped, stop > 0
+    return loss, norm, skipped
 
 
 @torch.no_grad()
 def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     """Mean loss over every supervised token of the validation set, without dropout. All processes take part."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for step in loader:
-        for batch in step.batches:
-            sums += torch.stack([model(*to_device(batch, device)).double(), torch.tensor(len(batch.targets), device=device)])
-    dist.all_reduce(sums)
+    total, supervised = torch.zeros((), dtype=torch.float64, device=device), 0
+    for step, n, _ in agreed(loader):
+        total += sum(model(*to_device(batch, device)).double() for batch in step.batches)
+        supervised += n
+    dist.all_reduce(total)
     model.train()
-    return float(sums[0] / sums[1])
+    return float(total / max(supervised, 1))
 
 # ---------------------------------------------------------------------------------------------------
+# The run
 
 
 def open_data(cfg: TrainConfig, config: LLaVAConfig, path: str) -> Dataset:
-    return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template, config.vision.image_size,
-                   cfg.image_mode, config.vision.n_patches, min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out))
+    return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
+                   config.vision.image_size, cfg.image_mode, config.vision.n_patches,
+                   min(cfg.max_length, config.llm.block_size), on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out))
 
 
 def prepare_out(cfg: TrainConfig) -> Path | None:
-    """Make --out ready; -> the checkpoint to go on from. A folder that holds something else is refused, not mixed into."""
-    out = Path(cfg.out)
-    checkpoint = agree(find_checkpoint(cfg) if dist.get_rank() == 0 else None)
+    """Make --out ready; -> the checkpoint to go on from. ValueError: a folder that holds something else."""
+    out, checkpoint = Path(cfg.out), on_process_0(lambda: find_checkpoint(cfg))
 
     def prepare() -> None:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()) and not (out / "config.json").exists():
             raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new folder")
-        for old in [*out.glob(".writing_*"), *([] if checkpoint else [*out.glob("step_*"), *out.glob("*.safetensors*")])]:
+        afresh = [] if checkpoint else [*out.glob("step_*"), *out.glob("*.safetensors*")]
+        for old in [*out.glob(".writing_*"), *afresh]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_durably(out / "config.json", json.dumps({"training": dataclasses.asdict(cfg)}, indent=2) + "\n")
     on_process_0(prepare)
@@ -687,80 +831,91 @@ def finished(cfg: TrainConfig) -> bool:
     saved = json.loads(path.read_text()) if path.exists() else {}
     if cfg.resume != "auto" or "model_type" not in saved:
         return False
-    then, now = saved.get("training", {}), dataclasses.asdict(cfg)
-    differ = [f"{k}: {then.get(k)!r} then, {v!r} now" for k, v in now.items() if k not in HARMLESS and then.get(k) != v]
-    if differ:
-        raise ValueError(f"--out {cfg.out} holds a finished model made with other settings; choose another --out, "
-                         "or --resume never to train afresh over it:\n  " + "\n  ".join(differ))
+    check_same(saved.get("training", {}), dataclasses.asdict(cfg), HARMLESS - {"data"},
+               f"--out {cfg.out} holds a finished model made with other settings; choose another --out, "
+               "or --resume never to train afresh over it")
     return True
 
 
 def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> None:
-    """Set-up, then the loop. Everything that takes part in a collective does so on every process, in this order."""
-    out, world, rank = Path(cfg.out), dist.get_world_size(), dist.get_rank()
+    """Everything that takes part in a collective does so on every process, in this order."""
+    out, began = Path(cfg.out), time.perf_counter()
     if finished(cfg):
         return log0(f"already finished: {out} holds the trained model (--resume never trains afresh)")
     asked = watch_signals()
-    dataset = open_data(cfg, config, cfg.data)
+    data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
     checkpoint = prepare_out(cfg)
-    log0(f"{world} process{'es' * (world > 1)} on {device.type}, compute in {cfg.dtype}, torch {torch.__version__}")
+    log0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
+    for text in (data, held_out) if cfg.stage == "sft" else ():
+        if text and text.index.image.any():
+            raise ValueError(f"{text.path}: {text.index.image.sum():,} samples have a picture, and sft is for text")
     model = build(cfg, config, mesh, device)
-    optimizer = make_optimizer(model, cfg)
-    start, updates = load_checkpoint(checkpoint, cfg, model, optimizer, dataset.checksum) if checkpoint else (0, 0)
-    steps = math.ceil(cfg.epochs * steps_per_epoch(len(dataset), cfg.global_batch))
+    state = State(cfg, model, make_optimizer(model, cfg), data.checksum)
+    if checkpoint:
+        load_checkpoint(checkpoint, state)
+    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
     steps = min(steps, cfg.max_steps or steps)
-    warmup = math.ceil(cfg.warmup * steps)
-    log0(f"{len(dataset):,} samples, {cfg.global_batch} per step: {steps:,} steps, the first {warmup:,} warming up"
+    log0(f"{steps:,} steps of {cfg.global_batch} samples, the first {math.ceil(cfg.warmup * steps):,} warming up"
          + (f"; going on from {checkpoint}" if checkpoint else ""))
-    metrics = Metrics(out, start)
+    if train(state, data, held_out, steps, asked, device):
+        save_final(cfg, config, model)
+        log0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+    else:
+        log0(f"stopped after step {state.step}; the same command goes on from there")
+
+
+def train(state: State, data: Dataset, held_out: Dataset | None, steps: int, asked: list, device: torch.device) -> bool:
+    """The steps from state.step on. -> whether all are done; False: stopped, and saved."""
+    cfg, model, world = state.cfg, state.model, dist.get_world_size()
+    metrics, warmup, parts = Metrics(Path(cfg.out), state.step), math.ceil(cfg.warmup * steps), learning(model)
 
     def loader(data: Dataset, steps: int, **more) -> Loader:
-        return Loader(data, global_batch=cfg.global_batch, micro_tokens=cfg.micro_tokens, rank=rank, world=world, seed=cfg.seed,
-                      steps=steps, workers=cfg.workers, pin=device.type == "cuda", **more)
+        return Loader(data, global_batch=cfg.global_batch, micro_tokens=cfg.micro_tokens, rank=dist.get_rank(),
+                      world=world, seed=cfg.seed, steps=steps, workers=cfg.workers, pin=device.type == "cuda", **more)
 
-    def measure(done: int) -> None:
+    def measure() -> None:
         if held_out:
             loss = validate(model, loader(held_out, steps_per_epoch(len(held_out), cfg.global_batch)), device)
-            metrics.add(dict(step=done, val_loss=loss))
-            log0(f"step {done}/{steps} | validation loss {loss:.4f}")
+            metrics.add(dict(step=state.step, val_loss=loss))
+            log0(f"step {state.step}/{steps} | validation loss {loss:.4f}")
 
-    if start == 0:
-        measure(0)
-    parts = [part for part in PARTS if next(getattr(model, part).parameters()).requires_grad]
-    began = last = time.perf_counter()
-    bad_in_a_row = failed_saves = 0
+    if state.step == 0:
+        measure()
+    start, bad_in_a_row, began = state.step, 0, time.perf_counter()
+    last = began
     # ---- set-up ends here, training begins
-    for step in loader(dataset, steps, start_step=start, group=cfg.group):
-        supervised, tokens, images, squares = count(step.batches, device)
+    for step, supervised, stop in agreed(loader(data, steps, start_step=start, group=cfg.group), asked):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
-        loss, norm, skipped, stop = train_step(model, optimizer, step, cfg, supervised, rate, device, bool(asked))
-        done, updates = step.step + 1, updates + (not skipped)
+        loss, norm, skipped = train_step(model, state.optimizer, step, cfg, supervised, rate, device)
+        state.step, state.updates = step.step + 1, state.updates + (not skipped)
+        bad_in_a_row = (bad_in_a_row + 1) * skipped
         now = time.perf_counter()
         seconds, last = now - last, now
-        flops = step_flops(config, parts, tokens, squares, images, supervised)
-        record = dict(step=step.step, loss=loss, lr=rate * cfg.lr, grad_norm=norm, samples=len(step.sample_ids),
-                      supervised_tokens=int(supervised), tokens=int(tokens), images=int(images), seconds=seconds,
-                      tokens_per_second=tokens / seconds, mfu=mfu(flops / seconds / world, device), memory_gb=memory_gb(device),
-                      skipped=skipped)
+        length, images = data.index.length[step.sample_ids].astype(float), int(data.index.image[step.sample_ids].sum())
+        flops = step_flops(model.config, parts, length.sum(), (length ** 2).sum(), images, supervised)
+        record = dict(step=step.step, loss=loss, lr=rate * cfg.lr, grad_norm=norm, samples=len(length),
+                      supervised_tokens=supervised, tokens=int(length.sum()), images=images, seconds=seconds,
+                      tokens_per_second=length.sum() / seconds, mfu=mfu(flops / seconds / world, device),
+                      memory_gb=memory_gb(device), skipped=skipped)
         metrics.add(record)
-        log0(progress_line(record, steps, (now - began) / (done - start) * (steps - done)))
-        bad_in_a_row = bad_in_a_row + 1 if skipped else 0
+        log0(progress_line(record, steps, (now - began) / (state.step - start) * (steps - state.step)))
         if skipped:
-            metrics.note_skipped(step)
+            metrics.add(dict(step=step.step, sample_ids=step.sample_ids), metrics.skipped)
         if bad_in_a_row == 5:
-            raise ValueError(f"loss or gradient was not finite in 5 steps in a row, the last with samples {step.sample_ids[:8]}; "
-                             f"their ids are in {out}/skipped_steps.jsonl. Look at those samples, or lower --lr")
-        if cfg.val_every and done % cfg.val_every == 0 and done < steps:
-            measure(done)
-        stop = stop or done == cfg.stop_after
-        if done < steps and (stop or cfg.save_every and done % cfg.save_every == 0):
-            failed_saves = try_to_save(cfg, done, updates, model, optimizer, dataset.checksum, failed_saves)
-        if stop and done < steps:
-            return log0(f"stopped after step {done}; the same command goes on from there")
-    measure(steps)
-    save_final(cfg, config, model)
-    log0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+            raise ValueError("loss or gradient was not finite in 5 steps in a row, the last with samples "
+                             f"{step.sample_ids[:8]}; all are in {metrics.skipped}. Look at them, or lower --lr")
+        if state.step == steps:
+            break
+        if cfg.val_every and state.step % cfg.val_every == 0:
+            measure()
+        stop = stop or state.step == cfg.stop_after
+        if stop or cfg.save_every and state.step % cfg.save_every == 0:
+            try_to_save(state)
+        if stop:
+            return False
+    measure()
+    return True
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -769,10 +924,8 @@ def main(argv: list[str] | None = None) -> None:
         return plot(action["plot"], action["plot"][0] / "loss.html")
     if action["plan"]:
         known = all(folder.is_dir() for folder in folders(cfg))
-        return print_plan(cfg, load_config(*folders(cfg)) if known else LLaVAConfig(), action["gpus"], action["gpu_memory"])
-    config = load_config(*folders(cfg))
-    dropout = config.llm.dropout if cfg.dropout < 0 else cfg.dropout
-    config = dataclasses.replace(config, image_mode=cfg.image_mode, llm=dataclasses.replace(config.llm, dropout=dropout))
+        return print_plan(cfg, read_config(cfg) if known else LLaVAConfig(), action["gpus"], action["gpu_memory"])
+    config = read_config(cfg)
     mesh, device = setup()
     try:
         run(cfg, config, mesh, device)
