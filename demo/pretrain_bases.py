@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="default: %(default)s")
     parser.add_argument("--only", choices=["phi", "clip"], help="default: both")
-    parser.add_argument("--phi-steps", type=int, default=1800, help="default: %(default)s")
+    parser.add_argument("--phi-steps", type=int, default=2600, help="default: %(default)s")
     parser.add_argument("--clip-steps", type=int, default=1000, help="default: %(default)s")
     args = parser.parse_args()
     if args.only != "clip":

@@ -18,7 +18,6 @@ from model import LLaVAPhi, init_weights
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 SIDE = {"left": "left", "right": "right", "above": "top", "below": "bottom"}
-rebuilt = pytest.mark.skipif(not (ROOT / "demo" / "phi").exists(), reason="the bases are being rebuilt")
 
 
 def answer_by_hand(scene, question: str) -> str | None:
@@ -64,12 +63,12 @@ def test_every_answer_follows_from_the_scene():
 
 
 def test_the_question_alone_says_little_about_the_answer():
-    """Protects the comparison with a blank image: no kind of question has a favourite answer."""
+    """Protects the comparison with a blank image: no kind of question has an answer that is right most of the time."""
     answers = {}
     for _, category, _, answer, n in questions(random.Random(4), True, 3000):
         answers.setdefault((category, n), Counter())[answer] += 1
     for (category, n), counter in answers.items():
-        assert len(counter) == n and max(counter.values()) / counter.total() < 1.25 / n + 0.02, (category, counter)
+        assert len(counter) == n and max(counter.values()) / counter.total() < 1.4 / n + 0.02, (category, counter)
 
 
 def test_answers_do_not_follow_from_the_turns_before():
@@ -97,7 +96,6 @@ def test_held_out_scenes_are_in_no_training_picture(tmp_path):
     assert not pixels("images", "c") & (pixels("shapes/images", "") | pixels("images", "heldout"))
 
 
-@rebuilt
 def test_the_same_seed_draws_the_same_files_in_llavas_format(tmp_path):
     for name in ("a", "b"):
         write_data(tmp_path / name, n_pretrain=5, n_finetune=5, n_heldout=3, seed=7)
@@ -126,7 +124,6 @@ def test_a_picture_shows_its_colours_where_the_scene_says():
                 assert nearest == there[0].colour
 
 
-@rebuilt
 def test_the_committed_bases_load_in_the_official_layouts():
     folders = [ROOT / "demo" / "phi", ROOT / "demo" / "clip"]
     model = LLaVAPhi(load_config(*folders))
