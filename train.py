@@ -241,6 +241,8 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     frozen, learn = {p for p in model.parameters() if not p.requires_grad}, learning(model)
     for p in frozen:
         p.data = p.data.to(dtype)
+    if mesh.size() == 1 and dtype == torch.float32:         # nothing to share out, nothing to cast
+        return
     units = [*(model.llm.h if "llm" in learn else []), *([model.vision] if "vision" in learn else [])]
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=inner, reshard_after_forward=mesh.size() > 1)
@@ -934,8 +936,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    code = 0
     try:
         main()
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    sys.stdout.flush()
+    os._exit(code)                  # gloo's threads may still be letting go of tensors: tearing Python down aborts then

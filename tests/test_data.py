@@ -149,7 +149,7 @@ def write_zoo_images(folder: Path) -> None:
     drawn(50, 40).convert("CMYK").save(folder / "cmyk.jpg")
     Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30).save(folder / "deep.png")
     drawn(50, 40).convert("RGBA").quantize(16).save(folder / "palette.png", transparency=0)
-    (folder / "link.jpg").symlink_to(ROOT / "README.md")
+    (folder / "link.jpg").symlink_to(ROOT / "LICENSE")
     (folder / "inside.jpg").symlink_to(folder / "good.jpg")
     for path in (GOLDEN / "images").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
