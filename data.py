@@ -614,7 +614,8 @@ def ignore_signals(worker: int) -> None:
 
 
 def parallel(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
-    """function(item) for every item, in order, in worker processes of one thread each; 0 workers: here."""
+    """function(item) for every item, in order, in worker processes of one thread each, at most one per core; 0: here."""
+    workers = min(workers, os.cpu_count())
     return iter(DataLoader(Call(function), batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
                            prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals, collate_fn=as_it_is,
                            generator=torch.Generator()))    # its own: the global one belongs to the training
@@ -768,7 +769,7 @@ def bytes_as_tokens() -> Tokenizer:
 def print_lengths(length: np.ndarray, supervised: int) -> None:
     print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; "
           + ", ".join(f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)))
-    counts, edges = np.histogram(length, bins=8)
+    counts, edges = np.histogram(length, bins=8 if length.min() < length.max() else 1)
     for count, low, high in zip(counts, edges, edges[1:]):
         print(f"    {low:6.0f} to {high:6.0f} {count:9,} {'#' * round(40 * count / counts.max())}")
     print(f"supervised: {supervised:,} tokens, {100 * supervised / length.sum():.1f} % of all positions")

@@ -183,7 +183,8 @@ KINDS = {
 HINTS = {
     "a Phi-2 language model": "get it with: hf download microsoft/phi-2 --local-dir {}",
     "a CLIP vision tower": "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {}",
-    "a LLaVA-Phi model": "train one (python train.py) or get one with: hf download zxmonent/llava-phi --local-dir {}",
+    "a LLaVA-Phi model": "train one (python train.py --stage pretrain) or get the published one with: "
+                         "hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi",
 }
 
 

@@ -61,6 +61,7 @@ class TrainConfig:
     vision: str = flag("", "CLIP folder (pretrain)")
     data: str = flag("", "LLaVA json or jsonl")
     images: str = flag("", "folder that image paths in the data start from")
+    follow_links: bool = flag(False, "let links in that folder lead out of it")
     val_data: str = flag("", "a second json, whose loss is measured before, during (--val-every) and after training")
     out: str = flag("", "folder for metrics, checkpoints and the final model")
     train: str = flag("projector", "comma-separated parts that learn: projector, llm, vision")
@@ -96,6 +97,7 @@ class TrainConfig:
                       "none", "modality_length")
     on_bad_sample: str = flag("stop", "stop, or skip: count it, list it in out/bad_samples.jsonl, give up above 0.1 %%",
                               "stop", "skip")
+    log_every: int = flag(1, "steps between lines on the screen; metrics.jsonl has every step")
     val_every: int = flag(0, "steps between validations; 0: before and after only")
     save_every: int = flag(0, "steps between checkpoints; 0: only when interrupted, and at the end")
     keep: int = flag(2, "checkpoints kept")
@@ -114,8 +116,9 @@ STAGES: dict[str, dict] = {
 }
 HARMLESS = {        # fields that may differ between a checkpoint and the run that goes on from it
     "out", "val_data", "val_every", "save_every", "keep", "resume", "workers", "micro_tokens", "recompute", "compile",
-    "stop_after", "data", "images",
+    "stop_after", "data", "images", "follow_links", "log_every",
 }
+LEAST = {"global_batch": 1, "micro_tokens": 1, "max_length": 1, "log_every": 1, "keep": 1, "dropout": -1}    # others: 0
 
 
 def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
@@ -139,6 +142,9 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
     parser.add_argument("--gpu-memory", type=float, default=80, help="for --plan, GB each (default: 80)")
     args = vars(parser.parse_args(argv))
     action = {name: args.pop(name) for name in ("plot", "plan", "gpus", "gpu_memory")}
+    for name, value in args.items():
+        if not isinstance(value, (bool, str)) and not LEAST.get(name, 0) <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {LEAST.get(name, 0)} or more")
     cfg = TrainConfig(**args)
     if cfg.dtype == "float16":
         raise ValueError("--dtype float16: Phi-2's attention scores overflow and give NaN; use bfloat16 or float32")
@@ -808,7 +814,8 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
 def open_data(cfg: TrainConfig, config: LLaVAConfig, path: str) -> Dataset:
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
                    config.vision.image_size, cfg.image_mode, config.vision.n_patches,
-                   min(cfg.max_length, config.llm.block_size), on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out))
+                   min(cfg.max_length, config.llm.block_size), on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out),
+                   follow_links=cfg.follow_links)
 
 
 def prepare_out(cfg: TrainConfig) -> Path | None:
@@ -819,8 +826,8 @@ def prepare_out(cfg: TrainConfig) -> Path | None:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()) and not (out / "config.json").exists():
             raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new folder")
-        afresh = [] if checkpoint else [*out.glob("step_*"), *out.glob("*.safetensors*")]
-        for old in [*out.glob(".writing_*"), *afresh]:
+        afresh = () if checkpoint else ("step_*", "*.safetensors*", "bad_samples.jsonl")
+        for old in [path for pattern in (".writing_*", *afresh) for path in out.glob(pattern)]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_durably(out / "config.json", json.dumps({"training": dataclasses.asdict(cfg)}, indent=2) + "\n")
     on_process_0(prepare)
@@ -901,7 +908,8 @@ def train(state: State, data: Dataset, held_out: Dataset | None, steps: int, ask
                       tokens_per_second=length.sum() / seconds, mfu=mfu(flops / seconds / world, device),
                       memory_gb=memory_gb(device), skipped=skipped)
         metrics.add(record)
-        log0(progress_line(record, steps, (now - began) / (state.step - start) * (steps - state.step)))
+        if skipped or state.step % cfg.log_every == 0 or state.step == steps:
+            log0(progress_line(record, steps, (now - began) / (state.step - start) * (steps - state.step)))
         if skipped:
             metrics.add(dict(step=step.step, sample_ids=step.sample_ids), metrics.skipped)
         if bad_in_a_row == 5:

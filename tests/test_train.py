@@ -564,6 +564,8 @@ def test_a_users_mistake_ends_with_one_line_and_exit_code_2(args, words, tmp_pat
     (["--stage", "finetune", "--model", str(GOLDEN / "tiny-llava-phi"), "--freeze", "head", "--plan"], "parts are vision, pro"),
     (["--stage", "finetune", "--model", str(GOLDEN / "tiny-llava-phi"), "--freeze", "llm,vision,projector", "--plan"], "nothing"),
     (["--stage", "sft", "--model", "tests"], "give --llm"),
+    (["--global-batch", "0"], "--global-batch 0: expected 1 or more"),
+    (["--lr", "nan"], "--lr nan: expected 0 or more"),
 ])
 def test_flags_that_make_no_sense_are_refused(args, words, tmp_path):
     with pytest.raises(ValueError, match=words):
