@@ -614,7 +614,7 @@ def ignore_signals(worker: int) -> None:
 
 
 def parallel(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
-    """function(item) for every item, in order, in worker processes of one thread each, at most one per core; 0: here."""
+    """function(item) for every item, in order, in worker processes of one thread, at most one per core; 0: here."""
     workers = min(workers, os.cpu_count())
     return iter(DataLoader(Call(function), batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
                            prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals, collate_fn=as_it_is,

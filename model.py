@@ -477,9 +477,9 @@ class LoRALinear(nn.Linear):        # y = W x + b + (alpha / r) B A x, with W an
         return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
-def apply_lora(llm: Phi, r: int, alpha: float) -> int:
-    """Give every Linear of every block (not the head) a low-rank companion, in place. -> how many (Hu et al. 2021)."""
-    found = [m for block in llm.h for m in (block.attn, block.mlp)]
+def apply_lora(llm: Phi, r: int, alpha: float, on: tuple[str, ...] = ("attn", "mlp")) -> int:
+    """Give the Linears of every block's `on` a low-rank companion, in place. -> how many (Hu et al. 2021)."""
+    found = [getattr(block, name) for block in llm.h for name in on]
     for module in found:
         for name, base in list(module.named_children()):
             setattr(module, name, LoRALinear(base, r, alpha))

@@ -75,6 +75,7 @@ class TrainConfig:
     max_steps: int = flag(0, "stop after so many steps; 0: what the epochs give")
     lora_r: int = flag(0, "rank of low-rank adapters in the language model, which is then frozen itself; 0: none")
     lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_r, and merged when the model is saved")
+    lora_on: str = flag("attn,mlp", "which linear layers of each block get adapters", "attn,mlp", "attn", "mlp")
     lr: float = flag(1e-3, "peak learning rate")
     projector_lr: float = flag(0.0, "the projector's own peak learning rate; 0: as --lr")
     vision_lr: float = flag(0.0, "the tower's own peak learning rate; 0: as --lr")
@@ -210,7 +211,7 @@ def skeleton(cfg: TrainConfig, config: LLaVAConfig) -> LLaVAPhi:
     with torch.device("meta"):
         model = (PhiAlone if cfg.stage == "sft" else LLaVAPhi)(config)
         if cfg.lora_r:
-            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha)
+            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha, tuple(cfg.lora_on.split(",")))
     parts = dict(model.named_children())
     wanted, frozen = ([name.strip() for name in text.split(",") if name.strip()] for text in (cfg.train, cfg.freeze))
     for name in wanted + frozen:

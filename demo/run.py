@@ -28,7 +28,7 @@ STAGE_1 = ["train.py", "--stage", "pretrain", "--llm", "demo/phi", "--vision", "
 STAGE_2 = ["train.py", "--stage", "finetune", "--model", f"{OUT}/pretrain",
            "--data", f"{DATA}/finetune.json", "--images", f"{DATA}/images",
            "--out", f"{OUT}/finetune", "--global-batch", "32", "--lr", "1e-3", "--epochs", "1",
-           "--freeze", "vision"]        # as the paper's text has it, and one point better here than tuning the tower too
+           "--freeze", "vision"]        # as the paper's text has it; one point better here
 EVAL = ["eval.py", "--task", "shapes", "--root", f"{DATA}", "--model", f"{OUT}/finetune", "--out", f"{OUT}/eval"]
 
 
@@ -68,7 +68,8 @@ def report(seconds: float) -> Path:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body{{font:15px/1.45 system-ui,sans-serif;max-width:900px;margin:2em auto;padding:0 1em;color:#222}}
 .two{{display:flex;gap:2em;flex-wrap:wrap}}.two>div{{flex:1;min-width:380px}}table{{border-collapse:collapse}}
-td{{padding:.2em 1.2em .2em 0;border-bottom:1px solid #ddd}}.cards{{display:grid;margin-top:1em;grid-template-columns:1fr 1fr;gap:1em}}
+td{{padding:.2em 1.2em .2em 0;border-bottom:1px solid #ddd}}
+.cards{{display:grid;margin-top:1em;grid-template-columns:1fr 1fr;gap:1em}}
 .card{{display:flex;gap:1em;border:1px solid #ddd;border-radius:8px;padding:.7em}}.card img{{width:112px;height:112px}}
 ul{{margin:0;padding-left:1.1em}}.right b{{color:#1b7f3b}}.wrong b{{color:#c0311b;text-decoration:line-through}}</style>
 <h1>LLaVA-Phi, in miniature</h1>
