@@ -69,7 +69,8 @@ def rope(pos: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(T, 2, nh, hs), q and k: turn channel i together with channel i + dim / 2 (the "half-split" pairing), for the first dim channels."""
     half = cos.size(-1)
-    a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    a, b = a.float(), b.float()
     return torch.cat([(a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest], dim=-1)    # (T, 2, nh, hs)
 
 
@@ -94,12 +95,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each sequence of a packed row. q, k, v (T, nh, hs) -> (T, nh, hs)."""
     if q.is_cuda and q.dtype != torch.float32:              # flash attention over ragged sequences; (-1, 0): look back only
         return varlen_attn(q, k, v, layout.starts, layout.starts, layout.max_length, layout.max_length, window_size=(-1, 0))
-    out, at = [q[:0]], 0
-    for length, run in groupby(layout.lengths):             # neighbours of one length share a call
-        n = len(list(run)) * length
-        q_, k_, v_ = (x[at:at + n].unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))   # (b, nh, length, hs)
+    runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]   # neighbours of one length share a call
+    out = [q[:0]]
+    for (length, _), *parts in zip(runs, *(x.split([length * n for length, n in runs]) for x in (q, k, v))):
+        q_, k_, v_ = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)                  # (b, nh, length, hs)
         out.append(F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2).flatten(0, 1))
-        at += n
     return torch.cat(out)                                                          # (T, nh, hs)
 
 
@@ -223,8 +223,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
         T, C = x.shape
-        qkv = self.qkv(x).view(T, 3, self.n_head, C // self.n_head)                # (T, 3, nh, hs)
-        (q, k), v = apply_rope(qkv[:, :2], cos, sin).unbind(1), qkv[:, 2]          # (T, nh, hs) each
+        qk, v = self.qkv(x).view(T, 3, self.n_head, C // self.n_head).split([2, 1], dim=1)
+        (q, k), v = apply_rope(qk, cos, sin).unbind(1), v.squeeze(1)               # (T, nh, hs) each
         y = attend(q, k, v, layout) if cache is None else cache.attend(self.layer, q, k, v, layout)
         return self.proj(y.reshape(T, C))                                          # (T, C)
 
