@@ -36,7 +36,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -103,25 +103,22 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBER_WORDS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
                         "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 ARTICLES = {"a", "an", "the"}
+# The 120 spellings that the VQA scorers repair: these, without one of the apostrophes. A test holds their checksum.
+CONTRACTIONS = {form[:i] + form[i + 1:]: form for form in """
+    'twas I'm I've ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd
+    how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't
+    should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's
+    there'd there're there's they'd they'll they're they've wasn't we've weren't what'll what're what's what've
+    when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
+    you'd you'll you're you've I'd've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
+    somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
+    y'all'd've 'ow's'at
+    """.split() for i, letter in enumerate(form) if letter == "'"}
+CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}     # the last one is theirs
 
 
-def _contractions() -> dict[str, str]:
-    """The 120 spellings without (all) apostrophes that the VQA scorers repair. A test holds their checksum."""
-    one = """'twas I'm I've ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's
-        how'd how'll how's isn't it'd it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't
-        shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll
-        that's there'd there're there's they'd they'll they're they've wasn't we've weren't what'll what're what's
-        what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't
-        y'all you'd you'll you're you've"""
-    two = """I'd've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've
-        something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"""
-    table = {form.replace("'", ""): form for form in one.split()}
-    for form in two.split() + ["y'all'd've", "'ow's'at"]:       # a key for each single apostrophe left out
-        table |= {form[:i] + form[i + 1:]: form for i, letter in enumerate(form) if letter == "'"}
-    return table | {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}      # the last one is theirs
-
-
-CONTRACTIONS = _contractions()
+def one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _punctuation_and_words(text: str, glue: str) -> str:
@@ -141,11 +138,7 @@ def _punctuation_and_words(text: str, glue: str) -> str:
 def normalize_evalai(text: str) -> str:
     """The EvalAI processor (m4c): TextVQA, VizWiz, and every VQA submission."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return _punctuation_and_words(text.replace("\n", " ").replace("\t", " ").strip(), r"\d,+\d")
-
-
-def one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
+    return _punctuation_and_words(one_line(text), r"\d,+\d")
 
 
 @lru_cache(maxsize=1 << 20)
@@ -193,21 +186,17 @@ def mme_yes_no(text: str) -> str:
 
 
 def scienceqa_letter(text: str) -> str | None:
-    if len(text) == 1 and text in "ABCDE":
-        return text
-    if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
+    if text[:1] in set("ABCDE") and (len(text) == 1 or text[1:3] == ". "):
         return text[0]
     found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else None
 
 
-REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
-            "I'm sorry, but without the image provided", "Cannot determine the answer")
-
-
 def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
     """VLMEvalKit's extraction without a language model: a letter, "answer is X", or the text of exactly one option."""
-    if any(refusal in text for refusal in REFUSALS):
+    refusals = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
+                "I'm sorry, but without the image provided", "Cannot determine the answer")
+    if any(refusal in text for refusal in refusals):
         return "Z"
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in words]
@@ -228,12 +217,11 @@ def mmmu_choice(text: str, options: dict[str, str]) -> str | None:
     for mark in ",.!?;:'":
         text = text.strip(mark)
     text = f" {text} "
-    for form in ("({})", " {} "):
-        places = {letter: text.rfind(form.format(letter)) for letter in options}
-        if max(places.values(), default=-1) >= 0:
-            return max(places, key=places.get)
+    searches = [(text, {letter: form.format(letter) for letter in options}) for form in ("({})", " {} ")]
     if len(text.split()) > 5:
-        places = {letter: text.lower().rfind(option.lower()) for letter, option in options.items()}
+        searches.append((text.lower(), {letter: option.lower() for letter, option in options.items()}))
+    for where, names in searches:
+        places = {letter: where.rfind(name) for letter, name in names.items()}
         if max(places.values(), default=-1) >= 0:
             return max(places, key=places.get)
     return None
@@ -263,8 +251,8 @@ def mmmu_open(text: str) -> set[float | str]:
             cues.append("=")
         tail = ""
         for cue in cues:
-            after = line.split(cue)[-1].strip() if cue in line else None
-            if after is not None and (not tail or len(after) < len(tail)):
+            after = line.split(cue)[-1].strip()
+            if cue in line and (not tail or len(after) < len(tail)):
                 tail = after
         if tail and tail not in [*":,.!?;'"]:
             keys.append(tail)
@@ -295,9 +283,16 @@ def llavabench_pair(review: str) -> tuple[float, float]:
         return float(first), float(second)
     except ValueError:
         return -1.0, -1.0
-
 # ----------------------------------------------------------------------------------------------------
 # Graders: one answer -> what it earned
+
+
+def grade_by(read: Callable[[str], str | None], nothing: str | None = None) -> Callable[[Example, str], Mark]:
+    """A grader: right is when what `read` makes of the text is the truth. nothing: what it makes of unreadable text."""
+    def grade(example: Example, text: str) -> Mark:
+        answer = read(text)
+        return Mark(float(answer == example.truth), answer or "", unparsed=answer == nothing)
+    return grade
 
 
 def grade_plain(example: Example, text: str) -> Mark:
@@ -315,25 +310,10 @@ def grade_textvqa(example: Example, text: str) -> Mark:
     return Mark(textvqa_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
 
 
-def grade_gqa(example: Example, text: str) -> Mark:
-    answer = gqa_answer(text)
-    return Mark(float(answer == example.truth), answer)
-
-
-def grade_scienceqa(example: Example, text: str) -> Mark:
-    letter = scienceqa_letter(text)
-    return Mark(float(letter == example.truth), letter or "", letter is None)
-
-
 def grade_pope(example: Example, text: str) -> Mark:
     said = {"yes", "no", "not"} & set(re.findall(r"[a-z]+", text.lower()))
     answer = pope_yes_no(text)
     return Mark(float(answer == example.truth), answer, unparsed=not said)
-
-
-def grade_mme(example: Example, text: str) -> Mark:
-    answer = mme_yes_no(text)
-    return Mark(float(answer == example.truth), answer, answer == "other")
 
 
 def grade_mmbench(example: Example, text: str) -> Mark:
@@ -351,7 +331,6 @@ def grade_mmmu(example: Example, text: str) -> Mark:
         return Mark(float(mmmu_open_correct(text, example.truth)), text)
     letter = mmmu_choice(text, example.info["options"])
     return Mark(float(letter is not None and letter in example.truth), letter or "", letter is None)
-
 # ----------------------------------------------------------------------------------------------------
 # Summaries: marks -> the number that papers report, its 95 % interval, and the numbers beside it
 
@@ -371,39 +350,31 @@ def interval_of_mean(points: list[float]) -> tuple[float, float, str]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half), method
 
 
-Metric = Callable[[np.ndarray], np.ndarray]         # summed counts (..., k) -> (...)
+def accuracy(examples: list[Example], marks: list[Mark], beside: dict[str, float] = {},
+             only: str | None = None) -> Score | None:
+    """Mean of the points, and of each label's; before these the numbers in `beside`.
 
-
-def bootstrap(counts: list[list[float]] | np.ndarray, metric: Metric, unit: str) -> tuple[float, float, str]:
-    """Interval of a metric of summed counts (n, k), one row for each resampled unit."""
-    counts, rng = np.array(counts, dtype=float), np.random.default_rng(0)
-    weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=1000)        # (draws, n)
-    low, high = np.percentile(metric(weights @ counts), [2.5, 97.5])
-    return float(low), float(high), f"bootstrap over {unit}, 1000 draws, seed 0"
-
-
-def percent_by_label(examples: list[Example], marks: list[Mark]) -> dict[str, float]:
-    groups = defaultdict(list)
+    only: the headline is on the questions with this label, `all` beside it. None where --limit leaves no such question.
+    """
+    points, by_label = [mark.points for mark in marks], defaultdict(list)
     for example, mark in zip(examples, marks):
         for label in example.labels:
-            groups[label].append(mark.points)
-    return {label: 100 * mean(points) for label, points in sorted(groups.items())}
+            by_label[label].append(mark.points)
+    if only:
+        beside, points = {"all": 100 * mean(points)}, by_label[only]
+    if not points:
+        return None
+    others = beside | {label: 100 * mean(part) for label, part in sorted(by_label.items())}
+    return Score(100 * mean(points), *interval_of_mean(points), others)
 
 
-def accuracy(examples: list[Example], marks: list[Mark]) -> Score:
-    points = [mark.points for mark in marks]
-    return Score(100 * mean(points), *interval_of_mean(points), percent_by_label(examples, marks))
-
-
-def accuracy_on(label: str) -> Callable[[list[Example], list[Mark]], Score | None]:
-    """Accuracy on the questions with this label; `all` beside it. None where --limit leaves no such question."""
-    def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
-        chosen = [(e, m) for e, m in zip(examples, marks) if label in e.labels]
-        if not chosen:
-            return None
-        everything = {"all": 100 * mean([mark.points for mark in marks])}
-        return accuracy(*zip(*chosen))._replace(others=everything | percent_by_label(examples, marks))
-    return summarise
+def ratio_of_sums(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
+                  others: dict[str, float]) -> Score:
+    """A metric of summed counts (..., k) -> (...); counts (n, k) has a row for each unit that the bootstrap draws."""
+    counts, rng = np.array(counts, dtype=float), np.random.default_rng(0)
+    weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=1000)        # (draws, n)
+    low, high = map(float, np.percentile(metric(weights @ counts), [2.5, 97.5]))
+    return Score(float(metric(counts.sum(0))), low, high, f"bootstrap over {unit}, 1000 draws, seed 0", others)
 
 
 def summarise_shapes(examples: list[Example], marks: list[Mark]) -> Score:
@@ -411,17 +382,11 @@ def summarise_shapes(examples: list[Example], marks: list[Mark]) -> Score:
     pairs = list(zip(examples, marks))
     seen, blank = [[p for p in pairs if (p[0].image == BLANK) == b] for b in (False, True)]
     chance, blind = mean([e.info["chance"] for e, _ in seen]), mean([m.points for _, m in blank])
-    score = accuracy(*zip(*seen))
-    return score._replace(others={"chance": 100 * chance, "blank image": 100 * blind} | score.others)
+    return accuracy(*zip(*seen), {"chance": 100 * chance, "blank image": 100 * blind})
 
 
 def summarise_vizwiz(examples: list[Example], marks: list[Mark]) -> Score:
-    score = accuracy(examples, marks)
-    return score._replace(others={"official VQA scorer": 100 * mean([mark.raw[0] for mark in marks])} | score.others)
-
-
-def f1(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    return 2 * tp / np.maximum(2 * tp + fp + fn, 1)         # 0 where nothing is labelled or called yes
+    return accuracy(examples, marks, {"official VQA scorer": 100 * mean([mark.raw[0] for mark in marks])})
 
 
 def summarise_pope(examples: list[Example], marks: list[Mark]) -> Score:
@@ -430,15 +395,19 @@ def summarise_pope(examples: list[Example], marks: list[Mark]) -> Score:
     for example, mark in zip(examples, marks):
         cell = [("yes", 1), ("no", 0), ("yes", 0), ("no", 1)].index((example.truth, mark.points))
         images[example.image][kinds.index(example.labels[0]), cell] += 1
-    counts = np.array([image.ravel() for image in images.values()])
-    by_kind = lambda sums: sums.reshape(*sums.shape[:-1], len(kinds), 4)
-    metric = lambda sums: 100 * f1(*np.moveaxis(by_kind(sums)[..., :3], -1, 0)).mean(-1)
-    others = {"accuracy": 100 * mean([mark.points for mark in marks])}
-    for kind, (tp, fp, fn, tn) in zip(kinds, by_kind(counts.sum(0))):
-        others |= {f"{kind} {name}": float(100 * value) for name, value in {
-            "F1": f1(tp, fp, fn), "accuracy": (tp + tn) / (tp + fp + fn + tn), "precision": tp / max(tp + fp, 1),
-            "recall": tp / max(tp + fn, 1), "yes ratio": (tp + fp) / (tp + fp + fn + tn)}.items()}
-    return Score(float(metric(counts.sum(0))), *bootstrap(counts, metric, "images"), others)
+
+    def f1(sums: np.ndarray) -> np.ndarray:                             # (..., kinds, 4) -> (..., kinds)
+        tp, fp, fn, _ = np.moveaxis(sums, -1, 0)
+        return 2 * tp / np.maximum(2 * tp + fp + fn, 1)                 # 0 where nothing is labelled or called yes
+
+    others, totals = {"accuracy": 100 * mean([mark.points for mark in marks])}, sum(images.values())
+    for kind, kind_f1, (tp, fp, fn, tn) in zip(kinds, f1(totals), totals):
+        n = tp + fp + fn + tn
+        numbers = {"F1": kind_f1, "accuracy": (tp + tn) / n, "precision": tp / max(tp + fp, 1),
+                   "recall": tp / max(tp + fn, 1), "yes ratio": (tp + fp) / n}
+        others |= {f"{kind} {name}": float(100 * value) for name, value in numbers.items()}
+    metric = lambda sums: 100 * f1(sums.reshape(*sums.shape[:-1], len(kinds), 4)).mean(-1)
+    return ratio_of_sums([counts.ravel() for counts in images.values()], metric, "images", others)
 
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -463,7 +432,7 @@ def summarise_mme(examples: list[Example], marks: list[Mark]) -> Score:
     scores = subtask_scores(counts.sum(0))
     perception = lambda sums: subtask_scores(sums)[..., :len(PERCEPTION)].sum(-1)
     others = {"cognition": float(scores[len(PERCEPTION):].sum())} | dict(zip(subtasks, map(float, scores)))
-    return Score(float(perception(counts.sum(0))), *bootstrap(counts, perception, "images"), others)
+    return ratio_of_sums(counts, perception, "images", others)
 
 
 def summarise_mmbench(examples: list[Example], marks: list[Mark]) -> Score:
@@ -475,9 +444,8 @@ def summarise_mmbench(examples: list[Example], marks: list[Mark]) -> Score:
     circular = [Mark(float(all(m.points for _, m in pairs))) for pairs in rounds.values()]
     strict = [float(all(m.raw[0] for _, m in pairs)) for pairs in rounds.values()]
     single = [mark.points for example, mark in zip(examples, marks) if example.question_id < 1_000_000]
-    score = accuracy(firsts, circular)
-    others = {"circular, bare letters only": 100 * mean(strict), "single pass": 100 * mean(single)}
-    return score._replace(others=others | score.others)
+    return accuracy(firsts, circular, {"circular, bare letters only": 100 * mean(strict),
+                                       "single pass": 100 * mean(single)})
 
 
 def summarise_mmmu(examples: list[Example], marks: list[Mark]) -> Score:
@@ -487,15 +455,13 @@ def summarise_mmmu(examples: list[Example], marks: list[Mark]) -> Score:
         if example.info["options"] and mark.unparsed:
             mark = mark._replace(points=float(rng.choice(list(example.info["options"])) in example.truth))
         drawn.append(mark)
-    score = accuracy(examples, drawn)
-    return score._replace(others={"unparsed = wrong": 100 * mean([mark.points for mark in marks])} | score.others)
+    return accuracy(examples, drawn, {"unparsed = wrong": 100 * mean([mark.points for mark in marks])})
 
 
 def summarise_mmvet(examples: list[Example], marks: list[Mark]) -> Score:
-    runs = [100 * mean(list(grades)) for grades in zip(*(mark.raw for mark in marks))]
-    score = accuracy(examples, marks)
-    spread = {f"run {i + 1}": run for i, run in enumerate(runs)} | {"std over runs": float(np.std(runs))}
-    return score._replace(others=(spread if len(runs) > 1 else {}) | score.others)
+    runs = [100 * mean(grades) for grades in zip(*(mark.raw for mark in marks))]
+    spread = {f"run {i}": run for i, run in enumerate(runs, 1)} | {"std over runs": float(np.std(runs))}
+    return accuracy(examples, marks, spread if len(runs) > 1 else {})
 
 
 def summarise_llavabench(examples: list[Example], marks: list[Mark]) -> Score:
@@ -510,9 +476,7 @@ def summarise_llavabench(examples: list[Example], marks: list[Mark]) -> Score:
         total = np.sum([row for k, row in rows if kind in (k, "all")], axis=0)
         reference, candidate = map(float, 10 * total[:2] / total[2])
         others |= {kind: float(ratio(total)), f"{kind} reference": reference, f"{kind} candidate": candidate}
-    counts = [row for _, row in rows]
-    return Score(others["all"], *bootstrap(counts, ratio, "questions"), others)
-
+    return ratio_of_sums([row for _, row in rows], ratio, "questions", others)
 # ----------------------------------------------------------------------------------------------------
 # Files
 
@@ -1106,7 +1070,7 @@ TASKS = {
         files={"llava_vqav2_mscoco_test-dev2015.jsonl": "6e6ab639404fa18c"},
         published=(71.4, 81.3, 78.5, 76.8), export=export_vqav2),
     "gqa": Task(
-        "accuracy", read_gqa, grade_gqa, accuracy,
+        "accuracy", read_gqa, grade_by(gqa_answer), accuracy,
         "https://cs.stanford.edu/people/dorarad/gqa/download.html: images.zip and questions1.2.zip, both into gqa/data",
         splits={"testdev": 12_578}, folders=("gqa",),
         files={"data/testdev_balanced_questions.json": "14039069c0b3c797",
@@ -1119,7 +1083,8 @@ TASKS = {
         files={"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
         published=(35.9, 45.7, 50.0, None), export=export_vizwiz),
     "scienceqa": Task(
-        "accuracy on questions with an image", read_scienceqa, grade_scienceqa, accuracy_on("IMG"),
+        "accuracy on questions with an image",
+        read_scienceqa, grade_by(scienceqa_letter), partial(accuracy, only="IMG"),
         f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, images/test; {EVAL_ZIP}",
         splits={"test": 4_241}, folders=("scienceqa",),
         files={"llava_test_CQM-A.json": "a2dc5ea9fba561b0", "pid_splits.json": "85c7820b9f136e57", "problems.json": ""},
@@ -1139,7 +1104,7 @@ TASKS = {
                "coco/coco_pope_popular.json": "5b16653023bf4f64", "coco/coco_pope_random.json": "c16b65d2df6d70bb"},
         published=(85.0, 86.7, 85.9, 86.8)),
     "mme": Task(
-        "perception (of 2,000)", read_mme, grade_mme, summarise_mme,
+        "perception (of 2,000)", read_mme, grade_by(mme_yes_no, nothing="other"), summarise_mme,
         "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation:"
         f" MME_Benchmark_release_version; {EVAL_ZIP}",
         splits={"all": 2_374}, folders=("MME", "mme"), files={"llava_mme.jsonl": "9f67707cb72d2a71"},
@@ -1163,7 +1128,7 @@ TASKS = {
         published=(28.9, 32.1, 31.1, 31.7), max_new_tokens=1024, paper_mode="crop",
         export=export_mmvet, judge=judge_mmvet),
     "seedbench": Task(
-        "accuracy on images", read_seedbench, grade_seedbench, accuracy_on("image"),
+        "accuracy on images", read_seedbench, grade_seedbench, partial(accuracy, only="image"),
         "https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip",
         splits={"image": 14_233, "all": 19_242}, folders=("seed_bench",), files={"SEED-Bench.json": ""},
         published=(None, None, 66.1, None), export=export_seedbench),

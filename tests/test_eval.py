@@ -100,7 +100,7 @@ def test_mme():
         rows = [(subtask, *row) for subtask, lines in v["answers"].items() for row in lines]
         examples = [ev.Example(image, Path(image), question, truth.lower(), (subtask,))
                     for subtask, image, question, truth, _ in rows]
-        score = ev.summarise_mme(examples, [ev.grade_mme(e, row[-1]) for e, row in zip(examples, rows)])
+        score = ev.summarise_mme(examples, [ev.TASKS["mme"].grade(e, row[-1]) for e, row in zip(examples, rows)])
         expected = v["expected"]
         assert score.value == pytest.approx(expected["Perception"]["total"], rel=1e-12)
         assert score.others["cognition"] == pytest.approx(expected["Cognition"]["total"], rel=1e-12)
@@ -112,7 +112,7 @@ def test_scienceqa():
     same([(ev.scienceqa_letter(v["text"]) or "FAILED", v["parsed"], v) for v in vectors("scienceqa")])
     for v in vectors("scienceqa"):
         truth = ev.LETTERS[v["answer_index"]]
-        assert (ev.grade_scienceqa(ev.Example(0, None, "", truth), v["text"]).points == 1) == v["correct"], v
+        assert (ev.TASKS["scienceqa"].grade(ev.Example(0, None, "", truth), v["text"]).points == 1) == v["correct"], v
     same([(ev.scienceqa_letter(text), letter) for text, letter in [
         ("b", None), ("", None), (" B", None), ("The answer is Because.", "B"),
         ("The answer is A. The answer is B.", None), ("F", None)]])
@@ -153,6 +153,8 @@ def test_mmmu():
     same([(sorted(map(str, ev.mmmu_open(v["response"]))), v["parsed_sorted"], v)
           for v in vectors("mmmu", "open_vectors")])
     same([(ev.mmmu_open_correct(v["response"], v["answer"]), v["correct"], v) for v in vectors("mmmu", "open_vectors")])
+    # an empty tail is the shortest, and no key
+    assert ev.mmmu_open("it is abc therefore \nx") == {"it is abc therefore \nx"}
     for v in vectors("mmmu", "mc_eval_vectors"):
         example = ev.Example(0, None, "", v["gold"], info={"options": dict.fromkeys("ABCD", "?")})
         assert (ev.grade_mmmu(example, v["pred"]).points == 1) == v["correct"], v
