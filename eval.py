@@ -33,13 +33,12 @@ import unicodedata
 import zipfile
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 # torch and the model are imported inside the functions that generate, so that scoring needs neither.
@@ -79,10 +78,13 @@ class Score(NamedTuple):
     others: dict[str, float]
 
 
+Export = Callable[[list[Example], list[str], Path, Path], Path]
+
+
 @dataclass(frozen=True)
 class Task:
     metric: str                                         # what the headline number is
-    read: Callable[[Path, Namespace], list[Example]]
+    read: Callable[[Path, Namespace], Iterable[Example]]
     grade: Callable[[Example, str], Mark] | None        # None: a judge does it
     summarise: Callable[[list[Example], list[Mark]], Score | None]
     get: str                                            # where the data comes from
@@ -93,7 +95,7 @@ class Task:
     max_new_tokens: int = 128
     paper_mode: str = "pad"                             # image mode behind the published tables
     repeated_ids: bool = False                          # question_id names the image, not the question
-    export: Callable[[list[Example], list[str], Path, Path], Path] | None = None    # writes the submission file
+    export: Export | None = None                        # writes the submission file
     judge: Callable[[list[Example], list[str], Namespace, Path], list[Mark]] | None = None
 
 # ----------------------------------------------------------------------------------------------------
@@ -491,23 +493,23 @@ def read_json(path: Path) -> dict | list:
 def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
     """One object a line. torn: a last line that a killed run left unfinished is dropped."""
     rows, lines = [], path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or (torn and number == len(lines)):
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({e})") from e
-        if not isinstance(rows[-1], dict):
-            raise ValueError(f"{path}, line {number}: expected an object, found {type(rows[-1]).__name__}")
+    for number, line in enumerate(lines[:-1] if torn else lines, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: not a JSON object ({e})") from e
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path}, line {number}: expected an object, found {type(rows[-1]).__name__}")
     return rows
 
 
-def read_tsv(path: Path) -> list[dict[str, str]]:
-    """Quoted cells may hold newlines and megabytes of base64."""
-    csv.field_size_limit(1 << 28)
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f, delimiter="\t"))
+def to_json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def to_jsonl(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_whole(path: Path, data: str | bytes) -> Path:
@@ -517,10 +519,6 @@ def write_whole(path: Path, data: str | bytes) -> Path:
     part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     part.replace(path)
     return path
-
-
-def to_json(value: object) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def sha256(data: bytes) -> str:
@@ -550,95 +548,88 @@ def inside(folder: Path, name: str) -> Path:
     if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & set("\0\\:"):
         raise ValueError(f"image name {name!r} is not a plain path inside {folder}")
     return folder / name
-
 # ----------------------------------------------------------------------------------------------------
 # Readers: (folder of the task, options) -> questions, in the order of the official question file.
 # Where LLaVA's eval.zip file is there it gives order and wording; without it both are rebuilt from the official files.
 
 
-def read_shapes(folder: Path, options: Namespace) -> list[Example]:
+def lettered(choices: Iterable[str]) -> str:
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+
+
+def read_llava(path: Path, images: Path) -> Iterator[Example]:
+    """A question file of eval.zip whose truth is on a server."""
+    for row in read_jsonl(path):
+        yield Example(row["question_id"], inside(images, row["image"]), row["text"])
+
+
+def read_shapes(folder: Path, options: Namespace) -> Iterator[Example]:
     """Each question twice: about its picture, and about a blank one."""
-    examples = []
     for row in read_jsonl(need(folder, "questions.jsonl")):
         image, labels = inside(folder / "images", row["image"]), (row["category"],)
         example = Example(row["question_id"], image, row["text"], row["answer"], labels, {"chance": row["chance"]})
-        examples += [example, example._replace(question_id=f"{row['question_id']}/blank", image=BLANK)]
-    return examples
+        yield example
+        yield example._replace(question_id=f"{row['question_id']}/blank", image=BLANK)
 
 
-def read_own(folder: Path, options: Namespace) -> list[Example]:
+def read_own(folder: Path, options: Namespace) -> Iterator[Example]:
     """--questions: jsonl with question_id, text, and perhaps image, answer (one or a list), category."""
     if not options.questions:
         raise ValueError("needs --questions FILE (jsonl: question_id, image, text, perhaps answer) and --images DIR")
-    examples = []
     for i, row in enumerate(read_jsonl(need(Path(), options.questions))):
         if row.get("image") and not options.images:
             raise ValueError(f"{options.questions} names images: add --images DIR")
         image = inside(Path(options.images), row["image"]) if row.get("image") else None
         labels = (str(row["category"]),) if "category" in row else ()
-        examples.append(Example(row.get("question_id", i), image, row["text"], row.get("answer"), labels))
-    return examples
+        yield Example(row.get("question_id", i), image, row["text"], row.get("answer"), labels)
 
 
-def read_vqav2(folder: Path, options: Namespace) -> list[Example]:
-    if options.split == "test-dev":
-        images, number = folder / "test2015", "COCO_test2015_{:012d}.jpg"
-        if ours := find(folder, "llava_vqav2_mscoco_test-dev2015.jsonl"):
-            return [Example(row["question_id"], inside(images, row["image"]), row["text"]) for row in read_jsonl(ours)]
-        questions, truths = need(folder, "v2_OpenEnded_mscoco_test-dev2015_questions.json"), {}
-    else:
-        images, number = folder / "val2014", "COCO_val2014_{:012d}.jpg"
-        questions = need(folder, "v2_OpenEnded_mscoco_val2014_questions.json")
+def read_vqav2(folder: Path, options: Namespace) -> Iterator[Example]:
+    name, images = {"test-dev": ("test-dev2015", "test2015"), "val": ("val2014", "val2014")}[options.split]
+    if options.split == "test-dev" and (ours := find(folder, "llava_vqav2_mscoco_test-dev2015.jsonl")):
+        yield from read_llava(ours, folder / images)
+        return
+    questions, truths = need(folder, f"v2_OpenEnded_mscoco_{name}_questions.json"), {}
+    if options.split == "val":
         annotations = read_json(need(folder, "v2_mscoco_val2014_annotations.json"))["annotations"]
         truths = {row["question_id"]: row for row in annotations}
-    examples = []
     for row in read_json(questions)["questions"]:
-        truth = truths[row["question_id"]] if truths else None
-        humans = [answer["answer"] for answer in truth["answers"]] if truth else None
-        labels = (truth["answer_type"],) if truth else ()
-        image = images / number.format(row["image_id"])
-        examples.append(Example(row["question_id"], image, f"{row['question']}\n{SHORT}", humans, labels))
-    return examples
+        humans, labels = None, ()
+        if truths:
+            truth = truths[row["question_id"]]
+            humans, labels = [answer["answer"] for answer in truth["answers"]], (truth["answer_type"],)
+        image = folder / images / f"COCO_{images}_{row['image_id']:012d}.jpg"
+        yield Example(row["question_id"], image, f"{row['question']}\n{SHORT}", humans, labels)
 
 
-def read_gqa(folder: Path, options: Namespace) -> list[Example]:
-    name, examples = "testdev_balanced_questions.json", []
+def read_gqa(folder: Path, options: Namespace) -> Iterator[Example]:
+    name = "testdev_balanced_questions.json"
     for question_id, row in read_json(need(folder / "data", name, f"questions1.2/{name}", f"questions/{name}")).items():
         kind = row["types"]
         labels = ("open" if kind["structural"] == "query" else "binary",
                   f"structural {kind['structural']}", f"semantic {kind['semantic']}")
         image = inside(folder / "data/images", row["imageId"] + ".jpg")
-        examples.append(Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], labels))
-    return examples
+        yield Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], labels)
 
 
-def read_vizwiz(folder: Path, options: Namespace) -> list[Example]:
+def read_vizwiz(folder: Path, options: Namespace) -> Iterator[Example]:
     images = folder / options.split
     if options.split == "test" and (ours := find(folder, "llava_test.jsonl")):
-        return [Example(row["question_id"], inside(images, row["image"]), row["text"]) for row in read_jsonl(ours)]
-    examples = []
+        yield from read_llava(ours, images)
+        return
     for i, row in enumerate(read_json(need(folder, f"{options.split}.json", f"Annotations/{options.split}.json"))):
         prompt = f"{row['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
         humans = [answer["answer"] for answer in row["answers"]] if "answers" in row else None
-        labels = (row["answer_type"],) if humans else ()
-        examples.append(Example(i, inside(images, row["image"]), prompt, humans, labels))
-    return examples
+        yield Example(i, inside(images, row["image"]), prompt, humans, (row["answer_type"],) if humans else ())
 
 
-def scienceqa_text(problem: dict) -> str:
-    hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
-    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
-    return (hint + problem["question"] + choices).replace("  ", " ").strip()
-
-
-def read_scienceqa(folder: Path, options: Namespace) -> list[Example]:
+def read_scienceqa(folder: Path, options: Namespace) -> Iterator[Example]:
     problems, splits = read_json(need(folder, "problems.json")), read_json(need(folder, "pid_splits.json"))
-    texts = {}
+    texts = dict.fromkeys(splits["test"])
     if ours := find(folder, "llava_test_CQM-A.json"):
         texts = {row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() for row in read_json(ours)}
     images = find(folder, "images/test", "test") or folder / "images/test"
-    examples = []
-    for pid in texts or splits["test"]:
+    for pid, text in texts.items():
         problem, image = problems[pid], None
         if problem["image"]:
             image = inside(images, f"{pid}/{problem['image']}")
@@ -647,15 +638,15 @@ def read_scienceqa(folder: Path, options: Namespace) -> list[Example]:
         context = ("TXT",) * bool(problem["hint"]) + ("IMG",) * bool(image) or ("NO",)
         subject = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}[problem["subject"]]
         grade = "G1-6" if int(problem["grade"].removeprefix("grade")) <= 6 else "G7-12"
-        text = texts.get(pid) or scienceqa_text(problem)
-        truth = LETTERS[problem["answer"]]
+        hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+        rebuilt = f"{hint}{problem['question']}\n{lettered(problem['choices'])}".replace("  ", " ").strip()
+        prompt, truth = f"{text or rebuilt}\n{LETTER}", LETTERS[problem["answer"]]
         # <image> in the saved prompt is how the official scorer tells which questions count
-        info = {"saved": f"<image>\n{text}\n{LETTER}"} if image else {}
-        examples.append(Example(pid, image, f"{text}\n{LETTER}", truth, (subject, *context, grade), info))
-    return examples
+        info = {"saved": f"<image>\n{prompt}"} if image else {}
+        yield Example(pid, image, prompt, truth, (subject, *context, grade), info)
 
 
-def read_textvqa(folder: Path, options: Namespace) -> list[Example]:
+def read_textvqa(folder: Path, options: Namespace) -> Iterator[Example]:
     official = read_json(need(folder, "TextVQA_0.5.1_val.json"))["data"]
     if ours := find(folder, "llava_textvqa_val_v051_ocr.jsonl"):
         rows = [(row["question_id"], row["text"].split("\n")) for row in read_jsonl(ours)]
@@ -664,77 +655,65 @@ def read_textvqa(folder: Path, options: Namespace) -> list[Example]:
         tokens = {row["image_id"]: ", ".join(row["ocr_tokens"]) for row in rosetta}
         ocr = lambda row: f"Reference OCR token: {tokens.get(row['image_id'], '')}"
         rows = [(row["image_id"], [row["question"].capitalize(), ocr(row), SHORT]) for row in official]
-    humans = defaultdict(list)                  # (image, question) -> the answers of each such question
-    for row in official:
-        humans[row["image_id"], row["question"].lower()].append(row["answers"])
-    examples = []
+    # asked twice about one picture: both are scored on the last one's answers, as in LLaVA's eval_textvqa.py
+    humans = {(row["image_id"], row["question"].lower()): row["answers"] for row in official}
     for image_id, lines in rows:
-        answers = humans[image_id, lines[0].lower()]
-        if not answers or len(answers[0]) != 10:
+        truth = humans.get((image_id, lines[0].lower()), [])
+        if len(truth) != 10:
             raise ValueError(f"TextVQA_0.5.1_val.json has no ten answers to the question {lines[0]!r} about {image_id}")
         prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
-        truth = answers.pop(0) if len(answers) > 1 else answers[0]
-        examples.append(Example(image_id, inside(folder / "train_images", f"{image_id}.jpg"), prompt, truth))
-    return examples
+        yield Example(image_id, inside(folder / "train_images", f"{image_id}.jpg"), prompt, truth)
 
 
 POPE_OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 
 
-def read_pope(folder: Path, options: Namespace) -> list[Example]:
+def read_pope(folder: Path, options: Namespace) -> Iterator[Example]:
     """Labels are joined by image and question: by position the 3,000 random rows of POPE's HEAD misalign in silence."""
-    key = lambda kind, row: (kind, row["image"], row["text"].split("\n")[0].replace("imange", "image"))
+    key = lambda row: (row["category"], row["image"], row["text"].split("\n")[0].replace("imange", "image"))
     labels, rows = {}, []
     for kind, offset in POPE_OFFSETS.items():
         for row in read_jsonl(need(folder, f"coco/coco_pope_{kind}.json")):
-            labels[key(kind, row)] = row["label"]
-            text = f"{row['text']}\n{SHORT}"
-            rows.append({**row, "category": kind, "question_id": row["question_id"] + offset, "text": text})
+            question_id, text = row["question_id"] + offset, f"{row['text']}\n{SHORT}"
+            rows.append({"question_id": question_id, "image": row["image"], "text": text, "category": kind})
+            labels[key(rows[-1])] = row["label"]
     if ours := find(folder, "llava_pope_test.jsonl"):
         rows = read_jsonl(ours)
-    examples = []
     for row in rows:
         kind, image = row["category"], inside(folder / "val2014", row["image"])
-        if (label := labels.get(key(kind, row))) is None:
+        if (label := labels.get(key(row))) is None:
             raise ValueError(f"question {row['question_id']} has no label in coco_pope_{kind}.json: another version?")
-        examples.append(Example(row["question_id"], image, row["text"], label, (kind,)))
-    return examples
-
-
-def read_mme_labels(release: Path) -> dict[tuple[str, str, str], tuple[str, str]]:
-    """(subtask, image stem, question) -> (image file, answer), from the two layouts that the release mixes."""
-    labels = {}
-    for subtask in PERCEPTION + COGNITION:
-        images = find(release / subtask, "images") or release / subtask
-        texts = find(release / subtask, "questions_answers_YN") or release / subtask
-        names = {path.stem: path.name for path in sorted(images.glob("*")) if path.suffix != ".txt"}
-        for path in sorted(texts.glob("*.txt")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                question, answer = line.strip().split("\t")
-                question = question.replace("Please answer yes or no.", "").strip()
-                name = str((images / names.get(path.stem, f"{path.stem}.jpg")).relative_to(release))
-                labels[subtask, path.stem, question] = name, answer.lower()
-    return labels
+        yield Example(row["question_id"], image, row["text"], label, (kind,))
 
 
 def read_mme(folder: Path, options: Namespace) -> list[Example]:
+    """The release mixes two layouts: images and questions of a subtask in folders of their own, or side by side."""
     release = need(folder, "MME_Benchmark_release_version")
-    labels = read_mme_labels(need(release, "MME_Benchmark") if find(release, "MME_Benchmark") else release)
-    keys = {key: f"{key[0]}/{Path(name).name}" for key, (name, _) in labels.items()}
+    release = find(release, "MME_Benchmark") or release
+    official = {}                                               # (subtask, image's stem, question) -> example
+    for subtask in PERCEPTION + COGNITION:
+        images = find(release / subtask, "images") or release / subtask
+        texts = find(release / subtask, "questions_answers_YN") or release / subtask
+        image_of = {path.stem: path for path in sorted(images.glob("*")) if path.suffix != ".txt"}
+        for path in sorted(texts.glob("*.txt")):
+            image = image_of.get(path.stem, images / f"{path.stem}.jpg")
+            for line in path.read_text(encoding="utf-8").splitlines():
+                question, answer = line.strip().split("\t")
+                question = question.replace("Please answer yes or no.", "").strip()
+                official[subtask, path.stem, question] = Example(
+                    f"{subtask}/{image.name}", image, f"{question}\n{SHORT}", answer.lower(), (subtask,))
+    examples = list(official.values())
     if ours := find(folder, "llava_mme.jsonl"):
-        keys = {}
+        examples = []
         for row in read_jsonl(ours):
-            subtask, stem = row["question_id"].split("/")[0], PurePosixPath(row["question_id"]).stem
-            keys[subtask, stem, row["text"].removesuffix(SHORT).strip()] = row["question_id"]
-    examples, per_image = [], defaultdict(int)
-    for (subtask, stem, question), question_id in keys.items():
-        if (subtask, stem, question) not in labels:
-            raise ValueError(f"no answer in {release / subtask} for the question {question!r} about {question_id}")
-        name, answer = labels[subtask, stem, question]
-        examples.append(Example(question_id, inside(release, name), f"{question}\n{SHORT}", answer, (subtask,)))
-        per_image[subtask, stem] += 1
+            path, question = PurePosixPath(row["question_id"]), row["text"].removesuffix(SHORT).strip()
+            if (example := official.get((path.parts[0], path.stem, question))) is None:
+                where = release / path.parts[0]
+                raise ValueError(f"no answer in {where} for the question {question!r} about {row['question_id']}")
+            examples.append(example._replace(question_id=row["question_id"]))
+    per_image = Counter(f"{example.labels[0]}/{example.image.stem}" for example in examples)
     if odd := [image for image, n in per_image.items() if n != 2]:
-        raise ValueError(f"{len(odd)} images do not have two questions each, the first is {'/'.join(odd[0])}")
+        raise ValueError(f"{len(odd)} images do not have two questions each, the first is {odd[0]}")
     return examples
 
 
@@ -745,36 +724,32 @@ MMBENCH_ABBREVIATIONS = {
 MMBENCH_SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")      # as submitted
 
 
-def reader_of_mmbench(instruction: str, *names: str) -> Callable[[Path, Namespace], list[Example]]:
+def read_mmbench(folder: Path, options: Namespace, names: tuple[str, ...], instruction: str) -> Iterator[Example]:
     """The file holds the rotations as rows of their own, index = question + round * 1,000,000; none are made here."""
-    def read(folder: Path, options: Namespace) -> list[Example]:
-        split = {"split": options.split, "SPLIT": options.split.upper()}
-        rows = read_tsv(need(folder, *(name.format(**split) for name in names)))
-        cell = lambda row, name: "" if (row.get(name) or "").lower() in ("", "nan", "none") else row[name]
-        pictures, shared, examples = {row["index"]: row["image"] for row in rows}, {}, []
-        for row in rows:
-            choices = dict(itertools.takewhile(lambda choice: choice[1], [(x, cell(row, x)) for x in "ABCD"]))
-            options_lines = [f"{letter}. {option}" for letter, option in choices.items()]
-            prompt = "\n".join([*filter(None, [cell(row, "hint")]), row["question"], *options_lines, instruction])
-            picture = pictures[row["image"]] if len(row["image"]) < 64 else row["image"]    # an index of another row
-            picture = base64.b64decode(picture)
-            parent, category = cell(row, "l2-category"), cell(row, "category")
-            labels = tuple(filter(None, [MMBENCH_ABBREVIATIONS.get(parent, parent), category]))
-            sheet = {x: cell(row, x) if x in "ABCD" else row[x] for x in MMBENCH_SHEET if x in row}
-            examples.append(Example(int(float(row["index"])), shared.setdefault(picture, picture), prompt,
-                                    cell(row, "answer") or None, labels, {"options": choices, "row": sheet}))
-        return examples
-    return read
+    split = {"split": options.split, "SPLIT": options.split.upper()}
+    csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
+    with open(need(folder, *(name.format(**split) for name in names)), newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f, delimiter="\t"))
+    cell = lambda row, name: "" if (row.get(name) or "").lower() in ("", "nan", "none") else row[name]
+    pictures, decoded = {row["index"]: row["image"] for row in rows}, {}
+    for row in rows:
+        choices = dict(itertools.takewhile(lambda choice: choice[1], [(x, cell(row, x)) for x in "ABCD"]))
+        lines = [cell(row, "hint"), row["question"], lettered(choices.values()), instruction]
+        picture = pictures[row["image"]] if len(row["image"]) < 64 else row["image"]    # an index of another row
+        if picture not in decoded:
+            decoded[picture] = base64.b64decode(picture)
+        parent, category = cell(row, "l2-category"), cell(row, "category")
+        labels = tuple(filter(None, [MMBENCH_ABBREVIATIONS.get(parent, parent), category]))
+        sheet = {x: cell(row, x) if x in "ABCD" else row[x] for x in MMBENCH_SHEET if x in row}
+        yield Example(int(float(row["index"])), decoded[picture], "\n".join(filter(None, lines)),
+                      cell(row, "answer") or None, labels, {"options": choices, "row": sheet})
 
 
-def read_mmvet(folder: Path, options: Namespace) -> list[Example]:
-    examples = []
+def read_mmvet(folder: Path, options: Namespace) -> Iterator[Example]:
     for key, row in read_json(need(folder, "mm-vet.json")).items():
-        number = int(key.removeprefix("v1_"))
         labels = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
         image = inside(folder / "images", row["imagename"])
-        examples.append(Example(number, image, row["question"], row["answer"], labels))
-    return examples
+        yield Example(int(key.removeprefix("v1_")), image, row["question"], row["answer"], labels)
 
 
 def read_seedbench(folder: Path, options: Namespace) -> list[Example]:
@@ -789,24 +764,22 @@ def read_seedbench(folder: Path, options: Namespace) -> list[Example]:
             continue
         else:
             image = folder / "SEED-Bench-video-image" / f"{row['question_type_id']}_{number}.png"
-        choices = "".join(f"\n{letter}. {row['choice_' + letter.lower()]}" for letter in "ABCD")
+        choices = lettered(row[f"choice_{letter}"] for letter in "abcd")
         labels = (row["data_type"], types[row["question_type_id"]])
-        examples[str(number)] = Example(number, image, f"{row['question']}{choices}\n{LETTER}", row["answer"], labels)
+        examples[str(number)] = Example(number, image, f"{row['question']}\n{choices}\n{LETTER}", row["answer"], labels)
     if ours := find(folder, "llava-seed-bench.jsonl"):
         order = [str(row["question_id"]) for row in read_jsonl(ours)]
         return [examples[number] for number in order if number in examples]
     return list(examples.values())
 
 
-def read_llavabench(folder: Path, options: Namespace) -> list[Example]:
+def read_llavabench(folder: Path, options: Namespace) -> Iterator[Example]:
     contexts = {row["image"]: row["caption"] for row in read_jsonl(need(folder, "context.jsonl"))}
     references = {row["question_id"]: row["text"] for row in read_jsonl(need(folder, "answers_gpt4.jsonl"))}
-    examples = []
     for row in read_jsonl(need(folder, "questions.jsonl")):
         truth = {"context": contexts[row["image"]], "reference": references[row["question_id"]]}
         image = inside(folder / "images", row["image"])
-        examples.append(Example(row["question_id"], image, row["text"], truth, (row["category"],)))
-    return examples
+        yield Example(row["question_id"], image, row["text"], truth, (row["category"],))
 
 
 MMMU_DOMAINS = {
@@ -820,27 +793,33 @@ MMMU_DOMAINS = {
                              Materials Mechanical_Engineering"""}
 
 
-def read_mmmu(folder: Path, options: Namespace) -> list[Example]:
-    """The parquet rows as jsonl (the README has the lines that convert them); image_1 is a file name in images/."""
+def read_mmmu(folder: Path, options: Namespace) -> Iterator[Example]:
+    """The parquet rows as jsonl, image_1 the name of a file in images/. The other images are not used, as by LLaVA."""
     domains = {subject: domain for domain, subjects in MMMU_DOMAINS.items() for subject in subjects.split()}
     answers = read_json(path) if options.split == "val" and (path := find(folder, "answer_dict_val.json")) else {}
-    examples = []
     for row in read_jsonl(need(folder, f"{options.split}.jsonl")):
-        options_list = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
-        choices = dict(zip(LETTERS, options_list)) if row["question_type"] == "multiple-choice" else {}
-        if choices:
+        choices, prompt = {}, f"{row['question']}\n{SHORT}"
+        if row["question_type"] == "multiple-choice":
+            listed = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+            choices = dict(zip(LETTERS, listed))
             prompt = row["question"] + "\n" + "".join(f"({k}) {v}\n" for k, v in choices.items()) + f"\n{LETTER}"
-        else:
-            prompt = f"{row['question']}\n{SHORT}"
         truth = answers[row["id"]]["ground_truth"] if row["id"] in answers else row["answer"]
         subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]
-        image = inside(folder / "images", row["image_1"])
-        examples.append(Example(row["id"], image, prompt, None if truth in ("", "?") else truth,
-                                (domains[subject], subject), {"options": choices}))
-    return examples
-
+        yield Example(row["id"], inside(folder / "images", row["image_1"]), prompt,
+                      None if truth in ("", "?") else truth, (domains[subject], subject), {"options": choices})
 # ----------------------------------------------------------------------------------------------------
 # Submission files: checked first, then written whole
+
+
+def submission(name: str, entry: Callable[[Example, str], object], whole: Callable[[list], str] = json.dumps) -> Export:
+    """A writer of one entry for each answer; whole: what makes a file of them."""
+    def export(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+        return write_whole(out / name, whole([entry(example, text) for example, text in zip(examples, texts)]))
+    return export
+
+
+def as_object(pairs: list[tuple[str, str]]) -> str:
+    return to_json(dict(pairs))
 
 
 def export_vqav2(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -848,106 +827,62 @@ def export_vqav2(examples: list[Example], texts: list[str], folder: Path, out: P
     ours, official = "llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json"
     path = need(folder, ours, official)
     rows = read_jsonl(path) if path.name == ours else read_json(path)["questions"]
-    answers = {example.question_id: normalize_evalai(text) for example, text in zip(examples, texts)}
-    wanted = {row["question_id"] for row in rows}
-    if not answers.keys() <= wanted:
-        raise ValueError(f"{path} lacks {len(answers.keys() - wanted):,} of the answered questions: another version?")
-    upload = [{"question_id": row["question_id"], "answer": answers.get(row["question_id"], "")} for row in rows]
+    answers = dict.fromkeys((row["question_id"] for row in rows), "")
+    unknown = sum(example.question_id not in answers for example in examples)
+    if unknown:
+        raise ValueError(f"{path} lacks {unknown:,} of the answered questions: another version?")
+    answers |= {example.question_id: normalize_evalai(text) for example, text in zip(examples, texts)}
+    upload = [{"question_id": row["question_id"], "answer": answers[row["question_id"]]} for row in rows]
     return write_whole(out / "vqav2_test-dev2015.json", json.dumps(upload))
 
 
-def export_gqa(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    upload = [{"questionId": e.question_id, "prediction": gqa_answer(text)} for e, text in zip(examples, texts)]
-    return write_whole(out / "testdev_balanced_predictions.json", json.dumps(upload))
-
-
-def export_vizwiz(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    upload = [{"image": e.image.name, "answer": normalize_evalai(text)} for e, text in zip(examples, texts)]
-    return write_whole(out / "vizwiz_test.json", json.dumps(upload))
-
-
-def export_mmvet(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    return write_whole(out / "mm-vet.json", to_json({f"v1_{e.question_id}": text for e, text in zip(examples, texts)}))
-
-
-def export_mmmu(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    read = lambda e, text: (mmmu_choice(text, e.info["options"]) or "") if e.info["options"] else text
-    return write_whole(out / "mmmu.json", to_json({e.question_id: read(e, text) for e, text in zip(examples, texts)}))
-
-
-def export_seedbench(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    rows = [{"question_id": str(e.question_id), "prediction": text} for e, text in zip(examples, texts)]
-    return write_whole(out / "seed_bench.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+def mmmu_entry(example: Example, text: str) -> tuple[str, str]:
+    options = example.info["options"]
+    return example.question_id, (mmmu_choice(text, options) or "") if options else text
 
 
 def export_mmbench(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
     """A sheet with the columns of the .tsv (answer only if it has one), index as a number, missing options empty."""
     columns = [name for name in MMBENCH_SHEET if name in examples[0].info["row"] or name == "prediction"]
-    table = [columns]
-    for example, text in zip(examples, texts):
-        row = {**example.info["row"], "index": example.question_id, "prediction": text}
-        table.append([row[name] or "" for name in columns])
-    return write_xlsx(out / "mmbench.xlsx", table)
-
-
-OOXML = "http://schemas.openxmlformats.org"
-SHEET, TYPES = f"{OOXML}/spreadsheetml/2006/main", "application/vnd.openxmlformats"
-RELS, REL = f"{OOXML}/package/2006/relationships", f"{OOXML}/officeDocument/2006/relationships"
-XLSX = {
-    "[Content_Types].xml": f"""<Types xmlns="{OOXML}/package/2006/content-types">
-<Default Extension="rels" ContentType="{TYPES}-package.relationships+xml"/>
-<Override PartName="/xl/workbook.xml" ContentType="{TYPES}-officedocument.spreadsheetml.sheet.main+xml"/>
-<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{TYPES}-officedocument.spreadsheetml.worksheet+xml"/>
-</Types>""",
-    "_rels/.rels": f"""<Relationships xmlns="{RELS}">
-<Relationship Id="rId1" Type="{REL}/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
-    "xl/workbook.xml": f"""<workbook xmlns="{SHEET}" xmlns:r="{REL}">
-<sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>""",
-    "xl/_rels/workbook.xml.rels": f"""<Relationships xmlns="{RELS}">
-<Relationship Id="rId1" Type="{REL}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>"""}
-
-
-def xlsx_text(text: str) -> str:
-    """What a cell can hold: no control characters, at most 32,767 of the rest."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text)[:32767]
+    rows = [{**e.info["row"], "index": e.question_id, "prediction": text} for e, text in zip(examples, texts)]
+    return write_xlsx(out / "mmbench.xlsx", [columns] + [[row[name] or "" for name in columns] for row in rows])
 
 
 def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
-    """One sheet of numbers and texts, empty texts as empty cells; read back before it replaces anything."""
-    def cell(value: int | str, column: int, row: int) -> str:
-        at = f"{LETTERS[column]}{row}"
+    """One sheet of numbers and texts: the five parts that a workbook needs, empty texts as missing cells."""
+    def cell(value: int | str, at: str) -> str:
         if isinstance(value, int):
             return f'<c r="{at}"><v>{value}</v></c>'
-        value = html.escape(xlsx_text(value), quote=False)
+        # what a cell can hold: no control characters, at most 32,767 of the rest
+        value = value.replace("\r\n", "\n").replace("\r", "\n")
+        value = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", value)[:32767]
+        value = html.escape(value, quote=False)
         return f'<c r="{at}" t="inlineStr"><is><t xml:space="preserve">{value}</t></is></c>' if value else ""
 
-    assert len(table[0]) <= len(LETTERS), f"{len(table[0])} columns do not fit A to Z"
-    cells = ["".join(cell(v, c, r) for c, v in enumerate(row)) for r, row in enumerate(table, 1)]
-    rows = "".join(f'<row r="{r}">{row}</row>' for r, row in enumerate(cells, 1))
-    parts = XLSX | {"xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SHEET}"><sheetData>{rows}</sheetData></worksheet>'}
+    rows = ["".join(cell(value, f"{LETTERS[column]}{r}") for column, value in enumerate(row))
+            for r, row in enumerate(table, 1)]
+    sheet = "".join(f'<row r="{r}">{row}</row>' for r, row in enumerate(rows, 1))
+    schemas, types = "http://schemas.openxmlformats.org", "application/vnd.openxmlformats"
+    main, rels = f"{schemas}/spreadsheetml/2006/main", f"{schemas}/package/2006/relationships"
+    rel = f"{schemas}/officeDocument/2006/relationships"
+    parts = {
+        "[Content_Types].xml": f"""<Types xmlns="{schemas}/package/2006/content-types">
+<Default Extension="rels" ContentType="{types}-package.relationships+xml"/>
+<Override PartName="/xl/workbook.xml" ContentType="{types}-officedocument.spreadsheetml.sheet.main+xml"/>
+<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{types}-officedocument.spreadsheetml.worksheet+xml"/>
+</Types>""",
+        "_rels/.rels": f"""<Relationships xmlns="{rels}">
+<Relationship Id="rId1" Type="{rel}/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
+        "xl/workbook.xml": f"""<workbook xmlns="{main}" xmlns:r="{rel}">
+<sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>""",
+        "xl/_rels/workbook.xml.rels": f"""<Relationships xmlns="{rels}">
+<Relationship Id="rId1" Type="{rel}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>""",
+        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{main}"><sheetData>{sheet}</sheetData></worksheet>'}
     packed, head = io.BytesIO(), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
     with zipfile.ZipFile(packed, "w") as z:
         for name, xml in parts.items():         # a fixed date: the same answers make the same file
             z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), head + xml, zipfile.ZIP_DEFLATED)
-    back, meant = read_xlsx(packed), [[xlsx_text(v) if isinstance(v, str) else v for v in row] for row in table]
-    assert back == meant, f"{path} does not read back as it was written"
     return write_whole(path, packed.getvalue())
-
-
-def read_xlsx(file: Path | io.BytesIO) -> list[list[int | str]]:
-    """A sheet as write_xlsx makes it."""
-    with zipfile.ZipFile(file) as z:
-        sheet = ElementTree.fromstring(z.read("xl/worksheets/sheet1.xml"))
-    table, ns = [], {"s": SHEET}
-    for row in sheet.iterfind(".//s:row", ns):
-        cells = {c.get("r")[0]: c for c in row}
-        table.append([""] * (len(table[0]) if table else len(cells)))
-        for letter, c in cells.items():
-            number, text = c.find("s:v", ns), c.find(".//s:t", ns)
-            table[-1][LETTERS.index(letter)] = text.text if number is None else int(number.text)
-    return table
-
 # ----------------------------------------------------------------------------------------------------
 # Judges: an existing grade or review file, or any OpenAI-compatible endpoint (--judge-url). Kept answer by answer.
 
@@ -1040,7 +975,7 @@ def judge_llavabench(examples: list[Example], texts: list[str], options: Namespa
             if not options.judge_url:
                 raise ValueError(f"{path} has no review of question {number}: expected all {len(examples)}")
             reviews[number] = review_llavabench(example, text, options)
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in reviews.values()))
+            write_whole(path, to_jsonl(reviews.values()))
     pairs = [llavabench_pair(reviews[e.question_id]["content"]) for e in examples]
     return [Mark(pair[1] / 10, raw=pair) if pair[0] > 0 else Mark(None, unparsed=True) for pair in pairs]
 
@@ -1075,13 +1010,17 @@ TASKS = {
         splits={"testdev": 12_578}, folders=("gqa",),
         files={"data/testdev_balanced_questions.json": "14039069c0b3c797",
                "data/questions1.2/testdev_balanced_questions.json": "14039069c0b3c797"},
-        published=(None, 63.9, 62.0, 59.4), export=export_gqa),
+        published=(None, 63.9, 62.0, 59.4),
+        export=submission("testdev_balanced_predictions.json", lambda example, text: {
+            "questionId": example.question_id, "prediction": gqa_answer(text)})),
     "vizwiz": Task(
         "soft accuracy", read_vizwiz, grade_textvqa, summarise_vizwiz,
         f"https://vizwiz.org/tasks-and-datasets/vqa: Annotations.zip, test.zip (val.zip); {EVAL_ZIP}",
         splits={"test": 8_000, "val": 4_319}, folders=("vizwiz",),
         files={"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
-        published=(35.9, 45.7, 50.0, None), export=export_vizwiz),
+        published=(35.9, 45.7, 50.0, None),
+        export=submission("vizwiz_test.json", lambda example, text: {
+            "image": example.image.name, "answer": normalize_evalai(text)})),
     "scienceqa": Task(
         "accuracy on questions with an image",
         read_scienceqa, grade_by(scienceqa_letter), partial(accuracy, only="IMG"),
@@ -1111,13 +1050,15 @@ TASKS = {
         published=(1335.1, 1488.9, 1510.7, 1448.6), repeated_ids=True),
     "mmbench": Task(
         "circular accuracy",
-        reader_of_mmbench(LETTER, "mmbench_{split}_20230712.tsv", "MMBench_{SPLIT}_EN_legacy.tsv"),
+        partial(read_mmbench, instruction=LETTER,
+                names=("mmbench_{split}_20230712.tsv", "MMBench_{SPLIT}_EN_legacy.tsv")),
         grade_mmbench, summarise_mmbench, "https://github.com/open-compass/MMBench (the legacy .tsv files)",
         splits={"dev": 4_377, "test": 0}, folders=("mmbench",), files={"mmbench_dev_20230712.tsv": ""},
         published=(59.8, 69.7, 64.3, None), max_new_tokens=1024, export=export_mmbench),
     "mmbench_cn": Task(
         "circular accuracy",
-        reader_of_mmbench(LETTER_CN, "mmbench_{split}_cn_20231003.tsv", "MMBench_{SPLIT}_CN_legacy.tsv"),
+        partial(read_mmbench, instruction=LETTER_CN,
+                names=("mmbench_{split}_cn_20231003.tsv", "MMBench_{SPLIT}_CN_legacy.tsv")),
         grade_mmbench, summarise_mmbench, "https://github.com/open-compass/MMBench (the legacy .tsv files)",
         splits={"dev": 0, "test": 0}, folders=("mmbench_cn", "mmbench"), files={"mmbench_dev_cn_20231003.tsv": ""},
         published=(None, None, 58.3, None), max_new_tokens=1024, export=export_mmbench),
@@ -1125,13 +1066,15 @@ TASKS = {
         "judge's score", read_mmvet, None, summarise_mmvet,
         "https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip",
         splits={"test": 218}, folders=("mm-vet", "mmvet", "mmvet/mm-vet"), files={"mm-vet.json": ""},
-        published=(28.9, 32.1, 31.1, 31.7), max_new_tokens=1024, paper_mode="crop",
-        export=export_mmvet, judge=judge_mmvet),
+        published=(28.9, 32.1, 31.1, 31.7), max_new_tokens=1024, paper_mode="crop", judge=judge_mmvet,
+        export=submission("mm-vet.json", lambda example, text: (f"v1_{example.question_id}", text), as_object)),
     "seedbench": Task(
         "accuracy on images", read_seedbench, grade_seedbench, partial(accuracy, only="image"),
         "https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip",
         splits={"image": 14_233, "all": 19_242}, folders=("seed_bench",), files={"SEED-Bench.json": ""},
-        published=(None, None, 66.1, None), export=export_seedbench),
+        published=(None, None, 66.1, None),
+        export=submission("seed_bench.jsonl", lambda example, text: {
+            "question_id": str(example.question_id), "prediction": text}, to_jsonl)),
     "llavabench": Task(
         "rating relative to GPT-4's answers", read_llavabench, None, summarise_llavabench,
         "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
@@ -1140,9 +1083,9 @@ TASKS = {
         published=(None, None, 65.4, None), max_new_tokens=1024, paper_mode="crop", judge=judge_llavabench),
     "mmmu": Task(
         "accuracy", read_mmmu, grade_mmmu, summarise_mmmu,
-        "https://huggingface.co/datasets/MMMU/MMMU, converted to val.jsonl and images/ as the README shows",
+        "https://huggingface.co/datasets/MMMU/MMMU, rows of the parquet files as val.jsonl, image_1 a file in images/",
         splits={"val": 900, "test": 10_500}, folders=("mmmu",), files={"val.jsonl": "", "answer_dict_val.json": ""},
-        published=(None, 32.5, 35.5, 36.3), export=export_mmmu),
+        published=(None, 32.5, 35.5, 36.3), export=submission("mmmu.json", mmmu_entry, as_object)),
     "shapes": Task(
         "accuracy", read_shapes, grade_plain, summarise_shapes, "make demo, which draws it",
         splits={"all": 0}, folders=("shapes",), files={"questions.jsonl": ""}),
@@ -1173,7 +1116,7 @@ def load_data(name: str, args: Namespace) -> Data:
     folders = [root / folder for folder in task.folders or ("",)]
     folder = next((f for f in folders if find(f, *task.files)), next((f for f in folders if f.is_dir()), folders[0]))
     try:
-        examples = task.read(folder, Namespace(**{**vars(args), "split": split}))
+        examples = list(task.read(folder, Namespace(**{**vars(args), "split": split})))
     except FileNotFoundError as e:
         raise FileNotFoundError(f"{name}: {e}. Get it: {task.get}") from e
     except (KeyError, TypeError, AttributeError, IndexError) as e:
@@ -1402,7 +1345,7 @@ def generate(data: Data, settings: dict, brain: Brain, todo: set[int], rank: int
 
 def merge(out: Path, answers: dict[int, dict]) -> None:
     """All answers in one file, in the order of the task."""
-    write_whole(out / "answers.jsonl", "".join(json.dumps(answers[row]) + "\n" for row in sorted(answers)))
+    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
     for path in out.glob("answers.*.jsonl"):
         path.unlink()
 

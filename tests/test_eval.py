@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -505,6 +507,28 @@ def test_llavas_question_files_decide_order_and_wording(tmp_path):
     assert ids() == [102, 101] and ids("--split", "all") == ["v9", 102, 101]
 
 
+def test_a_question_asked_twice_about_a_picture(tmp_path):
+    """LLaVA's TextVQA scorer keeps the answers that come last, for both."""
+    make_textvqa(tmp_path)
+    rows = [{"question": q, "question_id": i, "image_id": "aa", "answers": [answer] * 10}
+            for i, (q, answer) in enumerate([("What brand?", "acme"), ("what BRAND?", "cola")])]
+    write(tmp_path / "textvqa/TextVQA_0.5.1_val.json", {"data": rows})
+    (tmp_path / "textvqa/llava_textvqa_val_v051_ocr.jsonl").unlink()
+    data = ev.load_data("textvqa", ev.parse(["--root", str(tmp_path), "--no-ocr"]))
+    assert [e.truth[0] for e in data.examples] == ["cola", "cola"]
+
+
+def test_mme_in_a_folder_more(tmp_path):
+    """The release as the archive unpacks it: its images are found too."""
+    release = tmp_path / "MME/MME_Benchmark_release_version"
+    make_mme(tmp_path / "flat")
+    release.mkdir(parents=True)
+    (tmp_path / "flat/MME/MME_Benchmark_release_version").rename(release / "MME_Benchmark")
+    data = ev.load_data("mme", ev.parse(["--root", str(tmp_path)]))
+    assert len(data.examples) == 4
+    ev.check_images(data)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Submissions, judges, reports
 
@@ -527,10 +551,24 @@ def test_submission_files(tmp_path):
     assert lines[0] == '{"question_id": "101", "prediction": "A"}'
 
 
+def read_xlsx(path: Path) -> list[list[int | str]]:
+    """A sheet as write_xlsx makes it, strictly by the standard's names."""
+    with zipfile.ZipFile(path) as z:
+        sheet = ElementTree.fromstring(z.read("xl/worksheets/sheet1.xml"))
+    table, ns = [], {"s": "http://schemas.openxmlformats.org/spreadsheetml/2006/main"}
+    for row in sheet.iterfind(".//s:row", ns):
+        cells = {c.get("r")[0]: c for c in row}
+        table.append([""] * (len(table[0]) if table else len(cells)))
+        for letter, c in cells.items():
+            number, text = c.find("s:v", ns), c.find(".//s:t", ns)
+            table[-1][ev.LETTERS.index(letter)] = text.text if number is None else int(number.text)
+    return table
+
+
 def test_mmbench_xlsx(tmp_path):
     hostile = "B <b>&amp; \"x\"\x00\x1b\n  tail \u202e" + "y" * 40_000
     path = submission("mmbench", tmp_path, ["A", hostile, ""])
-    table = ev.read_xlsx(path)
+    table = read_xlsx(path)
     assert table[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert table[1] == [5, 'Which "one"?\nSay.', "cat", "dog", "", "", "A", "A", "dev"]
     assert table[2][6].startswith("B <b>&amp; \"x\"\n  tail \u202e") and len(table[2][6]) == 32_767
