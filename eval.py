@@ -36,6 +36,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -87,9 +88,9 @@ class Task:
     read: Callable[[Path, Namespace], Iterable[Example]]
     grade: Callable[[Example, str], Mark] | None        # None: a judge does it
     summarise: Callable[[list[Example], list[Mark]], Score | None]
-    get: str                                            # where the data comes from
     splits: dict[str, int]                              # name -> official number of questions (0: any); default first
-    folders: tuple[str, ...] = ()                       # names of its folder under --root
+    get: str                                            # where the data comes from
+    folders: tuple[str, ...] = ()                       # names of its folder under --root; none: the task's
     files: dict[str, str] = field(default_factory=dict)     # file -> start of the official sha256 ("": not known)
     published: tuple[float | None, ...] = (None,) * 4   # the models of PUBLISHED
     max_new_tokens: int = 128
@@ -724,11 +725,11 @@ MMBENCH_ABBREVIATIONS = {
 MMBENCH_SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")      # as submitted
 
 
-def read_mmbench(folder: Path, options: Namespace, names: tuple[str, ...], instruction: str) -> Iterator[Example]:
+def read_mmbench(name: str, legacy: str, instruction: str, folder: Path, options: Namespace) -> Iterator[Example]:
     """The file holds the rotations as rows of their own, index = question + round * 1,000,000; none are made here."""
     split = {"split": options.split, "SPLIT": options.split.upper()}
     csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
-    with open(need(folder, *(name.format(**split) for name in names)), newline="", encoding="utf-8") as f:
+    with open(need(folder, name.format(**split), legacy.format(**split)), newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f, delimiter="\t"))
     cell = lambda row, name: "" if (row.get(name) or "").lower() in ("", "nan", "none") else row[name]
     pictures, decoded = {row["index"]: row["image"] for row in rows}, {}
@@ -994,104 +995,91 @@ def review_llavabench(example: Example, text: str, options: Namespace) -> dict:
 
 EVAL_ZIP = "question files: LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy"
 COCO = "http://images.cocodataset.org/zips"
+MMBENCH = "https://github.com/open-compass/MMBench (the legacy .tsv files)"
 PAPER = ("vqav2", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmvet")
 PUBLISHED = ("LLaVA-Phi-3B", "Mipha-3B", "LLaVA-1.5-7B", "TinyLLaVA *")     # *: CLIP-L/336 + Phi-2, base recipe
 
 TASKS = {
     "vqav2": Task(
-        "soft accuracy", read_vqav2, grade_vqav2, accuracy,
+        "soft accuracy", read_vqav2, grade_vqav2, accuracy, {"test-dev": 107_394, "val": 214_354},
         f"{COCO}/test2015.zip (val: val2014.zip), https://visualqa.org/download.html; {EVAL_ZIP}",
-        splits={"test-dev": 107_394, "val": 214_354}, folders=("vqav2",),
         files={"llava_vqav2_mscoco_test-dev2015.jsonl": "6e6ab639404fa18c"},
         published=(71.4, 81.3, 78.5, 76.8), export=export_vqav2),
     "gqa": Task(
-        "accuracy", read_gqa, grade_by(gqa_answer), accuracy,
+        "accuracy", read_gqa, grade_by(gqa_answer), accuracy, {"testdev": 12_578},
         "https://cs.stanford.edu/people/dorarad/gqa/download.html: images.zip and questions1.2.zip, both into gqa/data",
-        splits={"testdev": 12_578}, folders=("gqa",),
         files={"data/testdev_balanced_questions.json": "14039069c0b3c797",
                "data/questions1.2/testdev_balanced_questions.json": "14039069c0b3c797"},
         published=(None, 63.9, 62.0, 59.4),
         export=submission("testdev_balanced_predictions.json", lambda example, text: {
             "questionId": example.question_id, "prediction": gqa_answer(text)})),
     "vizwiz": Task(
-        "soft accuracy", read_vizwiz, grade_textvqa, summarise_vizwiz,
+        "soft accuracy", read_vizwiz, grade_textvqa, summarise_vizwiz, {"test": 8_000, "val": 4_319},
         f"https://vizwiz.org/tasks-and-datasets/vqa: Annotations.zip, test.zip (val.zip); {EVAL_ZIP}",
-        splits={"test": 8_000, "val": 4_319}, folders=("vizwiz",),
-        files={"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
-        published=(35.9, 45.7, 50.0, None),
+        files={"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""}, published=(35.9, 45.7, 50.0, None),
         export=submission("vizwiz_test.json", lambda example, text: {
             "image": example.image.name, "answer": normalize_evalai(text)})),
     "scienceqa": Task(
         "accuracy on questions with an image",
-        read_scienceqa, grade_by(scienceqa_letter), partial(accuracy, only="IMG"),
+        read_scienceqa, grade_by(scienceqa_letter), partial(accuracy, only="IMG"), {"test": 4_241},
         f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, images/test; {EVAL_ZIP}",
-        splits={"test": 4_241}, folders=("scienceqa",),
         files={"llava_test_CQM-A.json": "a2dc5ea9fba561b0", "pid_splits.json": "85c7820b9f136e57", "problems.json": ""},
         published=(68.4, 70.9, 66.8, 71.2), max_new_tokens=1024, paper_mode="crop"),
     "textvqa": Task(
-        "soft accuracy", read_textvqa, grade_textvqa, accuracy,
+        "soft accuracy", read_textvqa, grade_textvqa, accuracy, {"val": 5_000},
         f"https://textvqa.org/dataset: TextVQA_0.5.1_val.json, train_val_images.zip; {EVAL_ZIP}",
-        splits={"val": 5_000}, folders=("textvqa",),
         files={"llava_textvqa_val_v051_ocr.jsonl": "9f60db6fb89e3692", "TextVQA_0.5.1_val.json": ""},
         published=(48.6, 56.6, 58.2, 53.4), repeated_ids=True),
     "pope": Task(
-        "mean F1 of the three kinds", read_pope, grade_pope, summarise_pope,
+        "mean F1 of the three kinds", read_pope, grade_pope, summarise_pope, {"all": 8_910},
         f"{COCO}/val2014.zip; coco/ from https://github.com/AoiDragon/POPE/tree/e3e39262/output (HEAD has 3,000 random"
         f" questions, the published scores are on 2,910); {EVAL_ZIP}",
-        splits={"all": 8_910}, folders=("pope",),
         files={"llava_pope_test.jsonl": "1d3b41f0dced74b4", "coco/coco_pope_adversarial.json": "1d8f0906a9b50c05",
                "coco/coco_pope_popular.json": "5b16653023bf4f64", "coco/coco_pope_random.json": "c16b65d2df6d70bb"},
         published=(85.0, 86.7, 85.9, 86.8)),
     "mme": Task(
-        "perception (of 2,000)", read_mme, grade_by(mme_yes_no, nothing="other"), summarise_mme,
+        "perception (of 2,000)", read_mme, grade_by(mme_yes_no, nothing="other"), summarise_mme, {"all": 2_374},
         "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation:"
-        f" MME_Benchmark_release_version; {EVAL_ZIP}",
-        splits={"all": 2_374}, folders=("MME", "mme"), files={"llava_mme.jsonl": "9f67707cb72d2a71"},
-        published=(1335.1, 1488.9, 1510.7, 1448.6), repeated_ids=True),
+        f" MME_Benchmark_release_version; {EVAL_ZIP}", folders=("MME", "mme"),
+        files={"llava_mme.jsonl": "9f67707cb72d2a71"}, published=(1335.1, 1488.9, 1510.7, 1448.6), repeated_ids=True),
     "mmbench": Task(
         "circular accuracy",
-        partial(read_mmbench, instruction=LETTER,
-                names=("mmbench_{split}_20230712.tsv", "MMBench_{SPLIT}_EN_legacy.tsv")),
-        grade_mmbench, summarise_mmbench, "https://github.com/open-compass/MMBench (the legacy .tsv files)",
-        splits={"dev": 4_377, "test": 0}, folders=("mmbench",), files={"mmbench_dev_20230712.tsv": ""},
+        partial(read_mmbench, "mmbench_{split}_20230712.tsv", "MMBench_{SPLIT}_EN_legacy.tsv", LETTER),
+        grade_mmbench, summarise_mmbench, {"dev": 4_377, "test": 0}, MMBENCH, files={"mmbench_dev_20230712.tsv": ""},
         published=(59.8, 69.7, 64.3, None), max_new_tokens=1024, export=export_mmbench),
     "mmbench_cn": Task(
         "circular accuracy",
-        partial(read_mmbench, instruction=LETTER_CN,
-                names=("mmbench_{split}_cn_20231003.tsv", "MMBench_{SPLIT}_CN_legacy.tsv")),
-        grade_mmbench, summarise_mmbench, "https://github.com/open-compass/MMBench (the legacy .tsv files)",
-        splits={"dev": 0, "test": 0}, folders=("mmbench_cn", "mmbench"), files={"mmbench_dev_cn_20231003.tsv": ""},
+        partial(read_mmbench, "mmbench_{split}_cn_20231003.tsv", "MMBench_{SPLIT}_CN_legacy.tsv", LETTER_CN),
+        grade_mmbench, summarise_mmbench, {"dev": 0, "test": 0}, MMBENCH, folders=("mmbench_cn", "mmbench"),
+        files={"mmbench_dev_cn_20231003.tsv": ""},
         published=(None, None, 58.3, None), max_new_tokens=1024, export=export_mmbench),
     "mmvet": Task(
-        "judge's score", read_mmvet, None, summarise_mmvet,
-        "https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip",
-        splits={"test": 218}, folders=("mm-vet", "mmvet", "mmvet/mm-vet"), files={"mm-vet.json": ""},
-        published=(28.9, 32.1, 31.1, 31.7), max_new_tokens=1024, paper_mode="crop", judge=judge_mmvet,
+        "judge's score", read_mmvet, None, summarise_mmvet, {"test": 218},
+        "https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip", folders=("mm-vet", "mmvet", "mmvet/mm-vet"),
+        files={"mm-vet.json": ""}, published=(28.9, 32.1, 31.1, 31.7), max_new_tokens=1024, paper_mode="crop",
+        judge=judge_mmvet,
         export=submission("mm-vet.json", lambda example, text: (f"v1_{example.question_id}", text), as_object)),
     "seedbench": Task(
         "accuracy on images", read_seedbench, grade_seedbench, partial(accuracy, only="image"),
+        {"image": 14_233, "all": 19_242},
         "https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip",
-        splits={"image": 14_233, "all": 19_242}, folders=("seed_bench",), files={"SEED-Bench.json": ""},
-        published=(None, None, 66.1, None),
+        folders=("seed_bench",), files={"SEED-Bench.json": ""}, published=(None, None, 66.1, None),
         export=submission("seed_bench.jsonl", lambda example, text: {
             "question_id": str(example.question_id), "prediction": text}, to_jsonl)),
     "llavabench": Task(
-        "rating relative to GPT-4's answers", read_llavabench, None, summarise_llavabench,
-        "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
-        splits={"all": 60}, folders=("llava-bench-in-the-wild",),
+        "rating relative to GPT-4's answers", read_llavabench, None, summarise_llavabench, {"all": 60},
+        "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild", folders=("llava-bench-in-the-wild",),
         files={"questions.jsonl": "", "context.jsonl": "", "answers_gpt4.jsonl": ""},
         published=(None, None, 65.4, None), max_new_tokens=1024, paper_mode="crop", judge=judge_llavabench),
     "mmmu": Task(
-        "accuracy", read_mmmu, grade_mmmu, summarise_mmmu,
+        "accuracy", read_mmmu, grade_mmmu, summarise_mmmu, {"val": 900, "test": 10_500},
         "https://huggingface.co/datasets/MMMU/MMMU, rows of the parquet files as val.jsonl, image_1 a file in images/",
-        splits={"val": 900, "test": 10_500}, folders=("mmmu",), files={"val.jsonl": "", "answer_dict_val.json": ""},
-        published=(None, 32.5, 35.5, 36.3), export=submission("mmmu.json", mmmu_entry, as_object)),
-    "shapes": Task(
-        "accuracy", read_shapes, grade_plain, summarise_shapes, "make demo, which draws it",
-        splits={"all": 0}, folders=("shapes",), files={"questions.jsonl": ""}),
-    "jsonl": Task("accuracy", read_own, grade_plain, accuracy, "--questions FILE --images DIR", splits={"all": 0}),
+        files={"val.jsonl": "", "answer_dict_val.json": ""}, published=(None, 32.5, 35.5, 36.3),
+        export=submission("mmmu.json", mmmu_entry, as_object)),
+    "shapes": Task("accuracy", read_shapes, grade_plain, summarise_shapes, {"all": 0}, "make demo, which draws it",
+                   files={"questions.jsonl": ""}),
+    "jsonl": Task("accuracy", read_own, grade_plain, accuracy, {"all": 0}, "--questions FILE --images DIR"),
 }
-
 # ----------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
 
@@ -1109,11 +1097,11 @@ class Data(NamedTuple):
 
 def load_data(name: str, args: Namespace) -> Data:
     """Raises ValueError or FileNotFoundError: what is missing or wrong, where it is expected, where to get it."""
-    task, root = TASKS[name], Path(args.root)
+    task = TASKS[name]
     split = args.split or next(iter(task.splits))
     if split not in task.splits:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
-    folders = [root / folder for folder in task.folders or ("",)]
+    folders = [Path(args.root) / folder for folder in task.folders or (name,)]
     folder = next((f for f in folders if find(f, *task.files)), next((f for f in folders if f.is_dir()), folders[0]))
     try:
         examples = list(task.read(folder, Namespace(**{**vars(args), "split": split})))
@@ -1139,19 +1127,17 @@ def check_images(data: Data) -> None:
         raise FileNotFoundError(f"{data.name}: {problem}. Get them: {data.task.get}")
 
 
-def checksums(data: Data) -> dict[str, str]:
+def versions_of(data: Data, args: Namespace) -> tuple[dict[str, str], list[str]]:
+    """-> checksums of the files that are there, and what makes the score another one than the published: a file of
+    another version, another number of questions."""
     files = {name: data.folder / name for name in data.task.files}
-    return {name: sha256(path.read_bytes()) for name, path in files.items() if path.is_file()}
-
-
-def other_versions(data: Data, args: Namespace) -> list[str]:
-    """What makes the score another one than the published: a file of another version, another number of questions."""
-    notes = [f"{data.folder / name} is another version: sha256 {found}, the official file {data.task.files[name]}"
-             for name, found in checksums(data).items() if data.task.files[name] not in ("", found)]
+    checksums = {name: sha256(path.read_bytes()) for name, path in files.items() if path.is_file()}
+    notes = [f"{files[name]} is another version: sha256 {found}, the official file {data.task.files[name]}"
+             for name, found in checksums.items() if data.task.files[name] not in ("", found)]
     official = 2_017 if data.name == "scienceqa" and args.img_only else data.task.splits[data.split]
     if official and len(data.examples) != official:
         notes.append(f"{len(data.examples):,} questions, the official {data.split} set has {official:,}")
-    return notes
+    return checksums, notes
 
 
 def check_data(names: list[str], args: Namespace) -> None:
@@ -1161,7 +1147,7 @@ def check_data(names: list[str], args: Namespace) -> None:
         try:
             data = load_data(name, args)
             check_images(data)
-            problems = [f"{name}: {note}. Get it: {data.task.get}" for note in other_versions(data, args)]
+            problems = [f"{name}: {note}. Get it: {data.task.get}" for note in versions_of(data, args)[1]]
         except (ValueError, FileNotFoundError) as e:
             problems = [str(e)]
         bad += bool(problems)
@@ -1169,7 +1155,6 @@ def check_data(names: list[str], args: Namespace) -> None:
             print(visible(line))
     if bad:
         raise ValueError(f"{bad} of {len(names)} tasks do not have the official data")
-
 # ----------------------------------------------------------------------------------------------------
 # Generation: answers.jsonl grows by a line per answer, in any order; when all are there it is put in order.
 # Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that any number of them can go on after a kill.
@@ -1201,7 +1186,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def asking(data: Data, args: Namespace) -> dict:
-    """Which questions, in which words."""
+    """Which questions, in which words. `score_file` takes these back from the settings beside a file of answers."""
     return {"task": data.name, "split": data.split, "ocr": args.ocr, "img_only": args.img_only}
 
 
@@ -1298,57 +1283,43 @@ def encode_question(example: Example, brain: Brain) -> list[int]:
 
 
 def ask(brain: Brain, prompts: list[list[int]], images: list, max_new_tokens: int,
-        memory: list | None) -> Iterator[tuple[int, str, bool]]:
-    """(place in the batch, answer, was it cut at the limit) as each answer ends. Greedy."""
-    block_size = brain.model.config.llm.block_size
+        memory: list | None) -> Iterator[tuple[int, list[int]]]:
+    """(place in the batch, tokens of its answer) as each answer ends. Greedy."""
     tokens, open_rows = [[] for _ in prompts], list(range(len(prompts)))
-
-    def answer(i: int) -> tuple[int, str, bool]:
-        cut = len(tokens[i]) >= max_new_tokens or len(prompts[i]) + len(tokens[i]) >= block_size
-        return i, brain.tok.decode(tokens[i], skip_special_tokens=True).strip(), cut
-
     for column in brain.model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=brain.eot, memory=memory):
         for i in open_rows:
             if column[i] is None:
-                yield answer(i)
+                yield i, tokens[i]
             else:
                 tokens[i].append(column[i])
         open_rows = [i for i in open_rows if column[i] is not None]
-    yield from map(answer, open_rows)
+    yield from ((i, tokens[i]) for i in open_rows)
 
 
 def generate(data: Data, settings: dict, brain: Brain, todo: set[int], rank: int, world: int, args: Namespace,
              out: Path) -> None:
     """Answer the rows of `todo` that are this process's, appending each answer as it ends."""
     from tqdm import tqdm
-    examples, size = data.examples, brain.model.config.vision.image_size
+    examples, config, most = data.examples, brain.model.config, settings["max_new_tokens"]
     prompts = {row: encode_question(examples[row], brain) for row in todo}
     batches = plan(examples, {row: len(ids) for row, ids in prompts.items()}, rank, world, args.batch)
-    pictures = pictures_ahead(examples, batches, size, settings["image_mode"])
+    pictures = pictures_ahead(examples, batches, config.vision.image_size, settings["image_mode"])
     memory = None if args.exact else []                     # lets a batch go on with the last one's picture
     path = out / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
     written = path.read_bytes() if path.exists() else b""
-    total = sum(map(len, batches))
-    with open(path, "ab") as f, tqdm(total=total, desc=data.name, unit="q", disable=rank > 0) as progress:
+    progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=rank > 0)
+    with open(path, "ab") as f, progress:
         f.truncate(written.rfind(b"\n") + 1)                # a line that a kill left unfinished
         for batch, images in zip(batches, pictures):
-            prompt_ids = [prompts[row] for row in batch]
-            for i, text, cut in ask(brain, prompt_ids, images, settings["max_new_tokens"], memory):
-                example = examples[batch[i]]
-                prompt = example.info.get("saved", example.prompt)
-                line = {"row": batch[i], "question_id": example.question_id, "prompt": prompt, "text": text,
-                        "truncated": cut}
+            for i, tokens in ask(brain, [prompts[row] for row in batch], images, most, memory):
+                row, example = batch[i], examples[batch[i]]
+                cut = len(tokens) >= most or len(prompts[row]) + len(tokens) >= config.llm.block_size
+                text = brain.tok.decode(tokens, skip_special_tokens=True).strip()
+                line = {"row": row, "question_id": example.question_id,
+                        "prompt": example.info.get("saved", example.prompt), "text": text, "truncated": cut}
                 f.write(json.dumps(line).encode() + b"\n")
                 f.flush()
                 progress.update()
-
-
-def merge(out: Path, answers: dict[int, dict]) -> None:
-    """All answers in one file, in the order of the task."""
-    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
-    for path in out.glob("answers.*.jsonl"):
-        path.unlink()
-
 # ----------------------------------------------------------------------------------------------------
 # Scoring
 
@@ -1386,48 +1357,39 @@ def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
     return matched
 
 
-def mark_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Mark]:
+def mark_answers(data: Data, answers: list[dict | None], args: Namespace,
+                 out: Path) -> tuple[list[Mark], Score | None]:
     """A missing answer counts as wrong, as in the official scorers that do not crash on it."""
-    if data.task.judge:
-        return data.task.judge(data.examples, [answer["text"] if answer else "" for answer in answers], args, out)
-
     def mark(example: Example, answer: dict | None) -> Mark:
         if example.truth is None:
             return Mark(None)
         return data.task.grade(example, answer["text"]) if answer else Mark(0.0, "", True, (0.0,))
 
-    return [mark(example, answer) for example, answer in zip(data.examples, answers)]
-
-
-def summarise(data: Data, marks: list[Mark]) -> Score | None:
+    if data.task.judge:
+        marks = data.task.judge(data.examples, [answer["text"] if answer else "" for answer in answers], args, out)
+    else:
+        marks = [mark(example, answer) for example, answer in zip(data.examples, answers)]
     scored = [(example, mark) for example, mark in zip(data.examples, marks) if mark.points is not None]
-    return data.task.summarise(*map(list, zip(*scored))) if scored else None
-
-
-def judge_name(args: Namespace) -> str:
-    by_url = f"{args.judge_model}, asked in this project's words"
-    return f"the grades in {Path(args.grades).name}" if args.grades else by_url
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "numpy": np.__version__}
-    if "torch" in sys.modules:              # scoring alone does not load it
-        found["torch"] = sys.modules["torch"].__version__
-    return found
-
-
-def other_prompts(data: Data, answers: list[dict | None]) -> int:
-    """Answers to other words than this task's; the last line may differ, LLaVA saves some prompts without it."""
-    start = lambda prompt: prompt.removeprefix("<image>\n").split("\n")[:2]
-    return sum(start(a.get("prompt", e.prompt)) != start(e.prompt) for e, a in zip(data.examples, answers) if a)
+    return marks, data.task.summarise(*zip(*scored)) if scored else None
 
 
 def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
           run: dict | None = None) -> dict:
     """Mark, summarise, write result.json, report.html and the submission; nothing is written before all is known."""
-    task, marks = data.task, mark_answers(data, answers, args, out)
-    total, given = summarise(data, marks), [answer for answer in answers if answer]
+    task, (marks, total) = data.task, mark_answers(data, answers, args, out)
+    given, (checksums, notes) = [answer for answer in answers if answer], versions_of(data, args)
     texts = [answer["text"] for answer in given]
+    # the words of the question; the last line may differ, LLaVA saves some prompts without it
+    words = lambda prompt: prompt.removeprefix("<image>\n").split("\n")[:2]
+    asked = [(answer.get("prompt", e.prompt), e.prompt) for e, answer in zip(data.examples, answers) if answer]
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    if "torch" in sys.modules:              # scoring alone does not load it
+        versions["torch"] = sys.modules["torch"].__version__
+    judge = None
+    if task.judge and total:
+        judge = f"{args.judge_model}, asked in this project's words"
+        if args.grades:
+            judge = f"the grades in {Path(args.grades).name}"
     result = {
         "task": data.name, "split": data.split, "metric": task.metric, "n": len(data.examples),
         "value": total.value if total else None, "interval": [total.low, total.high] if total else None,
@@ -1435,20 +1397,18 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
         "published": {name: value for name, value in zip(PUBLISHED, task.published) if value is not None},
         "unparsed": sum(mark.unparsed for mark in marks), "empty": texts.count(""),
         "truncated": sum(bool(answer.get("truncated")) for answer in given), "missing": answers.count(None),
-        "other_prompts": other_prompts(data, answers), "limit": args.limit,
-        "judge": judge_name(args) if task.judge and total else None, "submission": None, "settings": settings,
-        "first_prompt": data.examples[0].prompt, "checksums": checksums(data), "notes": other_versions(data, args),
-        "versions": versions(), "run": run}
+        "other_prompts": sum(words(theirs) != words(ours) for theirs, ours in asked), "limit": args.limit,
+        "judge": judge, "submission": None, "settings": settings, "first_prompt": data.examples[0].prompt,
+        "checksums": checksums, "notes": notes, "versions": versions, "run": run}
     published_split = data.split == next(iter(task.splits))
     if task.export and (total is None or published_split) and None not in answers and not args.limit:
         try:
             result["submission"] = task.export(data.examples, texts, data.folder, out).name
         except (ValueError, OSError) as e:
-            result["notes"].append(f"submission file not written: {e}")
+            notes.append(f"submission file not written: {e}")
     write_whole(out / "report.html", report(data, answers, marks, result))
     write_whole(out / "result.json", to_json(result))
     return result
-
 # ----------------------------------------------------------------------------------------------------
 # Report: a table on the screen, a page without scripts
 
@@ -1507,16 +1467,6 @@ def print_result(result: dict, out: Path) -> None:
         print(f"  {visible(line)}")
 
 
-def print_summary(results: list[dict]) -> None:
-    """A line for each task, its headline beside the published ones."""
-    table = [["all tasks", "here", "95 % interval", *PUBLISHED]]
-    for result in results:
-        published = [str(result["published"].get(name, "")) for name in PUBLISHED]
-        table.append([f"{result['task']} ({result['split']})", *headline(result), *published])
-    print()
-    print_table(table)
-
-
 def thumbnail(image: Path | bytes | str | None) -> str:
     """A data URI of a small JPEG, decoded and encoded anew; "" where there is no picture to show."""
     from PIL import Image
@@ -1557,27 +1507,25 @@ def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = N
         cells = [html.escape(visible(text)) for text in row]
         if pictures is not None:
             cells.insert(0, f'<img src="{pictures[i - 1]}" alt="">' if i and pictures[i - 1] else "")
-        lines.append("".join(f"<{tag}>{cell}</{tag}>" for cell in cells))
-    return f'<table class="{style}">\n' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table>\n"
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
+    return f'<table class="{style}">\n{"".join(lines)}</table>\n'
 
 
 def report(data: Data, answers: list[dict | None], marks: list[Mark], result: dict, most: int = 60) -> str:
     """Score table, and up to `most` wrong answers spread evenly over the task."""
-    pairs = enumerate(zip(data.examples, marks))
-    wrong = [row for row, (e, mark) in pairs if mark.points is not None and mark.points < 0.5 and e.image != BLANK]
+    wrong = [(example, answer["text"] if answer else "(missing)", mark)
+             for example, answer, mark in zip(data.examples, answers, marks)
+             if mark.points is not None and mark.points < 0.5 and example.image != BLANK]
     shown = wrong[::max(1, -(-len(wrong) // most))]
     rows = [["question_id", "question", "answer", "read as", "truth"]]
-    for row in shown:
-        example, text = data.examples[row], answers[row]["text"] if answers[row] else "(missing)"
+    for example, text, mark in shown:
         truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
-        rows.append([str(example.question_id), example.prompt, text, marks[row].parsed, truth])
-    title = html.escape(f"{data.name} ({data.split})")
+        rows.append([str(example.question_id), example.prompt, text, mark.parsed, truth])
     body = html_table(result_table(result), "scores")
     body += "".join(f"<p>{html.escape(visible(line))}</p>\n" for line in remarks(result))
     body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>\n"
-    pictures = [thumbnail(data.examples[row].image) for row in shown]
-    return PAGE.format(title=title, body=body + html_table(rows, "answers", pictures))
-
+    body += html_table(rows, "answers", [thumbnail(example.image) for example, _, _ in shown])
+    return PAGE.format(title=html.escape(f"{data.name} ({data.split})"), body=body)
 # ----------------------------------------------------------------------------------------------------
 # Comparing two answers files
 
@@ -1603,8 +1551,8 @@ def compare(data: Data, args: Namespace) -> None:
     sides = []
     for path in map(Path, args.compare):
         answers = match_answers(path, data, args)
-        marks = mark_answers(data, answers, args, path.parent)
-        if (total := summarise(data, marks)) is None:
+        marks, total = mark_answers(data, answers, args, path.parent)
+        if total is None:
             raise ValueError(f"{data.name}: answers cannot be compared without the truth, which is on a server")
         print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
         sides.append([(answer["text"] if answer else "", mark.points) for answer, mark in zip(answers, marks)])
@@ -1621,14 +1569,13 @@ def compare(data: Data, args: Namespace) -> None:
         if difference:
             word = "better" if difference > 0 else "worse "
             print(visible(f"{word}  question {example.question_id}  {before!r} -> {after!r}  truth {example.truth!r}"))
-
 # ----------------------------------------------------------------------------------------------------
 # Command line
 
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = argparse.BooleanOptionalAction
+    flag = {"action": argparse.BooleanOptionalAction, "default": False}
 
     def add(name: str, text: str, **kind) -> None:
         parser.add_argument(name, help=f"{text} (default: %(default)s)", **kind)
@@ -1648,16 +1595,16 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--device", "cpu or cuda; None: cuda where there is one")
     add("--batch", "questions answered at a time", type=int, default=16)
     add("--exact", "one question at a time and nothing shared between them, as official runs; changes nothing in fp32",
-        action=flag, default=False)
+        **flag)
     add("--limit", "only the first N questions", type=int)
-    add("--ocr", "textvqa: OCR tokens in the prompt, worth about 10 points", action=flag, default=True)
-    add("--img-only", "scienceqa: leave out the questions without an image", action=flag, default=False)
+    add("--ocr", "textvqa: OCR tokens in the prompt, worth about 10 points", **flag | {"default": True})
+    add("--img-only", "scienceqa: leave out the questions without an image", **flag)
     add("--questions", "jsonl: file of your own questions")
     add("--images", "jsonl: folder of their images")
-    add("--check-data", "only look whether the data is there and official", action=flag, default=False)
+    add("--check-data", "only look whether the data is there and official", **flag)
     add("--score", "only score this answers file, ours or LLaVA's; needs no model")
     add("--compare", "only compare two answers files", nargs=2, metavar=("A", "B"))
-    add("--allow-missing", "count missing answers as wrong instead of stopping", action=flag, default=False)
+    add("--allow-missing", "count missing answers as wrong instead of stopping", **flag)
     add("--grades", "mmvet, llavabench: an existing grade or review file")
     add("--judge-url", "mmvet, llavabench: an OpenAI-compatible service; its key is read from JUDGE_API_KEY")
     add("--judge-model", "the judge's name")
@@ -1666,6 +1613,10 @@ def parse(argv: list[str] | None) -> Namespace:
     args.batch = 1 if args.exact else args.batch
     if args.batch < 1 or args.limit is not None and args.limit < 1:
         raise ValueError(f"--batch {args.batch} --limit {args.limit}: expected positive numbers")
+    if args.dtype == "fp16":
+        raise ValueError("--dtype fp16: Phi-2's attention overflows in fp16; use bf16 or fp32")
+    if args.dtype not in (None, "fp32", "bf16"):
+        raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
     return args
 
 
@@ -1678,42 +1629,13 @@ def chosen_tasks(args: Namespace) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def processes() -> tuple[int, int]:
-    """This process's rank and how many there are; torchrun sets both."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        import datetime
-        import torch.distributed as dist
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))    # only barriers, perhaps for hours
-    return rank, world
-
-
-def barrier(world: int) -> None:
-    if world > 1:
-        import torch.distributed as dist
-        dist.barrier()
-
-
-def choose_device(args: Namespace) -> None:
-    """Fill in --device and --dtype."""
-    import torch
-    if args.dtype == "fp16":
-        raise ValueError("--dtype fp16: Phi-2's attention overflows in fp16; use bf16 or fp32")
-    if args.dtype not in (None, "fp32", "bf16"):
-        raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
-
-
-def main_score(args: Namespace) -> None:
+def score_file(args: Namespace) -> None:
     """--score FILE: where settings lie beside the file they say which task it is and how it was asked."""
     path = Path(args.score)
     sidecar = path.parent / "settings.json"
-    settings, asked = read_json(sidecar) if sidecar.exists() else {}, ("task", "split", "ocr", "img_only")
+    settings = read_json(sidecar) if sidecar.exists() else {}
     if settings and args.task in (None, settings.get("task")):
-        args.task, args.split, args.ocr, args.img_only = (settings.get(key) for key in asked)
+        args.task, args.split, args.ocr, args.img_only = map(settings.get, ("task", "split", "ocr", "img_only"))
     names = chosen_tasks(args)
     if len(names) > 1:
         raise ValueError(f"--score takes one task, these are {len(names)}")
@@ -1726,36 +1648,54 @@ def main_score(args: Namespace) -> None:
     print_result(score(data, answers, args, out, settings), out)
 
 
-def main_generate(args: Namespace) -> None:
+def generate_and_score(args: Namespace) -> None:
     """Check all the data, then the model; answer what is not answered yet; score task by task."""
     tasks = [load_data(name, args) for name in chosen_tasks(args)]
     for data in tasks:
         check_images(data.first(args.limit))
     folder = Path(args.model) if args.model else default_model()
-    choose_device(args)
+
+    import torch
+    import torch.distributed as dist
     from load_weights import load_config
-    model, model_mode = model_fingerprint(folder), load_config(folder).image_mode
-    (rank, world), brain, results = processes(), None, []
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
+    model, model_mode, brain, results = model_fingerprint(folder), load_config(folder).image_mode, None, []
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets both
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))          # only barriers, perhaps for hours
+    barrier = dist.barrier if world > 1 else lambda: None
+
     for data in tasks:
         out = Path(args.out or "out/eval") / (data.name if len(tasks) > 1 or not args.out else "")
         settings = generation_settings(data, model, model_mode, args)
         if rank == 0:
             begin(out, settings)
-        barrier(world)
+        barrier()
         started, todo = time.time(), set(range(len(data.examples[:args.limit]))) - answered(out, data.examples).keys()
         if todo:
             brain = brain or load_brain(folder, args)
             generate(data, settings, brain, todo, rank, world, args, out)
-        barrier(world)
+        barrier()
         if rank == 0:
-            merge(out, answered(out, data.examples))
+            answers = answered(out, data.examples)
+            write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
+            for path in out.glob("answers.*.jsonl"):
+                path.unlink()
             run = {"device": args.device, "processes": world, "batch": args.batch, "exact": args.exact,
                    "questions": len(todo), "seconds": round(time.time() - started, 1)}
             data = data.first(args.limit)
             results.append(score(data, match_answers(out / "answers.jsonl", data, args), args, out, settings, run))
             print_result(results[-1], out)
-    if len(results) > 1:
-        print_summary(results)
+    if len(results) > 1:        # a line for each task
+        table = [["all tasks", "here", "95 % interval", *PUBLISHED]]
+        for result in results:
+            published = [str(result["published"].get(name, "")) for name in PUBLISHED]
+            table.append([f"{result['task']} ({result['split']})", *headline(result), *published])
+        print()
+        print_table(table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1765,9 +1705,9 @@ def main(argv: list[str] | None = None) -> None:
     elif args.compare:
         compare(load_data(chosen_tasks(args)[0], args).first(args.limit), args)
     elif args.score:
-        main_score(args)
+        score_file(args)
     else:
-        main_generate(args)
+        generate_and_score(args)
 
 
 if __name__ == "__main__":
