@@ -33,7 +33,7 @@ import unicodedata
 import zipfile
 from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -156,10 +156,6 @@ def soft_accuracy(answer: str, humans: list[str]) -> float:
     return (same * min(1, (same - 1) / 3) + (len(humans) - same) * min(1, same / 3)) / len(humans)
 
 
-def textvqa_accuracy(text: str, humans: list[str]) -> float:
-    return soft_accuracy(normalize_evalai(text), [normalize_evalai(human) for human in humans])
-
-
 def vqa_accuracy(text: str, humans: list[str]) -> float:
     """The official VQA scorer on a submitted answer: with unanimous humans it compares raw strings."""
     text, humans = one_line(text), [one_line(human) for human in humans]
@@ -175,12 +171,6 @@ def gqa_answer(text: str) -> str:
 def plain_answer(text: str) -> str:
     """For the shapes and for one's own questions: case, outer spaces and a final full stop do not count."""
     return text.strip().rstrip(".").strip().lower()
-
-
-def pope_yes_no(text: str) -> str:
-    """Everything without a separate No, no or not before the first full stop is a yes."""
-    words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def mme_yes_no(text: str) -> str:
@@ -286,6 +276,7 @@ def llavabench_pair(review: str) -> tuple[float, float]:
         return float(first), float(second)
     except ValueError:
         return -1.0, -1.0
+
 # ----------------------------------------------------------------------------------------------------
 # Graders: one answer -> what it earned
 
@@ -309,13 +300,17 @@ def grade_vqav2(example: Example, text: str) -> Mark:
 
 
 def grade_textvqa(example: Example, text: str) -> Mark:
+    """raw: what the official VQA scorer gives."""
     answer = normalize_evalai(text)
-    return Mark(textvqa_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
+    points = soft_accuracy(answer, [normalize_evalai(human) for human in example.truth])
+    return Mark(points, answer, raw=(vqa_accuracy(answer, example.truth),))
 
 
 def grade_pope(example: Example, text: str) -> Mark:
+    """Everything without a separate No, no or not before the first full stop is a yes."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    answer = "no" if {"No", "no", "not"} & set(words) else "yes"
     said = {"yes", "no", "not"} & set(re.findall(r"[a-z]+", text.lower()))
-    answer = pope_yes_no(text)
     return Mark(float(answer == example.truth), answer, unparsed=not said)
 
 
@@ -329,16 +324,22 @@ def grade_seedbench(example: Example, text: str) -> Mark:
     return Mark(float(text == example.truth), text, text not in ("A", "B", "C", "D"))
 
 
+def mmmu_read(example: Example, text: str) -> str | None:
+    """What is submitted: the letter chosen, or all of an open answer."""
+    return mmmu_choice(text, example.info["options"]) if example.info["options"] else text
+
+
 def grade_mmmu(example: Example, text: str) -> Mark:
     if not example.info["options"]:
         return Mark(float(mmmu_open_correct(text, example.truth)), text)
-    letter = mmmu_choice(text, example.info["options"])
+    letter = mmmu_read(example, text)
     return Mark(float(letter is not None and letter in example.truth), letter or "", letter is None)
+
 # ----------------------------------------------------------------------------------------------------
 # Summaries: marks -> the number that papers report, its 95 % interval, and the numbers beside it
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
@@ -373,10 +374,13 @@ def accuracy(examples: list[Example], marks: list[Mark], beside: dict[str, float
 
 def ratio_of_sums(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
                   others: dict[str, float]) -> Score:
-    """A metric of summed counts (..., k) -> (...); counts (n, k) has a row for each unit that the bootstrap draws."""
+    """A metric of counts summed over the units that the bootstrap draws. counts: (units, ...); metric: (...) -> ().
+
+    metric is also given the sums of all draws at once: (draws, ...) -> (draws).
+    """
     counts, rng = np.array(counts, dtype=float), np.random.default_rng(0)
     weights = rng.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=1000)        # (draws, n)
-    low, high = map(float, np.percentile(metric(weights @ counts), [2.5, 97.5]))
+    low, high = map(float, np.percentile(metric(np.tensordot(weights, counts, 1)), [2.5, 97.5]))
     return Score(float(metric(counts.sum(0))), low, high, f"bootstrap over {unit}, 1000 draws, seed 0", others)
 
 
@@ -409,8 +413,7 @@ def summarise_pope(examples: list[Example], marks: list[Mark]) -> Score:
         numbers = {"F1": kind_f1, "accuracy": (tp + tn) / n, "precision": tp / max(tp + fp, 1),
                    "recall": tp / max(tp + fn, 1), "yes ratio": (tp + fp) / n}
         others |= {f"{kind} {name}": float(100 * value) for name, value in numbers.items()}
-    metric = lambda sums: 100 * f1(sums.reshape(*sums.shape[:-1], len(kinds), 4)).mean(-1)
-    return ratio_of_sums([counts.ravel() for counts in images.values()], metric, "images", others)
+    return ratio_of_sums(list(images.values()), lambda sums: 100 * f1(sums).mean(-1), "images", others)
 
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -427,11 +430,10 @@ def summarise_mme(examples: list[Example], marks: list[Mark]) -> Score:
     for count, ((subtask, _), points) in zip(counts, images.items()):
         count[subtasks.index(subtask)] = sum(points), len(points), all(points), 1
 
-    def subtask_scores(sums: np.ndarray) -> np.ndarray:     # (..., 14 * 4) -> (..., 14)
-        right, questions, whole, n = np.moveaxis(sums.reshape(*sums.shape[:-1], len(subtasks), 4), -1, 0)
+    def subtask_scores(sums: np.ndarray) -> np.ndarray:     # (..., subtasks, 4) -> (..., subtasks)
+        right, questions, whole, n = np.moveaxis(sums, -1, 0)
         return 100 * right / np.maximum(questions, 1) + 100 * whole / np.maximum(n, 1)
 
-    counts = counts.reshape(len(counts), -1)
     scores = subtask_scores(counts.sum(0))
     perception = lambda sums: subtask_scores(sums)[..., :len(PERCEPTION)].sum(-1)
     others = {"cognition": float(scores[len(PERCEPTION):].sum())} | dict(zip(subtasks, map(float, scores)))
@@ -480,6 +482,7 @@ def summarise_llavabench(examples: list[Example], marks: list[Mark]) -> Score:
         reference, candidate = map(float, 10 * total[:2] / total[2])
         others |= {kind: float(ratio(total)), f"{kind} reference": reference, f"{kind} candidate": candidate}
     return ratio_of_sums([row for _, row in rows], ratio, "questions", others)
+
 # ----------------------------------------------------------------------------------------------------
 # Files
 
@@ -549,6 +552,7 @@ def inside(folder: Path, name: str) -> Path:
     if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or set(name) & set("\0\\:"):
         raise ValueError(f"image name {name!r} is not a plain path inside {folder}")
     return folder / name
+
 # ----------------------------------------------------------------------------------------------------
 # Readers: (folder of the task, options) -> questions, in the order of the official question file.
 # Where LLaVA's eval.zip file is there it gives order and wording; without it both are rebuilt from the official files.
@@ -719,9 +723,8 @@ def read_mme(folder: Path, options: Namespace) -> list[Example]:
 
 
 MMBENCH_ABBREVIATIONS = {
-    "coarse_perception": "CP", "finegrained_perception (instance-level)": "FP-S",
-    "finegrained_perception (cross-instance)": "FP-C", "logic_reasoning": "LR", "relation_reasoning": "RR",
-    "attribute_reasoning": "AR"}
+    "coarse_perception": "CP", "logic_reasoning": "LR", "relation_reasoning": "RR", "attribute_reasoning": "AR",
+    "finegrained_perception (instance-level)": "FP-S", "finegrained_perception (cross-instance)": "FP-C"}
 MMBENCH_SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")      # as submitted
 
 
@@ -808,6 +811,7 @@ def read_mmmu(folder: Path, options: Namespace) -> Iterator[Example]:
         subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]
         yield Example(row["id"], inside(folder / "images", row["image_1"]), prompt,
                       None if truth in ("", "?") else truth, (domains[subject], subject), {"options": choices})
+
 # ----------------------------------------------------------------------------------------------------
 # Submission files: checked first, then written whole
 
@@ -835,11 +839,6 @@ def export_vqav2(examples: list[Example], texts: list[str], folder: Path, out: P
     answers |= {example.question_id: normalize_evalai(text) for example, text in zip(examples, texts)}
     upload = [{"question_id": row["question_id"], "answer": answers[row["question_id"]]} for row in rows]
     return write_whole(out / "vqav2_test-dev2015.json", json.dumps(upload))
-
-
-def mmmu_entry(example: Example, text: str) -> tuple[str, str]:
-    options = example.info["options"]
-    return example.question_id, (mmmu_choice(text, options) or "") if options else text
 
 
 def export_mmbench(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -884,6 +883,7 @@ def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
         for name, xml in parts.items():         # a fixed date: the same answers make the same file
             z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), head + xml, zipfile.ZIP_DEFLATED)
     return write_whole(path, packed.getvalue())
+
 # ----------------------------------------------------------------------------------------------------
 # Judges: an existing grade or review file, or any OpenAI-compatible endpoint (--judge-url). Kept answer by answer.
 
@@ -920,35 +920,36 @@ def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_
         raise ValueError(f"the judge at {url} failed ({e}); its grades so far are kept, run this again to go on") from e
 
 
-def judge_file(task: str, texts: list[str], options: Namespace, out: Path, ending: str) -> Path | None:
-    """--grades, or the cache of this judge for exactly these answers; None without either."""
-    if options.grades:
-        return Path(options.grades)
-    if not options.judge_url:
-        return None
-    if not options.judge_model:
+def judged(name: str, keys: list, ask: Callable[[Example, str, Namespace], dict], examples: list[Example],
+           texts: list[str], options: Namespace, out: Path) -> list[dict]:
+    """What the judge says of each answer: read from --grades, or asked for and kept in a file of exactly these answers.
+
+    name: of that file, {} for judge and answers: .jsonl holds a row for each question_id, .json an object by key.
+    """
+    if not options.grades and not options.judge_model:
         raise ValueError("--judge-url needs --judge-model NAME: scores of different judges do not compare")
-    judge = re.sub(r"[^\w.-]", "_", options.judge_model)
-    return out / f"{task}-{judge}-{sha256(to_json(texts).encode())}{ending}"
+    judge = re.sub(r"[^\w.-]", "_", options.judge_model or "")
+    path = Path(options.grades or out / name.format(f"{judge}-{sha256(to_json(texts).encode())}"))
+    as_rows, grades = name.endswith(".jsonl"), {}
+    if path.exists() or options.grades:
+        grades = {row["question_id"]: row for row in read_jsonl(path)} if as_rows else read_json(path)
+    for key, example, text in zip(keys, examples, texts):
+        if key not in grades:
+            if not options.judge_url:
+                raise ValueError(f"{path} has no grade for {key}: expected one for each of the {len(keys)} answers")
+            grades[key] = ask(example, text, options)
+            write_whole(path, to_jsonl(grades.values()) if as_rows else to_json(grades))
+    return [grades[key] for key in keys]
 
 
 def judge_mmvet(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
     """Grades in the official *-grade-Nruns.json layout: {"v1_0": {"model": [], "content": [], "score": []}}."""
-    path = judge_file("mm-vet", texts, options, out, "-grade-1runs.json")
-    if path is None:
-        return [Mark(None)] * len(examples)
-    grades = read_json(path) if path.exists() or options.grades else {}
-    for example, text in zip(examples, texts):
-        if (key := f"v1_{example.question_id}") not in grades:
-            if not options.judge_url:
-                raise ValueError(f"{path} has no grade for {key}: expected one for each of the {len(examples)} answers")
-            grades[key] = grade_mmvet(example, text, options)
-            write_whole(path, to_json(grades))
-    runs = {len(grades[f"v1_{e.question_id}"]["score"]) for e in examples}
-    if len(runs) != 1 or runs == {0}:
-        raise ValueError(f"{path}: the answers were graded {sorted(runs)} times, expected the same number for all")
-    scores = [tuple(map(float, grades[f"v1_{e.question_id}"]["score"])) for e in examples]
-    return [Mark(mean(list(runs)), raw=runs) for runs in scores]
+    keys = [f"v1_{example.question_id}" for example in examples]
+    grades = judged("mm-vet-{}-grade-1runs.json", keys, grade_mmvet, examples, texts, options, out)
+    scores = [tuple(map(float, grade["score"])) for grade in grades]
+    if len(runs := set(map(len, scores))) != 1 or runs == {0}:
+        raise ValueError(f"{options.grades}: graded {sorted(runs)} times, expected the same number for all answers")
+    return [Mark(mean(of_runs), raw=of_runs) for of_runs in scores]
 
 
 def grade_mmvet(example: Example, text: str, options: Namespace) -> dict[str, list]:
@@ -966,18 +967,9 @@ def grade_mmvet(example: Example, text: str, options: Namespace) -> dict[str, li
 
 def judge_llavabench(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
     """Reviews in LLaVA's jsonl, one line an answer: question_id, category, content, tuple."""
-    path = judge_file("llavabench", texts, options, out, "-review.jsonl")
-    if path is None:
-        return [Mark(None)] * len(examples)
-    rows = read_jsonl(path) if path.exists() or options.grades else []
-    reviews = {row["question_id"]: row for row in rows}
-    for example, text in zip(examples, texts):
-        if (number := example.question_id) not in reviews:
-            if not options.judge_url:
-                raise ValueError(f"{path} has no review of question {number}: expected all {len(examples)}")
-            reviews[number] = review_llavabench(example, text, options)
-            write_whole(path, to_jsonl(reviews.values()))
-    pairs = [llavabench_pair(reviews[e.question_id]["content"]) for e in examples]
+    keys = [example.question_id for example in examples]
+    reviews = judged("llavabench-{}-review.jsonl", keys, review_llavabench, examples, texts, options, out)
+    pairs = [llavabench_pair(review["content"]) for review in reviews]
     return [Mark(pair[1] / 10, raw=pair) if pair[0] > 0 else Mark(None, unparsed=True) for pair in pairs]
 
 
@@ -1075,11 +1067,13 @@ TASKS = {
         "accuracy", read_mmmu, grade_mmmu, summarise_mmmu, {"val": 900, "test": 10_500},
         "https://huggingface.co/datasets/MMMU/MMMU, rows of the parquet files as val.jsonl, image_1 a file in images/",
         files={"val.jsonl": "", "answer_dict_val.json": ""}, published=(None, 32.5, 35.5, 36.3),
-        export=submission("mmmu.json", mmmu_entry, as_object)),
+        export=submission("mmmu.json", lambda example, text: (
+            example.question_id, mmmu_read(example, text) or ""), as_object)),
     "shapes": Task("accuracy", read_shapes, grade_plain, summarise_shapes, {"all": 0}, "make demo, which draws it",
                    files={"questions.jsonl": ""}),
     "jsonl": Task("accuracy", read_own, grade_plain, accuracy, {"all": 0}, "--questions FILE --images DIR"),
 }
+
 # ----------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
 
@@ -1128,8 +1122,7 @@ def check_images(data: Data) -> None:
 
 
 def versions_of(data: Data, args: Namespace) -> tuple[dict[str, str], list[str]]:
-    """-> checksums of the files that are there, and what makes the score another one than the published: a file of
-    another version, another number of questions."""
+    """-> checksums of the files, and what is not official about them: another version, another number of questions."""
     files = {name: data.folder / name for name in data.task.files}
     checksums = {name: sha256(path.read_bytes()) for name, path in files.items() if path.is_file()}
     notes = [f"{files[name]} is another version: sha256 {found}, the official file {data.task.files[name]}"
@@ -1155,6 +1148,7 @@ def check_data(names: list[str], args: Namespace) -> None:
             print(visible(line))
     if bad:
         raise ValueError(f"{bad} of {len(names)} tasks do not have the official data")
+
 # ----------------------------------------------------------------------------------------------------
 # Generation: answers.jsonl grows by a line per answer, in any order; when all are there it is put in order.
 # Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that any number of them can go on after a kill.
@@ -1165,14 +1159,6 @@ class Brain(NamedTuple):
     model: object               # model.LLaVAPhi
     tok: object                 # tokenizers.Tokenizer
     eot: int
-
-
-def default_model() -> Path:
-    for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, give "
-                            "--model DIR, or run `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -1320,6 +1306,7 @@ def generate(data: Data, settings: dict, brain: Brain, todo: set[int], rank: int
                 f.write(json.dumps(line).encode() + b"\n")
                 f.flush()
                 progress.update()
+
 # ----------------------------------------------------------------------------------------------------
 # Scoring
 
@@ -1366,7 +1353,9 @@ def mark_answers(data: Data, answers: list[dict | None], args: Namespace,
         return data.task.grade(example, answer["text"]) if answer else Mark(0.0, "", True, (0.0,))
 
     if data.task.judge:
-        marks = data.task.judge(data.examples, [answer["text"] if answer else "" for answer in answers], args, out)
+        marks = [Mark(None)] * len(answers)
+        if args.grades or args.judge_url:
+            marks = data.task.judge(data.examples, [answer["text"] if answer else "" for answer in answers], args, out)
     else:
         marks = [mark(example, answer) for example, answer in zip(data.examples, answers)]
     scored = [(example, mark) for example, mark in zip(data.examples, marks) if mark.points is not None]
@@ -1385,11 +1374,8 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     if "torch" in sys.modules:              # scoring alone does not load it
         versions["torch"] = sys.modules["torch"].__version__
-    judge = None
-    if task.judge and total:
-        judge = f"{args.judge_model}, asked in this project's words"
-        if args.grades:
-            judge = f"the grades in {Path(args.grades).name}"
+    by_url = f"{args.judge_model}, asked in this project's words"
+    judge = f"the grades in {Path(args.grades).name}" if args.grades else by_url
     result = {
         "task": data.name, "split": data.split, "metric": task.metric, "n": len(data.examples),
         "value": total.value if total else None, "interval": [total.low, total.high] if total else None,
@@ -1398,8 +1384,9 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
         "unparsed": sum(mark.unparsed for mark in marks), "empty": texts.count(""),
         "truncated": sum(bool(answer.get("truncated")) for answer in given), "missing": answers.count(None),
         "other_prompts": sum(words(theirs) != words(ours) for theirs, ours in asked), "limit": args.limit,
-        "judge": judge, "submission": None, "settings": settings, "first_prompt": data.examples[0].prompt,
-        "checksums": checksums, "notes": notes, "versions": versions, "run": run}
+        "judge": judge if task.judge and total else None, "submission": None, "settings": settings,
+        "first_prompt": data.examples[0].prompt, "checksums": checksums, "notes": notes, "versions": versions,
+        "run": run}
     published_split = data.split == next(iter(task.splits))
     if task.export and (total is None or published_split) and None not in answers and not args.limit:
         try:
@@ -1409,6 +1396,7 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
     write_whole(out / "report.html", report(data, answers, marks, result))
     write_whole(out / "result.json", to_json(result))
     return result
+
 # ----------------------------------------------------------------------------------------------------
 # Report: a table on the screen, a page without scripts
 
@@ -1526,6 +1514,7 @@ def report(data: Data, answers: list[dict | None], marks: list[Mark], result: di
     body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>\n"
     body += html_table(rows, "answers", [thumbnail(example.image) for example, _, _ in shown])
     return PAGE.format(title=html.escape(f"{data.name} ({data.split})"), body=body)
+
 # ----------------------------------------------------------------------------------------------------
 # Comparing two answers files
 
@@ -1534,14 +1523,6 @@ def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p of this many flips each way, if both ways were equally likely."""
     n = gained + lost
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2 ** n)
-
-
-def paired_bootstrap(differences: list[float]) -> tuple[float, float, float]:
-    """95 % interval of the mean difference, and the two-sided p that it is 0."""
-    values, rng = np.array(differences), np.random.default_rng(0)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(1000)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high), float(min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean())))
 
 
 def compare(data: Data, args: Namespace) -> None:
@@ -1559,8 +1540,10 @@ def compare(data: Data, args: Namespace) -> None:
     rows = [row for row in zip(data.examples, *sides) if row[1][1] is not None and row[0].image != BLANK]
     differences = [after - before for _, (_, before), (_, after) in rows]
     gained, lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    low, high, p = paired_bootstrap(differences)
-    test = "paired bootstrap"
+    values, rng = np.array(differences), np.random.default_rng(0)
+    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(1000)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    test, p = "paired bootstrap", min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
     if {points for side in sides for _, points in side} <= {0.0, 1.0, None}:
         test, p = "McNemar's exact test", mcnemar(gained, lost)
     print(f"the second is better on {gained:,} of {len(rows):,} questions and worse on {lost:,}: "
@@ -1569,6 +1552,7 @@ def compare(data: Data, args: Namespace) -> None:
         if difference:
             word = "better" if difference > 0 else "worse "
             print(visible(f"{word}  question {example.question_id}  {before!r} -> {after!r}  truth {example.truth!r}"))
+
 # ----------------------------------------------------------------------------------------------------
 # Command line
 
@@ -1653,7 +1637,12 @@ def generate_and_score(args: Namespace) -> None:
     tasks = [load_data(name, args) for name in chosen_tasks(args)]
     for data in tasks:
         check_images(data.first(args.limit))
-    folder = Path(args.model) if args.model else default_model()
+    usual = [folder for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")) if folder.is_dir()]
+    if not args.model and not usual:
+        raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, "
+                                "give --model DIR, or run `hf download zxmonent/llava-phi --local-dir "
+                                "checkpoints/llava-phi`")
+    folder = Path(args.model) if args.model else usual[0]
 
     import torch
     import torch.distributed as dist
