@@ -49,7 +49,8 @@ class LLaVAConfig:
 CONFIGS: dict[str, LLaVAConfig] = {
     "llava-phi": LLaVAConfig(),
     "demo": LLaVAConfig(
-        llm=PhiConfig(vocab_size=512, block_size=512, n_layer=4, n_head=4, n_embd=160, n_inner=640, rotary_dim=16, dropout=0.0),
+        llm=PhiConfig(vocab_size=512, block_size=512, n_layer=4, n_head=4, n_embd=160, n_inner=640, rotary_dim=16,
+                      dropout=0.0),
         vision=VisionConfig(image_size=56, n_layer=4, n_head=4, n_embd=128, n_inner=512),
         image_mode="crop",
     ),
@@ -60,14 +61,14 @@ CONFIGS: dict[str, LLaVAConfig] = {
 
 
 def rope(pos: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Positions (T,) -> cos, sin (T, 1, 1, dim / 2) in fp32. Made in every forward, so there is no buffer to cast or to lose."""
+    """Positions (T,) -> cos, sin (T, 1, 1, dim / 2) in fp32. Made in every forward: no buffer to cast or lose."""
     freq = base ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim)
     angle = (pos[:, None].float() * freq)[:, None, None]                           # (T, 1, 1, dim / 2)
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(T, 2, nh, hs), q and k: turn channel i together with channel i + dim / 2 (the "half-split" pairing), for the first dim channels."""
+    """q and k (T, 2, nh, hs): turn channel i with i + dim / 2 ("half-split" pairing), for the first dim channels."""
     half = cos.size(-1)
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     a, b = a.float(), b.float()
@@ -83,28 +84,29 @@ class Layout:
         self.lengths = lengths.tolist()
         self.past = past or [0] * len(self.lengths)
         starts = F.pad(lengths.cumsum(0), (1, 0))                                  # (B + 1,)
-        self.last = (starts[1:] - 1).to(device, non_blocking=True)                 # (B,) row of each sequence's last token
+        self.last = (starts[1:] - 1).to(device, non_blocking=True)                 # (B,) rows of the last tokens
         offset = torch.tensor(self.past, dtype=torch.int64) - starts[:-1]          # (B,)
         pos = torch.arange(int(starts[-1])) + offset.repeat_interleave(lengths)    # (T,) restarts with each sequence
         self.pos = pos.to(device, non_blocking=True)
         self.starts = starts.to(device, torch.int32, non_blocking=True)
-        self.max_length = 2048      # constant on purpose: it only sizes the CUDA grid, and a changing int would recompile
+        self.max_length = 2048      # constant: it only sizes the CUDA grid, and a changing int would recompile
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each sequence of a packed row. q, k, v (T, nh, hs) -> (T, nh, hs)."""
-    if q.is_cuda and q.dtype != torch.float32:              # flash attention over ragged sequences; (-1, 0): look back only
-        return varlen_attn(q, k, v, layout.starts, layout.starts, layout.max_length, layout.max_length, window_size=(-1, 0))
-    runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]   # neighbours of one length share a call
+    if q.is_cuda and q.dtype != torch.float32:              # flash attention over ragged sequences
+        starts, longest = layout.starts, layout.max_length
+        return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))          # look back only
+    runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]   # neighbours of one length: one call
     out = [q[:0]]
     for (length, _), *parts in zip(runs, *(x.split([length * n for length, n in runs]) for x in (q, k, v))):
-        q_, k_, v_ = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)                  # (b, nh, length, hs)
+        q_, k_, v_ = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)     # (b, nh, length, hs)
         out.append(F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2).flatten(0, 1))
     return torch.cat(out)                                                          # (T, nh, hs)
 
 
 class Step:
-    """What a Layout is to whole prompts: one new token for each sequence in the cache, made without host-device traffic."""
+    """A Layout for one new token of each sequence in the cache, made without traffic between host and device."""
     def __init__(self, cache: "KVCache"):
         self.pos, self.used = cache.pos, cache.used                                # (B,)
         self.rows = cache.pos + cache.first                                        # (B,) of the cache's B * S
@@ -143,7 +145,7 @@ class KVCache:
         self.lengths = [0] * batch                          # tokens held per sequence
         self.pos = torch.zeros(batch, dtype=torch.int64, device=device)            # (B,) the same, where the model is
         self.first = torch.arange(batch, device=device) * slots                    # (B,) where each row of B * S begins
-        self.bucket = 256 if self.k.is_cuda else 1          # attention reads a multiple of it: a graph needs fixed shapes
+        self.bucket = 256 if self.k.is_cuda else 1          # attention reads multiples of it: graphs need fixed shapes
         self.graph: Graph | None = None
 
     @property
@@ -179,7 +181,7 @@ class KVCache:
         if isinstance(layout, Step):
             keys.flatten(0, 1).index_copy_(0, layout.rows, k)
             values.flatten(0, 1).index_copy_(0, layout.rows, v)
-            k_, v_ = keys[:, :layout.used].transpose(1, 2), values[:, :layout.used].transpose(1, 2)    # (B, nh, used, hs)
+            k_, v_ = (x[:, :layout.used].transpose(1, 2) for x in (keys, values))  # (B, nh, used, hs)
             return F.scaled_dot_product_attention(q.unsqueeze(2), k_, v_, attn_mask=layout.mask).squeeze(2)
         at = 0
         for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
@@ -197,7 +199,7 @@ class KVCache:
 
 
 class Graph:
-    """A decoding step recorded by CUDA: one launch instead of one per kernel. Holds until another 256 positions are read."""
+    """A decoding step recorded by CUDA: one launch for all kernels. Good until another 256 positions are read."""
     def __init__(self, model: "LLaVAPhi", ids: Tensor, cache: KVCache):
         self.ids, self.used, self.graph = ids.clone(), cache.used, torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
@@ -270,8 +272,9 @@ class Phi(nn.Module):
             if self.recompute == "none" or not self.training:
                 x = block(x, cos, sin, layout, cache)
             else:
-                kept = {"selective": partial(create_selective_checkpoint_contexts, keep_products), "full": noop_context_fn}
-                x = checkpoint(block, x, cos, sin, layout, cache, use_reentrant=False, context_fn=kept[self.recompute])
+                keep = partial(create_selective_checkpoint_contexts, keep_products)
+                keep = keep if self.recompute == "selective" else noop_context_fn
+                x = checkpoint(block, x, cos, sin, layout, cache, use_reentrant=False, context_fn=keep)
         return self.ln_f(x)
 
 
@@ -281,11 +284,12 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     Half of the memory, for a twelfth of a forward pass more; full recomputation costs two thirds of one.
     """
     wide = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) and args[-1].size(1) > args[-1].size(0)
-    return CheckpointPolicy.MUST_SAVE if wide or "attention" in str(op) or "attn" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = wide or "attention" in str(op) or "attn" in str(op)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def cross_entropy_sum(h: Tensor, head: nn.Module, targets: Tensor, chunk: int = 4096) -> Tensor:
-    """Sum of the M token losses, in fp32. h (M, C), targets (M,). The logits of at most `chunk` rows exist at a time."""
+    """Sum of the M token losses, in fp32. h (M, C), targets (M,). Logits of at most `chunk` rows exist at a time."""
     def loss(h: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(h).float(), targets, reduction="sum")
     if targets.numel() <= chunk:
@@ -326,7 +330,8 @@ class LLaVAPhi(nn.Module):
         patches = self.projector(self.vision(images)).flatten(0, 1)                # (N * P, C)
         return x.index_copy(0, slots, patches.type_as(x))                          # (T, C)
 
-    def forward(self, ids: Tensor, lengths: Tensor, images: Tensor, slots: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, lengths: Tensor, images: Tensor, slots: Tensor, rows: Tensor,
+                targets: Tensor) -> Tensor:
         """Sum of the losses over the M supervised tokens, an fp32 scalar; the caller divides by its global count.
 
         ids (T,) packed, 0 at image positions; lengths (B,) on the CPU; images (N, 3, H, W) uint8; slots (N * P,);
@@ -345,10 +350,11 @@ class LLaVAPhi(nn.Module):
         return KVCache(self.config.llm, batch, slots, self.device, self.llm.wte.weight.dtype)
 
     def prefill(self, prompts: list[list[int]], images: list[Tensor], cache: KVCache) -> Tensor:
-        """Run what the cache lacks of each prompt; images[i] (N_i, 3, H, W) are prompt i's. -> next-token logits (B, V), fp32."""
+        """Run what the cache lacks of each prompt; images[i] (N_i, 3, H, W) are prompt i's. -> logits (B, V), fp32."""
         P = self.config.vision.n_patches
         new = [prompt[past:] for prompt, past in zip(prompts, cache.lengths)]
-        unseen = [pics[prompt[:past].count(IMAGE_ID) // P:] for prompt, pics, past in zip(prompts, images, cache.lengths)]
+        unseen = [pics[prompt[:past].count(IMAGE_ID) // P:]
+                  for prompt, pics, past in zip(prompts, images, cache.lengths)]
         ids = torch.tensor([i for row in new for i in row])                        # (T,)
         slots = (ids == IMAGE_ID).nonzero().flatten()                              # (N * P,)
         layout = Layout(torch.tensor([len(row) for row in new]), self.device, cache.lengths)
@@ -370,12 +376,12 @@ class LLaVAPhi(nn.Module):
         return logits
 
     def prefixes(self, prompts: list[list[int]], images: list[Tensor], memory: list[Prefix]) -> list[Prefix | None]:
-        """For each prompt the longest beginning that is computed already, in `memory` or here for several prompts at once.
+        """For each prompt the longest beginning that is computed, in `memory` or here for several prompts at once.
 
         Everything up to the end of the picture is the same for all questions about it: it runs once, then is copied.
         """
         found = [longest_prefix(prompt, pics, memory) for prompt, pics in zip(prompts, images)]
-        groups: dict[tuple, list[int]] = {}                                        # same picture, same ids up to its end
+        groups: dict[tuple, list[int]] = {}                                    # same picture, same ids up to its end
         for row, (prompt, pics) in enumerate(zip(prompts, images)):
             end = len(prompt) - prompt[::-1].index(IMAGE_ID) if IMAGE_ID in prompt else 0
             if len(prompt) > end > (len(found[row].ids) if found[row] else 0):
@@ -402,7 +408,7 @@ class LLaVAPhi(nn.Module):
         """
         limit, longest = self.config.llm.block_size, max(len(prompt) for prompt in prompts)
         if longest >= limit:
-            raise ValueError(f"the prompt takes {longest} of the model's {limit} positions and leaves none for an answer")
+            raise ValueError(f"the prompt takes {longest} of the model's {limit} positions, none is left for an answer")
         cache = self.new_cache(len(prompts), min(longest + max_new_tokens, limit))
         cache.restore(self.prefixes(prompts, images, memory or []))
         logits = self.prefill(prompts, images, cache)
@@ -444,7 +450,7 @@ def read_later(ids: Tensor) -> Callable[[], list[int]]:
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """logits (B, V) fp32 -> ids (B,). Greedy at temperature 0; else from the top_k best (0: all) within probability top_p."""
+    """logits (B, V) fp32 -> ids (B,). Temperature 0: the best; else from the top_k best (0: all) within top_p."""
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
@@ -458,7 +464,7 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
 
 
 def init_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """Fresh weights as Hugging Face's Phi starts (and with it LLaVA-Phi's projector): normal 0.02, biases 0, LayerNorm 1 and 0."""
+    """As Hugging Face's Phi starts (and with it LLaVA-Phi's projector): normal 0.02, biases 0, LayerNorm 1 and 0."""
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -466,7 +472,7 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.constant_(parameter, 1.0 if ".ln" in f".{name}" and name.endswith("weight") else 0.0)
 
 
-class LoRALinear(nn.Linear):        # y = W x + b + (alpha / r) B A x, with W and b frozen; starts as the plain layer, since B = 0
+class LoRALinear(nn.Linear):        # y = W x + b + (alpha / r) B A x, W and b frozen; B = 0 at first: the plain layer
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / r
@@ -521,12 +527,13 @@ class Int8Linear(nn.Linear):        # weights in 8 bits with a scale per output 
 
 
 def quantize_int8(model: LLaVAPhi) -> int:
-    """Turn the Linears of the decoder's blocks, its head, the tower and the projector into Int8Linears, in place. -> how many.
+    """Turn the Linears of the decoder, its head, the tower and the projector into Int8Linears, in place. -> how many.
 
     None is left out: no kind of layer, kept in fp32, takes more than a third off the error of the logits.
     On the meta device only the classes change; load_model then quantises each weight as it arrives.
     """
-    found = [(module, name, base) for module in model.modules() for name, base in module.named_children() if type(base) is nn.Linear]
+    found = [(module, name, base) for module in model.modules() for name, base in module.named_children()
+             if type(base) is nn.Linear]
     for module, name, base in found:
         setattr(module, name, Int8Linear(base))
         if not base.weight.is_meta:

@@ -31,12 +31,12 @@ class VisionConfig:                 # defaults: openai/clip-vit-large-patch14-33
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def n_used(self) -> int:        # 23: there are n_layer + 1 hidden states, and layers behind the one we read are not built
+    def n_used(self) -> int:        # 23: of n_layer + 1 hidden states; layers behind the one we read are not built
         return self.n_layer + 1 + self.feature_layer if self.feature_layer < 0 else self.feature_layer
 
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> fp32, bit-equal to CLIPImageProcessor: rescale to 0..1, subtract the mean, divide by the deviation."""
+    """uint8 (N, 3, H, W) -> fp32, bit-equal to CLIPImageProcessor: to 0..1, minus the mean, over the deviation."""
     mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
     return (images.float() / 255 - mean) / std
 
@@ -50,7 +50,8 @@ class Attention(nn.Module):         # every position sees every position
 
     def forward(self, x: Tensor) -> Tensor:
         N, S, D = x.shape
-        q, k, v = self.qkv(x).view(N, S, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)   # (N, nh, S, hs) each
+        qkv = self.qkv(x).view(N, S, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                       # (N, nh, S, hs) each
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(N, S, D))                                        # (N, S, D)
 
@@ -99,4 +100,4 @@ class VisionTower(nn.Module):
         x = self.ln_pre(x)
         for block in self.h:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
-        return x[:, 1:].clone()     # (N, P, D): the class token is dropped; a copy, because FSDP hooks into what is returned
+        return x[:, 1:].clone()     # (N, P, D), without the class token; a copy, since FSDP hooks into what is returned
