@@ -8,10 +8,12 @@ a pure function of (seed, step). Imports none of our files: sizes arrive as argu
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
 """
 import argparse
+import atexit
 import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -613,6 +615,14 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@atexit.register
+def end_workers() -> None:
+    """After an error or Ctrl-C Python would end them with SIGTERM, which they ignore, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def parallel(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
     """function(item) for every item, in order, in worker processes of one thread, at most one per core; 0: here."""
     workers = min(workers, os.cpu_count())
@@ -810,12 +820,19 @@ def main(argv: list[str] | None = None) -> int:
     flag("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
     flag("--show", type=int, default=20, help="how many samples to name of each kind")
     flag("--write-clean", type=Path, help="write the good records here, and the bad ones beside it")
+
+    def fail(message: str) -> None:                         # without the usage
+        raise ValueError(message)
+
+    parser.error = command.error = fail
     return check(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

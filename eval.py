@@ -1599,6 +1599,7 @@ def parse(argv: list[str] | None) -> Namespace:
         raise ValueError(f"--batch {args.batch} --limit {args.limit}: expected positive numbers")
     if args.dtype == "fp16":
         raise ValueError("--dtype fp16: Phi-2's attention overflows in fp16; use bf16 or fp32")
+    args.dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(args.dtype, args.dtype)
     if args.dtype not in (None, "fp32", "bf16"):
         raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
     return args
@@ -1637,7 +1638,7 @@ def generate_and_score(args: Namespace) -> None:
     tasks = [load_data(name, args) for name in chosen_tasks(args)]
     for data in tasks:
         check_images(data.first(args.limit))
-    usual = [folder for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")) if folder.is_dir()]
+    usual = [folder for folder in (Path("out/finetune"), Path("checkpoints/llava-phi")) if any(folder.glob("*model*"))]
     if not args.model and not usual:
         raise FileNotFoundError("no model: neither out/finetune nor checkpoints/llava-phi is there; train one, "
                                 "give --model DIR, or run `hf download zxmonent/llava-phi --local-dir "
@@ -1647,7 +1648,10 @@ def generate_and_score(args: Namespace) -> None:
     import torch
     import torch.distributed as dist
     from load_weights import load_config
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    here = ["cpu", *["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available()]
+    args.device = args.device or ("cuda" if "cuda" in here else "cpu")
+    if args.device.split(":")[0] not in here:
+        raise ValueError(f"--device {args.device}: expected one of {', '.join(here)}")
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
@@ -1702,6 +1706,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

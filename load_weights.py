@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -219,6 +220,11 @@ def tensor_files(folder: Path) -> list[Path]:
             if not (folder / shard).is_file():
                 raise ValueError(f"{folder / shard}: named in {index.name}, but not there: incomplete download?")
         return [folder / shard for shard in sorted(set(shards.values()))]
+    checkpoints = [folder / "checkpoint.json", *sorted(folder.glob("step_*/checkpoint.json"), reverse=True)]
+    for path in checkpoints:
+        if path.is_file():
+            raise ValueError(f"{folder}: a training run's checkpoint and no model yet; make one of it with: "
+                             f"python load_weights.py export --model {path.parent} --out DIR")
     raise ValueError(f"{folder}: holds no model.safetensors and no pytorch_model.bin, in one file or with an index")
 
 
@@ -934,11 +940,30 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         return save_model(out, {}, load_config(model), [model], dtype)
     manifest = read_json(model / "checkpoint.json")
     settings, sources = manifest["config"], [Path(source) for source in manifest["sources"]]
+    dtype = dtype or parse_dtype(settings["dtype"])
+    if settings["stage"] == "sft":
+        folder = read_folder(*sources, "a Phi-2 language model")
+        config = config_of(folder)
+        tensors = {name: tensor.to(dtype, copy=True) for name, tensor in read_all(folder.found, config)}
+        tensors |= {name: tensor.to(dtype) for name, tensor in trained(model, [folder], config, settings["lora_alpha"])}
+        return save_phi(out, tensors, config, *sources)
     config = load_config(*sources)
     dropout = config.llm.dropout if settings["dropout"] < 0 else settings["dropout"]
     config = replace(config, image_mode=settings["image_mode"], llm=replace(config.llm, dropout=dropout))
     tensors = trained(model, read_folders(sources), config, settings["lora_alpha"])
-    save_model(out, tensors, config, sources, dtype or parse_dtype(settings["dtype"]))
+    save_model(out, tensors, config, sources, dtype)
+
+
+def save_phi(out: Path, tensors: dict[str, Tensor], config: LLaVAConfig, source: Path) -> None:
+    """A plain Phi-2 folder, as transformers' PhiForCausalLM and `load_weights.py merge --llm` take it."""
+    shapes, dtypes = ({name: getattr(t, what) for name, t in tensors.items()} for what in ("shape", "dtype"))
+    with finished_folder(out) as made:
+        slots = lay_out(made, tensors, shapes, dtypes, {"language_model.": ""})
+        for name, tensor in tensors.items():
+            write_ours(slots, name, tensor)
+        eot = write_tokenizer(made, read_tokenizer(source), image=False)
+        write_json(made / "config.json", phi_json(config.llm, eot, dtype_name(dtypes["llm.wte.weight"])))
+        write_json(made / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
 
 
 def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
@@ -948,7 +973,9 @@ def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
 
     def load(name: str) -> Tensor:
         tensor = torch.empty(sizes[f"model.{name}"].size)
-        dcp.load({f"model.{name}": tensor}, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+        with warnings.catch_warnings():                     # about there being one process, which no_dist says
+            warnings.simplefilter("ignore")
+            dcp.load({f"model.{name}": tensor}, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
         return tensor
 
     names = [name.removeprefix("model.") for name in sizes if name.startswith("model.")]
@@ -1015,9 +1042,10 @@ def inspect(path: Path) -> None:
             line(part, f"{len(mine)} tensors, {count:,} parameters, {dtypes}, {sum(s.nbytes for s in mine) / 1e6:,.1f} MB")
         if mine and part == "llm":
             line("", next(text for mark, text in LAYOUTS if any(mark in s.name for s in mine)))
+    tokenizer = "llm" not in folder.parts
     if "llm" in folder.parts:
         try:
-            ids = token_ids(read_tokenizer(path))
+            ids = tokenizer = token_ids(read_tokenizer(path))
             where = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json and merges.txt"
             line("tokenizer", f"{where}: {len(ids):,} tokens, {EOT} is {ids[EOT]}")
         except ValueError as e:
@@ -1034,7 +1062,7 @@ def inspect(path: Path) -> None:
             line("ignored", f"{n} tensors: {reason}")
         needed = [name for name in blueprint(config) if name.split(".")[0] in folder.parts]
         check([folder], needed, config, limit=10 ** 6)
-        line("missing", "nothing")
+        line("missing", "nothing" if tokenizer else "a tokenizer")
         line("next", NEXT.get(folder.kind, "nothing").format(path))
     except (ValueError, OSError) as e:
         line("problem", e)
@@ -1066,6 +1094,12 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
     p.add_argument("--to", choices=("model", "parts"), default="model",
                    help="model: one folder, for transformers and vLLM too; parts: Phi, CLIP and mm_projector apart")
+
+    def fail(message: str) -> None:                         # without the usage
+        raise ValueError(message)
+
+    for p in (parser, *commands.choices.values()):
+        p.error = fail
     args = parser.parse_args(argv)
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, parse_dtype(args.dtype))
@@ -1082,6 +1116,8 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

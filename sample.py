@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -260,28 +261,33 @@ def choose(args: argparse.Namespace, config: LLaVAConfig) -> tuple[str, str]:
     """Device and dtype: what was asked for, else what is there and what fits."""
     if args.dtype in ("fp16", "float16"):
         raise ValueError("--dtype fp16: Phi-2's attention scores overflow in fp16; take bf16 or fp32")
-    if args.dtype not in (None, "fp32", "bf16"):
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(args.dtype, args.dtype)
+    if dtype not in (None, "fp32", "bf16"):
         raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
+    here = ["cpu", *["cuda"] * cuda, *["mps"] * mps]
+    if device.split(":")[0] not in here:
+        raise ValueError(f"--device {device}: expected one of {', '.join(here)}")
     if args.compile and not cuda:
         raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
     with torch.device("meta"):
         need = 4.4 * sum(p.numel() for p in LLaVAPhi(config).parameters())         # bytes, and a tenth for the rest
     fits = args.int8 or need < free_memory()
-    return device, args.dtype or ("fp32" if device == "cpu" and fits else "bf16")
+    return device, dtype or ("fp32" if device == "cpu" and fits else "bf16")
 
 
 def find_model(given: str | None) -> Path:
     usual = [Path("out/finetune"), Path("checkpoints/llava-phi")]
-    if found := [Path(given)] if given else [folder for folder in usual if folder.exists()]:
+    if found := [Path(given)] if given else [folder for folder in usual if any(folder.glob("*model*"))]:
         return found[0]
     raise ValueError("no model: neither out/finetune (made by train.py) nor checkpoints/llava-phi is here; "
                      "get the published one with `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     flag = argparse.BooleanOptionalAction
 
     def add(name: str, text: str, **kind) -> None:
@@ -307,7 +313,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--verbose", "time to first token, tokens per second, memory", action=flag, default=False)
     add("--bench", "measure the speed instead", action=flag, default=False)
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 0 or not 0 < args.top_p <= 1:
         fail("expected --max-new-tokens from 1, --temperature and --top-k from 0, --top-p above 0 and up to 1")
     if args.prompt is None and not args.bench and (len(args.image or []) > 1 or args.json):
         fail("a chat is in words and about one picture: --json and several pictures need --prompt")

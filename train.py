@@ -37,8 +37,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from data import Batch, Dataset, Loader, Step, load_tokenizer, steps_per_epoch
-from load_weights import (check, config_of, dtype_name, finished_folder, lay_out, load_config, load_into, phi_json,
-                          read_all, read_folder, read_tokenizer, save_model, write_json, write_ours, write_tokenizer)
+from load_weights import check, config_of, load_config, load_into, read_all, read_folder, save_model, save_phi
 from model import LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, init_weights, merge_lora
 
 PHI = "a Phi-2 language model"       # what load_weights calls such a folder
@@ -75,7 +74,7 @@ class TrainConfig:
     max_steps: int = flag(0, "stop after so many steps; 0: what the epochs give")
     lora_r: int = flag(0, "rank of low-rank adapters in the language model, which is then frozen itself; 0: none")
     lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_r, and merged when the model is saved")
-    lora_on: str = flag("attn,mlp", "which linear layers of each block get adapters", "attn,mlp", "attn", "mlp")
+    lora_on: str = flag("both", "which linear layers of each block get adapters", "both", "attn", "mlp")
     lr: float = flag(1e-3, "peak learning rate")
     projector_lr: float = flag(0.0, "the projector's own peak learning rate; 0: as --lr")
     vision_lr: float = flag(0.0, "the tower's own peak learning rate; 0: as --lr")
@@ -100,7 +99,7 @@ class TrainConfig:
                               "stop", "skip")
     log_every: int = flag(1, "steps between lines on the screen; metrics.jsonl has every step")
     val_every: int = flag(0, "steps between validations; 0: before and after only")
-    save_every: int = flag(0, "steps between checkpoints; 0: only when interrupted, and at the end")
+    save_every: int = flag(0, "steps between checkpoints; 0: only when interrupted")
     keep: int = flag(2, "checkpoints kept")
     stop_after: int = flag(0, "save and leave after this step, as if interrupted; 0: no")
     resume: str = flag("auto", "auto: go on from the newest checkpoint in --out; never; or a checkpoint folder")
@@ -119,7 +118,9 @@ HARMLESS = {        # fields that may differ between a checkpoint and the run th
     "out", "val_data", "val_every", "save_every", "keep", "resume", "workers", "micro_tokens", "recompute", "compile",
     "stop_after", "data", "images", "follow_links", "log_every",
 }
-LEAST = {"global_batch": 1, "micro_tokens": 1, "max_length": 1, "log_every": 1, "keep": 1, "dropout": -1}    # others: 0
+LEAST = {"global_batch": 1, "micro_tokens": 1, "max_length": 1, "log_every": 1, "keep": 1, "gpus": 1, "gpu_memory": 1,
+         "eps": 1e-30, "dropout": -1}                                   # others: 0
+MOST = {"warmup": 1, "dropout": 0.99, "beta1": 0.9999, "beta2": 0.9999999, "seed": 2 ** 63 - 1}
 
 
 def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
@@ -135,18 +136,25 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
                {"type": f.type, "choices": f.metadata["choices"]}
         name = "--" + f.name.replace("_", "-")
         parser.add_argument(name, default=default, help=f"{f.metadata['help']} (default: {default!r})", **kind)
+    parser.error = lambda message: sys.exit(print(f"error: {message}", file=sys.stderr) or 2)       # without the usage
     parser.add_argument("--plot", nargs="+", type=Path, metavar="OUT",
                         help="no training: draw these runs' curves into loss.html")
-    parser.add_argument("--plan", action="store_true",
+    parser.add_argument("--plan", action=argparse.BooleanOptionalAction, default=False,
                         help="no training, no weights: print memory, speed and traffic to expect")
     parser.add_argument("--gpus", type=int, default=8, help="for --plan (default: 8)")
     parser.add_argument("--gpu-memory", type=float, default=80, help="for --plan, GB each (default: 80)")
     args = vars(parser.parse_args(argv))
-    action = {name: args.pop(name) for name in ("plot", "plan", "gpus", "gpu_memory")}
     for name, value in args.items():
-        if not isinstance(value, (bool, str)) and not LEAST.get(name, 0) <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {LEAST.get(name, 0)} or more")
+        least, most = LEAST.get(name, 0), MOST.get(name, sys.float_info.max)
+        if isinstance(value, (int, float)) and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more"
+                             + f", {most} at most" * (name in MOST))
+    action = {name: args.pop(name) for name in ("plot", "plan", "gpus", "gpu_memory")}
     cfg = TrainConfig(**args)
+    for name in ("llm", "vision") if cfg.model else ():
+        if getattr(cfg, name) != STAGES[stage].get(name, ""):
+            raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
+                             "new model is made from --llm and --vision")
     if cfg.dtype == "float16":
         raise ValueError("--dtype float16: Phi-2's attention scores overflow and give NaN; use bfloat16 or float32")
     if cfg.compile and cfg.recompute == "selective":
@@ -158,12 +166,21 @@ def parse_args(argv: list[str] | None) -> tuple[TrainConfig, dict]:
 
 def folders(cfg: TrainConfig) -> list[Path]:
     """What the run starts from."""
-    return [Path(folder) for folder in ([cfg.model] if cfg.model else [cfg.llm, cfg.vision]) if folder]
+    found = [Path(folder) for folder in ([cfg.model] if cfg.model else [cfg.llm, cfg.vision]) if folder]
+    if Path(cfg.out).resolve() in [folder.resolve() for folder in found]:
+        raise ValueError(f"--out {cfg.out} is what the run starts from; choose another folder")
+    return found
 
 
 def read_config(cfg: TrainConfig) -> LLaVAConfig:
     """As the folders say, but for --image-mode and --dropout."""
-    config = config_of(read_folder(Path(cfg.llm), PHI)) if cfg.stage == "sft" else load_config(*folders(cfg))
+    if cfg.stage == "sft":
+        folder = read_folder(*folders(cfg), PHI)
+        if folder.kind != PHI:
+            raise ValueError(f"--llm {cfg.llm}: this looks like {folder.kind}, expected {PHI}")
+        config = config_of(folder)
+    else:
+        config = load_config(*folders(cfg))
     dropout = config.llm.dropout if cfg.dropout < 0 else cfg.dropout
     return dataclasses.replace(config, image_mode=cfg.image_mode, llm=dataclasses.replace(config.llm, dropout=dropout))
 
@@ -211,7 +228,8 @@ def skeleton(cfg: TrainConfig, config: LLaVAConfig) -> LLaVAPhi:
     with torch.device("meta"):
         model = (PhiAlone if cfg.stage == "sft" else LLaVAPhi)(config)
         if cfg.lora_r:
-            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha, tuple(cfg.lora_on.split(",")))
+            on = ("attn", "mlp") if cfg.lora_on == "both" else (cfg.lora_on,)
+            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha, on)
     parts = dict(model.named_children())
     wanted, frozen = ([name.strip() for name in text.split(",") if name.strip()] for text in (cfg.train, cfg.freeze))
     for name in wanted + frozen:
@@ -385,7 +403,8 @@ def save_checkpoint(state: State) -> Path:
     except (OSError, CheckpointException) as e:             # dcp, too, fails on all processes when it fails on one
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint of step {state.step} not written: {e}") from None
+        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        raise OSError(f"checkpoint of step {state.step} not written: {cause}") from None
     return final
 
 
@@ -417,10 +436,13 @@ def on_process_0(work: Callable):
 
 
 def write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as f:
+    """All of it or nothing, whatever happens meanwhile."""
+    part = path.with_name(f".writing_{path.name}")
+    with open(part, "w") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+    part.replace(path)
 
 
 def sync_folder(path: Path) -> None:
@@ -473,9 +495,6 @@ def check_same(then: dict, now: dict, harmless: set[str], problem: str) -> None:
 def load_checkpoint(path: Path, state: State) -> None:
     """Restore weights, moments and step, whatever number of processes wrote them."""
     manifest = json.loads((path / "checkpoint.json").read_text())
-    then, now = manifest["config"], dataclasses.asdict(state.cfg)
-    check_same(then | {"data checksum": manifest["data"]}, now | {"data checksum": state.data}, HARMLESS,
-               f"{path} was made with other settings; give the same ones, or --resume never and another --out")
     dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(path)))
     state.step, state.updates = manifest["step"], manifest["updates"]
     for moments in state.optimizer.state.values():
@@ -492,18 +511,6 @@ def save_final(cfg: TrainConfig, config: LLaVAConfig, model: LLaVAPhi) -> None:
     tensors = merge_lora(tensors, cfg.lora_alpha)
     on_process_0(lambda: save_phi(Path(cfg.out), tensors, config, Path(cfg.llm)) if cfg.stage == "sft" else
                  save_model(Path(cfg.out), tensors, config, folders(cfg)))
-
-
-def save_phi(out: Path, tensors: dict[str, Tensor], config: LLaVAConfig, source: Path) -> None:
-    """A plain Phi-2 folder, as transformers' PhiForCausalLM and `load_weights.py merge --llm` take it."""
-    shapes, dtypes = ({name: getattr(t, what) for name, t in tensors.items()} for what in ("shape", "dtype"))
-    with finished_folder(out) as made:
-        slots = lay_out(made, tensors, shapes, dtypes, {"language_model.": ""})
-        for name, tensor in tensors.items():
-            write_ours(slots, name, tensor)
-        eot = write_tokenizer(made, read_tokenizer(source), image=False)
-        write_json(made / "config.json", phi_json(config.llm, eot, dtype_name(dtypes["llm.wte.weight"])))
-        write_json(made / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
 
 # ---------------------------------------------------------------------------------------------------
 # What is printed and logged
@@ -661,9 +668,7 @@ class Metrics:
             if dist.get_rank() or not path.exists():
                 continue
             kept = [r for r in read_lines(path) if done and r["step"] < done + ("val_loss" in r)]
-            temporary = path.with_suffix(".new")
-            write_durably(temporary, "".join(json.dumps(r) + "\n" for r in kept))
-            temporary.replace(path)
+            write_durably(path, "".join(json.dumps(r) + "\n" for r in kept))
 
     def add(self, record: dict, path: Path | None = None) -> None:
         if dist.get_rank() == 0:
@@ -684,7 +689,7 @@ def plot(runs: list[Path], to: Path) -> None:
     for run in runs:
         if not (run / "metrics.jsonl").is_file():
             raise FileNotFoundError(f"{run / 'metrics.jsonl'}: not there; --plot takes the --out folders of runs")
-        steps = [r for r in read_lines(run / "metrics.jsonl") if "loss" in r and not r["skipped"]]
+        steps = [r for r in read_lines(run / "metrics.jsonl") if "loss" in r and not r.get("skipped")]
         curves[str(run)] = [(r["step"] + 1, r["loss"]) for r in steps]
     style = "body{font:15px sans-serif;max-width:860px;margin:2em auto}"
     page = f"<!doctype html><meta charset=utf-8><title>loss</title><style>{style}</style><h1>Training loss</h1>"
@@ -813,21 +818,31 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
 
 
 def open_data(cfg: TrainConfig, config: LLaVAConfig, path: str) -> Dataset:
+    if cfg.stage != "sft" and not Path(cfg.images).is_dir():
+        raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
                    config.vision.image_size, cfg.image_mode, config.vision.n_patches,
                    min(cfg.max_length, config.llm.block_size), on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out),
                    follow_links=cfg.follow_links)
 
 
-def prepare_out(cfg: TrainConfig) -> Path | None:
-    """Make --out ready; -> the checkpoint to go on from. ValueError: a folder that holds something else."""
+def prepare_out(cfg: TrainConfig, checksum: str) -> Path | None:
+    """Make --out ready for a run on data of this checksum; -> the checkpoint to go on from.
+
+    ValueError, before anything is changed: a folder that holds something else, a checkpoint of another run.
+    """
     out, checkpoint = Path(cfg.out), on_process_0(lambda: find_checkpoint(cfg))
 
     def prepare() -> None:
+        if checkpoint:
+            manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+            check_same(manifest["config"] | {"data checksum": manifest["data"]},
+                       dataclasses.asdict(cfg) | {"data checksum": checksum}, HARMLESS,
+                       f"{checkpoint} was made with other settings; give the same, or --resume never and another --out")
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (out / "config.json").exists():
+        if not settings(out) and any(not path.name.startswith(".writing_") for path in out.iterdir()):
             raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new folder")
-        afresh = () if checkpoint else ("step_*", "*.safetensors*", "bad_samples.jsonl")
+        afresh = () if checkpoint else ("step_[0-9]*", "model*.safetensors*", "bad_samples.jsonl")
         for old in [path for pattern in (".writing_*", *afresh) for path in out.glob(pattern)]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_durably(out / "config.json", json.dumps({"training": dataclasses.asdict(cfg)}, indent=2) + "\n")
@@ -835,13 +850,22 @@ def prepare_out(cfg: TrainConfig) -> Path | None:
     return checkpoint
 
 
+def settings(out: Path) -> dict:
+    """The config.json of a run's folder; {} where there is none, or another program's."""
+    path = out / "config.json"
+    try:
+        saved = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise ValueError(f"{path}: not json; delete it to go on from the newest checkpoint beside it") from None
+    return saved if "training" in saved else {}
+
+
 def finished(cfg: TrainConfig) -> bool:
     """True if --out holds the model of a finished run with these settings; ValueError if its settings were others."""
-    path = Path(cfg.out) / "config.json"
-    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved = settings(Path(cfg.out))
     if cfg.resume != "auto" or "model_type" not in saved:
         return False
-    check_same(saved.get("training", {}), dataclasses.asdict(cfg), HARMLESS - {"data"},
+    check_same(saved["training"], dataclasses.asdict(cfg), HARMLESS - {"data"},
                f"--out {cfg.out} holds a finished model made with other settings; choose another --out, "
                "or --resume never to train afresh over it")
     return True
@@ -855,7 +879,7 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     asked = watch_signals()
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
-    checkpoint = prepare_out(cfg)
+    checkpoint = prepare_out(cfg, data.checksum)
     log0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
     for text in (data, held_out) if cfg.stage == "sft" else ():
         if text and text.index.image.any():
@@ -868,8 +892,15 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     steps = min(steps, cfg.max_steps or steps)
     log0(f"{steps:,} steps of {cfg.global_batch} samples, the first {math.ceil(cfg.warmup * steps):,} warming up"
          + (f"; going on from {checkpoint}" if checkpoint else ""))
+    need, free = sum(p.numel() for p in model.parameters()) * DTYPES[cfg.dtype].itemsize, shutil.disk_usage(out).free
+    if need > free:
+        raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
     if train(state, data, held_out, steps, asked, device):
-        save_final(cfg, config, model)
+        try:
+            save_final(cfg, config, model)
+        except OSError as e:
+            path = save_checkpoint(state)
+            raise OSError(f"the model was not written ({e}); {path} has it: make room, then run this again") from None
         log0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
     else:
         log0(f"stopped after step {state.step}; the same command goes on from there")
@@ -920,9 +951,11 @@ def train(state: State, data: Dataset, held_out: Dataset | None, steps: int, ask
             break
         if cfg.val_every and state.step % cfg.val_every == 0:
             measure()
+            last = time.perf_counter()
         stop = stop or state.step == cfg.stop_after
         if stop or cfg.save_every and state.step % cfg.save_every == 0:
             try_to_save(state)
+            last = time.perf_counter()
         if stop:
             return False
     measure()
@@ -948,6 +981,8 @@ if __name__ == "__main__":
     code = 0
     try:
         main()
+    except KeyboardInterrupt:
+        code = 130
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2

@@ -731,3 +731,10 @@ def test_the_check_without_a_tokenizer_and_with_mistaken_flags(tmp_path, monkeyp
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: no data at absent") and done.stderr.count("\n") == 1
     assert json.loads(path.read_text())
+
+
+def test_an_error_outside_the_workers_ends_the_process():
+    """Protects against a hang at exit: workers ignore the signal that Python sends them then."""
+    code = "import data\nx = data.parallel(abs, iter(int, 1), 2)\nnext(x)\nraise KeyboardInterrupt"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode != 0 and ended.stderr.strip().endswith("KeyboardInterrupt")

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from conftest import ROOT
 from data import Batch, Step
-from load_weights import load_model, main as load_weights
+from load_weights import load_model, main as load_weights, read_folder
 from model import Layout, LLaVAConfig, PhiConfig
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -227,6 +227,8 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(data, tmp_path):
     """The paper's first step: the language model alone, on text, by the same loop; stopped and resumed on the way."""
     text = some_of(data, tmp_path / "text.json", image=False)
     train.main(arguments(tmp_path / "phi", text, "--save-every", "1", "--stop-after", "2", stage="sft"))
+    load_weights(["export", "--model", str(tmp_path / "phi" / "step_000002"), "--out", str(tmp_path / "early")])
+    assert read_folder(tmp_path / "early").kind == train.PHI
     train.main(arguments(tmp_path / "phi", text, stage="sft"))
     steps = metrics(tmp_path / "phi")
     assert [m["lr"] for m in steps] == pytest.approx([0, 1e-3, 2e-3 / 3, 1e-3 / 3])
@@ -241,7 +243,7 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(data, tmp_path):
         train.main(arguments(tmp_path / "no", data, stage="sft"))
 
 
-@pytest.mark.parametrize("on, moved", [("attn,mlp", {"mlp.fc1", "self_attn.q_proj"}), ("attn", {"self_attn.q_proj"})])
+@pytest.mark.parametrize("on, moved", [("both", {"mlp.fc1", "self_attn.q_proj"}), ("attn", {"self_attn.q_proj"})])
 def test_adapters_learn_and_are_merged_into_what_they_sit_on(on, moved, data, tmp_path):
     more = ["--lora-r", "2", "--lora-on", on, "--freeze", "vision", "--max-steps", "4"]
     train.main(arguments(tmp_path / "out", data, *more))
@@ -586,11 +588,53 @@ def test_a_users_mistake_ends_with_one_line_and_exit_code_2(args, words, tmp_pat
     (["--stage", "sft", "--model", "tests"], "give --llm"),
     (["--global-batch", "0"], "--global-batch 0: expected 1 or more"),
     (["--lr", "nan"], "--lr nan: expected 0 or more"),
+    (["--dropout", "2"], "--dropout 2.0: expected -1 or more, 0.99 at most"),
+    (["--plan", "--gpus", "0"], "--gpus 0: expected 1 or more"),
+    (["--stage", "finetune", "--llm", "demo/phi"], "has one already"),
+    (["--stage", "sft", "--llm", str(GOLDEN / "tiny-llava-phi")], "looks like a LLaVA-Phi model"),
 ])
 def test_flags_that_make_no_sense_are_refused(args, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         train.main([*args, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_are_not_this_runs_stay_as_they_are(data, tmp_path):
+    """Protects other people's files, the model a run starts from, and a finished model whose run is asked for more."""
+    def contents() -> dict:
+        return {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "config.json").write_text('{"port": 80}')
+    (tmp_path / "app" / "precious.safetensors").write_bytes(b"x")
+    train.main(arguments(tmp_path / "run", data, "--max-steps", "3", "--save-every", "2"))
+    before, checkpoint = contents(), str(tmp_path / "run" / "step_000002")
+    for out, more, words in (("app", ["--resume", "never"], "not a training run's"),
+                             ("run", ["--model", str(tmp_path / "run"), "--resume", "never"], "starts from"),
+                             ("run", ["--max-steps", "3", "--resume", checkpoint, "--lr", "1"], "lr: 0.001 then, 1.0 now"),
+                             ("new", ["--images", "nowhere"], "no image folder at nowhere")):
+        with pytest.raises((ValueError, OSError), match=words):
+            train.main(arguments(tmp_path / out, data, *more))
+        assert contents() == before
+
+
+def test_a_disk_full_at_the_very_end_leaves_a_checkpoint(data, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_model", full)
+        with pytest.raises(OSError, match="No space left.*step_000002 has it"):
+            train.main(arguments(tmp_path / "out", data, "--max-steps", "2"))
+    train.main(arguments(tmp_path / "out", data, "--max-steps", "2"))
+    train.main(arguments(tmp_path / "whole", data, "--max-steps", "2"))
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_run_without_a_model_says_how_to_make_one(data, tmp_path):
+    train.main(arguments(tmp_path / "out", data, "--stop-after", "1"))
+    for folder in (tmp_path / "out", tmp_path / "out" / "step_000001"):
+        with pytest.raises(ValueError, match="export --model .*step_000001"):
+            load_model(folder)
 
 
 def test_a_foreign_folder_is_not_written_into(data, tmp_path):
