@@ -673,7 +673,7 @@ def test_export_of_a_training_checkpoint(lora, tmp_path, model):
     step = tmp_path / "step_000007"
     dcp.save(weights | {"exp_avg.projector.fc.bias": torch.zeros(40)}, no_dist=True,
              storage_writer=HuggingFaceStorageWriter(str(step), save_distributed=True))
-    settings = {"dropout": 0.2, "image_mode": "crop", "dtype": "float32", "lora_alpha": 8.0}
+    settings = {"dropout": 0.2, "image_mode": "crop", "dtype": "float32", "stage": "finetune", "lora_alpha": 8.0}
     (step / "checkpoint.json").write_text(json.dumps({"config": settings, "sources": [str(LLAVA)]}))
     export(step, tmp_path / "out", None)
     there, old = load_model(tmp_path / "out"), dict(model.named_parameters())
