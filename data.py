@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -99,6 +99,8 @@ def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str
             image = upright(image).convert("RGB")
     except FileNotFoundError as e:
         raise FileNotFoundError(f"image missing: {name}") from e
+    except UnidentifiedImageError:
+        raise ValueError(f"image unreadable: {name}: not a {', '.join(FORMATS)} file, or cut short") from None
     except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
         raise ValueError(f"image unreadable: {name}: {e}") from e
     if pixels > MAX_PIXELS:
