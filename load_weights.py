@@ -20,7 +20,8 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -37,12 +38,10 @@ from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 # ---------------------------------------------------------------------------------------------------
 # Names
 
-SAVED = {       # ours -> as saved, in transformers' names. {} is the layer; /q is the first third of a matrix's rows
+SAVED = {       # ours -> as saved, in transformers' names. {} is the layer; * is q, k, v: our matrix's rows in thirds
     "llm.wte": "model.embed_tokens",
     "llm.h.{}.ln": "model.layers.{}.input_layernorm",
-    "llm.h.{}.attn.qkv/q": "model.layers.{}.self_attn.q_proj",
-    "llm.h.{}.attn.qkv/k": "model.layers.{}.self_attn.k_proj",
-    "llm.h.{}.attn.qkv/v": "model.layers.{}.self_attn.v_proj",
+    "llm.h.{}.attn.qkv": "model.layers.{}.self_attn.*_proj",
     "llm.h.{}.attn.proj": "model.layers.{}.self_attn.dense",
     "llm.h.{}.mlp.fc": "model.layers.{}.mlp.fc1",
     "llm.h.{}.mlp.proj": "model.layers.{}.mlp.fc2",
@@ -53,9 +52,7 @@ SAVED = {       # ours -> as saved, in transformers' names. {} is the layer; /q 
     "vision.pos": "embeddings.position_embedding.weight",
     "vision.ln_pre": "pre_layrnorm",                                # [sic]
     "vision.h.{}.ln_1": "encoder.layers.{}.layer_norm1",
-    "vision.h.{}.attn.qkv/q": "encoder.layers.{}.self_attn.q_proj",
-    "vision.h.{}.attn.qkv/k": "encoder.layers.{}.self_attn.k_proj",
-    "vision.h.{}.attn.qkv/v": "encoder.layers.{}.self_attn.v_proj",
+    "vision.h.{}.attn.qkv": "encoder.layers.{}.self_attn.*_proj",
     "vision.h.{}.attn.proj": "encoder.layers.{}.self_attn.out_proj",
     "vision.h.{}.ln_2": "encoder.layers.{}.layer_norm2",
     "vision.h.{}.mlp.fc": "encoder.layers.{}.mlp.fc1",
@@ -85,7 +82,7 @@ BEGINNINGS = (  # how a tensor's name may begin, the part it is of, what stands 
     (r"language_model\.|(?=model\.|lm_head\.|transformer\.)", "llm", ""),
 )
 PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
-PLACES = {(ours.split(".")[0], theirs): ours for ours, theirs in [*SAVED.items(), *((o, t) for t, o in OTHER.items())]}
+PLACES = {(ours.split(".")[0], theirs): ours for theirs, ours in [*OTHER.items(), *((t, o) for o, t in SAVED.items())]}
 DROPPED = (     # tensors of published files that are left out on purpose
     (r".*rotary_emb", "rotary angles are computed in every forward"),
     (r".*position_ids", "0, 1, 2, ..."),
@@ -98,8 +95,8 @@ def to_saved(name: str) -> list[str]:
     """Our name -> the saved names: one, or those of q, k and v, whose rows follow each other in our tensor."""
     layer = re.search(r"\.(\d+)\.|$", name)[1]
     stem, leaf = re.fullmatch(r"(.*?)(\.weight|\.bias|)", re.sub(r"\.\d+\.", ".{}.", name)).groups()
-    pieces = [stem] if stem in SAVED else [f"{stem}/{piece}" for piece in "qkv"]
-    return [PREFIX[name.split(".")[0]] + SAVED[piece].format(layer) + leaf for piece in pieces]
+    saved = PREFIX[name.split(".")[0]] + SAVED[stem].format(layer) + leaf
+    return [saved.replace("*", piece) for piece in "qkv"] if "*" in saved else [saved]
 
 
 def to_ours(name: str) -> tuple[str, str] | None:
@@ -107,22 +104,21 @@ def to_ours(name: str) -> tuple[str, str] | None:
     for beginning, part, stand_in in BEGINNINGS:
         if match := re.match(beginning, name):
             rest = stand_in + name[match.end():]
-            layer = re.search(r"\.(\d+)\.|$", rest)[1]
-            stem = re.sub(r"\.\d+\.", ".{}.", rest, count=1)
+            layer, third = (re.search(mark + "|$", rest)[1] for mark in (r"\.(\d+)\.", r"\.([qkv])_proj\."))
+            stem = re.sub(r"\.[qkv]_proj\.", ".*_proj.", re.sub(r"\.\d+\.", ".{}.", rest, count=1))
             for theirs, dot, leaf in ((stem, "", ""), stem.rpartition(".")):
                 if ours := PLACES.get((part, theirs)):
-                    ours, _, piece = ours.partition("/")
-                    return ours.format(int(layer or 0)) + dot + leaf, piece
+                    ours, _, packing = ours.partition("/")
+                    return ours.format(int(layer or 0)) + dot + leaf, third or packing
             return None
     return None
 
 
 def unroll(names: Iterable[str]) -> dict[str, str]:
     """The oldest layout is one list, from embedding (0) to head (last): -> what phi-msft calls the same tensors."""
-    numbers = {name: int(m[1]) for name in names if (m := re.match(r"layers\.(\d+)\.", name))}
-    last = max(numbers.values(), default=0)
-    ends = {0: "transformer.embd", last: "lm_head"}
-    return {name: ends.get(n, f"transformer.h.{n - 1}") + name.removeprefix(f"layers.{n}") for name, n in numbers.items()}
+    places = {name: int(m[1]) for name in names if (m := re.match(r"layers\.(\d+)\.", name))}
+    ends = {0: "transformer.embd", max(places.values(), default=0): "lm_head"}
+    return {name: ends.get(i, f"transformer.h.{i - 1}") + name[len(f"layers.{i}"):] for name, i in places.items()}
 
 
 def meta_model(config: LLaVAConfig) -> LLaVAPhi:
@@ -144,6 +140,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 HEADER_LIMIT = 2_000_000                    # bytes of a table of tensors; the whole model's has 90 thousand
 JSON_LIMIT = 20_000_000                     # bytes; Phi-2's tokenizer.json has two million
 SHARD_BYTES = 5_000_000_000
+EXPECTED_DTYPES = "expected bfloat16 or float32; Phi-2's attention scores overflow in fp16"
 
 
 class Stored(NamedTuple):                   # where a tensor's bytes lie, to be read or to be written
@@ -158,39 +155,37 @@ class Stored(NamedTuple):                   # where a tensor's bytes lie, to be 
         return prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass
-class Folder:                               # what a folder holds
+class Folder(NamedTuple):                   # what a folder holds
     path: Path
     found: dict[str, dict[str, Stored]]     # our name -> piece -> tensor
     dropped: dict[str, str]                 # its name there -> why it is left out
     unexpected: list[Stored]                # we have no place for these
 
     @property
-    def parts(self) -> set[str]:
-        return {name.split(".")[0] for name in self.found}
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for part in PREFIX if any(name.startswith(part + ".") for name in self.found))
 
     @property
     def kind(self) -> str:
         others = ", ".join(stored.name for stored in self.unexpected[:3])
-        return KINDS.get(frozenset(self.parts), f"a folder of other tensors ({others}, ...)")
+        return KINDS.get(self.parts, f"a folder of other tensors ({others}, ...)")
 
 
-KINDS = {
-    frozenset({"llm"}): "a Phi-2 language model",
-    frozenset({"vision"}): "a CLIP vision tower",
-    frozenset({"llm", "vision"}): "a LLaVA-Phi model without projector",
-    frozenset({"llm", "vision", "projector"}): "a LLaVA-Phi model",
-}
+PHI, CLIP, LLAVA = "a Phi-2 language model", "a CLIP vision tower", "a LLaVA-Phi model"
+KINDS = {("llm",): PHI, ("vision",): CLIP, ("llm", "vision", "projector"): LLAVA,
+         ("llm", "vision"): "a LLaVA-Phi model without projector"}
 HINTS = {
-    "a Phi-2 language model": "get it with: hf download microsoft/phi-2 --local-dir {}",
-    "a CLIP vision tower": "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {}",
-    "a LLaVA-Phi model": "train one (python train.py --stage pretrain) or get the published one with: "
-                         "hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi",
+    PHI: "get it with: hf download microsoft/phi-2 --local-dir {}",
+    CLIP: "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {}",
+    LLAVA: "train one (python train.py --stage pretrain) or get the published one with: "
+           "hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi",
 }
 
 
 def read_json(path: Path) -> dict:
     """A json object from a file that somebody else wrote. ValueError names the file and what it looks like instead."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; it belongs to the download")
     if path.stat().st_size > JSON_LIMIT:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a json file of a model folder")
     data = path.read_bytes()
@@ -220,8 +215,7 @@ def tensor_files(folder: Path) -> list[Path]:
             if not (folder / shard).is_file():
                 raise ValueError(f"{folder / shard}: named in {index.name}, but not there: incomplete download?")
         return [folder / shard for shard in sorted(set(shards.values()))]
-    checkpoints = [folder / "checkpoint.json", *sorted(folder.glob("step_*/checkpoint.json"), reverse=True)]
-    for path in checkpoints:
+    for path in [folder / "checkpoint.json", *sorted(folder.glob("step_*/checkpoint.json"), reverse=True)]:
         if path.is_file():
             raise ValueError(f"{folder}: a training run's checkpoint and no model yet; make one of it with: "
                              f"python load_weights.py export --model {path.parent} --out DIR")
@@ -297,7 +291,7 @@ def read_bin(path: Path) -> dict[str, Stored]:
     return stored
 
 
-def read_folder(folder: Path, expected: str = "a LLaVA-Phi model") -> Folder:
+def read_folder(folder: Path, expected: str = LLAVA) -> Folder:
     """What lies in a folder, without reading a tensor. `expected`: what the messages say was wanted."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; " + HINTS[expected].format(folder))
@@ -323,37 +317,26 @@ def read_folder(folder: Path, expected: str = "a LLaVA-Phi model") -> Folder:
     return result
 
 
-def fill(memory: Tensor, stored: Stored) -> None:
-    view = memoryview(memory.numpy())
-    with open(stored.path, "rb", buffering=0) as file:
-        file.seek(stored.offset)
-        while len(view):                    # one call reads 2 GB at most
-            n = file.readinto(view)
-            if not n:
-                raise ValueError(f"{stored.path}: ends in the middle of a tensor: incomplete download?")
-            view = view[n:]
-
-
-def read_ahead(stored: Stored) -> None:
-    if hasattr(os, "posix_fadvise"):
-        with open(stored.path, "rb") as file:
-            os.posix_fadvise(file.fileno(), stored.offset, stored.nbytes, os.POSIX_FADV_WILLNEED)
-
-
 def in_order(pieces: dict[str, Stored]) -> list[Stored]:
     return [pieces[piece] for piece in "qkv"] if "q" in pieces else list(pieces.values())
 
 
-def read(pieces: dict[str, Stored], n_head: int, memory: Tensor) -> Tensor:
+def read(name: str, pieces: dict[str, Stored], config: LLaVAConfig, memory: Tensor | None = None) -> Tensor:
     """One of our tensors from its pieces in the files. It lies in `memory` (bytes), until that is used again."""
-    end = 0
+    if memory is None:
+        memory = torch.empty(sum(stored.nbytes for stored in pieces.values()), dtype=torch.uint8)
+    view, end = memoryview(memory.numpy()), 0
     for stored in in_order(pieces):         # q, k and v follow each other, as their rows do in our matrix
         start, end = end, end + stored.nbytes
-        fill(memory[start:end], stored)
+        with open(stored.path, "rb") as file:
+            file.seek(stored.offset)
+            if file.readinto(view[start:end]) != stored.nbytes:
+                raise ValueError(f"{stored.path}: ends in the middle of a tensor: incomplete download?")
     x = memory[:end].view(stored.dtype)
     x = x.view(stored.shape) if len(pieces) == 1 else x.view(-1, *stored.shape[1:])
-    if "heads" in pieces:
-        x = x.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)      # (head, 3, size) -> (3, head, size) rows
+    if "heads" in pieces:                   # (head, 3, size) -> (3, head, size) rows
+        n_head = config.llm.n_head if name.startswith("llm") else config.vision.n_head
+        x = x.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
     return x
 
 # ---------------------------------------------------------------------------------------------------
@@ -409,7 +392,8 @@ def expect(path: Path, what: str, found: object, *known: object) -> None:
 
 def phi_config(c: dict, path: Path) -> PhiConfig:
     rope = inner(c, "rope_parameters", {}, path)                    # transformers 5
-    values = numbers({**c, **rope}, PHI_KEYS, path)
+    values = numbers(c | rope, PHI_KEYS | ROTARY_KEYS, path)
+    rotary_dim, rotary_factor = values.pop("dim"), values.pop("factor")
     if values["n_inner"] is None:
         values["n_inner"] = 8192 if "hidden_size" in c else 4 * values["n_embd"]
     expect(path, "rope_scaling", c.get("rope_scaling"), None)
@@ -422,9 +406,7 @@ def phi_config(c: dict, path: Path) -> PhiConfig:
     expect(path, "the number of key and value heads", kv_heads, None, values["n_head"])
     if values["n_embd"] % values["n_head"]:
         raise ValueError(f"{path}: hidden_size {values['n_embd']} is not a multiple of {values['n_head']} heads")
-    size, rotary = values["n_embd"] // values["n_head"], numbers({**c, **rope}, ROTARY_KEYS, path)
-    rotary_dim = rotary["dim"] or int(size * rotary["factor"])
-    return PhiConfig(**values, rotary_dim=rotary_dim)
+    return PhiConfig(**values, rotary_dim=rotary_dim or int(values["n_embd"] // values["n_head"] * rotary_factor))
 
 
 def vision_config(c: dict, feature_layer: object, path: Path) -> VisionConfig:
@@ -443,33 +425,28 @@ def image_mode(c: dict, folder: Path) -> str:
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             processor = read_json(folder / name)
-            if (processor.get("image_processor") or processor).get("do_pad"):
+            if inner(processor, "image_processor", processor, folder / name).get("do_pad"):
                 return "pad"
     return "crop"
 
 
-def read_folders(folders: Iterable[Path]) -> list[Folder]:
+def read_folders(paths: Iterable[Path]) -> list[Folder]:
     """One LLaVA-like folder, or a Phi folder and a CLIP folder, in this order. ValueError: they are something else."""
-    folders = [Path(folder) for folder in folders]
-    wanted = ["a Phi-2 language model", "a CLIP vision tower"] if len(folders) == 2 else ["a LLaVA-Phi model"]
-    assert len(folders) == len(wanted), f"one folder or two, not {len(folders)}"
-    result = []
-    for path, kind in zip(folders, wanted):
-        folder = read_folder(path, kind)
-        if folder.kind != kind:
-            raise ValueError(f"{path}: this looks like {folder.kind}, expected {kind}; {HINTS[kind].format(path)}")
-        result.append(folder)
-    return result
+    paths = [Path(path) for path in paths]
+    folders = []
+    for path, kind in zip(paths, [PHI, CLIP] if len(paths) == 2 else [LLAVA], strict=True):
+        folders.append(read_folder(path, kind))
+        if folders[-1].kind != kind:
+            found = folders[-1].kind
+            raise ValueError(f"{path}: this looks like {found}, expected {kind}; {HINTS[kind].format(path)}")
+    return folders
 
 
 def config_of(*folders: Folder) -> LLaVAConfig:
     """The config of one folder, or of a Phi and a CLIP folder. A part that is in neither keeps our defaults."""
     llm, vision = folders[0], folders[-1]
-    for folder in folders:
-        if not (folder.path / "config.json").is_file():
-            raise ValueError(f"{folder.path / 'config.json'}: not there; it belongs to the download")
-    c, path = read_json(llm.path / "config.json"), llm.path / "config.json"
-    v, v_path = read_json(vision.path / "config.json"), vision.path / "config.json"
+    path, v_path = llm.path / "config.json", vision.path / "config.json"
+    c, v = read_json(path), read_json(v_path)
     text, tower = inner(c, "text_config", c, path), inner(v, "vision_config", v, v_path)
     projector = inner(tower, "mm_projector", {}, v_path)            # LLaVA-Phi keeps both in its vision_config
     tower = inner(tower, "vision_tower", tower, v_path)
@@ -509,23 +486,22 @@ def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, all
     absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in found))
     missing, misshapen, unexpected = [], [], [say(s.name, s.shape) for folder in folders for s in folder.unexpected]
     for name in dict.fromkeys([*needed, *found]):
-        pieces, whole = found.get(name, {}), shapes.get(name)
-        if whole is None:
+        pieces = found.get(name, {})
+        if name not in shapes:
             unexpected += [say(s.name, s.shape) for s in pieces.values()]
             continue
-        third = (whole[0] // 3, *whole[1:])
+        saved, whole = to_saved(name), tuple(shapes[name])
+        shape = (whole[0] // len(saved), *whole[1:])                    # of each as it is saved, q, k and v apart
         if not (name.startswith(absent) or "" in pieces or "heads" in pieces):
-            saved = to_saved(name)
-            missing += [say(n, whole if piece == "" else third)
-                        for n, piece in zip(saved, "qkv" if len(saved) == 3 else [""]) if piece not in pieces]
+            missing += [say(n, shape) for n, piece in zip(saved, "qkv") if piece not in pieces]
         for piece, s in pieces.items():
-            wanted = third if piece in ("q", "k", "v") else tuple(whole)
+            wanted = whole if piece in ("", "heads") else shape
             if s.shape != wanted or not s.dtype.is_floating_point or s.dtype != next(iter(pieces.values())).dtype:
                 misshapen.append(f"{say(s.name, s.shape)} {str(s.dtype)[6:]}, expected{say('', wanted)} of floats")
     wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    if any(wrong.values()):
-        lists = [f"{len(names)} {what}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)
-                 for what, names in wrong.items() if names]
+    lists = [f"{len(names)} {what}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)
+             for what, names in wrong.items() if names]
+    if lists:
         where = " and ".join(str(folder.path) for folder in folders)
         raise ValueError(f"{where}: {'; '.join(lists)} (all of them: python load_weights.py inspect {folders[0].path})")
     return found
@@ -538,38 +514,36 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
     copy(parameter, tensor): called once per parameter, must cast and be done with `tensor` (CPU, the file's dtype) when
     it returns. Not given: parameter.copy_(tensor), or a read straight into it.
     allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
-    Raises ValueError: names or shapes do not fit, all of them listed.
     """
-    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}     # adapters are in no folder
+    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}  # adapters are in no folder
     found = check(read_folders(folders), parameters, model.config, allow_missing)
-    wanted = {name: pieces for name, pieces in found.items() if name in parameters}
-    own = {} if copy else {name: parameters[name].data for name in wanted if fits(parameters[name], wanted[name])}
-    for name, tensor in read_all(wanted, model.config, own):
+    found = {name: pieces for name, pieces in found.items() if name in parameters}
+    own = {}                                # parameters that the files' bytes can be read into as they are
+    for name, pieces in found.items():
+        p = parameters[name]
+        same = "heads" not in pieces and p.dtype == in_order(pieces)[0].dtype
+        if not copy and same and type(p.data) is Tensor and p.device.type == "cpu" and p.is_contiguous():
+            own[name] = p.data
+    for name, tensor in read_all(found, model.config, own):
         if copy:
             copy(parameters[name], tensor)
         elif name not in own:
             parameters[name].data.copy_(tensor)
 
 
-def fits(parameter: Tensor, pieces: dict[str, Stored]) -> bool:
-    """Whether a file's bytes can be read straight into a parameter."""
-    return type(parameter.data) is Tensor and parameter.device.type == "cpu" and parameter.is_contiguous() \
-        and "heads" not in pieces and parameter.dtype == in_order(pieces)[0].dtype
-
-
 def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig,
              in_place: Mapping[str, Tensor] = {}) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor), in the order of the files. Each is gone when the next one is asked for, but those that have
     a tensor of their size and dtype in `in_place` are read into that."""
-    n_head = {"llm": config.llm.n_head, "vision": config.vision.n_head, "projector": 0}
     sizes = [sum(s.nbytes for s in pieces.values()) for name, pieces in found.items() if name not in in_place]
     shared = torch.empty(max(sizes, default=0), dtype=torch.uint8)
     names = sorted(found, key=lambda name: in_order(found[name])[0][1:3])
     for name, following in zip(names, [*names[1:], None]):
         memory = in_place[name].flatten().view(torch.uint8) if name in in_place else shared
-        tensor = read(found[name], n_head[name.split(".")[0]], memory)
-        for stored in in_order(found[following]) if following else []:
-            read_ahead(stored)              # the disk works while the caller copies
+        tensor = read(name, found[name], config, memory)
+        for stored in in_order(found[following]) if following and hasattr(os, "posix_fadvise") else []:
+            with open(stored.path, "rb") as file:       # the disk works while the caller copies
+                os.posix_fadvise(file.fileno(), stored.offset, stored.nbytes, os.POSIX_FADV_WILLNEED)
         yield name, tensor
 
 
@@ -580,7 +554,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     int8: each Linear's weight is quantised as it arrives, so the model never exists in a larger type.
     """
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{dtype}: Phi-2's attention scores overflow in fp16; take bfloat16 or float32")
+        raise ValueError(f"{dtype}: {EXPECTED_DTYPES}")
     model = meta_model(load_config(folder)).to(dtype)
     if int8:
         quantize_int8(model)
@@ -593,54 +567,54 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
 # ---------------------------------------------------------------------------------------------------
 # Saving
 
+ALONE = {       # how saved names begin where one part is written without the others: as Phi, CLIP and LLaVA call them
+    "llm": {"language_model.": ""},
+    "vision": {"vision_tower.": ""},
+    "projector": {f"multi_modal_projector.linear_{i + 1}.": f"model.mm_projector.{2 * i}." for i in range(2)},
+}
+Lazy = Tensor | Callable[[], Tensor]        # a tensor, or what loads it when its turn has come
 
-def lay_out(folder: Path, names: Iterable[str], shapes: dict[str, torch.Size], dtypes: dict[str, torch.dtype],
-            rename: dict[str, str] | None = None) -> dict[str, Stored]:
-    """Make the safetensors files for our tensors `names`, only headers written -> saved name -> where its bytes go.
 
-    rename: beginnings of saved names that are written otherwise.
+def write_tensors(part: str, folder: Path, dtypes: dict[str, torch.dtype], tensors: Mapping[str, Lazy],
+                  found: dict[str, dict[str, Stored]], config: LLaVAConfig) -> None:
+    """Write the tensors of `dtypes` (our name -> what to save it in) as safetensors, in shards where they are large.
+
+    They come from `tensors`, else from where they are `found`, one at a time.
     """
-    tensors = {}
-    for name in names:
-        pieces, (rows, *rest) = to_saved(name), shapes[name]
-        tensors |= {saved: (dtypes[name], (rows // len(pieces), *rest)) for saved in pieces}
-    shards, room = [], 0
-    for name, (dtype, shape) in tensors.items():
-        nbytes = Stored(name, folder, 0, dtype, shape).nbytes
+    shapes, shards, room = blueprint(config), [], 0
+    for name, dtype in dtypes.items():
+        nbytes = shapes[name].numel() * dtype.itemsize
         if nbytes > room:
-            shards, room = shards + [[]], SHARD_BYTES
+            shards, room = [*shards, []], SHARD_BYTES
         shards[-1].append(name)
         room -= nbytes
-    slots, codes = {}, {dtype: code for code, dtype in DTYPES.items()}
+    codes, where, total = {dtype: code for code, dtype in DTYPES.items()}, {}, 0
     for i, names in enumerate(shards):
         number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        path = folder / f"model{number}.safetensors"
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name in sorted(names, key=lambda name: -tensors[name][0].itemsize):     # wide ones first: all stay aligned
-            theirs = next((new + name[len(old):] for old, new in (rename or {}).items() if name.startswith(old)), name)
-            slots[name] = Stored(theirs, path, end, *tensors[name])
-            start, end = end, end + slots[name].nbytes
-            dtype, shape = tensors[name]
-            header[theirs] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        names.sort(key=lambda name: -dtypes[name].itemsize)             # wide ones first: all stay aligned
+        for name in names:
+            pieces, (rows, *rest) = to_saved(name), shapes[name]
+            for saved in pieces:                                        # q, k and v follow each other, as in our matrix
+                for old, new in ALONE.get(part, {}).items():
+                    saved = re.sub("^" + re.escape(old), new, saved)
+                shape = [rows // len(pieces), *rest]
+                start, end = end, end + prod(shape) * dtypes[name].itemsize
+                header[saved] = {"dtype": codes[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
+                where[saved] = f"model{number}.safetensors"
+        total += end
         head = json.dumps(header, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
-        with open(path, "wb") as file:
+        with open(folder / f"model{number}.safetensors", "wb") as file:
             file.write(len(head).to_bytes(8, "little") + head)
-            file.truncate(8 + len(head) + end)
-        slots |= {name: slots[name]._replace(offset=slots[name].offset + 8 + len(head)) for name in names}
+            for name in names:
+                tensor = tensors[name] if name in tensors else read(name, found[name], config)
+                tensor = tensor() if callable(tensor) else tensor
+                assert tensor.shape == shapes[name], f"{name}: {tuple(tensor.shape)} is not {tuple(shapes[name])}"
+                data = tensor.detach().to("cpu", dtypes[name]).contiguous().flatten().view(torch.uint8)
+                file.write(memoryview(data.numpy()))
     if len(shards) > 1:
-        where = {slot.name: slot.path.name for slot in slots.values()}
-        total = sum(slot.nbytes for slot in slots.values())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-    return slots
-
-
-def write(slot: Stored, tensor: Tensor) -> None:
-    assert tensor.shape == slot.shape, f"{slot.name}: {tuple(tensor.shape)} does not fit {slot.shape}"
-    data = tensor.detach().to("cpu", slot.dtype).contiguous().flatten().view(torch.uint8)
-    with open(slot.path, "r+b") as file:
-        file.seek(slot.offset)
-        file.write(memoryview(data.numpy()))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -680,8 +654,7 @@ def finished_folder(out: Path) -> Iterator[Path]:
         if used:
             move_into(made, out)
         else:
-            shutil.rmtree(out, ignore_errors=True)
-            made.rename(out)
+            made.rename(out)                # over an empty folder at the most
         sync(out.parent)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
@@ -701,38 +674,37 @@ def move_into(made: Path, out: Path) -> None:
     sync(out)
 
 
-def save_model(out: Path, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: LLaVAConfig,
-               sources: Iterable[Path], dtype: torch.dtype | None = None) -> None:
+def save_model(out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, sources: Iterable[Path],
+               dtype: torch.dtype | None = None) -> None:
     """Write a model folder that is complete by itself, in the one format we save.
 
     tensors: those of our parameters that changed; everything else (other parameters, the vision layers behind the one
-    that is read, the tokenizer) is taken from `sources`, the folders that the model came from. dtype None: each tensor's
-    own. Pairs from an iterator are written as they come, in any order, and need a dtype. In a training folder config.json
-    keeps the trainer's settings under its key "training". Nothing is at `out` before all of it is there.
+    that is read, the tokenizer) is taken from `sources`, the folders that the model came from.
+    dtype None: each tensor's own; functions need one. In a training folder config.json keeps the trainer's settings
+    under its key "training". Nothing is at `out` before all of it is there.
     """
-    assert dtype is not None or isinstance(tensors, Mapping), "tensors that are not known beforehand need a dtype"
-    out, sources, shapes = Path(out), list(sources), blueprint(config)
-    given, folders = tensors if isinstance(tensors, Mapping) else {}, read_folders(sources)
-    needed = [name for name in shapes if name not in given] if given is tensors else []
-    found = check(folders, needed, config)
-    dtypes = {name: dtype or (given[name].dtype if name in given else in_order(found[name])[0].dtype) for name in shapes}
+    save("", out, tensors, config, read_folders(sources), dtype)
+
+
+def save_phi(out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, source: Path) -> None:
+    """The same for a plain Phi-2 folder, as transformers' PhiForCausalLM and `merge --llm` take it."""
+    save("llm", out, tensors, config, [read_folder(source, PHI)], None)
+
+
+def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, sources: list[Folder],
+         dtype: torch.dtype | None) -> None:
+    """The whole model (part ""), or one part as a folder of its own."""
+    names = [name for name in blueprint(config) if name.startswith(part)]
+    found = check(sources, [name for name in names if name not in tensors], config)
+    assert tensors.keys() <= set(names), f"not in the model: {tensors.keys() - set(names)}"
+    dtypes = {name: dtype or (tensors[name] if name in tensors else in_order(found[name])[0]).dtype for name in names}
+    tokenizer = read_tokenizer(sources[0].path)
+    if not part and max(token_ids(tokenizer).values()) + 1 >= config.llm.vocab_size:
+        n = config.llm.vocab_size
+        raise ValueError(f"{sources[0].path}: all {n} embedding rows are taken, none is left for <image>")
     with finished_folder(out) as made:
-        slots = lay_out(made, shapes, shapes, dtypes)
-        left = dict.fromkeys(shapes)
-        for name, tensor in given.items() if given is tensors else tensors:
-            write_ours(slots, name, tensor)
-            del left[name]
-        for name, tensor in read_all({name: found[name] for name in left if name in found}, config):
-            write_ours(slots, name, tensor)
-            del left[name]
-        assert not left, f"neither given nor in {', '.join(map(str, sources))}: {', '.join(left)}"
-        write_texts(made, config, folders[0].path, dtypes["llm.wte.weight"])
-
-
-def write_ours(slots: dict[str, Stored], name: str, tensor: Tensor) -> None:
-    names = to_saved(name)
-    for saved, piece in zip(names, tensor.chunk(len(names))):
-        write(slots[saved], piece)
+        write_tensors(part, made, dtypes, tensors, found, config)
+        write_texts(part, made, config, tokenizer, dtypes[names[0]])
 
 # ---------------------------------------------------------------------------------------------------
 # Saving: the text files that transformers and vLLM read beside the tensors
@@ -813,9 +785,10 @@ def read_tokenizer(folder: Path) -> dict:
         if (folder / "added_tokens.json").is_file():
             added |= read_json(folder / "added_tokens.json")
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        added = sorted((id, text) for text, id in added.items())
         tokenizer = {
             "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [added_token(id, text, text == EOT) for id, text in sorted((i, t) for t, i in added.items())],
+            "added_tokens": [added_token(id, text, text == EOT) for id, text in added],
             "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
                       "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
@@ -871,10 +844,6 @@ def clip_json(config: VisionConfig) -> dict:
     }
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return "float32" if dtype == torch.float16 else str(dtype).removeprefix("torch.")    # never to be computed in fp16
-
-
 def write_tokenizer(folder: Path, tokenizer: dict, image: bool) -> int:
     """tokenizer.json and the files around it -> the id of <|endoftext|>. image: with <image> as the first id behind."""
     ids, added = token_ids(tokenizer), tokenizer["added_tokens"]
@@ -894,31 +863,38 @@ def write_tokenizer(folder: Path, tokenizer: dict, image: bool) -> int:
     return ids[EOT]
 
 
-def write_texts(folder: Path, config: LLaVAConfig, source: Path, dtype: torch.dtype) -> None:
-    """Everything in a saved folder but its tensors. `dtype` is the language model's."""
-    tokenizer = read_tokenizer(source)
-    image_id = max(token_ids(tokenizer).values()) + 1
-    if image_id >= config.llm.vocab_size:
-        raise ValueError(f"{source}: all {config.llm.vocab_size} embedding rows are taken, none is left for <image>")
-    eot = write_tokenizer(folder, tokenizer, image=True)
-    name = dtype_name(dtype)
+def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: dict, dtype: torch.dtype) -> None:
+    """All of a saved folder but its tensors: of the whole model, of a plain Phi or CLIP; a projector needs none.
+
+    dtype: the first tensor's, for config.json. It never says fp16, which this model must not be computed in.
+    """
+    name = str(torch.float32 if dtype == torch.float16 else dtype).removeprefix("torch.")
+    processor, clip = image_processor(config), clip_json(config.vision)
+    if part == "vision":
+        write_json(folder / "config.json", clip | {"torch_dtype": name})
+        write_json(folder / "preprocessor_config.json", processor | {"image_processor_type": "CLIPImageProcessor"})
+    if part in ("vision", "projector"):
+        return
+    eot, image_id = write_tokenizer(folder, tokenizer, image=not part), max(token_ids(tokenizer).values()) + 1
+    text, ends = phi_json(config.llm, eot, name), {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    write_json(folder / "generation_config.json", ends)
+    if part == "llm":
+        return write_json(folder / "config.json", text)
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": image_id, "image_seq_length": config.vision.n_patches,
         "image_aspect_ratio": config.image_mode,                        # LLaVA's key, for us
         "vision_feature_layer": config.vision.feature_layer, "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
-        "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": name,
-        "text_config": phi_json(config.llm, eot, name), "vision_config": clip_json(config.vision),
+        **ends, "torch_dtype": name, "text_config": text, "vision_config": clip,
     })
-    write_json(folder / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
-    write_json(folder / "preprocessor_config.json", image_processor(config))
+    write_json(folder / "preprocessor_config.json", processor)
     write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": config.vision.patch_size,
         "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
     })
-    for file, text in (("chat_template.jinja", CHAT_TEMPLATE), ("load_hf.py", LOAD_HF), ("README.md", README)):
-        (folder / file).write_text(text, encoding="utf-8")
+    for file, content in (("chat_template.jinja", CHAT_TEMPLATE), ("load_hf.py", LOAD_HF), ("README.md", README)):
+        (folder / file).write_text(content, encoding="utf-8")
 
 # ---------------------------------------------------------------------------------------------------
 # Commands
@@ -928,9 +904,10 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
     """One base model from a Phi-2 folder and a CLIP folder; the projector is new."""
     folders = read_folders([llm, vision])
     config = config_of(*folders)
+    found = check(folders, [name for name in blueprint(config) if not name.startswith("projector")], config)
     projector = Projector(config.vision.n_embd, config.llm.n_embd)
     init_weights(projector, torch.Generator().manual_seed(seed))
-    projector.to(dtype or folders[0].found["llm.wte.weight"][""].dtype)
+    projector.to(dtype or found["llm.wte.weight"][""].dtype)
     save_model(out, {f"projector.{name}": p for name, p in projector.named_parameters()}, config, [llm, vision], dtype)
 
 
@@ -940,36 +917,33 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         return save_model(out, {}, load_config(model), [model], dtype)
     manifest = read_json(model / "checkpoint.json")
     settings, sources = manifest["config"], [Path(source) for source in manifest["sources"]]
-    dtype = dtype or parse_dtype(settings["dtype"])
-    if settings["stage"] == "sft":
-        folder = read_folder(*sources, "a Phi-2 language model")
-        config = config_of(folder)
-        tensors = {name: tensor.to(dtype, copy=True) for name, tensor in read_all(folder.found, config)}
-        tensors |= {name: tensor.to(dtype) for name, tensor in trained(model, [folder], config, settings["lora_alpha"])}
-        return save_phi(out, tensors, config, *sources)
-    config = load_config(*sources)
+    only_llm = settings["stage"] == "sft"
+    folders = [read_folder(*sources, PHI)] if only_llm else read_folders(sources)
+    config = config_of(*folders)
     dropout = config.llm.dropout if settings["dropout"] < 0 else settings["dropout"]
     config = replace(config, image_mode=settings["image_mode"], llm=replace(config.llm, dropout=dropout))
-    tensors = trained(model, read_folders(sources), config, settings["lora_alpha"])
-    save_model(out, tensors, config, sources, dtype)
+    tensors = trained(model, folders, config, settings["lora_alpha"])
+    save("llm" if only_llm else "", out, tensors, config, folders, dtype or dtype_called(settings["dtype"]))
 
 
-def save_phi(out: Path, tensors: dict[str, Tensor], config: LLaVAConfig, source: Path) -> None:
-    """A plain Phi-2 folder, as transformers' PhiForCausalLM and `load_weights.py merge --llm` take it."""
-    shapes, dtypes = ({name: getattr(t, what) for name, t in tensors.items()} for what in ("shape", "dtype"))
+def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
+    """A plain Phi folder, a plain CLIP folder and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
+    folders = read_folders([model])
+    config = config_of(*folders)
+    check(folders, blueprint(config), config)
     with finished_folder(out) as made:
-        slots = lay_out(made, tensors, shapes, dtypes, {"language_model.": ""})
-        for name, tensor in tensors.items():
-            write_ours(slots, name, tensor)
-        eot = write_tokenizer(made, read_tokenizer(source), image=False)
-        write_json(made / "config.json", phi_json(config.llm, eot, dtype_name(dtypes["llm.wte.weight"])))
-        write_json(made / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+        for part, name in (("llm", "phi-2"), ("vision", "clip"), ("projector", "projector")):
+            save(part, made / name, {}, config, folders, dtype)
+        (made / "projector" / "model.safetensors").rename(made / "mm_projector.safetensors")
+        (made / "projector").rmdir()
 
 
-def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
-            lora_alpha: float) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of everything that a run has changed, one at a time, LoRA adapters merged into the weights."""
+def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig, lora_alpha: float) -> dict[str, Lazy]:
+    """Everything that a run has changed, to be loaded when its turn comes, LoRA adapters merged into their weights."""
     sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    names = [name.removeprefix("model.") for name in sizes if name.startswith("model.")]
+    stems = [name.removesuffix("lora_a") for name in names if name.endswith("lora_a")]
+    found = check(sources, [stem + "weight" for stem in stems], config)
 
     def load(name: str) -> Tensor:
         tensor = torch.empty(sizes[f"model.{name}"].size)
@@ -978,41 +952,13 @@ def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
             dcp.load({f"model.{name}": tensor}, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
         return tensor
 
-    names = [name.removeprefix("model.") for name in sizes if name.startswith("model.")]
-    for name in names:
-        if ".lora_" not in name:
-            yield name, load(name)
-    found = {name: pieces for folder in sources for name, pieces in folder.found.items()
-             if name.removesuffix("weight") + "lora_a" in names}
-    for name, weight in read_all(found, config):
-        adapters = {name: load(name) for name in (name.removesuffix("weight") + f"lora_{x}" for x in "ab")}
-        yield name, merge_lora({name: weight.float(), **adapters}, lora_alpha)[name]
+    def merged(stem: str) -> Tensor:
+        weight = {stem + "weight": read(stem + "weight", found[stem + "weight"], config).float()}
+        adapters = {stem + leaf: load(stem + leaf) for leaf in ("lora_a", "lora_b")}
+        return merge_lora(weight | adapters, lora_alpha)[stem + "weight"]
 
-
-def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """A plain Phi folder, a plain CLIP folder and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
-    folder, = read_folders([model])
-    config = config_of(folder)
-    shapes, tokenizer = blueprint(config), read_tokenizer(folder.path)
-    found = check([folder], shapes, config)
-    dtypes = {name: dtype or in_order(found[name])[0].dtype for name in shapes}
-    names = {part: [name for name in shapes if name.startswith(part)] for part in PREFIX}
-    projector = {f"multi_modal_projector.linear_{i + 1}.": f"model.mm_projector.{2 * i}." for i in range(2)}
-    with finished_folder(out) as made:
-        phi, clip = made / "phi-2", made / "clip"
-        phi.mkdir(), clip.mkdir()
-        slots = lay_out(made, names["projector"], shapes, dtypes, projector)
-        slots |= lay_out(phi, names["llm"], shapes, dtypes, {"language_model.": ""})
-        slots |= lay_out(clip, names["vision"], shapes, dtypes, {"vision_tower.": ""})
-        for name, tensor in read_all(found, config):
-            write_ours(slots, name, tensor)
-        (made / "model.safetensors").rename(made / "mm_projector.safetensors")
-        eot = write_tokenizer(phi, tokenizer, image=False)
-        write_json(phi / "config.json", phi_json(config.llm, eot, dtype_name(dtypes["llm.wte.weight"])))
-        write_json(phi / "generation_config.json", {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
-        write_json(clip / "config.json", clip_json(config.vision) | {"torch_dtype": dtype_name(dtypes["vision.cls"])})
-        clip_processor = image_processor(config) | {"image_processor_type": "CLIPImageProcessor"}
-        write_json(clip / "preprocessor_config.json", clip_processor)
+    plain = {name: partial(load, name) for name in names if ".lora_" not in name}
+    return plain | {stem + "weight": partial(merged, stem) for stem in stems}
 
 
 LAYOUTS = (     # a piece of a language model's tensor names -> which of the published layouts it is in
@@ -1022,9 +968,9 @@ LAYOUTS = (     # a piece of a language model's tensor names -> which of the pub
     ("layers.", "one list, layers.N (the earliest Phi files)"),
 )
 NEXT = {
-    "a Phi-2 language model": "python load_weights.py merge --llm {}    (with a CLIP folder as --vision)",
-    "a CLIP vision tower": "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
-    "a LLaVA-Phi model": "python sample.py --model {} --image x.jpg",
+    PHI: "python load_weights.py merge --llm {}    (with a CLIP folder as --vision)",
+    CLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
+    LLAVA: "python sample.py --model {} --image x.jpg",
 }
 
 
@@ -1035,82 +981,75 @@ def inspect(path: Path) -> None:
     folder, files = read_folder(path), tensor_files(path)
     print(f"{path}: {folder.kind}")
     line("files", f"{len(files)} x {files[0].suffix[1:]}, {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
-    for part in PREFIX:
+    for part in folder.parts:
         mine = [s for name, pieces in folder.found.items() if name.startswith(part + ".") for s in pieces.values()]
-        if mine:
-            dtypes, count = " and ".join(sorted({str(s.dtype)[6:] for s in mine})), sum(prod(s.shape) for s in mine)
-            line(part, f"{len(mine)} tensors, {count:,} parameters, {dtypes}, {sum(s.nbytes for s in mine) / 1e6:,.1f} MB")
-        if mine and part == "llm":
+        dtypes, size = " and ".join(sorted({str(s.dtype)[6:] for s in mine})), sum(s.nbytes for s in mine) / 1e6
+        line(part, f"{len(mine)} tensors, {sum(prod(s.shape) for s in mine):,} parameters, {dtypes}, {size:,.1f} MB")
+        if part == "llm":
             line("", next(text for mark, text in LAYOUTS if any(mark in s.name for s in mine)))
-    tokenizer = "llm" not in folder.parts
+    missing = "nothing"
     if "llm" in folder.parts:
         try:
-            ids = tokenizer = token_ids(read_tokenizer(path))
+            ids = token_ids(read_tokenizer(path))
             where = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json and merges.txt"
             line("tokenizer", f"{where}: {len(ids):,} tokens, {EOT} is {ids[EOT]}")
         except ValueError as e:
             line("tokenizer", f"none: {e}")
+            missing = "a tokenizer"
     try:
         config = config_of(folder)
-        for part, numbers in (("llm", config.llm), ("vision", config.vision)):
+        for part, sizes in (("llm", config.llm), ("vision", config.vision)):
             if part in folder.parts:
-                line("config", numbers)
+                line("config", sizes)
         line("images", config.image_mode)
         built = {name for name, _ in meta_model(config).named_parameters()}
         unused = [UNUSED for name, pieces in folder.found.items() if name not in built for _ in pieces]
         for reason, n in Counter([*folder.dropped.values(), *unused]).items():
             line("ignored", f"{n} tensors: {reason}")
-        needed = [name for name in blueprint(config) if name.split(".")[0] in folder.parts]
-        check([folder], needed, config, limit=10 ** 6)
-        line("missing", "nothing" if tokenizer else "a tokenizer")
+        check([folder], [name for name in blueprint(config) if name.startswith(folder.parts)], config, limit=10 ** 6)
+        line("missing", missing)
         line("next", NEXT.get(folder.kind, "nothing").format(path))
     except (ValueError, OSError) as e:
         line("problem", e)
 
 
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    if name == "float16":
-        raise ValueError("float16: Phi-2's attention scores overflow in fp16; take bfloat16 or float32")
-    if name not in (None, "bfloat16", "float32"):
-        raise ValueError(f"--dtype {name}: expected bfloat16 or float32")
-    return getattr(torch, name) if name else None
+def dtype_called(name: str) -> torch.dtype:
+    if name not in ("bfloat16", "float32"):
+        raise argparse.ArgumentTypeError(f"{name}: {EXPECTED_DTYPES}")
+    return getattr(torch, name)
 
 
 def main(argv: list[str] | None = None) -> None:
-    shape = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shape)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("merge", help="one base model from a Phi-2 folder and a CLIP folder", formatter_class=shape)
-    p.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
-    p.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"), help="CLIP's")
-    p.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
-    p.add_argument("--seed", type=int, default=42, help="of the new projector's weights")
-    p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
-    p = commands.add_parser("inspect", help="say what a folder holds", formatter_class=shape)
-    p.add_argument("folder", type=Path)
-    p = commands.add_parser("export", help="any readable model in the saved format", formatter_class=shape)
-    p.add_argument("--model", type=Path, default=Path("out/finetune"), help="folder to read")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--dtype", help="bfloat16 or float32; not given: as it is stored")
-    p.add_argument("--to", choices=("model", "parts"), default="model",
-                   help="model: one folder, for transformers and vLLM too; parts: Phi, CLIP and mm_projector apart")
+    merging = commands.add_parser("merge", help="one base model from a Phi-2 folder and a CLIP folder")
+    merging.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
+    merging.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"), help="CLIP's")
+    merging.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
+    merging.add_argument("--seed", type=int, default=42, help="of the new projector's weights")
+    inspecting = commands.add_parser("inspect", help="say what a folder holds")
+    inspecting.add_argument("folder", type=Path)
+    exporting = commands.add_parser("export", help="any readable model in the saved format")
+    exporting.add_argument("--model", type=Path, default=Path("out/finetune"), help="folder to read")
+    exporting.add_argument("--out", type=Path, required=True, help="folder to write")
+    exporting.add_argument("--to", choices=("model", "parts"), default="model",
+                           help="model: one folder, which transformers and vLLM read too; parts: Phi, CLIP, projector")
+    for p in (merging, exporting):
+        p.add_argument("--dtype", type=dtype_called, help="bfloat16 or float32; not given: as it is stored")
 
     def fail(message: str) -> None:                         # without the usage
         raise ValueError(message)
 
-    for p in (parser, *commands.choices.values()):
-        p.error = fail
+    for p in (parser, merging, inspecting, exporting):
+        p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
     args = parser.parse_args(argv)
     if args.command == "merge":
-        merge(args.llm, args.vision, args.out, args.seed, parse_dtype(args.dtype))
-        inspect(args.out)
-    elif args.command == "inspect":
-        inspect(args.folder)
-    elif args.to == "parts":
-        export_parts(args.model, args.out, parse_dtype(args.dtype))
-    else:
-        export(args.model, args.out, parse_dtype(args.dtype))
-        inspect(args.out)
+        merge(args.llm, args.vision, args.out, args.seed, args.dtype)
+    elif args.command == "export" and args.to == "parts":
+        return export_parts(args.model, args.out, args.dtype)
+    elif args.command == "export":
+        export(args.model, args.out, args.dtype)
+    inspect(args.folder if args.command == "inspect" else args.out)
 
 
 if __name__ == "__main__":

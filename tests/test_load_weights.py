@@ -574,6 +574,14 @@ def test_merge_joins_the_bases_around_a_new_projector(tmp_path):
     assert 0.018 < weights.std() < 0.022 and not any(p.any() for name, p in a.projector.named_parameters() if name.endswith("bias"))
 
 
+def test_merge_names_a_missing_embedding(tmp_path):
+    """Its dtype is the new projector's, and was looked up before anybody had checked that it is there."""
+    without = rewrite(PHI, tmp_path / "x", lambda t: {k: v for k, v in t.items() if "embed_tokens" not in k})
+    with pytest.raises(ValueError, match="1 missing: language_model.model.embed_tokens.weight"):
+        merge(without, CLIP, tmp_path / "out", 0, None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_half_precision_bases_are_kept_but_never_computed_in(tmp_path):
     half = rewrite(PHI, tmp_path / "half", lambda t: {k: v.half() for k, v in t.items()})
     merge(half, CLIP, tmp_path / "kept", 0, None)
@@ -586,11 +594,12 @@ def test_half_precision_bases_are_kept_but_never_computed_in(tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_save_model_takes_pairs_in_any_order_and_the_rest_from_the_sources(tmp_path, model):
+def test_save_model_takes_tensors_or_functions_in_any_order_and_the_rest_from_the_sources(tmp_path, model):
     trained = {name: p + 1 for name, p in model.named_parameters()}
     save_model(tmp_path / "dict", trained, model.config, [LLAVA])
-    save_model(tmp_path / "pairs", reversed(trained.items()), model.config, [LLAVA], torch.float32)
-    assert contents(tmp_path / "dict") == contents(tmp_path / "pairs")
+    later = {name: lambda tensor=tensor: tensor for name, tensor in reversed(trained.items())}
+    save_model(tmp_path / "functions", later, model.config, [LLAVA], torch.float32)
+    assert contents(tmp_path / "dict") == contents(tmp_path / "functions")
     there = load_model(tmp_path / "dict")
     assert all(torch.equal(p, trained[name]) for name, p in there.named_parameters())
     only = {name: p for name, p in trained.items() if name.startswith("projector")}
@@ -681,6 +690,30 @@ def test_export_of_a_training_checkpoint(lora, tmp_path, model):
     for name, p in there.named_parameters():
         expected = old[name] + 2.0 * b @ a if lora and name == "llm.h.1.mlp.fc.weight" else old[name] + name.startswith("projector")
         torch.testing.assert_close(p, expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_export_of_a_language_models_checkpoint_is_as_the_run_set_it(tmp_path, model):
+    """The end of a run of --stage sft writes its --dropout; a checkpoint on the way wrote the old folder's."""
+    step = tmp_path / "step_000003"
+    dcp.save({"model.llm.ln_f.bias": model.llm.ln_f.bias + 1}, no_dist=True,
+             storage_writer=HuggingFaceStorageWriter(str(step), save_distributed=True))
+    settings = {"dropout": 0.3, "image_mode": "crop", "dtype": "bfloat16", "stage": "sft", "lora_alpha": 8.0}
+    (step / "checkpoint.json").write_text(json.dumps({"config": settings, "sources": [str(PHI)]}))
+    export(step, tmp_path / "out", None)
+    assert load_config(tmp_path / "out", CLIP).llm.dropout == 0.3
+    there, old = load_file(tmp_path / "out" / "model.safetensors"), from_bases(PHI, CLIP).llm
+    assert {t.dtype for t in there.values()} == {torch.bfloat16} and len(there) == 33
+    assert torch.equal(there["model.final_layernorm.bias"], (model.llm.ln_f.bias + 1).bfloat16())
+    assert torch.equal(there["lm_head.weight"], old.lm_head.weight.bfloat16())
+
+
+@pytest.mark.parametrize("processor", [{"image_processor": "LlavaImageProcessor"}, {"image_processor": [1]}])
+def test_an_odd_processor_file_is_refused_with_words(processor, tmp_path):
+    folder = rewrite(LLAVA, tmp_path / "x", config=lambda c: {k: v for k, v in c.items() if k != "image_aspect_ratio"})
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(ValueError, match="processor_config.json: image_processor is .*expected an object"):
+        load_config(folder)
 
 
 def test_export_parts_and_join_them_again(tmp_path, model):
