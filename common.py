@@ -1,0 +1,215 @@
+"""Small things that every command of this project needs, each in one place. A reader of the model can skip this file.
+
+It imports no torch (the functions that need it import it when they are called), so that `--help`, a mistake in a flag
+and the scoring of answers respond at once.
+"""
+import argparse
+import html
+import json
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every flag's default, and leaves the line breaks of a module's docstring alone."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a mistake is a ValueError with one line instead of a page of usage.
+
+    `run_command` prints that line. Flags cannot be abbreviated: an abbreviation that works today is ambiguous as soon
+    as a second flag begins with the same letters.
+    """
+
+    def __init__(self, **kind):
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | kind)
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; see `python {self.prog} --help`")
+
+
+def run_command(main: Callable[[], int | None], interrupted: str = "") -> int:
+    """Run a script's main function -> the exit code of the process.
+
+    Anything that a user's file, flag or machine can cause is raised as ValueError or OSError, and ends with one line
+    and exit code 2. Every other exception is a defect of ours and keeps its traceback. `interrupted` is what to print
+    after Ctrl-C.
+    """
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        if interrupted:
+            print(interrupted, file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Somebody piped us into `head`, which has read enough. Python flushes stdout once more when it exits; that
+        # must not fail again, so stdout now leads nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_whole(path: Path, data: str | bytes) -> Path:
+    """Write a file so that a crash or a full disk leaves either the old content or all of the new one.
+
+    The bytes go to a temporary file in the same folder, are forced to the disk, and only then take the name `path`.
+    Characters that are not valid unicode (a model can produce half a surrogate pair) are written as escapes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing_{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries to the disk: without it a rename can be lost in a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's tokenizer.json has two million
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
+    """Read a json object that somebody else wrote. ValueError names the file and says what it looks like instead."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not there; it belongs to the download")
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a json file of a model folder")
+    data = path.read_bytes()
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: not json, begins with {data[:40]!r}: was a web page saved in its place?") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a json object, found {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
+    """Read a file with one json object a line.
+
+    `torn` is for files that a killed process may have left with an unfinished last line: that line is dropped.
+    ValueError names the line that is not an object.
+    """
+    rows = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1] if torn else lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise ValueError(f"{path}, line {number}: not a JSON object ({e})") from e
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+# ---------------------------------------------------------------------------------------------------
+# Which model, which device, which arithmetic
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}        # our name -> torch's; both are accepted on the command line
+
+
+def dtype_name(text: str) -> str:
+    """"fp32", "float32", "bf16" or "bfloat16" -> "fp32" or "bf16". Used as an argparse type.
+
+    fp16 is refused: Phi-2's attention scores overflow in it, and the model answers with NaN.
+    """
+    if text in ("fp16", "float16", "half"):
+        raise argparse.ArgumentTypeError(f"{text}: Phi-2's attention scores overflow in fp16; take bf16 or fp32")
+    for ours, torchs in DTYPES.items():
+        if text in (ours, torchs):
+            return ours
+    raise argparse.ArgumentTypeError(f"{text}: expected fp32 or bf16")
+
+
+def torch_dtype(name: str):
+    """Our name of a dtype -> torch's object."""
+    import torch
+    return getattr(torch, DTYPES[name])
+
+
+def choose_device(asked: str | None) -> str:
+    """The device that was asked for, else the best one here. ValueError if it is not on this machine."""
+    import torch
+    here = ["cpu"]
+    if torch.backends.mps.is_available():
+        here.append("mps")
+    if torch.cuda.is_available():
+        here.append("cuda")
+    device = asked or here[-1]
+    if device.split(":")[0] not in here:
+        raise ValueError(f"--device {device}: expected one of {', '.join(here)}")
+    try:
+        torch.empty(0, device=device)       # "cuda:7" on a machine with two
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    return device
+
+
+USUAL_MODELS = (Path("out/finetune"), Path("checkpoints/llava-phi"))
+
+
+def find_model(asked: str | None) -> Path:
+    """The model folder that was asked for, else the first of the usual places that holds one."""
+    if asked:
+        return Path(asked)
+    for folder in USUAL_MODELS:
+        if any(folder.glob("*model*")):
+            return folder
+    raise ValueError("no model: neither out/finetune (made by train.py) nor checkpoints/llava-phi is here; "
+                     "get the published one with `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
+
+# ---------------------------------------------------------------------------------------------------
+# Text that other people wrote, shown on a terminal or a page
+
+
+def visible(text: str) -> str:
+    """Write control characters and direction marks out, so that a model's text cannot act on a terminal or a page."""
+    shown = []
+    for c in text:
+        harmful = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"
+        shown.append(f"\\u{ord(c):04x}" if harmful else c)
+    return "".join(shown)
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def without_control(text: str) -> str:
+    """Drop what could move a terminal's cursor, colour it, or turn the direction of its text."""
+    return CONTROL.sub("", text)
+
+
+def html_page(title: str, body: str, style: str = "") -> str:
+    """A self-contained page. Its security policy forbids scripts and every request to elsewhere."""
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{html.escape(title)}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+td, th {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}
+{style}
+</style></head><body><h1>{html.escape(title)}</h1>
+{body}
+</body></html>
+"""
