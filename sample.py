@@ -7,7 +7,8 @@ $ cat x.jpg | python sample.py --image - --prompt "What is this?"
 $ python sample.py --prompt "Who wrote Faust?"                           # no picture
 $ python sample.py --bench --int8
 """
-import argparse
+from __future__ import annotations
+
 import contextlib
 import io
 import json
@@ -16,198 +17,298 @@ import os
 import re
 import sys
 import time
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from tokenizers.decoders import DecodeStream
 
+from common import Parser, choose_device, dtype_name, find_model, run_command, torch_dtype, without_control
 from data import encode_prompt, eot_id, expand, load_image, load_tokenizer
-from load_weights import load_config, load_model
-from model import LLaVAConfig, LLaVAPhi, Prefix
+
+# torch and the model take seconds to import. The functions that need them import them, so that --help and a mistake
+# in a flag answer at once.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from model import LLaVAConfig, LLaVAPhi, Prefix
 
 with contextlib.suppress(ImportError):
-    import readline                 # not on Windows; gives input() its arrow keys and history
+    # Importing readline is all it takes to give input() arrow keys and a history. Windows does not have it.
+    import readline  # noqa: F401
 
-HELP = """/image PATH   look at another picture; the chat starts anew
+COMMANDS = """/image PATH   look at another picture; the chat starts anew
 /reset        start anew with the same picture
 /save FILE    write the chat as json
 Ctrl-C stops an answer; a second time, or Ctrl-D, leaves."""
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")     # could move a terminal's cursor
-MAX_CHARACTERS = 32_000             # of a question; 2,048 positions hold about 8,000
+MAX_CHARACTERS = 32_000             # of a question: refused before it is tokenized; 2,048 positions hold about 8,000
 
 
-def say(text: str) -> None:
+def print_note(text: str) -> None:
+    """Whatever is not the answer goes to stderr, so that `python sample.py ... > answer.txt` holds the answer alone."""
     print(text, file=sys.stderr, flush=True)
 
 
-def show(text: str, end: str = "") -> None:
-    print(CONTROL.sub("", text), end=end, flush=True)
+def print_answer(text: str, end: str = "") -> None:
+    """Show a model's text as it arrives. A model can be made to say escape sequences; the terminal must not obey."""
+    print(without_control(text), end=end, flush=True)
 
 # ---------------------------------------------------------------------------------------------------
 # Asking
 
 
-class Text:
-    """Ids in, text out as soon as it is certain. All pieces together are tok.decode(all ids).strip()."""
-    def __init__(self, tok: Tokenizer):
-        self.tok, self.open, self.held, self.begun = tok, [], "", False
+class TextStream:
+    """One answer's token ids in, its text out as soon as it is certain.
 
-    def add(self, i: int | None) -> str:
-        """The next id, or None for the end -> what can be said now."""
-        self.open += [] if i is None else [i]
-        text = self.tok.decode(self.open, skip_special_tokens=True)
-        if i is not None and text.endswith("\ufffd"):       # bytes of a character that is not complete yet
-            return ""
-        text = self.held + text if self.begun else text.lstrip()
-        new = text.rstrip()
-        self.open, self.held, self.begun = [], text[len(new):], self.begun or bool(new)    # space may be at the end
-        return new
+    All pieces together are `tok.decode(ids, skip_special_tokens=True).strip()`. Two things delay a piece: a character
+    whose UTF-8 bytes are spread over several tokens (an emoji, most Chinese) waits until it is complete, and white
+    space waits for a word after it, because at the end of an answer it would have to be stripped.
+    """
+
+    def __init__(self, tok: Tokenizer):
+        self.tok = tok
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.decoded = ""               # what the decoder has released so far, spaces at both ends included
+        self.n_shown = 0                # characters of `decoded.strip()` that were handed out
+
+    def add(self, token: int) -> str:
+        """The next token -> the text that has become certain with it, often empty."""
+        self.ids.append(token)
+        self.decoded += self.decoder.step(self.tok, token) or ""
+        return self.release()
+
+    def finish(self) -> str:
+        """The answer is over -> the rest. Bytes that never became a character are shown as U+FFFD."""
+        self.decoded = self.tok.decode(self.ids, skip_special_tokens=True)
+        return self.release()
+
+    def release(self) -> str:
+        text = self.decoded.strip()
+        piece = text[self.n_shown:]
+        self.n_shown = len(text)
+        return piece
 
 
 class Clock:
-    """Time to the first token, tokens per second."""
-    def __init__(self):
-        self.start, self.first, self.last, self.n = time.perf_counter(), 0.0, 0.0, 0
+    """Time to the first token, tokens per second, and how many tokens each chat of the batch has received."""
 
-    def tick(self) -> None:
-        self.n, self.last = self.n + 1, time.perf_counter() - self.start
-        self.first = self.first or self.last
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.first = 0.0                # seconds from the start to the first token
+        self.last = 0.0                 # seconds from the start to the latest one
+        self.steps = 0
+        self.tokens: list[int] = []     # per chat
+
+    def tick(self, column: list[int | None]) -> None:
+        """Note one step of `LLaVAPhi.generate`, which gives a token, or None, for every chat."""
+        self.last = time.perf_counter() - self.start
+        self.steps += 1
+        if self.steps == 1:
+            self.first = self.last
+            self.tokens = [0] * len(column)
+        for i, token in enumerate(column):
+            if token is not None:
+                self.tokens[i] += 1
 
     @property
     def rate(self) -> float:
-        return (self.n - 1) / (self.last - self.first) if self.n > 1 else 0.0
+        """Tokens per second of one chat, the first token (which waits for the prompt and the picture) left out."""
+        if self.steps < 2:
+            return 0.0
+        return (self.steps - 1) / (self.last - self.first)
 
     def __str__(self) -> str:
-        return (f"first token {self.first:.2f} s | {self.n} tokens | {self.rate:.1f} tokens/s | "
+        return (f"first token {self.first:.2f} s | {self.steps} tokens | {self.rate:.1f} tokens/s | "
                 f"peak memory {peak_memory() / 1e9:.1f} GB")
 
 
-def encode(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
-    """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> packed ids. ValueError: cannot be asked."""
-    if not turns[-1].strip():
-        raise ValueError("the question is empty")
-    if len(turns[-1]) > MAX_CHARACTERS:
-        raise ValueError(f"the question has {len(turns[-1]):,} characters, expected at most {MAX_CHARACTERS:,}")
-    turns[-1].encode()                                      # half a character from the terminal is a ValueError too
-    return expand(encode_prompt(turns, tok, len(image) > 0), None, config.vision.n_patches, config.llm.block_size)[0]
+def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
+    """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> prompt ids, image positions expanded.
 
-
-def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list[Tensor], clock: Clock,
-           **options) -> Iterator[list[str]]:
-    """Answer the last question of every chat, in one batch: yields what each of them newly says, step by step.
-
-    chats: question, answer, question, ... per row; images[i] (0 or 1, 3, S, S) uint8; options: of LLaVAPhi.generate.
-    Raises ValueError: a chat leaves no room for an answer, or its question cannot be asked.
+    Raises ValueError if the last question is empty, too long, or does not fit into the model's context.
     """
-    prompts = [encode(model.config, tok, turns, image) for turns, image in zip(chats, images)]
-    texts = [Text(tok) for _ in chats]
-    for column in model.generate(prompts, images, eos_id=eot_id(tok), **options):
-        clock.tick()
-        yield ["" if i is None else text.add(i) for text, i in zip(texts, column)]
-    yield [text.add(None) for text in texts]
+    question = turns[-1]
+    if not question.strip():
+        raise ValueError("the question is empty")
+    if len(question) > MAX_CHARACTERS:
+        raise ValueError(f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}")
+    question.encode()                   # half a character, which a terminal can send, raises a ValueError here
+    ids = encode_prompt(turns, tok, image=len(image) > 0)
+    ids, _ = expand(ids, None, config.vision.n_patches, config.llm.block_size)
+    return ids
+
+
+def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list[Tensor], clock: Clock | None = None,
+           *, max_new_tokens: int = 256, **options) -> Iterator[list[str]]:
+    """Answer the last question of every chat, in one batch. Yields, step by step, what each answer newly says.
+
+    This is the one way to ask a model: the terminal and the server both use it.
+
+    chats: for each, question, answer, question, ..., question. images: for each, uint8 (1, 3, S, S), or (0, 3, S, S)
+    for a chat without a picture; `open_image` makes both. clock: is told of every token.
+    options: those of `LLaVAPhi.generate`, which are temperature, top_k, top_p, generator (the seed), memory and fast.
+
+    The text of a chat is the sum of its pieces. To stop early, close the generator: the model stops with it, and
+    `memory` then holds the keys and values of what was said until then.
+    Raises ValueError if a question cannot be asked or leaves no room for an answer.
+    """
+    prompts = [encode_chat(model.config, tok, turns, image) for turns, image in zip(chats, images, strict=True)]
+    texts = [TextStream(tok) for _ in chats]
+    columns = model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **options)
+    with contextlib.closing(columns):
+        for column in columns:          # one token, or None where the answer is over, per chat
+            if clock:
+                clock.tick(column)
+            yield ["" if token is None else text.add(token) for text, token in zip(texts, column)]
+    yield [text.finish() for text in texts]
 
 
 def open_image(source: str | None, config: LLaVAConfig) -> Tensor:
-    """A path as people type, paste or drag it, "-" for stdin, or None -> (1 or 0, 3, S, S) uint8."""
-    S = config.vision.image_size
+    """A picture's path as people type, paste or drag it, or "-" for stdin -> uint8 (1, 3, S, S). None -> (0, 3, S, S).
+
+    Raises ValueError or FileNotFoundError, which name the file.
+    """
+    import torch
+
+    size = config.vision.image_size
     if source is None:
-        return torch.zeros(0, 3, S, S, dtype=torch.uint8)
-    text = source.strip()
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    if source.strip() == "-":
+        file = io.BytesIO(sys.stdin.buffer.read())
+    else:
+        file = pasted_path(source)
+    return load_image(file, size, config.image_mode)[None]
+
+
+def pasted_path(text: str) -> Path:
+    """'/my/cat.jpg', "~/cat.jpg", file:///my/cat.jpg or /my\\ cat.jpg, as terminals and file managers write them."""
+    text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     elif re.match(r"[a-z]+://|data:", text, re.IGNORECASE):
         raise ValueError(f"{text[:80]} is an address, and nothing here uses the network: download it and give the file")
-    path, unescaped = Path(text).expanduser(), Path(re.sub(r"\\(.)", r"\1", text)).expanduser()    # my\ cat.jpg
-    path = unescaped if unescaped.exists() and not path.exists() else path
-    return load_image(io.BytesIO(sys.stdin.buffer.read()) if text == "-" else path, S, config.image_mode)[None]
+    path = Path(text).expanduser()
+    unescaped = Path(re.sub(r"\\(.)", r"\1", text)).expanduser()
+    if unescaped.exists() and not path.exists():
+        return unescaped                # a backslash is also a legal character of a file name, hence the check
+    return path
 
 # ---------------------------------------------------------------------------------------------------
-# Once, as a chat, or for the clock
+# One question
 
 
-def once(model: LLaVAPhi, tok: Tokenizer, images: list[Tensor], args: argparse.Namespace, options: dict) -> None:
-    """Every picture is asked the same. One answer streams; several are printed when all are there."""
-    alone, said, clock = len(images) == 1 and not args.json, [""] * len(images), Clock()
-    for pieces in answer(model, tok, [[args.prompt]] * len(images), images, clock, **options):
-        said = [text + piece for text, piece in zip(said, pieces)]
-        if alone and pieces[0]:
-            show(pieces[0])
-    if alone:
+def ask_once(model: LLaVAPhi, tok: Tokenizer, images: list[Tensor], args: Namespace, options: dict) -> None:
+    """Ask the same question about every picture. One answer streams; several are printed when all are complete."""
+    clock = Clock()
+    chats = [[args.prompt]] * len(images)
+    texts = [""] * len(images)
+    streaming = len(images) == 1 and not args.json
+    for pieces in answer(model, tok, chats, images, clock, **options):
+        for i, piece in enumerate(pieces):
+            texts[i] += piece
+        if streaming:
+            print_answer(pieces[0])
+    if streaming:
         print()
-    for source, text in zip(args.image or [None], [] if alone else said):
-        if args.json:
-            print(json.dumps({"image": source, "prompt": args.prompt, "answer": text}))
-        else:
-            show(f"{source}: {text}", end="\n")
+    else:
+        for source, text in zip(args.image or [None], texts):
+            if args.json:
+                print(json.dumps({"image": source, "prompt": args.prompt, "answer": text}))
+            else:
+                print_answer(f"{source}: {text}", end="\n")
     if args.verbose:
-        say(str(clock))
+        print_note(str(clock))
+
+# ---------------------------------------------------------------------------------------------------
+# A chat
 
 
 class Chat:
-    """One picture at most, and everything said about it so far."""
-    def __init__(self, model: LLaVAPhi, tok: Tokenizer, image: Tensor, args: argparse.Namespace, options: dict):
-        self.model, self.tok, self.image, self.source = model, tok, image, args.image and args.image[0]
-        self.verbose, self.options = args.verbose, options
-        self.turns: list[str] = []
-        self.memory: list[Prefix] = []                      # keys and values so far: a turn computes only what is new
+    """A conversation in the terminal about one picture, or about none."""
+
+    def __init__(self, model: LLaVAPhi, tok: Tokenizer, image: Tensor, args: Namespace, options: dict):
+        self.model = model
+        self.tok = tok
+        self.image = image
+        self.source = args.image[0] if args.image else None
+        self.verbose = args.verbose
+        self.options = options
+        self.turns: list[str] = []          # question, answer, question, ...
+        self.memory: list[Prefix] = []      # keys and values of everything so far: a turn computes only what is new
 
     def ask(self, question: str) -> None:
         """Stream the answer to stdout. Ctrl-C keeps what was said so far; an error leaves the chat as it was."""
-        turns, said, clock, block_size = [*self.turns, question], "", Clock(), self.model.config.llm.block_size
-        pieces = answer(self.model, self.tok, [turns], [self.image], clock, memory=self.memory, **self.options)
+        turns = [*self.turns, question]
+        text = ""
+        clock = Clock()
+        steps = answer(self.model, self.tok, [turns], [self.image], clock, memory=self.memory, **self.options)
         try:
-            for (piece,) in pieces:
-                said += piece
-                show(piece)
+            for (piece,) in steps:
+                text += piece
+                print_answer(piece)
         except KeyboardInterrupt:
-            pieces.close()
-            say(" [stopped]")
+            steps.close()
+            print_note(" [stopped]")
         print(flush=True)
-        self.turns = [*turns, said] if said else self.turns
-        if clock.n == self.options["max_new_tokens"]:
-            say(f"[stopped after {clock.n} tokens: --max-new-tokens allows more]")
-        elif self.memory and len(self.memory[0].ids) + 1 >= block_size:
-            say(f"[the model's {block_size} positions are full: /reset starts anew]")
-        if self.verbose and clock.n:
-            say(str(clock))
+        if text:                            # a question without any answer would break the order of speakers
+            self.turns = [*turns, text]
+        self.explain_the_end(clock)
 
-    def obey(self, command: str, rest: str) -> None:
-        if command == "/image" and rest:
-            self.image, self.source, self.turns = open_image(rest, self.model.config), rest, []
+    def explain_the_end(self, clock: Clock) -> None:
+        """An answer that stops in the middle of a sentence looks like a defect: say which limit it met."""
+        block_size = self.model.config.llm.block_size
+        if clock.steps == self.options["max_new_tokens"]:
+            print_note(f"[stopped after {clock.steps} tokens: --max-new-tokens allows more]")
+        elif self.memory and len(self.memory[0].ids) + 1 >= block_size:
+            print_note(f"[the model's {block_size} positions are full: /reset starts anew]")
+        if self.verbose and clock.steps:
+            print_note(str(clock))
+
+    def obey(self, line: str) -> None:
+        """Carry out a line that begins with a slash. Raises OSError, ValueError: the chat stays as it was."""
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if command == "/image" and argument:
+            self.image = open_image(argument, self.model.config)
+            self.source = argument
+            self.turns = []
         elif command == "/reset":
             self.turns = []
-        elif command == "/save" and rest:
-            with open(rest, "x", encoding="utf-8") as file:
+        elif command == "/save" and argument:
+            with open(argument, "x", encoding="utf-8") as file:         # "x": never over a file that is there
                 json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
         else:
-            say(HELP)
+            print_note(COMMANDS)
 
     def run(self) -> None:
-        leaving = False
+        """Read questions and commands until the input ends, or Ctrl-C comes twice without a line in between."""
+        interrupted = False
         while True:
             try:
                 line = read_line().strip()
-                leaving = False
-                if re.match(r"/\w*(\s|$)", line):           # but not /home/me/cat.jpg
-                    self.obey(*(part.strip() for part in line.partition(" ")[::2]))
+                interrupted = False
+                if re.match(r"/\w*(\s|$)", line):       # a command, but not /home/me/cat.jpg
+                    self.obey(line)
                 elif line:
                     self.ask(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if leaving:
+                if interrupted:
                     return
-                leaving = True
-                say("\n[Ctrl-C again leaves]")
+                interrupted = True
+                print_note("\n[Ctrl-C again leaves]")
             except BrokenPipeError:
-                raise
-            except (ValueError, OSError) as e:              # the chat goes on
-                say(f"error: {e} (/help)")
+                raise                                   # an OSError too, but nobody is left to read the answers
+            except (ValueError, OSError) as e:
+                print_note(f"error: {e} (/help)")       # a wrong path or a full context must not end the chat
 
 
 def read_line() -> str:
@@ -219,139 +320,169 @@ def read_line() -> str:
         raise EOFError
     return line
 
+# ---------------------------------------------------------------------------------------------------
+# Speed and memory
+
 
 def bench(model: LLaVAPhi, tok: Tokenizer, image: Tensor, options: dict, n: int = 32) -> dict[str, float]:
-    """Speed of one answer of n tokens (the best of three), and what share of the memory bandwidth decoding reaches."""
-    ids, clocks, seconds = encode(model.config, tok, ["What is this?"], image), [], []
+    """Speed of one answer of n tokens, the best of three.
+
+    To write a token, the decoder reads all of its weights once, so a single answer can be no faster than the memory
+    delivers them. The last row says how near to that limit it comes.
+    """
+    ids = encode_chat(model.config, tok, ["What is this?"], image)
+    options = options | {"max_new_tokens": n}
+    clocks = []
     for _ in range(3):
-        clocks.append(Clock())
-        for _ in model.generate([ids], [image], eos_id=-1, **options | {"max_new_tokens": n}):
-            clocks[-1].tick()
-    block = torch.ones(2**26, device=model.device)
+        clock = Clock()
+        for column in model.generate([ids], [image], eos_id=-1, **options):     # no token has id -1: never ends early
+            clock.tick(column)
+        clocks.append(clock)
+    first = min(clock.first for clock in clocks)
+    rate = max(clock.rate for clock in clocks)
+    bandwidth = memory_bandwidth(model.device)
+    n_bytes = 0                                         # embedding and tower are not read for a further token
+    for part in (model.llm.h, model.llm.lm_head):
+        n_bytes += sum(tensor.nbytes for tensor in part.state_dict().values())
+    return {
+        "prompt tokens": len(ids),
+        "seconds to first token": first,
+        "tokens per second": rate,
+        "peak memory, GB": peak_memory() / 1e9,
+        "memory bandwidth, GB/s": bandwidth / 1e9,
+        "share of it used, %": 100 * n_bytes * rate / bandwidth,
+    }
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes a second at which this device reads 256 MB, the best of five."""
+    import torch
+    block = torch.ones(2**26, device=device)
+    seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        block.sum().item()
+        block.sum().item()                              # .item() waits for the GPU
         seconds.append(time.perf_counter() - start)
-    first, rate, bandwidth = min(c.first for c in clocks), max(c.rate for c in clocks), block.nbytes / min(seconds)
-    read = sum(t.nbytes for part in (model.llm.h, model.llm.lm_head) for t in part.state_dict().values())
-    return {"prompt tokens": len(ids), "seconds to first token": first, "tokens per second": rate,
-            "peak memory, GB": peak_memory() / 1e9, "memory bandwidth, GB/s": bandwidth / 1e9,
-            "share of it used, %": 100 * read * rate / bandwidth}
-
-# ---------------------------------------------------------------------------------------------------
-# The machine and the command line
+    return block.nbytes / min(seconds)
 
 
 def peak_memory() -> int:
     """Bytes: of the GPU where there is one, else of this process."""
+    import torch
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    import resource                                         # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    import resource                                     # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux kilobytes
 
 
 def free_memory() -> int:
+    """Bytes that a new process can have without swapping; where the system does not say (macOS), all of the memory."""
     info = Path("/proc/meminfo")
     if info.exists():
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def choose(args: argparse.Namespace, config: LLaVAConfig) -> tuple[str, str]:
-    """Device and dtype: what was asked for, else what is there and what fits."""
-    if args.dtype in ("fp16", "float16"):
-        raise ValueError("--dtype fp16: Phi-2's attention scores overflow in fp16; take bf16 or fp32")
-    dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(args.dtype, args.dtype)
-    if dtype not in (None, "fp32", "bf16"):
-        raise ValueError(f"--dtype {args.dtype}: expected fp32 or bf16")
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = args.device or ("cuda" if cuda else "mps" if mps else "cpu")
-    here = ["cpu", *["cuda"] * cuda, *["mps"] * mps]
-    if device.split(":")[0] not in here:
-        raise ValueError(f"--device {device}: expected one of {', '.join(here)}")
-    if args.compile and not cuda:
-        raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
-    with torch.device("meta"):
-        need = 4.4 * sum(p.numel() for p in LLaVAPhi(config).parameters())         # bytes, and a tenth for the rest
-    fits = args.int8 or need < free_memory()
-    return device, dtype or ("fp32" if device == "cpu" and fits else "bf16")
+def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, int8: bool) -> str:
+    """The dtype that was asked for, else the one that suits the device: bf16 on a GPU, fp32 on a CPU if it fits.
+
+    Many CPUs have no bf16 arithmetic and emulate it slowly. int8 weights fit anywhere, and keep the rest in fp32.
+    """
+    import torch
+
+    from model import LLaVAPhi
+    if asked:
+        return asked
+    if device != "cpu":
+        return "bf16"
+    with torch.device("meta"):                          # shapes without memory, only to count the parameters
+        n_parameters = sum(p.numel() for p in LLaVAPhi(config).parameters())
+    need = 4.4 * n_parameters                           # four bytes each, and a tenth for activations and the cache
+    return "fp32" if int8 or need < free_memory() else "bf16"
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
 
 
-def find_model(given: str | None) -> Path:
-    usual = [Path("out/finetune"), Path("checkpoints/llava-phi")]
-    if found := [Path(given)] if given else [folder for folder in usual if any(folder.glob("*model*"))]:
-        return found[0]
-    raise ValueError("no model: neither out/finetune (made by train.py) nor checkpoints/llava-phi is here; "
-                     "get the published one with `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    flag = argparse.BooleanOptionalAction
-
-    def add(name: str, text: str, **kind) -> None:
-        parser.add_argument(name, help=f"{text} (default: %(default)s)", **kind)
-
-    def fail(message: str) -> None:
-        raise ValueError(f"{message}; see `python sample.py --help`")
-
-    parser.error = fail
-    add("--model", "model folder; none: out/finetune if it is there, else checkpoints/llava-phi")
-    add("--image", "pictures, - for stdin; none: only words", nargs="+", action="extend", metavar="FILE")
-    add("--prompt", "ask this once and leave, - for stdin; none: chat")
-    add("--max-new-tokens", "an answer's length at most", type=int, default=256)
-    add("--temperature", "0: always the likeliest token", type=float, default=0.0)
-    add("--top-k", "draw among so many likeliest tokens; 0: all", type=int, default=0)
-    add("--top-p", "draw within so much probability", type=float, default=1.0)
-    add("--seed", "of the draws", type=int, default=0)
-    add("--dtype", "fp32 or bf16; none: bf16 on a GPU, fp32 on a CPU if it fits into memory, else bf16")
-    add("--device", "cpu, cuda or mps; none: the best there is")
-    add("--int8", "weights in 8 bits, a quarter of the memory", action=flag, default=False)
-    add("--compile", "CUDA graphs: faster long answers", action=flag, default=False)
-    add("--json", "one json object per picture, with --prompt", action=flag, default=False)
-    add("--verbose", "time to first token, tokens per second, memory", action=flag, default=False)
-    add("--bench", "measure the speed instead", action=flag, default=False)
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line. ValueError in one line for what cannot be."""
+    parser = Parser(prog="sample.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", help="model folder; none: out/finetune if it is there, else checkpoints/llava-phi")
+    add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, - for stdin; none: only words")
+    add("--prompt", help="ask this once and leave, - for stdin; none: chat")
+    add("--max-new-tokens", type=int, default=256, help="an answer's length at most")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--top-k", type=int, default=0, help="draw among so many likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens with this probability in total")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--dtype", type=dtype_name, metavar="{fp32,bf16}",
+        help="none: bf16 on a GPU, fp32 on a CPU if it fits into memory, else bf16")
+    add("--device", help="cpu, cuda or mps; none: the best there is")
+    add("--int8", action=BooleanOptionalAction, default=False, help="weights in 8 bits, a quarter of the memory")
+    add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
+    add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
+    add("--verbose", action=BooleanOptionalAction, default=False,
+        help="time to first token, tokens per second, memory")
+    add("--bench", action=BooleanOptionalAction, default=False, help="measure the speed instead")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf or args.top_k < 0 or not 0 < args.top_p <= 1:
-        fail("expected --max-new-tokens from 1, --temperature and --top-k from 0, --top-p above 0 and up to 1")
-    if args.prompt is None and not args.bench and (len(args.image or []) > 1 or args.json):
-        fail("a chat is in words and about one picture: --json and several pictures need --prompt")
-    if "-" in (args.image or []) and args.prompt in (None, "-") and not args.bench:
-        fail("stdin brings the picture, so the question must come as --prompt TEXT")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature}: expected a number from 0")
+    if args.top_k < 0:
+        parser.error(f"--top-k {args.top_k}: expected a number from 0")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p {args.top_p}: expected a number above 0 and up to 1")
+    chatting = args.prompt is None and not args.bench
+    if chatting and (len(args.image or []) > 1 or args.json):
+        parser.error("a chat is in words and about one picture: --json and several pictures need --prompt")
+    if "-" in (args.image or []) and (chatting or args.prompt == "-"):
+        parser.error("stdin brings the picture, so the question must come as --prompt TEXT")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = find_model(args.model)
-    config, tok = load_config(folder), load_tokenizer(folder)
-    device, dtype = choose(args, config)
-    args.prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    images = [open_image(source, config) for source in args.image or [None]]       # before the model: that takes longer
+
+    import torch
+
+    from load_weights import load_config, load_model
+    if args.compile and not torch.cuda.is_available():
+        raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
+    device = choose_device(args.device)
+    config = load_config(folder)
+    tok = load_tokenizer(folder)
+    dtype = choose_dtype(args.dtype, config, device, args.int8)
+
+    # Everything that can be wrong with the question is looked at before the weights, which take a while to load.
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read()
+    images = [open_image(source, config) for source in args.image or [None]]
     if args.prompt is not None:
-        encode(config, tok, [args.prompt], images[0])
-    say(f"{folder} on {device} in {'int8 and ' if args.int8 else ''}{dtype}")
-    model = load_model(folder, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device, args.int8)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
-               "top_p": args.top_p, "fast": args.compile, "generator": torch.Generator(device).manual_seed(args.seed)}
+        encode_chat(config, tok, [args.prompt], images[0])
+
+    print_note(f"{folder} on {device} in {'int8 and ' if args.int8 else ''}{dtype}")
+    model = load_model(folder, torch_dtype(dtype), device, args.int8)
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "fast": args.compile,
+        "generator": torch.Generator(device).manual_seed(args.seed),
+    }
     if args.bench:
-        image = images[0] if args.image else images[0].new_zeros(1, *images[0].shape[1:])
+        image = images[0] if args.image else images[0].new_zeros(1, *images[0].shape[1:])       # black will do
         for name, value in bench(model, tok, image, options).items():
             print(f"{name:24}{value:10.2f}")
     elif args.prompt is not None:
-        once(model, tok, images, args, options)
+        ask_once(model, tok, images, args, options)
     else:
         Chat(model, tok, images[0], args, options).run()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:                                 # `| head`: whoever reads has heard enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

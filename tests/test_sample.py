@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sample
+from common import without_control
 from data import load_tokenizer
 from load_weights import load_model
 
@@ -64,21 +65,21 @@ def test_pieces_join_to_the_whole(tok, seed):
     rng = random.Random(seed)
     ids = [rng.randrange(300 if seed % 2 else 500) for _ in range(40)]
     ids += tok.encode("a \u65e5\u672c\u8a9e \U0001f642\n\n x  ").ids + [0] * (seed % 3)
-    text = sample.Text(tok)
-    pieces = [text.add(i) for i in ids] + [text.add(None)]
+    text = sample.TextStream(tok)
+    pieces = [text.add(i) for i in ids] + [text.finish()]
     assert "".join(pieces) == tok.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_a_character_appears_when_it_is_complete(tok):
-    text = sample.Text(tok)
+    text = sample.TextStream(tok)
     pieces = [text.add(i) for i in tok.encode("x\u65e5y").ids]
     assert [p for p in pieces if p] == ["x", "\u65e5", "y"]
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert sample.CONTROL.sub("", "a\x1b[31mb\x07\r\x9b\u202e\tc\nd") == "a[31mb\tc\nd"
+    assert without_control("a\x1b[31mb\x07\r\x9b\u202e\tc\nd") == "a[31mb\tc\nd"
     harmless = "\u65e5\U0001f468\u200d\U0001f469 caf\u00e9"
-    assert sample.CONTROL.sub("", harmless) == harmless
+    assert without_control(harmless) == harmless
 
 # ---------------------------------------------------------------------------------------------------
 # One question
@@ -205,7 +206,7 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(monkeypatch, capsys, model, to
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "read_line", read_line)
-    monkeypatch.setattr(sample, "show", show)
+    monkeypatch.setattr(sample, "print_answer", show)
     it.run()
     assert it.turns[0::2] == ["Who?", "And?", "Well?"] and it.turns[1] == "".join(shown[:3])
     assert next(lines) == "never"
