@@ -1,17 +1,18 @@
 """Every way weights enter or leave: published Phi-2, CLIP and LLaVA-Phi folders in, one saved format out.
 
-A folder is recognised by the names of its tensors; config.json gives numbers only, the folder's name gives nothing.
-Tensors go one at a time from their place in the file to their place in the model: no file is held or mapped.
-What is saved is a folder that transformers' LlavaForConditionalGeneration and vLLM read, complete by itself.
+A folder is recognised by the names of its tensors. Its config.json gives sizes only, and its own name means nothing.
+Reading is strict in both directions: a tensor that is missing, unknown or of the wrong shape is an error, and what is
+left out on purpose is listed in DROPPED. Tensors are read one at a time and copied into the model, so loading takes the
+memory of the model and of one tensor. What we save is a folder that is complete by itself and that transformers'
+LlavaForConditionalGeneration and vLLM read as well.
 
-$ python load_weights.py merge --llm checkpoints/phi-2 --vision checkpoints/clip-vit-large-patch14-336 --out out/base
-$ python load_weights.py inspect out/base
-$ python load_weights.py export --model out/finetune --out out/llava-phi --dtype bfloat16
-$ python load_weights.py export --model out/finetune --out out/parts --to parts
+    python load_weights.py merge --llm checkpoints/phi-2 --vision checkpoints/clip-vit-large-patch14-336 --out out/base
+    python load_weights.py inspect out/base
+    python load_weights.py export --model out/finetune --out out/llava-phi --dtype bf16
+    python load_weights.py export --model out/finetune --out out/parts --to parts
 """
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
@@ -26,152 +27,280 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from common import Parser, dtype_name, read_json, run_command, sync_folder, torch_dtype
 
-from model import Int8Linear, LLaVAConfig, LLaVAPhi, PhiConfig, Projector, init_weights, merge_lora, quantize_int8
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of `python load_weights.py`. ValueError describes a mistake in it."""
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    merging = commands.add_parser("merge", help="make one base model from a Phi-2 folder and a CLIP folder")
+    merging.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
+    merging.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"),
+                         help="folder of the vision tower")
+    merging.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
+    merging.add_argument("--seed", type=int, default=42, help="seed of the new projector's weights")
+    inspecting = commands.add_parser("inspect", help="say what a folder holds")
+    inspecting.add_argument("folder", type=Path)
+    exporting = commands.add_parser("export", help="write any readable model in the format we save")
+    exporting.add_argument("--model", type=Path, default=Path("out/finetune"),
+                           help="folder to read: a model, or a training checkpoint (out/step_NNNNNN)")
+    exporting.add_argument("--out", type=Path, required=True, help="folder to write")
+    exporting.add_argument("--to", choices=("model", "parts"), default="model",
+                           help="model: one folder, which transformers and vLLM read too; "
+                                "parts: Phi, vision tower and projector apart, as llama.cpp's converters want them")
+    for command in (merging, exporting):
+        command.add_argument("--dtype", type=dtype_name, help="bf16 or fp32; not given: each tensor as it is stored")
+    return parser.parse_args(argv)
+
+
+def check_command_line() -> None:
+    parse()
+
+
+# Importing torch takes seconds. `--help` and a mistake in a flag are answered before that.
+if __name__ == "__main__" and (exit_code := run_command(check_command_line)):
+    sys.exit(exit_code)
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+
+from data import EOT, IMAGE, eot_id, load_tokenizer
+from model import Int8Linear, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, merge_lora, quantize_int8
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
 # ---------------------------------------------------------------------------------------------------
 # Names
+#
+# We call a tensor "llm.h.3.attn.qkv.weight"; a published file calls it something else in each era. The tables hold
+# names without ".weight" and ".bias", {layer} stands for a layer's number and {qkv} for q, k and v in turn: three
+# published tensors whose rows follow each other in ours.
 
-SAVED = {       # ours -> as saved, in transformers' names. {} is the layer; * is q, k, v: our matrix's rows in thirds
+SAVED = {       # our name -> the name behind PREFIX in the folders we save, which are transformers' own names
     "llm.wte": "model.embed_tokens",
-    "llm.h.{}.ln": "model.layers.{}.input_layernorm",
-    "llm.h.{}.attn.qkv": "model.layers.{}.self_attn.*_proj",
-    "llm.h.{}.attn.proj": "model.layers.{}.self_attn.dense",
-    "llm.h.{}.mlp.fc": "model.layers.{}.mlp.fc1",
-    "llm.h.{}.mlp.proj": "model.layers.{}.mlp.fc2",
+    "llm.h.{layer}.ln": "model.layers.{layer}.input_layernorm",
+    "llm.h.{layer}.attn.qkv": "model.layers.{layer}.self_attn.{qkv}_proj",
+    "llm.h.{layer}.attn.proj": "model.layers.{layer}.self_attn.dense",
+    "llm.h.{layer}.mlp.fc": "model.layers.{layer}.mlp.fc1",
+    "llm.h.{layer}.mlp.proj": "model.layers.{layer}.mlp.fc2",
     "llm.ln_f": "model.final_layernorm",
     "llm.lm_head": "lm_head",
     "vision.cls": "embeddings.class_embedding",
     "vision.patch": "embeddings.patch_embedding",
     "vision.pos": "embeddings.position_embedding.weight",
-    "vision.ln_pre": "pre_layrnorm",                                # [sic]
-    "vision.h.{}.ln_1": "encoder.layers.{}.layer_norm1",
-    "vision.h.{}.attn.qkv": "encoder.layers.{}.self_attn.*_proj",
-    "vision.h.{}.attn.proj": "encoder.layers.{}.self_attn.out_proj",
-    "vision.h.{}.ln_2": "encoder.layers.{}.layer_norm2",
-    "vision.h.{}.mlp.fc": "encoder.layers.{}.mlp.fc1",
-    "vision.h.{}.mlp.proj": "encoder.layers.{}.mlp.fc2",
-    "vision.ln_post": "post_layernorm",                             # never built: only passed on
+    "vision.ln_pre": "pre_layrnorm",                                # [sic], in every CLIP there is
+    "vision.h.{layer}.ln_1": "encoder.layers.{layer}.layer_norm1",
+    "vision.h.{layer}.attn.qkv": "encoder.layers.{layer}.self_attn.{qkv}_proj",
+    "vision.h.{layer}.attn.proj": "encoder.layers.{layer}.self_attn.out_proj",
+    "vision.h.{layer}.ln_2": "encoder.layers.{layer}.layer_norm2",
+    "vision.h.{layer}.mlp.fc": "encoder.layers.{layer}.mlp.fc1",
+    "vision.h.{layer}.mlp.proj": "encoder.layers.{layer}.mlp.fc2",
+    "vision.ln_post": "post_layernorm",                             # not in our model, only passed on
     "projector.fc": "linear_1",
     "projector.proj": "linear_2",
 }
-OTHER = {       # other spellings -> ours. The name alone says how q, k and v are packed: /heads is (head, 3, size) rows
-    "model.layers.{}.self_attn.query_key_value": "llm.h.{}.attn.qkv/heads",     # transformers 4.36, LLaVA-Phi
-    "transformer.embd.wte": "llm.wte",                                          # phi-msft
-    "transformer.h.{}.ln": "llm.h.{}.ln",
-    "transformer.h.{}.mixer.Wqkv": "llm.h.{}.attn.qkv",                         # (3, head, size), as ours
-    "transformer.h.{}.mixer.out_proj": "llm.h.{}.attn.proj",
-    "transformer.h.{}.mlp.fc1": "llm.h.{}.mlp.fc",
-    "transformer.h.{}.mlp.fc2": "llm.h.{}.mlp.proj",
+PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
+
+BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, what SAVED and OTHER have there
+    ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
+    ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi
+    ("model.vision_tower.vision_tower.", "vision", ""),
+    ("model.vision_tower.", "vision", ""),                                  # transformers 5, in memory
+    ("vision_tower.vision_tower.vision_model.", "vision", ""),
+    ("vision_tower.vision_model.", "vision", ""),                           # what we save
+    ("vision_tower.", "vision", ""),                                        # transformers 5, saved
+    ("vision_model.", "vision", ""),                                        # CLIP
+    ("embeddings.", "vision", "embeddings."),                               # CLIP's vision tower without a prefix
+    ("encoder.", "vision", "encoder."),
+    ("pre_layrnorm.", "vision", "pre_layrnorm."),
+    ("post_layernorm.", "vision", "post_layernorm."),
+    ("model.mm_projector.", "projector", ""),                               # LLaVA, LLaVA-Phi
+    ("mm_projector.", "projector", ""),
+    ("model.multi_modal_projector.", "projector", ""),                      # transformers 5, in memory
+    ("multi_modal_projector.", "projector", ""),                            # what we save
+    ("model.language_model.", "llm", "model."),                             # transformers 5, in memory
+    ("language_model.", "llm", ""),                                         # what we save
+    ("model.", "llm", "model."),                                            # Phi-2
+    ("lm_head.", "llm", "lm_head."),
+    ("transformer.", "llm", "transformer."),                                # Phi-2 as Microsoft first released it
+)
+OTHER = {       # other published names -> ours
+    "model.layers.{layer}.self_attn.query_key_value": "llm.h.{layer}.attn.qkv",     # transformers 4.36, LLaVA-Phi
+    "transformer.embd.wte": "llm.wte",
+    "transformer.h.{layer}.ln": "llm.h.{layer}.ln",
+    "transformer.h.{layer}.mixer.Wqkv": "llm.h.{layer}.attn.qkv",
+    "transformer.h.{layer}.mixer.out_proj": "llm.h.{layer}.attn.proj",
+    "transformer.h.{layer}.mlp.fc1": "llm.h.{layer}.mlp.fc",
+    "transformer.h.{layer}.mlp.fc2": "llm.h.{layer}.mlp.proj",
     "lm_head.ln": "llm.ln_f",
     "lm_head.linear": "llm.lm_head",
-    "0": "projector.fc",                                                        # mm_projector.0, .2
+    "0": "projector.fc",
     "2": "projector.proj",
 }
-BEGINNINGS = (  # how a tensor's name may begin, the part it is of, what stands for that beginning in the tables above
-    (r"(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?", "vision", ""),
-    (r"vision_model\.|(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", "vision", ""),
-    (r"(model\.)?(mm_projector|multi_modal_projector)\.", "projector", ""),
-    (r"model\.language_model\.", "llm", "model."),
-    (r"language_model\.|(?=model\.|lm_head\.|transformer\.)", "llm", ""),
-)
-PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
-PLACES = {(ours.split(".")[0], theirs): ours for theirs, ours in [*OTHER.items(), *((t, o) for o, t in SAVED.items())]}
-DROPPED = (     # tensors of published files that are left out on purpose
+# The rows of Wqkv are (3, head, size), as ours are; those of query_key_value are (head, 3, size). Both matrices have
+# the same shape, so the name alone says which it is.
+PACKED_BY_HEAD = "query_key_value"
+
+DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason that `inspect` gives
     (r".*rotary_emb", "rotary angles are computed in every forward"),
-    (r".*position_ids", "0, 1, 2, ..."),
+    (r".*position_ids", "they are 0, 1, 2, ..."),
     (r"text_model\.|text_projection|visual_projection|logit_scale", "CLIP's text tower and contrastive heads"),
 )
-UNUSED = "behind the hidden state that is read: not loaded, kept in saved models"
+UNUSED = "layers after the hidden state that is read: not loaded, but kept when a model is saved"
+
+
+def known_names() -> dict[tuple[str, str], tuple[str, str]]:
+    """(part, published name) -> (our name, piece), from the tables. For the pieces see `to_ours`."""
+    names = {}
+    for ours, theirs in SAVED.items():
+        part = ours.split(".")[0]
+        if "{qkv}" in theirs:
+            for letter in "qkv":
+                names[part, theirs.replace("{qkv}", letter)] = (ours, letter)
+        else:
+            names[part, theirs] = (ours, "")
+    for theirs, ours in OTHER.items():
+        part = ours.split(".")[0]
+        names[part, theirs] = (ours, "heads" if theirs.endswith(PACKED_BY_HEAD) else "")
+    return names
+
+
+KNOWN = known_names()
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+def without_layer(name: str) -> tuple[str, str]:
+    """"h.3.mlp.fc" -> ("h.{layer}.mlp.fc", "3"). A name outside of the layers stays, with an empty number."""
+    match = LAYER.search(name)
+    if match is None:
+        return name, ""
+    return LAYER.sub(".{layer}.", name, count=1), match[1]
 
 
 def to_saved(name: str) -> list[str]:
-    """Our name -> the saved names: one, or those of q, k and v, whose rows follow each other in our tensor."""
-    layer = re.search(r"\.(\d+)\.|$", name)[1]
-    stem, leaf = re.fullmatch(r"(.*?)(\.weight|\.bias|)", re.sub(r"\.\d+\.", ".{}.", name)).groups()
-    saved = PREFIX[name.split(".")[0]] + SAVED[stem].format(layer) + leaf
-    return [saved.replace("*", piece) for piece in "qkv"] if "*" in saved else [saved]
+    """Our name -> the names it is saved under: one, or those of q, k and v."""
+    template, layer = without_layer(name)
+    leaf = ""
+    if template not in SAVED:
+        template, _, leaf = template.rpartition(".")
+        leaf = "." + leaf
+    saved = PREFIX[name.split(".")[0]] + SAVED[template].replace("{layer}", layer) + leaf
+    if "{qkv}" in saved:
+        return [saved.replace("{qkv}", letter) for letter in "qkv"]
+    return [saved]
 
 
 def to_ours(name: str) -> tuple[str, str] | None:
-    """A tensor's name in any layout -> (our name, piece: "" for all of it, "q", "k", "v", "heads"), or None."""
-    for beginning, part, stand_in in BEGINNINGS:
-        if match := re.match(beginning, name):
-            rest = stand_in + name[match.end():]
-            layer, third = (re.search(mark + "|$", rest)[1] for mark in (r"\.(\d+)\.", r"\.([qkv])_proj\."))
-            stem = re.sub(r"\.[qkv]_proj\.", ".*_proj.", re.sub(r"\.\d+\.", ".{}.", rest, count=1))
-            for theirs, dot, leaf in ((stem, "", ""), stem.rpartition(".")):
-                if ours := PLACES.get((part, theirs)):
-                    ours, _, packing = ours.partition("/")
-                    return ours.format(int(layer or 0)) + dot + leaf, third or packing
-            return None
-    return None
+    """A tensor's name in any layout -> (our name, piece), or None for a name that we do not know.
+
+    The piece is "" for the whole of our tensor; "q", "k" or "v" for a third of its rows; "heads" for all of its rows,
+    but packed head by head.
+    """
+    for beginning, part, standard in BEGINNINGS:
+        if name.startswith(beginning):
+            break
+    else:
+        return None
+    template, layer = without_layer(standard + name.removeprefix(beginning))
+    leaf = ""
+    if (part, template) not in KNOWN:
+        template, _, leaf = template.rpartition(".")
+        leaf = "." + leaf
+    if (part, template) not in KNOWN:
+        return None
+    ours, piece = KNOWN[part, template]
+    return ours.replace("{layer}", layer) + leaf, piece
 
 
-def unroll(names: Iterable[str]) -> dict[str, str]:
-    """The oldest layout is one list, from embedding (0) to head (last): -> what phi-msft calls the same tensors."""
-    places = {name: int(m[1]) for name in names if (m := re.match(r"layers\.(\d+)\.", name))}
-    ends = {0: "transformer.embd", max(places.values(), default=0): "lm_head"}
-    return {name: ends.get(i, f"transformer.h.{i - 1}") + name[len(f"layers.{i}"):] for name, i in places.items()}
+def rename_sequential(names: Iterable[str]) -> dict[str, str]:
+    """The earliest Phi files are one list, from layers.0 (the embedding) to the last (the head) -> their later names."""
+    numbers = {}
+    for name in names:
+        match = re.match(r"layers\.(\d+)\.", name)
+        if match:
+            numbers[name] = int(match[1])
+    last = max(numbers.values(), default=0)
+    renamed = {}
+    for name, number in numbers.items():
+        rest = name.removeprefix(f"layers.{number}.")
+        if number == 0:
+            renamed[name] = f"transformer.embd.{rest}"
+        elif number == last:
+            renamed[name] = f"lm_head.{rest}"
+        else:
+            renamed[name] = f"transformer.h.{number - 1}.{rest}"
+    return renamed
 
 
 def meta_model(config: LLaVAConfig) -> LLaVAPhi:
+    """A model that has names and shapes but no memory yet."""
     with torch.device("meta"):
         return LLaVAPhi(config)
 
 
 def blueprint(config: LLaVAConfig) -> dict[str, torch.Size]:
-    """Our name -> shape of everything a saved model holds, in order: also the vision layers that are never built."""
+    """Our name -> shape of everything that a saved model holds, in order.
+
+    That is more than our model holds: the vision layers behind the hidden state that LLaVA reads are never built here,
+    but whoever loads our folder with another program expects the whole tower.
+    """
     whole = meta_model(replace(config, vision=replace(config.vision, feature_layer=-1)))
-    shapes = {name: p.shape for name, p in whole.named_parameters()}
-    return shapes | {f"vision.ln_post.{leaf}": torch.Size([config.vision.n_embd]) for leaf in ("weight", "bias")}
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    for leaf in ("weight", "bias"):
+        shapes[f"vision.ln_post.{leaf}"] = torch.Size([config.vision.n_embd])
+    return shapes
 
 # ---------------------------------------------------------------------------------------------------
 # Files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-HEADER_LIMIT = 2_000_000                    # bytes of a table of tensors; the whole model's has 90 thousand
-JSON_LIMIT = 20_000_000                     # bytes; Phi-2's tokenizer.json has two million
-SHARD_BYTES = 5_000_000_000
-EXPECTED_DTYPES = "expected bfloat16 or float32; Phi-2's attention scores overflow in fp16"
+# Bytes of a table of tensors. The whole model's has 90 thousand; a file that claims far more wants our memory.
+HEADER_LIMIT = 2_000_000
 
 
-class Stored(NamedTuple):                   # where a tensor's bytes lie, to be read or to be written
-    name: str                               # as it is called there
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet."""
+    name: str                               # as the file calls it
     path: Path
-    offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    load: Callable[[], Tensor]
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
 
-class Folder(NamedTuple):                   # what a folder holds
+Pieces = dict[str, Stored]                  # the parts of one of our tensors in the files; for the keys see `to_ours`
+
+
+class Folder(NamedTuple):
+    """What a folder holds."""
     path: Path
-    found: dict[str, dict[str, Stored]]     # our name -> piece -> tensor
-    dropped: dict[str, str]                 # its name there -> why it is left out
-    unexpected: list[Stored]                # we have no place for these
+    found: dict[str, Pieces]                # by our names, in the order of the files
+    dropped: dict[str, str]                 # the file's name of a tensor -> why it is left out
+    unexpected: list[Stored]                # tensors that we have no place for
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return tuple(part for part in PREFIX if any(name.startswith(part + ".") for name in self.found))
+        """Which of llm, vision and projector are there."""
+        present = {name.split(".")[0] for name in self.found}
+        return tuple(part for part in PREFIX if part in present)
 
     @property
     def kind(self) -> str:
+        """What the folder is, in words."""
         others = ", ".join(stored.name for stored in self.unexpected[:3])
         return KINDS.get(self.parts, f"a folder of other tensors ({others}, ...)")
 
 
-PHI, CLIP, LLAVA = "a Phi-2 language model", "a CLIP vision tower", "a LLaVA-Phi model"
+PHI = "a Phi-2 language model"
+CLIP = "a CLIP vision tower"
+LLAVA = "a LLaVA-Phi model"
 KINDS = {("llm",): PHI, ("vision",): CLIP, ("llm", "vision", "projector"): LLAVA,
          ("llm", "vision"): "a LLaVA-Phi model without projector"}
 HINTS = {
@@ -182,80 +311,73 @@ HINTS = {
 }
 
 
-def read_json(path: Path) -> dict:
-    """A json object from a file that somebody else wrote. ValueError names the file and what it looks like instead."""
-    if not path.is_file():
-        raise ValueError(f"{path}: not there; it belongs to the download")
-    if path.stat().st_size > JSON_LIMIT:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a json file of a model folder")
-    data = path.read_bytes()
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not json, begins with {data[:40]!r}: was a web page saved in its place?") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a json object, found {type(value).__name__}")
-    return value
-
-
 def tensor_files(folder: Path) -> list[Path]:
     """The files that hold a folder's tensors: safetensors before .bin, one file before shards."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
-        index = folder / f"{name}.index.json"
-        if not index.exists():
-            continue
-        shards = read_json(index).get("weight_map")         # names the shards; what is in them they say themselves
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ValueError(f"{index}: has no weight_map of tensor names to file names")
-        for shard in set(shards.values()):
-            if Path(shard).name != shard or Path(shard).suffix != Path(name).suffix:
-                raise ValueError(f"{index}: {shard!r} is not the plain name of a shard in this folder")
-            if not (folder / shard).is_file():
-                raise ValueError(f"{folder / shard}: named in {index.name}, but not there: incomplete download?")
-        return [folder / shard for shard in sorted(set(shards.values()))]
-    for path in [folder / "checkpoint.json", *sorted(folder.glob("step_*/checkpoint.json"), reverse=True)]:
-        if path.is_file():
+        if (folder / f"{name}.index.json").exists():
+            return shard_files(folder, name)
+    for checkpoint in [folder, *sorted(folder.glob("step_*"), reverse=True)]:
+        if (checkpoint / "checkpoint.json").is_file():
             raise ValueError(f"{folder}: a training run's checkpoint and no model yet; make one of it with: "
-                             f"python load_weights.py export --model {path.parent} --out DIR")
+                             f"python load_weights.py export --model {checkpoint} --out DIR")
     raise ValueError(f"{folder}: holds no model.safetensors and no pytorch_model.bin, in one file or with an index")
 
 
+def shard_files(folder: Path, name: str) -> list[Path]:
+    """The shards that an index names. Only their names are taken from it: what is in them, they say themselves."""
+    index = folder / f"{name}.index.json"
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index}: has no weight_map of tensor names to file names")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if Path(shard).name != shard or Path(shard).suffix != Path(name).suffix:
+            raise ValueError(f"{index}: {shard!r} is not the plain name of a shard in this folder")
+        if not (folder / shard).is_file():
+            raise ValueError(f"{folder / shard}: named in {index.name}, but not there: incomplete download?")
+    return [folder / shard for shard in shards]
+
+
+def first_line(error: Exception) -> str:
+    """A library's error in one line, for the end of ours. It may quote a name from the file, of any length."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def read_safetensors(path: Path) -> dict[str, Stored]:
-    """The table at the head of a safetensors file, believed only if it accounts for every byte behind it."""
+    """The tensors of a safetensors file, none of them read yet."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(HEADER_LIMIT, size - 8):
-            raise ValueError(f"{path}: file is {size} bytes, header says it alone has {length}: incomplete download?")
-        header = file.read(length)
+        length = int.from_bytes(file.read(8), "little")     # of the header, a table in json, which comes first
+    if length > min(HEADER_LIMIT, size - 8):
+        raise ValueError(f"{path}: file is {size} bytes, header says it alone has {length}: incomplete download?")
+    stored = {}
     try:
-        table = json.loads(header)
-        table.pop("__metadata__", None)
-        stored, end = {}, 0
-        for name, row in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = row["data_offsets"]
-            stored[name] = Stored(name, path, 8 + length + start, DTYPES[row["dtype"]], tuple(row["shape"]))
-            counts = all(type(n) is int and n >= 0 for n in row["shape"])
-            if not counts or start != end or stop - start != stored[name].nbytes:
-                raise ValueError(f"the entry of {name[:80]} does not fit its place")
-            end = stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path}: not a safetensors file, or a broken one ({type(e).__name__}: {e})") from None
-    if 8 + length + end != size:
-        raise ValueError(f"{path}: file is {size} bytes, header says {8 + length + end}: incomplete download?")
+        # "pread" reads a tensor into memory of its own. By default the file would be mapped, and changed or cut by
+        # somebody else it would change the model, or end the process.
+        file = safe_open(path, "pt", backend="pread")
+        for name in file.offset_keys():
+            entry = file.get_slice(name)
+            if entry.get_dtype() not in DTYPES:
+                raise ValueError(f"{path}: {name[:80]} is of dtype {entry.get_dtype()}, which is not read here")
+            dtype, shape = DTYPES[entry.get_dtype()], tuple(entry.get_shape())
+            stored[name] = Stored(name, path, dtype, shape, partial(file.get_tensor, name))
+    except SafetensorError as e:
+        raise ValueError(f"{path}: not a safetensors file, or not all of one: incomplete download? "
+                         f"(file is {size} bytes; {first_line(e)})") from None
     return stored
 
 
-def read_bin(path: Path) -> dict[str, Stored]:
-    """The same table for a file of torch.save: a zip of one pickle (names, shapes) and one plain record per tensor.
+def check_zip(path: Path) -> None:
+    """Refuse a .bin file that is no plain zip archive, before torch believes anything in it.
 
-    torch's safe unpickler reads the pickle onto fake tensors, which have no memory but know their place in the file.
+    torch maps the file and takes each tensor's bytes as they lie there, so a compressed record would be read as noise.
+    A table of millions of records, or a pickle of gigabytes, would take all memory before torch could object.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:          # the length of the zip's table stands near its end: look before parsing it
-        file.seek(max(0, size - 66_000))
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 66_000))     # the table's length stands in the last 66 thousand bytes
         tail = file.read()
     end = tail.rfind(b"PK\5\6")
     length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
@@ -270,79 +392,98 @@ def read_bin(path: Path) -> dict[str, Stored]:
         large = record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT
         if record.compress_type != zipfile.ZIP_STORED or large:
             raise ValueError(f"{path}: {record.filename} is compressed or too large, torch.save writes no such thing")
+
+
+def read_bin(path: Path) -> dict[str, Stored]:
+    """The tensors of a file of torch.save, mapped: their bytes are read when they are copied into a model."""
+    check_zip(path)
     try:
-        with FakeTensorMode():
-            state = torch.load(path, weights_only=True)
+        with warnings.catch_warnings():     # about quantised tensors, which are refused below
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as e:                  # a stranger's pickle can fail in any way
-        reason = [*str(e).strip().splitlines(), type(e).__name__][0]
-        raise ValueError(f"{path}: refused, it holds more than plain tensors ({reason})") from None
+        raise ValueError(f"{path}: refused, it holds more than plain tensors ({first_line(e)})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
     stored = {}
-    for name, x in state.items():
-        if not isinstance(name, str) or not isinstance(x, Tensor) or x.layout != torch.strided or x.is_quantized:
+    for name, tensor in state.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not isinstance(name, str) or not plain:
             raise ValueError(f"{path}: {str(name)[:80]!r} is not a plain dense tensor")
-        if not x.is_contiguous() or not hasattr(x.untyped_storage(), "_checkpoint_offset"):
+        if not tensor.is_contiguous():
             raise ValueError(f"{path}: {name!r} is not stored row by row")
-        offset = x.untyped_storage()._checkpoint_offset + x.storage_offset() * x.dtype.itemsize
-        stored[name] = Stored(name, path, offset, x.dtype, tuple(x.shape))
-        if offset + stored[name].nbytes > size:
-            raise ValueError(f"{path}: file is {size} bytes, {name!r} would end at {offset + stored[name].nbytes}")
+        stored[name] = Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach)
     return stored
 
 
 def read_folder(folder: Path, expected: str = LLAVA) -> Folder:
-    """What lies in a folder, without reading a tensor. `expected`: what the messages say was wanted."""
+    """What lies in a folder, without reading a tensor. `expected` is the kind that an error message asks for."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; " + HINTS[expected].format(folder))
     tensors: dict[str, Stored] = {}
     for path in tensor_files(folder):
         stored = read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
-        if twice := sorted(tensors.keys() & stored.keys()):
-            raise ValueError(f"{path}: holds {twice[0]}, which {tensors[twice[0]].path.name} holds too")
+        repeated = sorted(tensors.keys() & stored.keys())
+        if repeated:
+            raise ValueError(f"{path}: holds {repeated[0]}, which {tensors[repeated[0]].path.name} holds too")
         tensors |= stored
     result = Folder(folder, {}, {}, [])
-    modern = unroll(tensors)
+    renamed = rename_sequential(tensors)
     for name, stored in tensors.items():
-        if reason := next((why for pattern, why in DROPPED if re.match(pattern, name)), None):
+        reason = reason_to_drop(name)
+        known = to_ours(renamed.get(name, name))
+        if reason:
             result.dropped[name] = reason
-        elif place := to_ours(modern.get(name, name)):
-            pieces = result.found.setdefault(place[0], {})
-            if pieces and (place[1] in pieces or {"", "heads"} & {place[1], *pieces}):
-                other = next(iter(pieces.values())).name
-                raise ValueError(f"{folder}: {name} and {other} are the same tensor in two layouts")
-            pieces[place[1]] = stored
-        else:
+        elif known is None:
             result.unexpected.append(stored)
+        else:
+            add_piece(result, *known, stored)
     return result
 
 
-def in_order(pieces: dict[str, Stored]) -> list[Stored]:
-    return [pieces[piece] for piece in "qkv"] if "q" in pieces else list(pieces.values())
+def reason_to_drop(name: str) -> str | None:
+    for pattern, reason in DROPPED:
+        if re.match(pattern, name):
+            return reason
+    return None
 
 
-def read(name: str, pieces: dict[str, Stored], config: LLaVAConfig, memory: Tensor | None = None) -> Tensor:
-    """One of our tensors from its pieces in the files. It lies in `memory` (bytes), until that is used again."""
-    if memory is None:
-        memory = torch.empty(sum(stored.nbytes for stored in pieces.values()), dtype=torch.uint8)
-    view, end = memoryview(memory.numpy()), 0
-    for stored in in_order(pieces):         # q, k and v follow each other, as their rows do in our matrix
-        start, end = end, end + stored.nbytes
-        with open(stored.path, "rb") as file:
-            file.seek(stored.offset)
-            if file.readinto(view[start:end]) != stored.nbytes:
-                raise ValueError(f"{stored.path}: ends in the middle of a tensor: incomplete download?")
-    x = memory[:end].view(stored.dtype)
-    x = x.view(stored.shape) if len(pieces) == 1 else x.view(-1, *stored.shape[1:])
-    if "heads" in pieces:                   # (head, 3, size) -> (3, head, size) rows
+def add_piece(folder: Folder, name: str, piece: str, stored: Stored) -> None:
+    """Note that `stored` is (a piece of) our tensor `name`. ValueError if the folder has it in another layout too."""
+    pieces = folder.found.setdefault(name, {})
+    thirds = {piece, *pieces} <= {"q", "k", "v"}
+    if pieces and (piece in pieces or not thirds):
+        other = next(iter(pieces.values())).name
+        raise ValueError(f"{folder.path}: {stored.name} and {other} are the same tensor in two layouts")
+    pieces[piece] = stored
+
+
+def in_order(pieces: Pieces) -> list[Stored]:
+    """As their rows follow each other in our tensor. A file may hold q, k and v in any order."""
+    return [pieces[piece] for piece in ("", "heads", "q", "k", "v") if piece in pieces]
+
+
+def read(name: str, pieces: Pieces, config: LLaVAConfig) -> Tensor:
+    """One of our tensors, in the file's dtype, from its pieces. OSError or ValueError: its file has changed since."""
+    tensors = []
+    for stored in in_order(pieces):
+        try:
+            tensors.append(stored.load())
+        except SafetensorError as e:
+            raise ValueError(f"{stored.path}: {stored.name} cannot be read ({first_line(e)})") from None
+    if "heads" in pieces:
         n_head = config.llm.n_head if name.startswith("llm") else config.vision.n_head
-        x = x.unflatten(0, (n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
-    return x
+        by_head = tensors[0].unflatten(0, (n_head, 3, -1))                         # (head, 3, size, ...)
+        return by_head.transpose(0, 1).flatten(0, 2)                               # (3 * head * size, ...)
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(tensors)
 
 # ---------------------------------------------------------------------------------------------------
 # Config
 
-PHI_KEYS = {    # ours -> (its spellings in config.json through the years, what transformers takes when it is not there)
+# Our field -> its spellings in config.json through the years, and what transformers takes where none is there.
+PHI_KEYS = {
     "vocab_size": (("vocab_size",), 51200),
     "block_size": (("max_position_embeddings", "n_positions"), 2048),
     "n_layer": (("num_hidden_layers", "n_layer"), 24),
@@ -353,7 +494,7 @@ PHI_KEYS = {    # ours -> (its spellings in config.json through the years, what 
     "eps": (("layer_norm_eps", "layer_norm_epsilon"), 1e-5),
     "dropout": (("resid_pdrop",), 0.0),
 }
-ROTARY_KEYS = {"dim": (("rotary_dim",), None), "factor": (("partial_rotary_factor",), 0.5)}
+ROTARY_KEYS = {"rotary_dim": (("rotary_dim",), None), "rotary_factor": (("partial_rotary_factor",), 0.5)}
 VISION_KEYS = {
     "image_size": (("image_size",), 224),
     "patch_size": (("patch_size",), 32),
@@ -365,67 +506,85 @@ VISION_KEYS = {
 }
 
 
-def numbers(c: dict, keys: dict, path: Path) -> dict:
-    """Our config fields from a config.json of any era; null is the same as absent."""
-    values = {}
+def is_number(value: object, default: int | float | None) -> bool:
+    """Whether a value of somebody's json can stand for a field with this default."""
+    if isinstance(default, float):
+        return type(value) in (int, float) and 0 <= value < 1e9
+    return type(value) is int and 0 < value < 1e9
+
+
+def config_fields(config: dict, keys: dict, path: Path) -> dict:
+    """Our config fields from a config.json of any era. A null there is the same as nothing."""
+    fields = {}
     for field, (spellings, default) in keys.items():
-        value = next((c[key] for key in spellings if c.get(key) is not None), default)
-        fits = type(value) in (int, float) if isinstance(default, float) else type(value) is int and value > 0
-        if value is not None and not (fits and 0 <= value < 1e9):
-            raise ValueError(f"{path}: {spellings[0]} is {value!r}, expected a number")
-        values[field] = value
-    return values
+        fields[field] = default
+        for key in spellings:
+            value = config.get(key)
+            if value is None:
+                continue
+            if not is_number(value, default):
+                raise ValueError(f"{path}: {key} is {value!r}, expected a number")
+            fields[field] = value
+            break
+    return fields
 
 
-def inner(c: dict, key: str, default: dict, path: Path) -> dict:
+def subconfig(config: dict, key: str, default: dict, path: Path) -> dict:
     """A config inside a config."""
-    value = default if c.get(key) is None else c[key]
+    value = config.get(key)
+    if value is None:
+        return default
     if not isinstance(value, dict):
         raise ValueError(f"{path}: {key} is {value!r}, expected an object")
     return value
 
 
-def expect(path: Path, what: str, found: object, *known: object) -> None:
-    if found not in known:
-        raise ValueError(f"{path}: {what} is {found!r}, and only {' or '.join(map(repr, known))} is implemented here")
+def require(path: Path, what: str, value: object, *implemented: object) -> None:
+    """Refuse a variant of the model that is not implemented here, instead of computing something else."""
+    if value not in implemented:
+        choices = " or ".join(repr(choice) for choice in implemented)
+        raise ValueError(f"{path}: {what} is {value!r}, and only {choices} is implemented here")
 
 
-def phi_config(c: dict, path: Path) -> PhiConfig:
-    rope = inner(c, "rope_parameters", {}, path)                    # transformers 5
-    values = numbers(c | rope, PHI_KEYS | ROTARY_KEYS, path)
-    rotary_dim, rotary_factor = values.pop("dim"), values.pop("factor")
-    if values["n_inner"] is None:
-        values["n_inner"] = 8192 if "hidden_size" in c else 4 * values["n_embd"]
-    expect(path, "rope_scaling", c.get("rope_scaling"), None)
-    expect(path, "rope_type", rope.get("rope_type", "default"), "default")
-    expect(path, "qk_layernorm", c.get("qk_layernorm", False), False)
-    expect(path, "tie_word_embeddings", c.get("tie_word_embeddings", False), False)
-    activation = c.get("hidden_act", c.get("activation_function", "gelu_new"))
-    expect(path, "activation", activation, "gelu_new", "gelu_pytorch_tanh")
-    kv_heads = c.get("num_key_value_heads", c.get("n_head_kv"))
-    expect(path, "the number of key and value heads", kv_heads, None, values["n_head"])
-    if values["n_embd"] % values["n_head"]:
-        raise ValueError(f"{path}: hidden_size {values['n_embd']} is not a multiple of {values['n_head']} heads")
-    return PhiConfig(**values, rotary_dim=rotary_dim or int(values["n_embd"] // values["n_head"] * rotary_factor))
+def phi_config(config: dict, path: Path) -> PhiConfig:
+    rope = subconfig(config, "rope_parameters", {}, path)           # transformers 5 keeps the rotary numbers there
+    fields = config_fields(config | rope, PHI_KEYS | ROTARY_KEYS, path)
+    rotary_dim = fields.pop("rotary_dim")
+    rotary_factor = fields.pop("rotary_factor")
+    if fields["n_inner"] is None:
+        fields["n_inner"] = 8192 if "hidden_size" in config else 4 * fields["n_embd"]
+    activation = config.get("hidden_act", config.get("activation_function", "gelu_new"))
+    kv_heads = config.get("num_key_value_heads", config.get("n_head_kv"))
+    require(path, "rope_scaling", config.get("rope_scaling"), None)
+    require(path, "rope_type", rope.get("rope_type", "default"), "default")
+    require(path, "qk_layernorm", config.get("qk_layernorm", False), False)
+    require(path, "tie_word_embeddings", config.get("tie_word_embeddings", False), False)
+    require(path, "activation", activation, "gelu_new", "gelu_pytorch_tanh")
+    require(path, "the number of key and value heads", kv_heads, None, fields["n_head"])
+    if fields["n_embd"] % fields["n_head"]:
+        raise ValueError(f"{path}: hidden_size {fields['n_embd']} is not a multiple of {fields['n_head']} heads")
+    if rotary_dim is None:
+        rotary_dim = int(fields["n_embd"] // fields["n_head"] * rotary_factor)
+    return PhiConfig(**fields, rotary_dim=rotary_dim)
 
 
-def vision_config(c: dict, feature_layer: object, path: Path) -> VisionConfig:
-    expect(path, "the vision tower's activation", c.get("hidden_act", "quick_gelu"), "quick_gelu")
-    expect(path, "num_channels", c.get("num_channels", 3), 3)
-    values = numbers(c, VISION_KEYS, path)
-    if type(feature_layer) is not int or not -values["n_layer"] <= feature_layer < 0:
+def vision_config(config: dict, feature_layer: object, path: Path) -> VisionConfig:
+    require(path, "the vision tower's activation", config.get("hidden_act", "quick_gelu"), "quick_gelu")
+    require(path, "num_channels", config.get("num_channels", 3), 3)
+    fields = config_fields(config, VISION_KEYS, path)
+    if type(feature_layer) is not int or not -fields["n_layer"] <= feature_layer < 0:
         raise ValueError(f"{path}: the vision layer to read is {feature_layer!r}, expected one counted from the end")
-    return VisionConfig(**values, feature_layer=feature_layer)
+    return VisionConfig(**fields, feature_layer=feature_layer)
 
 
-def image_mode(c: dict, folder: Path) -> str:
+def image_mode(config: dict, folder: Path) -> str:
     """How a folder's model saw its pictures: LLaVA says so in config.json, transformers in its processor's file."""
-    if "image_aspect_ratio" in c:
-        return "pad" if c["image_aspect_ratio"] == "pad" else "crop"
+    if "image_aspect_ratio" in config:
+        return "pad" if config["image_aspect_ratio"] == "pad" else "crop"
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             processor = read_json(folder / name)
-            if inner(processor, "image_processor", processor, folder / name).get("do_pad"):
+            if subconfig(processor, "image_processor", processor, folder / name).get("do_pad"):
                 return "pad"
     return "crop"
 
@@ -433,39 +592,52 @@ def image_mode(c: dict, folder: Path) -> str:
 def read_folders(paths: Iterable[Path]) -> list[Folder]:
     """One LLaVA-like folder, or a Phi folder and a CLIP folder, in this order. ValueError: they are something else."""
     paths = [Path(path) for path in paths]
+    kinds = [PHI, CLIP] if len(paths) == 2 else [LLAVA]
     folders = []
-    for path, kind in zip(paths, [PHI, CLIP] if len(paths) == 2 else [LLAVA], strict=True):
-        folders.append(read_folder(path, kind))
-        if folders[-1].kind != kind:
-            found = folders[-1].kind
-            raise ValueError(f"{path}: this looks like {found}, expected {kind}; {HINTS[kind].format(path)}")
+    for path, kind in zip(paths, kinds, strict=True):
+        folder = read_folder(path, kind)
+        if folder.kind != kind:
+            raise ValueError(f"{path}: this looks like {folder.kind}, expected {kind}; {HINTS[kind].format(path)}")
+        folders.append(folder)
     return folders
 
 
 def config_of(*folders: Folder) -> LLaVAConfig:
     """The config of one folder, or of a Phi and a CLIP folder. A part that is in neither keeps our defaults."""
     llm, vision = folders[0], folders[-1]
-    path, v_path = llm.path / "config.json", vision.path / "config.json"
-    c, v = read_json(path), read_json(v_path)
-    text, tower = inner(c, "text_config", c, path), inner(v, "vision_config", v, v_path)
-    projector = inner(tower, "mm_projector", {}, v_path)            # LLaVA-Phi keeps both in its vision_config
-    tower = inner(tower, "vision_tower", tower, v_path)
-    expect(path, "tie_word_embeddings", c.get("tie_word_embeddings", False), False)
-    expect(v_path, "the projector", projector.get("mm_projector_type", "mlp2x_gelu"), "mlp2x_gelu")
-    expect(v_path, "the projector's activation", v.get("projector_hidden_act", "gelu"), "gelu")
-    expect(v_path, "vision_feature_select_strategy", v.get("vision_feature_select_strategy", "default"), "default")
-    expect(v_path, "the features taken", tower.get("mm_vision_select_feature", "patch"), "patch")
-    feature_layer = v.get("vision_feature_layer", tower.get("mm_vision_select_layer", -2))
+    path, vision_path = llm.path / "config.json", vision.path / "config.json"
+    llm_json, vision_json = read_json(path), read_json(vision_path)
+    text = subconfig(llm_json, "text_config", llm_json, path)
+    tower = subconfig(vision_json, "vision_config", vision_json, vision_path)
+    projector = subconfig(tower, "mm_projector", {}, vision_path)       # LLaVA-Phi has these two in vision_config
+    tower = subconfig(tower, "vision_tower", tower, vision_path)
+    strategy = vision_json.get("vision_feature_select_strategy", "default")
+    require(path, "tie_word_embeddings", llm_json.get("tie_word_embeddings", False), False)
+    require(vision_path, "the projector", projector.get("mm_projector_type", "mlp2x_gelu"), "mlp2x_gelu")
+    require(vision_path, "the projector's activation", vision_json.get("projector_hidden_act", "gelu"), "gelu")
+    require(vision_path, "vision_feature_select_strategy", strategy, "default")
+    require(vision_path, "the features taken", tower.get("mm_vision_select_feature", "patch"), "patch")
+    feature_layer = vision_json.get("vision_feature_layer", tower.get("mm_vision_select_layer", -2))
     config = LLaVAConfig(
-        phi_config(text, path) if "llm" in llm.parts else PhiConfig(),
-        vision_config(tower, feature_layer, v_path) if "vision" in vision.parts else VisionConfig(),
-        image_mode(c, llm.path) if len(folders) == 1 else "crop",   # two bases have seen no padded picture yet
+        llm=phi_config(text, path) if "llm" in llm.parts else PhiConfig(),
+        vision=vision_config(tower, feature_layer, vision_path) if "vision" in vision.parts else VisionConfig(),
+        # Two bases have seen no padded picture yet; stage 1, which is next for them, crops.
+        image_mode=image_mode(llm_json, llm.path) if len(folders) == 1 else "crop",
     )
-    for part, folder, n in (("llm", llm, config.llm.n_layer), ("vision", vision, config.vision.n_layer)):
-        there = {int(m[1]) for name in folder.found if (m := re.match(part + r"\.h\.(\d+)\.", name))}
-        if there and len(there) != n:
-            raise ValueError(f"{folder.path}: config.json says {n} {part} layers, the tensors are of {len(there)}")
+    require_layers("llm", llm, config.llm.n_layer)
+    require_layers("vision", vision, config.vision.n_layer)
     return config
+
+
+def require_layers(part: str, folder: Folder, n_layer: int) -> None:
+    """config.json and the tensors must agree. A mistyped number would otherwise build a model of that many layers."""
+    layers = set()
+    for name in folder.found:
+        if name.startswith(part + "."):
+            layers.add(without_layer(name)[1])
+    layers.discard("")
+    if layers and len(layers) != n_layer:
+        raise ValueError(f"{folder.path}: config.json says {n_layer} {part} layers, the tensors are of {len(layers)}")
 
 
 def load_config(*folders: Path) -> LLaVAConfig:
@@ -476,34 +648,65 @@ def load_config(*folders: Path) -> LLaVAConfig:
 # Loading
 
 
+def describe(name: str, shape: Iterable[int]) -> str:
+    return f"{name[:100]} ({', '.join(str(n) for n in shape)})"
+
+
+def misfits(pieces: Pieces, shape: torch.Size) -> list[str]:
+    """What is wrong with the shapes and dtypes of the pieces of one of our tensors."""
+    third = (shape[0] // 3, *shape[1:])
+    first_dtype = in_order(pieces)[0].dtype
+    found = []
+    for piece, stored in pieces.items():
+        expected = third if piece in ("q", "k", "v") else tuple(shape)
+        if stored.shape != expected or not stored.dtype.is_floating_point or stored.dtype != first_dtype:
+            dtype = str(stored.dtype).removeprefix("torch.")
+            found.append(f"{describe(stored.name, stored.shape)} {dtype}, expected{describe('', expected)} of floats")
+    return found
+
+
+def missing_pieces(name: str, pieces: Pieces, shape: torch.Size) -> list[str]:
+    """The saved names of what there is not of one of our tensors: the whole of it, or some of its q, k and v."""
+    if "" in pieces or "heads" in pieces:
+        return []
+    saved = to_saved(name)
+    if len(saved) == 1:
+        return [describe(saved[0], shape)]
+    third = (shape[0] // 3, *shape[1:])
+    return [describe(theirs, third) for theirs, piece in zip(saved, "qkv") if piece not in pieces]
+
+
 def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, allow_missing: tuple[str, ...] = (),
-          limit: int = 8) -> dict[str, dict[str, Stored]]:
-    """-> our name -> its pieces, of all folders. ValueError lists what is missing, unexpected and misshapen at once."""
-    def say(name: str, shape: Iterable[int]) -> str:
-        return f"{name[:100]} ({', '.join(map(str, shape))})"
+          limit: int = 8) -> dict[str, Pieces]:
+    """What the folders hold together: our name -> its pieces. Everything in them must fit, and `needed` be there.
+
+    `allow_missing` are beginnings of names ("projector.") that may be missing altogether, but not in part.
+    ValueError lists all that is missing, unexpected and of the wrong shape at once, `limit` names of each.
+    """
     shapes = blueprint(config)
-    found = {name: pieces for folder in folders for name, pieces in folder.found.items()}
+    found, missing, unexpected, misshapen = {}, [], [], []
+    for folder in folders:
+        found |= folder.found
+        unexpected += [describe(stored.name, stored.shape) for stored in folder.unexpected]
     absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in found))
-    missing, misshapen, unexpected = [], [], [say(s.name, s.shape) for folder in folders for s in folder.unexpected]
-    for name in dict.fromkeys([*needed, *found]):
+    for name in dict.fromkeys([*needed, *found]):           # both, each name once
         pieces = found.get(name, {})
         if name not in shapes:
-            unexpected += [say(s.name, s.shape) for s in pieces.values()]
+            unexpected += [describe(stored.name, stored.shape) for stored in pieces.values()]
             continue
-        saved, whole = to_saved(name), tuple(shapes[name])
-        shape = (whole[0] // len(saved), *whole[1:])                    # of each as it is saved, q, k and v apart
-        if not (name.startswith(absent) or "" in pieces or "heads" in pieces):
-            missing += [say(n, shape) for n, piece in zip(saved, "qkv") if piece not in pieces]
-        for piece, s in pieces.items():
-            wanted = whole if piece in ("", "heads") else shape
-            if s.shape != wanted or not s.dtype.is_floating_point or s.dtype != next(iter(pieces.values())).dtype:
-                misshapen.append(f"{say(s.name, s.shape)} {str(s.dtype)[6:]}, expected{say('', wanted)} of floats")
-    wrong = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    lists = [f"{len(names)} {what}: {', '.join(names[:limit])}" + ", ..." * (len(names) > limit)
-             for what, names in wrong.items() if names]
-    if lists:
+        if not name.startswith(absent):
+            missing += missing_pieces(name, pieces, shapes[name])
+        if pieces:
+            misshapen += misfits(pieces, shapes[name])
+    complaints = []
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
+        if names:
+            more = ", ..." if len(names) > limit else ""
+            complaints.append(f"{len(names)} {what}: {', '.join(names[:limit])}{more}")
+    if complaints:
         where = " and ".join(str(folder.path) for folder in folders)
-        raise ValueError(f"{where}: {'; '.join(lists)} (all of them: python load_weights.py inspect {folders[0].path})")
+        raise ValueError(f"{where}: {'; '.join(complaints)} "
+                         f"(all of them: python load_weights.py inspect {folders[0].path})")
     return found
 
 
@@ -511,40 +714,25 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
               allow_missing: tuple[str, ...] = ()) -> None:
     """Fill a model from one LLaVA-like folder, or from a Phi folder and a CLIP folder, one tensor at a time.
 
-    copy(parameter, tensor): called once per parameter, must cast and be done with `tensor` (CPU, the file's dtype) when
-    it returns. Not given: parameter.copy_(tensor), or a read straight into it.
+    copy(parameter, tensor): called once per parameter; it must cast, and be done with `tensor` (on the CPU, in the
+    file's dtype) when it returns. Not given: parameter.copy_(tensor).
     allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
     """
-    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}  # adapters are in no folder
+    # LoRA's adapters are in no folder: a run draws them, and a saved model has them merged.
+    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     found = check(read_folders(folders), parameters, model.config, allow_missing)
-    found = {name: pieces for name, pieces in found.items() if name in parameters}
-    own = {}                                # parameters that the files' bytes can be read into as they are
-    for name, pieces in found.items():
-        p = parameters[name]
-        same = "heads" not in pieces and p.dtype == in_order(pieces)[0].dtype
-        if not copy and same and type(p.data) is Tensor and p.device.type == "cpu" and p.is_contiguous():
-            own[name] = p.data
-    for name, tensor in read_all(found, model.config, own):
+    wanted = {name: pieces for name, pieces in found.items() if name in parameters}
+    for name, tensor in read_all(wanted, model.config):
         if copy:
             copy(parameters[name], tensor)
-        elif name not in own:
+        else:
             parameters[name].data.copy_(tensor)
 
 
-def read_all(found: dict[str, dict[str, Stored]], config: LLaVAConfig,
-             in_place: Mapping[str, Tensor] = {}) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor), in the order of the files. Each is gone when the next one is asked for, but those that have
-    a tensor of their size and dtype in `in_place` are read into that."""
-    sizes = [sum(s.nbytes for s in pieces.values()) for name, pieces in found.items() if name not in in_place]
-    shared = torch.empty(max(sizes, default=0), dtype=torch.uint8)
-    names = sorted(found, key=lambda name: in_order(found[name])[0][1:3])
-    for name, following in zip(names, [*names[1:], None]):
-        memory = in_place[name].flatten().view(torch.uint8) if name in in_place else shared
-        tensor = read(name, found[name], config, memory)
-        for stored in in_order(found[following]) if following and hasattr(os, "posix_fadvise") else []:
-            with open(stored.path, "rb") as file:       # the disk works while the caller copies
-                os.posix_fadvise(file.fileno(), stored.offset, stored.nbytes, os.POSIX_FADV_WILLNEED)
-        yield name, tensor
+def read_all(found: dict[str, Pieces], config: LLaVAConfig) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) in the order of the files, which a disk likes best. None is kept when the next is read."""
+    for name, pieces in found.items():
+        yield name, read(name, pieces, config)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -554,77 +742,89 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     int8: each Linear's weight is quantised as it arrives, so the model never exists in a larger type.
     """
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{dtype}: {EXPECTED_DTYPES}")
+        raise ValueError(f"{dtype}: expected bfloat16 or float32; Phi-2's attention scores overflow in fp16")
     model = meta_model(load_config(folder)).to(dtype)
     if int8:
-        quantize_int8(model)
+        quantize_int8(model)                # on the meta device this only changes classes
     model = model.to_empty(device=device).eval().requires_grad_(False)
-    owners = {m.weight: m for m in model.modules() if isinstance(m, Int8Linear)}
-    take = lambda p, tensor: owners[p].quantize(tensor) if p in owners else p.data.copy_(tensor)
-    load_into(model, [folder], take if int8 else None)
+    quantized = {module.weight: module for module in model.modules() if isinstance(module, Int8Linear)}
+
+    def copy(parameter: Tensor, tensor: Tensor) -> None:
+        if parameter in quantized:
+            quantized[parameter].quantize(tensor)
+        else:
+            parameter.data.copy_(tensor)
+
+    load_into(model, [folder], copy)
     return model
 
 # ---------------------------------------------------------------------------------------------------
-# Saving
+# Saving: the tensors
 
-ALONE = {       # how saved names begin where one part is written without the others: as Phi, CLIP and LLaVA call them
+# Shards are built in memory, one at a time, so they are smaller than the 5 GB that are usual.
+SHARD_BYTES = 1_500_000_000
+ALONE = {       # how saved names begin where one part is written by itself: as Phi, CLIP and LLaVA call them
     "llm": {"language_model.": ""},
     "vision": {"vision_tower.": ""},
-    "projector": {f"multi_modal_projector.linear_{i + 1}.": f"model.mm_projector.{2 * i}." for i in range(2)},
+    "projector": {"multi_modal_projector.linear_1.": "model.mm_projector.0.",
+                  "multi_modal_projector.linear_2.": "model.mm_projector.2."},
 }
 Lazy = Tensor | Callable[[], Tensor]        # a tensor, or what loads it when its turn has come
 
 
+def plan_shards(nbytes: dict[str, int]) -> list[list[str]]:
+    """Tensors' sizes in bytes -> their names in groups of at most SHARD_BYTES, or of one tensor that is larger."""
+    shards, room = [], 0
+    for name, size in nbytes.items():
+        if size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def saved_pieces(part: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One of our tensors as it is saved, q, k and v apart: views of it under their names."""
+    names = to_saved(name)
+    pieces = {}
+    for saved, piece in zip(names, tensor.chunk(len(names)), strict=True):
+        for old, new in ALONE.get(part, {}).items():
+            if saved.startswith(old):
+                saved = new + saved.removeprefix(old)
+        pieces[saved] = piece
+    return pieces
+
+
 def write_tensors(part: str, folder: Path, dtypes: dict[str, torch.dtype], tensors: Mapping[str, Lazy],
-                  found: dict[str, dict[str, Stored]], config: LLaVAConfig) -> None:
+                  found: dict[str, Pieces], config: LLaVAConfig) -> None:
     """Write the tensors of `dtypes` (our name -> what to save it in) as safetensors, in shards where they are large.
 
-    They come from `tensors`, else from where they are `found`, one at a time.
+    They come from `tensors`, else from where they are `found`.
     """
-    shapes, shards, room = blueprint(config), [], 0
-    for name, dtype in dtypes.items():
-        nbytes = shapes[name].numel() * dtype.itemsize
-        if nbytes > room:
-            shards, room = [*shards, []], SHARD_BYTES
-        shards[-1].append(name)
-        room -= nbytes
-    codes, where, total = {dtype: code for code, dtype in DTYPES.items()}, {}, 0
-    for i, names in enumerate(shards):
-        number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        header, end = {"__metadata__": {"format": "pt"}}, 0
-        names.sort(key=lambda name: -dtypes[name].itemsize)             # wide ones first: all stay aligned
+    shapes = blueprint(config)
+    shards = plan_shards({name: shapes[name].numel() * dtype.itemsize for name, dtype in dtypes.items()})
+    weight_map, total = {}, 0
+    for number, names in enumerate(shards, 1):
+        shard = {}
         for name in names:
-            pieces, (rows, *rest) = to_saved(name), shapes[name]
-            for saved in pieces:                                        # q, k and v follow each other, as in our matrix
-                for old, new in ALONE.get(part, {}).items():
-                    saved = re.sub("^" + re.escape(old), new, saved)
-                shape = [rows // len(pieces), *rest]
-                start, end = end, end + prod(shape) * dtypes[name].itemsize
-                header[saved] = {"dtype": codes[dtypes[name]], "shape": shape, "data_offsets": [start, end]}
-                where[saved] = f"model{number}.safetensors"
-        total += end
-        head = json.dumps(header, separators=(",", ":")).encode()
-        head += b" " * (-len(head) % 8)
-        with open(folder / f"model{number}.safetensors", "wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for name in names:
-                tensor = tensors[name] if name in tensors else read(name, found[name], config)
-                tensor = tensor() if callable(tensor) else tensor
-                assert tensor.shape == shapes[name], f"{name}: {tuple(tensor.shape)} is not {tuple(shapes[name])}"
-                data = tensor.detach().to("cpu", dtypes[name]).contiguous().flatten().view(torch.uint8)
-                file.write(memoryview(data.numpy()))
+            tensor = tensors[name] if name in tensors else read(name, found[name], config)
+            if callable(tensor):
+                tensor = tensor()
+            assert tensor.shape == shapes[name], f"{name}: {tuple(tensor.shape)} is not {tuple(shapes[name])}"
+            tensor = tensor.detach().to("cpu", dtypes[name]).contiguous()
+            shard |= saved_pieces(part, name, tensor)
+            total += tensor.nbytes
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})      # transformers refuses files without "format"
+        weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 @contextmanager
@@ -650,28 +850,29 @@ def finished_folder(out: Path) -> Iterator[Path]:
             write_json(made / "config.json", read_json(made / "config.json") | training)
             write_json(made / "old.json", training)
         for path in [*made.rglob("*"), made]:
-            sync(path)
+            sync_folder(path)               # which forces a file to the disk just as well
         if used:
             move_into(made, out)
         else:
-            made.rename(out)                # over an empty folder at the most
-        sync(out.parent)
+            made.rename(out)                # `out` is an empty folder at the most
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
 
 
 def move_into(made: Path, out: Path) -> None:
+    """Replace the model in `out` by the one in `made`, config.json last."""
     if (made / "old.json").exists():
-        os.replace(made / "old.json", out / "config.json")
+        (made / "old.json").replace(out / "config.json")
         for path in out.glob("model*.safetensors*"):
             path.unlink()
     for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_dir():
             shutil.rmtree(out / path.name, ignore_errors=True)
-        os.replace(path, out / path.name)
+        path.replace(out / path.name)
     made.rmdir()
-    sync(out)
+    sync_folder(out)
 
 
 def save_model(out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, sources: Iterable[Path],
@@ -697,11 +898,15 @@ def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig,
     names = [name for name in blueprint(config) if name.startswith(part)]
     found = check(sources, [name for name in names if name not in tensors], config)
     assert tensors.keys() <= set(names), f"not in the model: {tensors.keys() - set(names)}"
-    dtypes = {name: dtype or (tensors[name] if name in tensors else in_order(found[name])[0]).dtype for name in names}
-    tokenizer = read_tokenizer(sources[0].path)
-    if not part and max(token_ids(tokenizer).values()) + 1 >= config.llm.vocab_size:
-        n = config.llm.vocab_size
-        raise ValueError(f"{sources[0].path}: all {n} embedding rows are taken, none is left for <image>")
+    dtypes = {}
+    for name in names:
+        own = tensors[name] if name in tensors else in_order(found[name])[0]
+        dtypes[name] = dtype or own.dtype
+    tokenizer = load_tokenizer(sources[0].path)
+    # <image> gets the first id after the tokenizer's own. Phi-2's table has 900 rows that no token uses.
+    if not part and image_token_id(tokenizer) >= config.llm.vocab_size:
+        rows = config.llm.vocab_size
+        raise ValueError(f"{sources[0].path}: all {rows} embedding rows are taken, none is left for <image>")
     with finished_folder(out) as made:
         write_tensors(part, made, dtypes, tensors, found, config)
         write_texts(part, made, config, tokenizer, dtypes[names[0]])
@@ -709,105 +914,11 @@ def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig,
 # ---------------------------------------------------------------------------------------------------
 # Saving: the text files that transformers and vLLM read beside the tensors
 
-EOT = "<|endoftext|>"
-CHAT_TEMPLATE = """\
-{%- if messages[0]['role'] == 'system' -%}
-    {{- messages[0]['content'] + ' ' -}}
-{%- else -%}
-    {{- "A chat between a curious user and an artificial intelligence assistant. " -}}
-    {{- "The assistant gives helpful, detailed, and polite answers to the user's questions. " -}}
-{%- endif -%}
-{%- for message in messages -%}
-    {%- if message['content'] is string -%}
-        {%- set text = message['content'] -%}
-    {%- else -%}
-        {%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
-        {%- if message['content'] | selectattr('type', 'equalto', 'image') | list -%}
-            {%- set text = '<image>\\n' + text -%}
-        {%- endif -%}
-    {%- endif -%}
-    {%- if message['role'] == 'user' -%}
-        {{- 'USER: ' + text -}}
-        {%- if add_generation_prompt or not loop.last -%}{{- ' ASSISTANT:' -}}{%- endif -%}
-    {%- elif message['role'] == 'assistant' -%}
-        {{- ' ' + text + '<|endoftext|>' -}}
-    {%- endif -%}
-{%- endfor -%}
-"""
-LOAD_HF = '''\
-"""transformers' Llava has no bias in its language model's head, Phi-2 has one: this loads the folder and puts it back.
-
->>> from load_hf import load
->>> model = load()          # keywords go to from_pretrained
-"""
-import json
-from pathlib import Path
-
-import torch
-from safetensors import safe_open
-from transformers import AutoModelForImageTextToText
+SAVED_MODEL = Path(__file__).parent / "saved_model"         # files that go into every saved folder as they are
 
 
-def load(folder=Path(__file__).resolve().parent, **kwargs):
-    model = AutoModelForImageTextToText.from_pretrained(folder, **kwargs)
-    name, index = "language_model.lm_head.bias", Path(folder) / "model.safetensors.index.json"
-    shard = json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors"
-    with safe_open(Path(folder) / shard, "pt") as file:
-        head = model.get_output_embeddings()
-        head.bias = torch.nn.Parameter(file.get_tensor(name).to(head.weight), requires_grad=False)
-    return model
-'''
-README = """\
-# LLaVA-Phi
-
-A CLIP ViT, a two-layer projector and Phi-2, in the layout of transformers' `LlavaForConditionalGeneration`.
-`AutoProcessor.from_pretrained` gives the processor and its chat template. The model is loaded with `load_hf.py`:
-plain `from_pretrained` drops the bias of the language model's head, and the answers change.
-
-    from load_hf import load
-    model = load(dtype="bfloat16")      # never float16: Phi-2's attention scores overflow
-"""
-
-
-def added_token(id: int, text: str, special: bool) -> dict:
-    return {"id": id, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": not special, "special": special}
-
-
-def read_tokenizer(folder: Path) -> dict:
-    """tokenizer.json as it is, or made of vocab.json, merges.txt and added_tokens.json; without an <image> token."""
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = read_json(folder / "tokenizer.json")
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocab = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        added = {text: vocab[text] for text in (EOT,) if text in vocab}
-        if (folder / "added_tokens.json").is_file():
-            added |= read_json(folder / "added_tokens.json")
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        added = sorted((id, text) for text, id in added.items())
-        tokenizer = {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [added_token(id, text, text == EOT) for id, text in added],
-            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
-                      "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
-                      "merges": [line for line in lines if line and not line.startswith("#version")]},
-        }
-    else:
-        raise ValueError(f"{folder}: has no tokenizer.json and no vocab.json with merges.txt; microsoft/phi-2 has both")
-    try:
-        tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<image>"]
-        ids = token_ids(tokenizer)
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder}: its tokenizer is not a byte-level BPE such as Phi-2's") from None
-    if EOT not in ids:
-        raise ValueError(f"{folder}: its tokenizer has no {EOT} token")
-    return tokenizer
-
-
-def token_ids(tokenizer: dict) -> dict[str, int]:
-    return tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+def image_token_id(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def image_processor(config: LLaVAConfig) -> dict:
@@ -823,13 +934,18 @@ def image_processor(config: LLaVAConfig) -> dict:
     }
 
 
+def named_as_published(config: PhiConfig | VisionConfig, keys: dict) -> dict:
+    """Our fields under the newest of their spellings in config.json."""
+    return {spellings[0]: getattr(config, field) for field, (spellings, default) in keys.items()}
+
+
 def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
     """config.json of a PhiForCausalLM, with the rotary numbers where transformers 4 looks and where 5 does."""
     factor = config.rotary_dim / (config.n_embd // config.n_head)
     rope = {"rope_theta": config.rope_base, "partial_rotary_factor": factor}
     return {
         "architectures": ["PhiForCausalLM"], "model_type": "phi", "hidden_act": "gelu_new",
-        **{spellings[0]: getattr(config, field) for field, (spellings, _) in PHI_KEYS.items()},
+        **named_as_published(config, PHI_KEYS),
         "num_key_value_heads": config.n_head, "qk_layernorm": False, "tie_word_embeddings": False, "embd_pdrop": 0.0,
         "attention_dropout": 0.0, **rope, "rope_scaling": None, "rope_parameters": {"rope_type": "default", **rope},
         "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot, "torch_dtype": dtype,
@@ -837,93 +953,111 @@ def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
 
 
 def clip_json(config: VisionConfig) -> dict:
+    """config.json of a CLIPVisionModel."""
     return {
         "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
-        **{spellings[0]: getattr(config, field) for field, (spellings, _) in VISION_KEYS.items()},
+        **named_as_published(config, VISION_KEYS),
         "num_channels": 3, "attention_dropout": 0.0, "projection_dim": config.n_embd * 3 // 4,
     }
 
 
-def write_tokenizer(folder: Path, tokenizer: dict, image: bool) -> int:
-    """tokenizer.json and the files around it -> the id of <|endoftext|>. image: with <image> as the first id behind."""
-    ids, added = token_ids(tokenizer), tokenizer["added_tokens"]
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
+    """tokenizer.json and the files around it that transformers 4 and 5 read, with a token for the picture or without.
+
+    Only transformers needs that token. `load_tokenizer` takes it out again: here "<image>" in a text is text.
+    """
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())      # a copy, the caller's own stays as it is
+    roles = {"bos_token": EOT, "eos_token": EOT, "pad_token": EOT, "unk_token": EOT}
+    special, image_role = {}, {}
     if image:
-        added = added + [added_token(max(ids.values()) + 1, "<image>", True)]
-    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT)
-    write_json(folder / "tokenizer.json", tokenizer | {"added_tokens": added})
-    write_json(folder / "added_tokens.json", {token["content"]: token["id"] for token in added})
-    special = {"additional_special_tokens": ["<image>"]} if image else {}
-    write_json(folder / "special_tokens_map.json", names | special)
+        tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
+        special = {"additional_special_tokens": [IMAGE]}                # transformers 4
+        image_role = {"extra_special_tokens": {"image_token": IMAGE}}   # transformers 5
+    tokenizer.save(str(folder / "tokenizer.json"))
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    decoder = {}
+    for id, token in added:
+        decoder[str(id)] = {"content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
+                            "rstrip": token.rstrip, "normalized": token.normalized, "special": token.special}
+    write_json(folder / "added_tokens.json", {token.content: id for id, token in added})
+    write_json(folder / "special_tokens_map.json", roles | special)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "padding_side": "left",
-        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False, **names,
-        **({"extra_special_tokens": {"image_token": "<image>"}} if image else {}),
-        "added_tokens_decoder": {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added},
+        "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False,
+        **roles, **image_role, "added_tokens_decoder": decoder,
     })
-    return ids[EOT]
 
 
-def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: dict, dtype: torch.dtype) -> None:
+def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
     """All of a saved folder but its tensors: of the whole model, of a plain Phi or CLIP; a projector needs none.
 
     dtype: the first tensor's, for config.json. It never says fp16, which this model must not be computed in.
     """
     name = str(torch.float32 if dtype == torch.float16 else dtype).removeprefix("torch.")
-    processor, clip = image_processor(config), clip_json(config.vision)
-    if part == "vision":
-        write_json(folder / "config.json", clip | {"torch_dtype": name})
-        write_json(folder / "preprocessor_config.json", processor | {"image_processor_type": "CLIPImageProcessor"})
-    if part in ("vision", "projector"):
+    if part == "projector":
         return
-    eot, image_id = write_tokenizer(folder, tokenizer, image=not part), max(token_ids(tokenizer).values()) + 1
-    text, ends = phi_json(config.llm, eot, name), {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    write_json(folder / "generation_config.json", ends)
+    if part == "vision":
+        write_json(folder / "config.json", clip_json(config.vision) | {"torch_dtype": name})
+        processor = image_processor(config) | {"image_processor_type": "CLIPImageProcessor"}
+        write_json(folder / "preprocessor_config.json", processor)
+        return
+    write_tokenizer(folder, tokenizer, image=not part)
+    eot = eot_id(tokenizer)
+    special_ids = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    write_json(folder / "generation_config.json", special_ids)
+    text = phi_json(config.llm, eot, name)
     if part == "llm":
-        return write_json(folder / "config.json", text)
+        write_json(folder / "config.json", text)
+        return
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": image_id, "image_seq_length": config.vision.n_patches,
-        "image_aspect_ratio": config.image_mode,                        # LLaVA's key, for us
+        "image_token_index": image_token_id(tokenizer), "image_seq_length": config.vision.n_patches,
+        "image_aspect_ratio": config.image_mode,                        # LLaVA's key, which we read
         "vision_feature_layer": config.vision.feature_layer, "vision_feature_select_strategy": "default",
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
-        **ends, "torch_dtype": name, "text_config": text, "vision_config": clip,
+        **special_ids, "torch_dtype": name, "text_config": text, "vision_config": clip_json(config.vision),
     })
-    write_json(folder / "preprocessor_config.json", processor)
+    write_json(folder / "preprocessor_config.json", image_processor(config))
     write_json(folder / "processor_config.json", {
-        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": config.vision.patch_size,
+        "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": config.vision.patch_size,
         "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
     })
-    for file, content in (("chat_template.jinja", CHAT_TEMPLATE), ("load_hf.py", LOAD_HF), ("README.md", README)):
-        (folder / file).write_text(content, encoding="utf-8")
+    for file in ("chat_template.jinja", "load_hf.py", "README.md"):
+        shutil.copyfile(SAVED_MODEL / file, folder / file)
 
 # ---------------------------------------------------------------------------------------------------
 # Commands
 
 
 def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | None) -> None:
-    """One base model from a Phi-2 folder and a CLIP folder; the projector is new."""
+    """Write one base model from a Phi-2 folder and a CLIP folder; the projector between them is new."""
     folders = read_folders([llm, vision])
     config = config_of(*folders)
     found = check(folders, [name for name in blueprint(config) if not name.startswith("projector")], config)
-    projector = Projector(config.vision.n_embd, config.llm.n_embd)
+    projector = meta_model(config).projector.to_empty(device="cpu")
     init_weights(projector, torch.Generator().manual_seed(seed))
     projector.to(dtype or found["llm.wte.weight"][""].dtype)
-    save_model(out, {f"projector.{name}": p for name, p in projector.named_parameters()}, config, [llm, vision], dtype)
+    tensors = {f"projector.{name}": parameter for name, parameter in projector.named_parameters()}
+    save_model(out, tensors, config, [llm, vision], dtype)
 
 
 def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Any readable model, or a training checkpoint (out/step_NNNNNN), in the saved format."""
+    """Write any readable model, or a training checkpoint (out/step_NNNNNN), in the format we save."""
     if not (model / "checkpoint.json").is_file():
-        return save_model(out, {}, load_config(model), [model], dtype)
+        save_model(out, {}, load_config(model), [model], dtype)
+        return
     manifest = read_json(model / "checkpoint.json")
-    settings, sources = manifest["config"], [Path(source) for source in manifest["sources"]]
+    settings = manifest["config"]
+    sources = [Path(source) for source in manifest["sources"]]
     only_llm = settings["stage"] == "sft"
     folders = [read_folder(*sources, PHI)] if only_llm else read_folders(sources)
     config = config_of(*folders)
+    # A negative dropout in a run's settings stands for "as in the language model's config.json".
     dropout = config.llm.dropout if settings["dropout"] < 0 else settings["dropout"]
     config = replace(config, image_mode=settings["image_mode"], llm=replace(config.llm, dropout=dropout))
-    tensors = trained(model, folders, config, settings["lora_alpha"])
-    save("llm" if only_llm else "", out, tensors, config, folders, dtype or dtype_called(settings["dtype"]))
+    tensors = checkpoint_tensors(model, folders, config, settings["lora_alpha"])
+    part = "llm" if only_llm else ""
+    save(part, out, tensors, config, folders, dtype or torch_dtype(dtype_name(settings["dtype"])))
 
 
 def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
@@ -938,8 +1072,11 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         (made / "projector").rmdir()
 
 
-def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig, lora_alpha: float) -> dict[str, Lazy]:
+def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
+                       lora_alpha: float) -> dict[str, Lazy]:
     """Everything that a run has changed, to be loaded when its turn comes, LoRA adapters merged into their weights."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     names = [name.removeprefix("model.") for name in sizes if name.startswith("model.")]
     stems = [name.removesuffix("lora_a") for name in names if name.endswith("lora_a")]
@@ -947,18 +1084,25 @@ def trained(checkpoint: Path, sources: list[Folder], config: LLaVAConfig, lora_a
 
     def load(name: str) -> Tensor:
         tensor = torch.empty(sizes[f"model.{name}"].size)
-        with warnings.catch_warnings():                     # about there being one process, which no_dist says
+        with warnings.catch_warnings():     # "torch.distributed is disabled": of course, this is one process
             warnings.simplefilter("ignore")
-            dcp.load({f"model.{name}": tensor}, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+            reader = HuggingFaceStorageReader(str(checkpoint))
+            dcp.load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
         return tensor
 
     def merged(stem: str) -> Tensor:
-        weight = {stem + "weight": read(stem + "weight", found[stem + "weight"], config).float()}
+        name = stem + "weight"
+        weight = {name: read(name, found[name], config).float()}
         adapters = {stem + leaf: load(stem + leaf) for leaf in ("lora_a", "lora_b")}
-        return merge_lora(weight | adapters, lora_alpha)[stem + "weight"]
+        return merge_lora(weight | adapters, lora_alpha)[name]
 
-    plain = {name: partial(load, name) for name in names if ".lora_" not in name}
-    return plain | {stem + "weight": partial(merged, stem) for stem in stems}
+    tensors = {}
+    for name in names:
+        if ".lora_" not in name:
+            tensors[name] = partial(load, name)
+    for stem in stems:
+        tensors[stem + "weight"] = partial(merged, stem)
+    return tensors
 
 
 LAYOUTS = (     # a piece of a language model's tensor names -> which of the published layouts it is in
@@ -974,89 +1118,85 @@ NEXT = {
 }
 
 
+def print_row(label: str, text: object) -> None:
+    print(f"  {label:10} {text}")
+
+
 def inspect(path: Path) -> None:
     """Print a page about a folder: what it is, what would be left out, what is missing, and what to run next."""
-    def line(label: str, text: object) -> None:
-        print(f"  {label:10} {text}")
-    folder, files = read_folder(path), tensor_files(path)
+    folder = read_folder(path)
+    files = tensor_files(path)
     print(f"{path}: {folder.kind}")
-    line("files", f"{len(files)} x {files[0].suffix[1:]}, {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB")
+    print_row("files", f"{len(files)} x {files[0].suffix[1:]}, {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB")
     for part in folder.parts:
-        mine = [s for name, pieces in folder.found.items() if name.startswith(part + ".") for s in pieces.values()]
-        dtypes, size = " and ".join(sorted({str(s.dtype)[6:] for s in mine})), sum(s.nbytes for s in mine) / 1e6
-        line(part, f"{len(mine)} tensors, {sum(prod(s.shape) for s in mine):,} parameters, {dtypes}, {size:,.1f} MB")
-        if part == "llm":
-            line("", next(text for mark, text in LAYOUTS if any(mark in s.name for s in mine)))
+        inspect_part(folder, part)
     missing = "nothing"
     if "llm" in folder.parts:
         try:
-            ids = token_ids(read_tokenizer(path))
+            tokenizer = load_tokenizer(path)
             where = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json and merges.txt"
-            line("tokenizer", f"{where}: {len(ids):,} tokens, {EOT} is {ids[EOT]}")
-        except ValueError as e:
-            line("tokenizer", f"none: {e}")
+            print_row("tokenizer", f"{where}: {tokenizer.get_vocab_size():,} tokens, {EOT} is {eot_id(tokenizer)}")
+        except (ValueError, OSError) as e:
+            print_row("tokenizer", f"none: {e}")
             missing = "a tokenizer"
     try:
-        config = config_of(folder)
-        for part, sizes in (("llm", config.llm), ("vision", config.vision)):
-            if part in folder.parts:
-                line("config", sizes)
-        line("images", config.image_mode)
-        built = {name for name, _ in meta_model(config).named_parameters()}
-        unused = [UNUSED for name, pieces in folder.found.items() if name not in built for _ in pieces]
-        for reason, n in Counter([*folder.dropped.values(), *unused]).items():
-            line("ignored", f"{n} tensors: {reason}")
-        check([folder], [name for name in blueprint(config) if name.startswith(folder.parts)], config, limit=10 ** 6)
-        line("missing", missing)
-        line("next", NEXT.get(folder.kind, "nothing").format(path))
+        inspect_config(folder)
     except (ValueError, OSError) as e:
-        line("problem", e)
+        print_row("problem", e)
+        return
+    print_row("missing", missing)
+    print_row("next", NEXT.get(folder.kind, "nothing").format(path))
 
 
-def dtype_called(name: str) -> torch.dtype:
-    if name not in ("bfloat16", "float32"):
-        raise argparse.ArgumentTypeError(f"{name}: {EXPECTED_DTYPES}")
-    return getattr(torch, name)
+def inspect_part(folder: Folder, part: str) -> None:
+    """Print how many tensors there are of the language model, the tower or the projector, and how large they are."""
+    tensors = []
+    for name, pieces in folder.found.items():
+        if name.startswith(part + "."):
+            tensors += pieces.values()
+    dtypes = " and ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors}))
+    parameters = sum(prod(stored.shape) for stored in tensors)
+    size = sum(stored.nbytes for stored in tensors) / 1e6
+    print_row(part, f"{len(tensors)} tensors, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
+    if part == "llm":
+        layouts = [text for mark, text in LAYOUTS if any(mark in stored.name for stored in tensors)]
+        print_row("", layouts[0])
+
+
+def inspect_config(folder: Folder) -> None:
+    """Print a folder's sizes and what would be left out. ValueError names everything that does not fit."""
+    config = config_of(folder)
+    if "llm" in folder.parts:
+        print_row("config", config.llm)
+    if "vision" in folder.parts:
+        print_row("config", config.vision)
+    print_row("images", config.image_mode)
+    built = {name for name, parameter in meta_model(config).named_parameters()}
+    ignored = Counter(folder.dropped.values())
+    for name, pieces in folder.found.items():
+        if name not in built:
+            ignored[UNUSED] += len(pieces)
+    for reason, count in ignored.items():
+        print_row("ignored", f"{count} tensors: {reason}")
+    needed = [name for name in blueprint(config) if name.startswith(folder.parts)]
+    check([folder], needed, config, limit=10 ** 6)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    merging = commands.add_parser("merge", help="one base model from a Phi-2 folder and a CLIP folder")
-    merging.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
-    merging.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"), help="CLIP's")
-    merging.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
-    merging.add_argument("--seed", type=int, default=42, help="of the new projector's weights")
-    inspecting = commands.add_parser("inspect", help="say what a folder holds")
-    inspecting.add_argument("folder", type=Path)
-    exporting = commands.add_parser("export", help="any readable model in the saved format")
-    exporting.add_argument("--model", type=Path, default=Path("out/finetune"), help="folder to read")
-    exporting.add_argument("--out", type=Path, required=True, help="folder to write")
-    exporting.add_argument("--to", choices=("model", "parts"), default="model",
-                           help="model: one folder, which transformers and vLLM read too; parts: Phi, CLIP, projector")
-    for p in (merging, exporting):
-        p.add_argument("--dtype", type=dtype_called, help="bfloat16 or float32; not given: as it is stored")
-
-    def fail(message: str) -> None:                         # without the usage
-        raise ValueError(message)
-
-    for p in (parser, merging, inspecting, exporting):
-        p.error, p.formatter_class = fail, argparse.ArgumentDefaultsHelpFormatter
-    args = parser.parse_args(argv)
+    args = parse(argv)
+    if args.command == "inspect":
+        inspect(args.folder)
+        return
+    dtype = torch_dtype(args.dtype) if args.dtype else None
     if args.command == "merge":
-        merge(args.llm, args.vision, args.out, args.seed, args.dtype)
-    elif args.command == "export" and args.to == "parts":
-        return export_parts(args.model, args.out, args.dtype)
-    elif args.command == "export":
-        export(args.model, args.out, args.dtype)
-    inspect(args.folder if args.command == "inspect" else args.out)
+        merge(args.llm, args.vision, args.out, args.seed, dtype)
+        inspect(args.out)
+    elif args.to == "parts":
+        export_parts(args.model, args.out, dtype)
+    else:
+        export(args.model, args.out, dtype)
+        inspect(args.out)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

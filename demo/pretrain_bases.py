@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from data import IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_tokenizer
 from demo.shapes import NAMES, PLACES, SIZE, Scene, Shape, caption, converse, draw_scene, paint
-from load_weights import clip_json, phi_json, read_tokenizer, to_saved, write_json, write_tokenizer
+from load_weights import clip_json, phi_json, to_saved, write_json, write_tokenizer
 from model import Layout, Phi, PhiConfig, cross_entropy_sum, init_weights
 from vision import VisionConfig, VisionTower
 
@@ -113,7 +113,7 @@ def train_tokenizer(rng: random.Random, folder: Path) -> Tokenizer:
     assert all(len(tok.encode(f" {word}").ids) == 1 for word in WORDS.values()), "a patch's word is more than one token"
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
-    write_tokenizer(folder, read_tokenizer(folder), image=False)
+    write_tokenizer(folder, load_tokenizer(folder), image=False)
     return load_tokenizer(folder)
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from conftest import ROOT
+from data import load_tokenizer
 from load_weights import (blueprint, export, export_parts, load_config, load_into, load_model, main, merge, read_bin, read_folder,
-                          read_tokenizer, save_model, to_ours, to_saved, token_ids)
-from model import CONFIGS, Layout, LLaVAPhi
+                          save_model, to_ours, to_saved)
+from model import Layout, LLaVAConfig, LLaVAPhi
 from vision import VisionConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,11 +56,11 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
-def rewrite(source: Path, out: Path, change=lambda tensors: tensors, config=lambda c: c) -> Path:
-    """A copy of a folder with its tensors (one safetensors file) and its config changed."""
+def rewrite(source: Path, out: Path, change=lambda tensors: tensors, config=lambda c: c, keep: tuple[str, ...] = ()) -> Path:
+    """A copy of a folder with its tensors (one safetensors file) and its config changed. keep: of its json files only these."""
     out.mkdir()
     for path in source.glob("*.json"):
-        if "index" not in path.name:
+        if "index" not in path.name and (not keep or path.name in keep):
             shutil.copy(path, out)
     (out / "config.json").write_text(json.dumps(config(json.loads((source / "config.json").read_text()))))
     save_file({k: v.contiguous() for k, v in change(tensors_of(source)).items()}, out / "model.safetensors")
@@ -96,7 +97,7 @@ def test_names_json_is_what_we_take_and_leave():
 
 
 def test_published_sizes():
-    shapes = blueprint(CONFIGS["llava-phi"])
+    shapes = blueprint(LLaVAConfig())
     count = lambda part: sum(s.numel() for name, s in shapes.items() if name.startswith(part))
     assert (count("llm"), count("vision"), count("projector")) == (2_779_683_840, 303_507_456, 9_180_160)
     assert sum(len(to_saved(name)) for name in shapes) == 453 + 391 + 4
@@ -194,7 +195,8 @@ def test_tensors_that_share_a_storage_in_a_bin(tmp_path):
     base = torch.arange(60.0)
     torch.save({"a": base[:20].view(4, 5), "b": base[20:].view(2, 20), "c": torch.tensor(7.0)}, tmp_path / "x.bin")
     stored = read_bin(tmp_path / "x.bin")
-    assert stored["b"].offset - stored["a"].offset == 80 and stored["c"].shape == ()
+    assert torch.equal(stored["a"].load(), base[:20].view(4, 5)) and torch.equal(stored["b"].load(), base[20:].view(2, 20))
+    assert stored["c"].shape == () and stored["c"].load() == 7
 
 
 def test_any_dtype_is_cast_on_the_way(tmp_path, model):
@@ -212,7 +214,7 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(model):
 
 
 def test_names_go_both_ways():
-    for name in blueprint(CONFIGS["demo"]):
+    for name in blueprint(load_config(LLAVA)):
         back = [to_ours(saved) for saved in to_saved(name)]
         assert [place[0] for place in back] == [name] * len(back)
         assert [place[1] for place in back] == (["q", "k", "v"] if len(back) == 3 else [""])
@@ -365,20 +367,21 @@ def entry(start: int, stop: int, shape: list, dtype: str = "F32") -> dict:
 
 
 BROKEN = {          # bytes of a model.safetensors -> what is said about it
-    "truncated": (header({"a": entry(0, 16, [4])}, b"\0" * 12), r"file is 82 bytes, header says 86: incomplete download\?"),
-    "trailing bytes": (header({"a": entry(0, 16, [4])}, b"\0" * 20), "file is 90 bytes, header says 86"),
+    "truncated": (header({"a": entry(0, 16, [4])}, b"\0" * 12), r"incomplete download\? .file is 82 bytes; .*not fully covered"),
+    "trailing bytes": (header({"a": entry(0, 16, [4])}, b"\0" * 20), "file is 90 bytes; .*not fully covered"),
     "header of a terabyte": (header({}, length=2 ** 40), "header says it alone has 1099511627776"),
     "header cut": (header({"a": entry(0, 16, [4])})[:30], "incomplete download"),
     "empty": (b"", "file is 0 bytes"),
-    "wrong shape": (header({"a": entry(0, 16, [5])}, b"\0" * 16), "the entry of a does not fit its place"),
-    "overlap": (header({"a": entry(0, 16, [4]), "b": entry(8, 24, [4])}, b"\0" * 24), "the entry of b does not fit"),
-    "hole": (header({"a": entry(0, 16, [4]), "b": entry(20, 36, [4])}, b"\0" * 36), "the entry of b does not fit"),
-    "negative": (header({"a": entry(0, 16, [-2, -2])}, b"\0" * 16), "does not fit its place"),
+    "wrong shape": (header({"a": entry(0, 16, [5])}, b"\0" * 16), "invalid shape, data type, or offset for tensor"),
+    "overlap": (header({"a": entry(0, 16, [4]), "b": entry(8, 24, [4])}, b"\0" * 24), "invalid offset for tensor `b`"),
+    "hole": (header({"a": entry(0, 16, [4]), "b": entry(20, 36, [4])}, b"\0" * 36), "invalid offset for tensor `b`"),
+    "negative": (header({"a": entry(0, 16, [-2, -2])}, b"\0" * 16), "invalid value: integer `-2`"),
     "shape is text": (header({"a": entry(0, 16, "4444")}, b"\0" * 16), "not a safetensors file"),
-    "unknown dtype": (header({"a": entry(0, 16, [4], "F4")}, b"\0" * 16), "KeyError: 'F4'"),
+    "a dtype of another kind": (header({"a": entry(0, 4, [4], "F8_E4M3")}, b"\0" * 4), "a is of dtype F8_E4M3, which is not read here"),
+    "unknown dtype": (header({"a": entry(0, 16, [4], "F4")}, b"\0" * 16), "invalid shape, data type, or offset for tensor"),
     "offsets are text": (header({"a": {"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]}}, b"\0" * 16), "not a safetensors file"),
     "a list": (header([1, 2, 3]), "not a safetensors file"),
-    "deep": (header(b"[" * 100_000), "RecursionError"),
+    "deep": (header(b"[" * 100_000), "invalid JSON in header"),
     "html": (b"<!DOCTYPE html><html><head><title>404</title></head></html>", "header says it alone has"),
     "a million entries": (header({f"{i:x}": entry(0, 0, [0]) for i in range(10 ** 6)}), "header says it alone has"),
 }
@@ -659,16 +662,16 @@ def test_tokenizer_files(tmp_path, saved):
     (tmp_path / "vocab.json").write_text(json.dumps(original["model"]["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(original["model"]["merges"]) + "\n")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"   ": 445, "  ": 444}))
-    built = tokenizers.Tokenizer.from_str(json.dumps(read_tokenizer(tmp_path)))
+    built = tokenizers.Tokenizer.from_str(load_tokenizer(tmp_path).to_str())    # as it is saved: there the end token is one again
     plain = tokenizers.Tokenizer.from_file(str(PHI / "tokenizer.json"))
     for text in ("A chat. USER: What is this?\n ASSISTANT:", "tab\there, naïve 中文 🙂", "x<|endoftext|>y"):
         assert built.encode(text).ids == plain.encode(text).ids and built.decode(built.encode(text).ids) == plain.decode(plain.encode(text).ids)
     assert built.encode("a   b").ids.count(445) == 1
     with_image = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
     assert with_image.token_to_id("<image>") == 444 == json.loads((saved / "config.json").read_text())["image_token_index"]
-    assert token_ids(read_tokenizer(saved)) == token_ids(read_tokenizer(PHI))
-    with pytest.raises(ValueError, match="no tokenizer.json"):
-        read_tokenizer(CLIP)
+    assert load_tokenizer(saved).get_vocab() == load_tokenizer(PHI).get_vocab()
+    with pytest.raises(FileNotFoundError, match="expected tokenizer.json, or vocab.json and merges.txt"):
+        export(rewrite(LLAVA, tmp_path / "none", keep=("config.json",)), tmp_path / "x", None)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -737,7 +740,7 @@ def test_commands(tmp_path, capsys):
         assert words in page
     main(["inspect", str(CLIP)])
     page = capsys.readouterr().out
-    for words in ("a CLIP vision tower", "23 tensors: CLIP's text tower", "18 tensors: behind the hidden state", "merge --vision"):
+    for words in ("a CLIP vision tower", "23 tensors: CLIP's text tower", "18 tensors: layers after the hidden state", "merge --vision"):
         assert words in page
     with pytest.raises(ValueError, match="looks like a Phi-2 language model, expected a LLaVA-Phi model"):
         main(["export", "--model", str(PHI), "--out", str(tmp_path / "x")])
@@ -752,17 +755,30 @@ def test_an_error_is_one_line_and_exit_code_2():
     assert done.stderr == "error: nowhere: no such folder; get it with: hf download microsoft/phi-2 --local-dir nowhere\n"
 
 
+@pytest.mark.parametrize("flags, code", [(["--help"], 0), (["merge", "--help"], 0), (["merge", "--speed"], 2), (["export"], 2)])
+def test_help_and_wrong_flags_do_not_wait_for_torch(flags, code, tmp_path):
+    """torch takes seconds to import; here it cannot be imported at all."""
+    (tmp_path / "torch.py").write_text("raise AssertionError('torch was imported')")
+    done = subprocess.run([sys.executable, "load_weights.py", *flags], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == code, done.stderr
+    assert code == 0 or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 MEASURE = """
 import re, sys, torch
 from pathlib import Path
 from load_weights import load_config, load_into, meta_model
 def memory(what):       # getrusage would not do: it remembers the parent's peak
     return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def copy(parameter, tensor):
+    parameter.data.copy_(tensor)
+    seen.append(memory("RssAnon"))      # now there are both: all of the model so far, and what was read for it
 phi, clip = map(Path, sys.argv[1:])
 model = meta_model(load_config(phi, clip)).bfloat16().to_empty(device="cpu")
-before = memory("VmRSS")
-load_into(model, [phi, clip], allow_missing=("projector.",))
-print(memory("VmHWM") - before)
+before, seen, total = memory("RssAnon"), [], memory("VmRSS")
+load_into(model, [phi, clip], copy, allow_missing=("projector.",))
+print(max(seen) - before, memory("VmHWM") - total)
 """
 
 
@@ -783,4 +799,8 @@ def test_loading_needs_the_model_and_one_tensor(suffix, tmp_path):
     size, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), str(CLIP)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < size + largest + 15e6, f"{int(done.stdout):,} bytes for {size:,} of weights, the largest {largest:,}"
+    anonymous, everything = map(int, done.stdout.split())
+    limit = size + largest + 15e6
+    assert anonymous < limit, f"{anonymous:,} bytes for {size:,} of weights, the largest {largest:,}"
+    # A .bin is mapped: its pages are counted too while there is room for them, but the kernel takes them back at will.
+    assert suffix == "bin" or everything < limit, f"{everything:,} bytes for {size:,} of weights, the largest {largest:,}"

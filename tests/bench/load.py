@@ -1,45 +1,60 @@
-"""Peak memory and seconds of loading a saved model, next to transformers on the same folder and to a plain read of its files.
+"""Seconds and memory of loading a saved model, next to transformers on the same folder and to a plain read of its files.
 
 The plain read comes twice: into one small buffer (what the disk can do), and into fresh memory of the files' size (what
 the disk and the kernel's page faults can do; every model that is not a mapped file pays for both).
 
-Each measurement is a fresh process. --drop asks the kernel to forget the files first, so that they come from the disk.
+Memory is the peak of RssAnon, watched from outside every few milliseconds: what the kernel cannot take back. Pages of
+mapped files come and go and are not counted. Each measurement is a fresh process. --drop asks the kernel to forget the
+files first, so that they come from the disk.
 
-$ python tests/bench/make_checkpoints.py --tokenizer checkpoints/phi-2
-$ python load_weights.py merge --llm checkpoints/random/phi-2 --vision checkpoints/random/clip --out checkpoints/random/base
-$ python tests/bench/load.py --model checkpoints/random/base --drop
+    python tests/bench/make_checkpoints.py --tokenizer checkpoints/phi-2
+    python load_weights.py merge --llm checkpoints/random/phi-2 --vision checkpoints/random/clip --out checkpoints/random/base
+    python tests/bench/load.py --model checkpoints/random/base --drop
 """
 import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PROLOGUE = """
-import json, re, sys, time
+sys.path.insert(0, str(ROOT))
+from common import Parser, dtype_name, run_command
+
+# What a measured process runs: imports, START, the loading itself, END.
+IMPORTS = """
+import json, mmap, sys, time, torch
 from pathlib import Path
-folder, dtype = Path(sys.argv[1]), sys.argv[2]
-def memory(what):       # bytes: VmRSS now, VmHWM at the most. Of this program only, unlike getrusage, which remembers its parent
-    return int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+from common import torch_dtype
+folder, dtype = Path(sys.argv[1]), torch_dtype(sys.argv[2])
 """
-START = "\nbefore, start = memory('VmRSS'), time.time()\n"
-EPILOGUE = "\nprint(json.dumps([time.time() - start, before, memory('VmHWM')]))"
+START = """
+print("start", flush=True)
+start = time.time()
+"""
+END = """
+print(time.time() - start)
+"""
 READ = """
 for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
     with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(buffer): buffer = {}"""
-TOUCH = "\nfor p in model.parameters(): p.data.view(torch.uint8).flatten()[::4096].sum()"    # a mapped weight is not yet a loaded one
+        while n := file.readinto(buffer):
+"""
+# Without this, a weight that is only mapped would count as loaded.
+TOUCH = """
+for p in model.parameters(): p.data.view(torch.uint8).flatten()[::4096].sum()
+"""
 WAYS = {
-    "read, forget": START + "buffer = memoryview(bytearray(1 << 26))" + READ.format("buffer"),
-    "read, keep": "import mmap" + START + "size = sum(p.stat().st_size for p in folder.iterdir())\nbuffer = memoryview(mmap.mmap(-1, size))"
-                  + READ.format("buffer[n:]"),
-    "load_model": "import torch; from load_weights import load_model" + START + "model = load_model(folder, getattr(torch, dtype))" + TOUCH,
-    "transformers": "import torch; from transformers import LlavaForConditionalGeneration" + START
-                    + "model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=getattr(torch, dtype))" + TOUCH,
+    "read, forget": START + "buffer = memoryview(bytearray(1 << 26))" + READ + "            pass" + END,
+    "read, keep": START + "buffer = memoryview(mmap.mmap(-1, sum(p.stat().st_size for p in folder.iterdir())))"
+                  + READ + "            buffer = buffer[n:]" + END,
+    "load_model": "from load_weights import load_model" + START + "model = load_model(folder, dtype)" + TOUCH + END,
+    "transformers": "from transformers import LlavaForConditionalGeneration" + START
+                    + "model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)" + TOUCH + END,
 }
 
 
@@ -51,34 +66,59 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def anonymous(pid: int) -> int:
+    """Bytes of a process that belong to no file; 0 when it has ended."""
+    try:
+        found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def measure(code: str, folder: Path, dtype: str) -> tuple[float, int, int]:
+    """Run it -> seconds, bytes of anonymous memory before, and at the peak."""
+    command = [sys.executable, "-c", IMPORTS + code, str(folder.resolve()), dtype]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    if line.strip() != "start":
+        raise ValueError(process.communicate()[1].strip().splitlines()[-1])
+    before = peak = anonymous(process.pid)
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid))
+        time.sleep(0.002)
+    output, errors = process.communicate()
+    if process.returncode:
+        raise ValueError(errors.strip().splitlines()[-1])
+    return float(output.split()[-1]), before, peak
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("checkpoints/random/base"), help="a saved model")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--drop", action=argparse.BooleanOptionalAction, default=False, help="measure with the files out of the page cache")
-    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--dtype", default="bf16", type=dtype_name, help="of the loaded model: bf16 or fp32")
+    parser.add_argument("--drop", action=argparse.BooleanOptionalAction, default=False,
+                        help="measure with the files out of the page cache")
+    parser.add_argument("--repeat", type=int, default=2, help="how many times each way is measured")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     from load_weights import load_config, meta_model
     parameters = sum(p.numel() for p in meta_model(load_config(args.model)).parameters())
-    weights = parameters * {"bfloat16": 2, "float32": 4}[args.dtype]
+    weights = parameters * {"bf16": 2, "fp32": 4}[args.dtype]
     size = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
     print(f"{args.model}: {size / 1e9:.2f} GB of files, {weights / 1e9:.2f} GB of {args.dtype} weights in the model")
-    for way, code in list(WAYS.items()) * args.repeat:
+    for way in [*WAYS] * args.repeat:
         if way == "transformers" and importlib.util.find_spec("transformers") is None:
             print(f"{way:14} not installed")
             continue
         if args.drop:
             forget(args.model)
-        done = subprocess.run([sys.executable, "-c", PROLOGUE + code + EPILOGUE, str(args.model.resolve()), args.dtype], cwd=ROOT,
-                              capture_output=True, text=True)
-        if done.returncode:
-            print(f"{way:14} failed: {done.stderr.strip().splitlines()[-1]}")
+        try:
+            seconds, before, peak = measure(WAYS[way], args.model, args.dtype)
+        except ValueError as e:
+            print(f"{way:14} failed: {e}")
             continue
-        seconds, before, peak = json.loads(done.stdout.splitlines()[-1])
-        print(f"{way:14} {seconds:6.1f} s, peak {peak / 1e9:5.2f} GB, of which {before / 1e9:.2f} GB before loading; "
+        print(f"{way:14} {seconds:6.1f} s, {peak / 1e9:5.2f} GB at the peak, {before / 1e9:.2f} GB before loading: "
               f"{(peak - before) / weights:.3f} times the weights")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))
