@@ -1,13 +1,17 @@
-"""LLaVA's json, or one question, to packed tensors: picture -> uint8, conversation -> ids and labels, samples -> batch.
+"""From LLaVA's json, or one question, to packed tensors.
 
-Follows LLaVA's train.py (templates, where the image goes) and Hugging Face's CLIPImageProcessor (pixels, bit for bit).
-Labels come from character offsets in one tokenisation per round, so they cannot drift from the tokens. The image slot
-and the end of text are placed by id, so the same words typed in a text stay text. A training step is a set of samples,
-a pure function of (seed, step). Imports none of our files: sizes arrive as arguments.
+    picture      -> uint8 pixels of the size that the vision tower wants            load_image
+    conversation -> token ids, and for each the label that training is to learn     encode
+    samples      -> one row of tokens without padding                               collate
+    (seed, step) -> which samples a training step consists of, and who computes it  step_samples, split_step, Loader
+
+The first two follow LLaVA's train.py (the chat template, where the image goes) and Hugging Face's CLIPImageProcessor
+and SiglipImageProcessor (the pixels, bit for bit). This file knows nothing of models: sizes arrive as arguments.
 
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
 """
-import argparse
+from __future__ import annotations
+
 import atexit
 import fcntl
 import hashlib
@@ -18,20 +22,25 @@ import os
 import re
 import signal
 import sys
+from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from common import Parser, read_jsonl, run_command
+
+# torch takes seconds to import: the functions that need it do so, and `python data.py --help` answers at once.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IGNORE = -100                       # label of a position that is not supervised
 IMAGE_ID = -200                     # the one image slot in ids; after `expand`, every patch's place
@@ -39,19 +48,18 @@ IMAGE = "<image>"                   # how LLaVA's json says "here": a tag in the
 EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-PAD_COLOR = (122, 116, 104)         # int(CLIP's mean * 255)
-MAX_PIXELS = 89_478_485             # refused before decoding, like Pillow's own limit: 268 MB as RGB
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of telephones
 
 
 class Sample(NamedTuple):
+    """One record, ready to be packed."""
     id: str
     ids: list[int]                  # image slot expanded to P times IMAGE_ID
-    labels: list[int]               # same length, unshifted; IGNORE where not supervised
+    labels: list[int]               # as long as ids, unshifted: the label of a position is its own id, or IGNORE
     image: Tensor | None            # (3, S, S) uint8
 
 
-class Batch(NamedTuple):            # B samples in one row of T tokens; N images of P patches; M supervised tokens
+class Batch(NamedTuple):
+    """B samples one behind the other in a single row of T tokens; N images of P patches; M supervised tokens."""
     ids: Tensor                     # (T,) int64, 0 at image positions
     lengths: Tensor                 # (B,) int64, their sum is T
     images: Tensor                  # (N, 3, S, S) uint8, N may be 0
@@ -62,39 +70,68 @@ class Batch(NamedTuple):            # B samples in one row of T tokens; N images
 # ---------------------------------------------------------------------------------------------------
 # Picture
 
+IMAGE_MODES = ("crop", "pad", "squash")
+PAD_COLOR = (122, 116, 104)         # int(255 * CLIP's mean), what LLaVA pads with
+MAX_PIXELS = 89_478_485             # refused before decoding, like Pillow's own limit: 268 MB as RGB
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of telephones
 
-def load_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str) -> Tensor:
-    """A picture file, or an open one, as the vision tower wants it -> (3, size, size) uint8.
 
-    mode "crop": shortest edge to `size`, then the centre; "pad": the whole picture on a square canvas. Equal to
-    CLIPImageProcessor's result before its normalisation, except that EXIF orientation is obeyed.
-    ValueError names the file and says what is wrong with it.
+def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The padding colour of a tower with this mean. Normalised, it is near zero: the tower sees no edge to speak of.
+
+    LLaVA cuts the fraction off instead of rounding, so (122, 116, 104) for CLIP and (127, 127, 127) for SigLIP.
     """
-    assert mode in ("crop", "pad"), f"image mode {mode!r} is neither crop nor pad"
+    red, green, blue = mean
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def load_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str,
+               pad_color: tuple[int, int, int] = PAD_COLOR) -> Tensor:
+    """A picture, from a file or open already, as the vision tower wants it -> (3, size, size) uint8.
+
+    mode "crop": the shortest edge becomes `size`, then the centre is cut out (CLIP's processor; LLaVA-Phi's stage 1).
+    mode "pad": the whole picture in the middle of a square of pad_color (LLaVA's stage 2 and inference).
+    mode "squash": both edges become `size`, whatever that does to the proportions (SigLIP's processor).
+
+    The pixels equal those of Hugging Face's processors before they normalise, which here is the tower's work, except
+    that a photo lying on its side is put upright. ValueError names the file and says what is wrong with it.
+    """
+    import torch
+
+    assert mode in IMAGE_MODES, f"image mode {mode!r} is none of {', '.join(IMAGE_MODES)}"
     image = open_image(source, size, mode)
     w, h = image.size
     if mode == "crop":
-        W, H = size * w // min(w, h), size * h // min(w, h)
-        left, top = (W - size) // 2, (H - size) // 2
-        image = image.resize((W, H), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        W = size * w // min(w, h)
+        H = size * h // min(w, h)
+        left = (W - size) // 2
+        top = (H - size) // 2
+        image = image.resize((W, H), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
     else:
-        side = max(w, h)
-        square = Image.new("RGB", (side, side), PAD_COLOR)
-        square.paste(image, ((side - w) // 2, (side - h) // 2))
-        image = square.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        if mode == "pad":
+            side = max(w, h)
+            square = Image.new("RGB", (side, side), pad_color)
+            square.paste(image, ((side - w) // 2, (side - h) // 2))
+            image = square
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image))              # (S, S, 3)
+    return pixels.permute(2, 0, 1).contiguous()             # (3, S, S)
 
 
 def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
-    """Upright RGB, or undecoded with a good header. Alpha is dropped, the first frame taken, as the original does."""
+    """Upright RGB. Alpha is dropped and the first frame of several is taken, as the original does.
+
+    Pictures come from strangers: nothing is decoded before its size is known to be bearable. With decode=False
+    nothing is decoded at all, which tells quickly whether the header is good.
+    """
     name = str(source) if isinstance(source, (str, Path)) else "the given picture"
     if "://" in name:
         raise ValueError(f"image is an address: {name}; download it and give the file")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         w, h = image.size
-        # A thin strip is small in the file and huge on the way: as a square, or with its shortest edge at `size`.
-        pixels = max(w * h, max(w, h) ** 2 if mode == "pad" else (size * w // min(w, h)) * (size * h // min(w, h)))
+        pixels = largest_pixels(w, h, size, mode)
         if decode and pixels <= MAX_PIXELS:
             image = upright(image).convert("RGB")
     except FileNotFoundError as e:
@@ -109,19 +146,39 @@ def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str
     return image
 
 
+def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
+    """Pixels of the largest picture on the way to size x size.
+
+    A strip of a million pixels by one is small in the file, but padded to a square, or with its shortest edge at
+    `size`, it would fill any memory.
+    """
+    if mode == "pad":
+        return max(w, h) ** 2
+    if mode == "squash":
+        return w * h
+    resized = (size * w // min(w, h)) * (size * h // min(w, h))
+    return max(w * h, resized)
+
+
 def upright(image: Image.Image) -> Image.Image:
+    """Turn a photo as its EXIF data asks. Phones store most photos lying on their side; annotators saw them upright."""
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:               # broken EXIF around a good picture
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:               # broken EXIF data around a good picture
         return image
-    return ImageOps.exif_transpose(image) if turned else image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 # ---------------------------------------------------------------------------------------------------
-# Text
+# Tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, else from vocab.json + merges.txt + added_tokens.json; both give the same ids."""
+    """From tokenizer.json, else from vocab.json, merges.txt and added_tokens.json; both give the same ids.
+
+    The image slot and the end of a text are placed by id, never by spelling: "<image>" or "<|endoftext|>" that
+    somebody typed into a text stays text, and cannot move a picture or end an answer.
+    Raises FileNotFoundError, or ValueError with the file that is no tokenizer.
+    """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
         tok = read_tokenizer(folder / "tokenizer.json")
@@ -130,24 +187,26 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     else:
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; "
                                 "get Phi-2's by: hf download microsoft/phi-2 --local-dir checkpoints/phi-2")
-    # Without this, whitespace tokens report empty character spans and labels go wrong in silence.
+    # encode_turns asks which token a character lies in. By default, tokens of white space report empty spans, and the
+    # labels would be wrong without any error.
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    tok.encode_special_tokens = True                        # "<|endoftext|>" in a text is text
-    eot_id(tok)
+    tok.encode_special_tokens = True                        # special words in a text are text
+    eot_id(tok)                                             # raises if there is none
     return tok
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json, without the <image> token that our export adds for transformers' sake."""
     try:
-        blob = json.loads(path.read_text(encoding="utf-8"))
-        # Our export adds an <image> token for transformers' sake; here "<image>" in a text is text.
-        blob["added_tokens"] = [t for t in blob["added_tokens"] if t["content"] != IMAGE]
-        return Tokenizer.from_str(json.dumps(blob))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
+        return Tokenizer.from_str(json.dumps(content))
     except Exception as e:          # tokenizers raises plain Exception
         raise ValueError(f"{path} is not a tokenizer: {e}") from e
 
 
 def build_tokenizer(folder: Path) -> Tokenizer:
+    """GPT-2's kind of tokenizer from its older files; the released LLaVA-Phi and Mipha have only these."""
     try:
         tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     except Exception as e:
@@ -158,79 +217,125 @@ def build_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "added_tokens.json"
     added = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for text, i in sorted(added.items(), key=lambda item: item[1]):
-        if text not in (EOT, IMAGE):
-            tok.add_tokens([AddedToken(text, normalized=True, special=False)])
-            if tok.token_to_id(text) != i:
-                raise ValueError(f"{path} gives {text!r} the id {i}, but it comes to {tok.token_to_id(text)}: "
-                                 "vocab.json is of another tokenizer")
+        if text in (EOT, IMAGE):
+            continue
+        tok.add_tokens([AddedToken(text, normalized=True, special=False)])      # takes the next free id
+        if tok.token_to_id(text) != i:
+            raise ValueError(f"{path} gives {text!r} the id {i}, but it comes to {tok.token_to_id(text)}: "
+                             "vocab.json is of another tokenizer")
+    return tok
+
+
+def bytes_as_tokens() -> Tokenizer:
+    """A stand-in where no tokenizer was downloaded: with one token a byte, all but the lengths can be checked."""
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), EOT]
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.post_processor = processors.ByteLevel(trim_offsets=False)
     return tok
 
 
 def eot_id(tok: Tokenizer) -> int:
     """The id that ends an answer. config.json's eos_token_id is wrong in released checkpoints: never use that."""
-    if tok.token_to_id(EOT) is None:
+    i = tok.token_to_id(EOT)
+    if i is None:
         raise ValueError(f"the tokenizer has no {EOT} token")
-    return tok.token_to_id(EOT)
+    return i
+
+# ---------------------------------------------------------------------------------------------------
+# Conversation -> ids and labels
 
 
 def to_turns(record: dict) -> tuple[list[str], bool]:
     """A record of LLaVA's json -> question, answer, question, ..., and whether there is a picture.
 
-    A greeting by gpt before the first question is dropped. With a picture, the tag that the first question begins or
-    ends with is taken out (its place is always in front); any other <image> is text. ValueError says what is wrong.
+    A greeting by gpt before the first question is dropped, as in the original. With a picture, the tag that the first
+    question begins or ends with is taken out, for the picture's place is always in front; any other <image> is text.
+    ValueError says what is wrong.
     """
     said = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(said, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in said):
         raise ValueError('not a conversation: expected {"id", "image" (if any), "conversations": [{"from": "human", '
                          '"value": ...}, {"from": "gpt", "value": ...}, ...]}, found ' + repr(record)[:80])
-    said = said[1:] if said and said[0].get("from") == "gpt" else said
-    for turn, who in zip(said, ["human", "gpt"] * len(said)):
-        if turn.get("from") != who:
-            raise ValueError(f"wrong speaker: expected human and gpt in turns, found {turn.get('from')!r} for {who!r}")
+    if said and said[0].get("from") == "gpt":
+        said = said[1:]
+    for i, turn in enumerate(said):
+        speaker = "gpt" if i % 2 else "human"
+        if turn.get("from") != speaker:
+            raise ValueError(f"wrong speaker: expected human and gpt in turns, found {turn.get('from')!r} "
+                             f"for {speaker!r}")
         if not turn["value"].isascii() and any("\ud800" <= c <= "\udfff" for c in turn["value"]):
             raise ValueError(f"broken unicode: a lone surrogate in {turn['value'][:40]!r}")
     if not said or len(said) % 2:
         raise ValueError("no answer: the conversation " + ("ends with a question" if said else "is empty"))
+
     turns = [turn["value"] for turn in said]
-    image = record.get("image") is not None
-    if image:
-        if not isinstance(record["image"], str) or not record["image"]:
-            raise ValueError(f"image name: expected one path, found {record['image']!r}")
-        first = turns[0].strip()
-        turns[0] = (first.removeprefix(IMAGE) if first.startswith(IMAGE) else first.removesuffix(IMAGE)).strip()
-    return turns, image
+    if record.get("image") is None:
+        return turns, False
+    if not isinstance(record["image"], str) or not record["image"]:
+        raise ValueError(f"image name: expected one path, found {record['image']!r}")
+    question = turns[0].strip()
+    if question.startswith(IMAGE):
+        question = question.removeprefix(IMAGE)
+    else:
+        question = question.removesuffix(IMAGE)
+    turns[0] = question.strip()
+    return turns, True
 
 
 @lru_cache(maxsize=4)
 def encode_once(text: str, tok: Tokenizer) -> tuple[int, ...]:
+    """For the system text, which is the same in front of every conversation."""
     return tuple(tok.encode(text, add_special_tokens=False).ids)
 
 
 def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[int], list[int]]:
-    """LLaVA-Phi's chat template "v0". An odd number of turns leaves the last question open for the model to answer."""
-    eot, ids, text = eot_id(tok), [], SYSTEM + " USER: "
+    """LLaVA-Phi's chat template "v0": question, answer, ... -> ids, and labels of the same length.
+
+        SYSTEM USER: <image>\\nquestion ASSISTANT: answer<|endoftext|>USER: question ASSISTANT: answer<|endoftext|>
+                                                  ~~~~~~~~~~~~~~~~~~~~                         ~~~~~~~~~~~~~~~~~~~~
+
+    What is underlined is supervised: its label is its own id. The model is to learn what to answer and where to stop,
+    so the end of text counts; it is not to learn the user's questions or the fixed words between them, so everything
+    else is IGNORE. "<image>" stands for the one IMAGE_ID. `collate` turns the label of a position into the target of
+    the position before it.
+
+    An odd number of turns leaves the last question open, for the model to answer: the same function makes the prompts
+    of inference, which therefore are exactly how training conversations begin.
+    """
+    eot = eot_id(tok)
+    ids: list[int] = []
+    text = SYSTEM + " USER: "           # what is not tokenized yet, up to the next answer
     if image:
-        ids, text = [*encode_once(text, tok), IMAGE_ID], "\n" if turns[0] else ""
+        ids = [*encode_once(text, tok), IMAGE_ID]
+        text = "\n" if turns[0] else ""
     labels = [IGNORE] * len(ids)
     for i in range(0, len(turns), 2):
         text += turns[i] + " ASSISTANT:"
-        answer = " " + turns[i + 1] if i + 1 < len(turns) and turns[i + 1] else ""
-        # In one piece, because the space before the answer is part of the answer's first token.
-        e = tok.encode(text + answer, add_special_tokens=False)
-        n = e.char_to_token(len(text)) if answer else len(e.ids)
-        ids += e.ids
-        labels += [IGNORE] * n + e.ids[n:]
-        if i + 1 < len(turns):
+        answered = i + 1 < len(turns)
+        answer = " " + turns[i + 1] if answered and turns[i + 1] else ""
+        # The space before an answer is part of its first token (" A" is one token), so question and answer must be
+        # tokenized in one piece. The tokenizer then says which token the answer's first character lies in, and the
+        # labels cannot drift from the ids. LLaVA tokenizes the question again by itself to learn its length, which is
+        # off by one in places.
+        encoded = tok.encode(text + answer, add_special_tokens=False)
+        n_asked = encoded.char_to_token(len(text)) if answer else len(encoded.ids)
+        ids += encoded.ids
+        labels += [IGNORE] * n_asked + encoded.ids[n_asked:]
+        if answered:
             ids.append(eot)
             labels.append(eot)
-        text = "USER: "
+        text = "USER: "                 # no space: the template puts it right behind the end of text
     return ids, labels
 
 
 def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list[int]]:
-    """One record -> ids with at most one IMAGE_ID, and labels, uncut: the original's with its off-by-one corrected.
+    """A record of LLaVA's json -> ids with at most one IMAGE_ID, and labels of the same length, uncut.
 
-    template "v0": every answer token and the end of text after it is supervised. "plain": picture, caption, newline.
+    template "v0": a conversation, see encode_turns (stage 2).
+    template "plain": picture, caption, newline, without any words of a chat; all but the picture is supervised. Stage
+    1 only teaches the projector what patches look like to the language model.
+    ValueError says what is wrong with the record.
     """
     assert template in ("plain", "v0"), f"template {template!r} is neither plain nor v0"
     turns, image = to_turns(record)
@@ -247,42 +352,62 @@ def encode_prompt(turns: list[str], tok: Tokenizer, image: bool) -> list[int]:
     """Question, answer, ..., question -> the ids before the answer: exactly the beginning of what training sees."""
     if len(turns) % 2 == 0:
         raise ValueError(f"a prompt ends with a question: expected an odd number of turns, found {len(turns)}")
-    return encode_turns(turns, tok, image)[0]
+    ids, _ = encode_turns(turns, tok, image)
+    return ids
 
 
 def expand(ids: list[int], labels: list[int] | None, n_patches: int,
            block_size: int) -> tuple[list[int], list[int] | None]:
-    """The image slot becomes n_patches times IMAGE_ID; then what is above block_size is cut on the right.
+    """The image slot becomes n_patches times IMAGE_ID; then what is above block_size is cut off on the right.
 
-    ValueError where that would cut an image, or a prompt (labels is None), which would lose its question.
+    labels=None says that this is a prompt. ValueError where the cut would go through an image, or through a prompt,
+    which would lose its question.
     """
     if IMAGE_ID in ids:
-        at = ids.index(IMAGE_ID)
-        if at + n_patches > block_size:
-            raise ValueError(f"image does not fit: it ends at position {at + n_patches} of {block_size}")
-        ids = ids[:at] + [IMAGE_ID] * n_patches + ids[at + 1:]
-        labels = labels and labels[:at] + [IGNORE] * n_patches + labels[at + 1:]
-    if labels is None and len(ids) > block_size:
+        slot = ids.index(IMAGE_ID)
+        if slot + n_patches > block_size:
+            raise ValueError(f"image does not fit: it ends at position {slot + n_patches} of {block_size}")
+        ids = ids[:slot] + [IMAGE_ID] * n_patches + ids[slot + 1:]
+        if labels is not None:
+            labels = labels[:slot] + [IGNORE] * n_patches + labels[slot + 1:]
+    if labels is not None:
+        return ids[:block_size], labels[:block_size]
+    if len(ids) > block_size:
         raise ValueError(f"prompt too long: {len(ids)} positions, the model has {block_size}")
-    return ids[:block_size], labels and labels[:block_size]
+    return ids, None
 
 
 def collate(samples: list[Sample], image_size: int = 336) -> Batch:
-    """One row, no padding. image_size only gives `images` its shape when there are none."""
-    ids = np.array([i for s in samples for i in s.ids], dtype=np.int64)
-    labels = np.array([label for s in samples for label in s.labels], dtype=np.int64)
-    lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)
-    labels[np.cumsum(lengths) - lengths] = IGNORE           # nothing in the same sample comes before its first token
-    slots, rows = np.flatnonzero(ids == IMAGE_ID), np.flatnonzero(labels[1:] != IGNORE)
-    ids[slots] = 0
+    """Pack samples one behind the other into a single row: no padding is computed, lengths keep them apart.
+
+    image_size only gives `images` its shape when there are none.
+    """
+    import torch
+
+    ids = np.array(list(chain.from_iterable(s.ids for s in samples)), dtype=np.int64)          # (T,)
+    labels = np.array(list(chain.from_iterable(s.labels for s in samples)), dtype=np.int64)    # (T,)
+    lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)                          # (B,)
+    # A token is predicted at the position before it. Before a sample's first token stands another sample, which must
+    # not be taught what follows it.
+    first = np.cumsum(lengths) - lengths
+    labels[first] = IGNORE
+    rows = np.flatnonzero(labels[1:] != IGNORE)                                                # (M,)
+    targets = labels[rows + 1]                                                                 # (M,)
+    slots = np.flatnonzero(ids == IMAGE_ID)                                                    # (N * P,)
+    ids[slots] = 0                      # any valid id: the embedding looks it up, then the patch takes its place
     images = [s.image for s in samples if s.image is not None]
-    assert len(slots) % len(images) == 0 if images else len(slots) == 0, f"{len(slots)} slots for {len(images)} images"
-    return Batch(torch.from_numpy(ids), torch.from_numpy(lengths),
-                 torch.stack(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8),
-                 torch.from_numpy(slots), torch.from_numpy(rows), torch.from_numpy(labels[rows + 1]))
+    if images:
+        assert len(slots) % len(images) == 0, f"{len(slots)} image positions for {len(images)} images"
+        pixels = torch.stack(images)                                                           # (N, 3, S, S)
+    else:
+        assert len(slots) == 0, f"{len(slots)} image positions, but no image"
+        pixels = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(lengths), pixels, torch.from_numpy(slots),
+                 torch.from_numpy(rows), torch.from_numpy(targets))
 
 # ---------------------------------------------------------------------------------------------------
-# Records on disk. The json is never held in memory: byte ranges are, and a record is read when it is needed.
+# Records on disk. The json of stage 2 is a gigabyte, and every process of a training run needs it: instead of the
+# records themselves, their byte ranges are held in memory, and a record is read when its turn comes.
 
 BLOCK = 1 << 24                     # bytes looked at in one go
 CHUNK = 256                         # records given to a worker process in one go
@@ -292,77 +417,96 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no value in json")
 
 
-PARSER = json.JSONDecoder(parse_constant=refuse_constant)
+STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)          # Python's own also reads NaN and Infinity
 
 
-def parse(record: bytes) -> dict:
+def parse_record(record: bytes) -> dict:
     try:
-        return PARSER.decode(record.decode("utf-8-sig"))
+        return STRICT_JSON.decode(record.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"not json: {e}") from e
 
 
 def find_records(path: Path) -> Iterator[tuple[int, int]]:
     """Byte ranges of the records of a json list, or of the lines of a jsonl file."""
-    with open(path, "rb") as f:
-        head = f.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with open(path, "rb") as file:
+        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()     # without a byte order mark
         if head.startswith(b"["):
-            yield from find_in_list(path, f)
+            yield from find_in_list(path, file)
         elif head.startswith(b"{"):
-            at = f.seek(0)
-            for line in f:
+            position = file.seek(0)
+            for line in file:
                 if not line.isspace():
-                    yield at, at + len(line)
-                at += len(line)
+                    yield position, position + len(line)
+                position += len(line)
         else:
             raise ValueError(f"{path} is not LLaVA's json: expected a list of records, found {head[:20]!r}")
 
 
-def find_in_list(path: Path, f: BinaryIO) -> Iterator[tuple[int, int]]:
-    """latin-1 makes one character of every byte, so the parser's positions are byte positions; bytes above 127 only
-    occur inside strings, where it looks for nothing but quotes and backslashes."""
+def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the records of a json list, found by parsing one window of the file after another.
+
+    The windows are decoded as latin-1, which makes one character of every byte, so that the parser's positions are
+    byte positions. Bytes above 127 occur inside strings only, where the parser looks for nothing but quotes and
+    backslashes.
+    """
     space = re.compile(r"[ \t\r\n]*")
-    f.seek(0)
-    at, width, first = f.read(BLOCK).index(b"[") + 1, BLOCK, True
+    file.seek(0)
+    start = file.read(BLOCK).index(b"[") + 1                # where the window begins in the file
+    width = BLOCK
+    first = True
     while True:
-        f.seek(at)
-        text, i = f.read(width).decode("latin-1"), 0
+        file.seek(start)
+        text = file.read(width).decode("latin-1")
+        i = 0                                               # in the window: everything before it is done
         try:
             while True:
                 i = space.match(text, i).end()
                 if first and text[i] == "]":
-                    return
-                end = PARSER.raw_decode(text, i)[1]
+                    return                                  # an empty list
+                _, end = STRICT_JSON.raw_decode(text, i)
                 after = space.match(text, end).end()
                 if text[after] not in ",]":
                     raise ValueError("expected , or ] after this record")
-                yield at + i, at + end
+                yield start + i, start + end
                 if text[after] == "]":
                     return
-                i, first = after + 1, False
+                i = after + 1
+                first = False
         except (ValueError, IndexError, RecursionError) as e:
-            if len(text) < width or width > 16 * BLOCK:     # else it may merely be the end of what was looked at
-                raise ValueError(f"not json: {path}, line {lines_of(path, [at + i])[0]}: {e}; "
-                                 "the record that begins there is broken, and what follows cannot be found") from e
-            at, width = at + i, BLOCK if i else 2 * width
+            # Either the window ends within this record, or the record is broken. A window that reached the end of
+            # the file, or that has grown to 16 blocks for one record, settles which.
+            if len(text) < width or width > 16 * BLOCK:
+                [line] = lines_of(path, [start + i])
+                raise ValueError(f"not json: {path}, line {line}: {e}; the record that begins there is broken, "
+                                 "and what follows cannot be found") from e
+            width = BLOCK if i else 2 * width
+            start += i
 
 
 def lines_of(path: Path, positions: list[int]) -> list[int]:
     """Line numbers, from 1, of ascending byte positions."""
-    lines, line, at = [], 1, 0
-    with open(path, "rb") as f:
+    lines = []
+    line = 1
+    read = 0
+    with open(path, "rb") as file:
         for position in positions:
-            while at < position and (block := f.read(min(BLOCK, position - at))):
-                line, at = line + block.count(b"\n"), at + len(block)
+            while read < position:
+                block = file.read(min(BLOCK, position - read))
+                if not block:
+                    break
+                line += block.count(b"\n")
+                read += len(block)
             lines.append(line)
     return lines
 
 
 def image_path(folder: Path, name: str, follow_links: bool) -> Path:
-    """The file that a record names, which must lie inside the image folder."""
+    """The file that a record names. The record is a stranger's: it must not reach outside of the image folder."""
     if "://" in name or name.startswith("data:"):
         raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
-    if "\0" in name or "\\" in name or re.match("[A-Za-z]:", name) or name.startswith("/") or ".." in name.split("/"):
+    absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
+    if absolute or "\0" in name or "\\" in name or ".." in name.split("/"):
         raise ValueError(f"image outside the folder: {name!r}; expected a path relative to the image folder")
     path = folder / name
     if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
@@ -370,20 +514,22 @@ def image_path(folder: Path, name: str, follow_links: bool) -> Path:
     return path
 
 
-class Finding(NamedTuple):          # what a look at one record tells
+class RecordInfo(NamedTuple):
+    """What one look at a record tells. A record with a problem counts as one position that teaches nothing."""
     length: int = 1                 # positions: image expanded, cut to block_size
     supervised: int = 0             # tokens
     image: bool = False
     cut: int = 0                    # positions lost to block_size
-    problem: str = ""               # "kind: detail"; such a record counts as one position that nobody learns
+    problem: str = ""               # "kind: detail", empty if there is none
     notes: tuple[str, ...] = ()     # not wrong, but worth knowing
-    id: int = 0                     # hashed, to find duplicates
-    source: str = ""                # the folder its image is in
+    id_hash: int = 0                # of the record's "id", to find duplicates
+    folder: str = ""                # that its image is in
 
 
-class Index(NamedTuple):            # of all records, as arrays
+class Index(NamedTuple):
+    """What the plan of a training run needs to know about all n records."""
     ranges: np.ndarray              # (n, 2) int64, bytes of the file
-    length: np.ndarray              # (n,) int32, and so on as in Finding
+    length: np.ndarray              # (n,) int32, and so on as in RecordInfo
     supervised: np.ndarray
     image: np.ndarray
     cut: np.ndarray
@@ -394,16 +540,27 @@ class Dataset:
 
     on_bad_sample: "stop" raises at the first; "skip" puts a sample in its place that supervises nothing.
     cache_dir: where the index and the list of bad samples are written; None: nowhere.
+    pad_color: for image_mode "pad", see mean_color.
+    Raises FileNotFoundError or ValueError if the file is not there or not LLaVA's json.
     """
 
     def __init__(self, json_path: Path, image_dir: Path, tok: Tokenizer, template: str, image_size: int,
                  image_mode: str, n_patches: int, block_size: int, on_bad_sample: str = "stop",
-                 cache_dir: Path | None = None, follow_links: bool = False):
+                 cache_dir: Path | None = None, follow_links: bool = False,
+                 pad_color: tuple[int, int, int] = PAD_COLOR):
         assert on_bad_sample in ("stop", "skip"), f"on_bad_sample {on_bad_sample!r} is neither stop nor skip"
-        self.path, self.image_dir, self.cache_dir = Path(json_path), Path(image_dir), cache_dir and Path(cache_dir)
-        self.tok, self.template, self.n_patches, self.block_size = tok, template, n_patches, block_size
-        self.image_size, self.image_mode, self.follow_links = image_size, image_mode, follow_links
+        self.path = Path(json_path)
+        self.image_dir = Path(image_dir)
+        self.tok = tok
+        self.template = template
+        self.image_size = image_size
+        self.image_mode = image_mode
+        self.pad_color = pad_color
+        self.n_patches = n_patches
+        self.block_size = block_size
         self.on_bad_sample = on_bad_sample
+        self.cache_dir = Path(cache_dir) if cache_dir else None
+        self.follow_links = follow_links
         if not self.path.is_file():
             raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
         first = next(find_records(self.path), None)
@@ -412,24 +569,28 @@ class Dataset:
             raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\", {found}")
 
     def __setstate__(self, state: dict) -> None:
+        """Arrive in a worker process. Pickling a tokenizer forgets that special words in a text are text."""
         self.__dict__.update(state)
-        self.tok.encode_special_tokens = True               # which pickling a tokenizer forgets
+        self.tok.encode_special_tokens = True
 
     def __len__(self) -> int:
         return len(self.index.length)
 
+    # ---- all records at once
+
     @cached_property
     def checksum(self) -> str:
-        with open(self.path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
     def index(self) -> Index:
-        """From cache_dir if it is there for this json, tokenizer and template; else made and kept there."""
+        """Read from cache_dir if it was made for this very json, tokenizer and template; else made, and kept there."""
         if self.cache_dir is None:
             return self.make_index()
         key = [self.checksum, self.tok.to_str(), self.template, self.n_patches, self.block_size, self.on_bad_sample]
-        path = self.cache_dir / f"index_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npz"
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        path = self.cache_dir / f"index_{name}.npz"
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         with open(self.cache_dir / "index.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)                # one process makes it, the others wait and read
@@ -440,175 +601,243 @@ class Dataset:
         with np.load(path) as arrays:
             return Index(**arrays)
 
-    def find(self) -> np.ndarray:
-        return np.fromiter(find_records(self.path), dtype=np.dtype((np.int64, 2)))
+    def find_ranges(self) -> np.ndarray:
+        return np.fromiter(find_records(self.path), dtype=np.dtype((np.int64, 2)))          # (n, 2)
 
     def make_index(self) -> Index:
-        ranges = self.find()
+        ranges = self.find_ranges()
+        workers = os.cpu_count() if len(ranges) > 2000 else 0           # a small file is done before workers start
         numbers = np.zeros((4, len(ranges)), dtype=np.int32)
-        for i, found in enumerate(self.look_at_all(ranges, "", os.cpu_count() if len(ranges) > 2000 else 0)):
-            if found.problem and self.on_bad_sample == "stop":
-                raise self.complaint(ranges[i].tolist(), found.problem)
-            numbers[:, i] = found[:4]
+        for i, info in enumerate(self.inspect_all(ranges, "no", workers)):
+            if info.problem and self.on_bad_sample == "stop":
+                raise self.sample_error(ranges[i].tolist(), info.problem)
+            numbers[:, i] = (info.length, info.supervised, info.image, info.cut)
         return Index(ranges, *numbers)
 
-    def look_at_all(self, ranges: np.ndarray, decode: str, workers: int) -> Iterator[Finding]:
+    def inspect_all(self, ranges: np.ndarray, decode: str, workers: int) -> Iterator[RecordInfo]:
+        """What `sample` would meet at each record, in order, with a progress bar. decode: see `inspect`."""
         chunks = [ranges[i:i + CHUNK] for i in range(0, len(ranges), CHUNK)]
-        found = chain.from_iterable(parallel(partial(self.look_at, decode), chunks, workers))
-        return iter(tqdm(found, self.path.name, len(ranges), unit=" records", disable=None, leave=False))
+        inspected = parallel(partial(self.inspect_chunk, decode), chunks, workers)
+        infos = chain.from_iterable(inspected)
+        return iter(tqdm(infos, self.path.name, len(ranges), unit=" records", disable=None, leave=False))
 
-    def look_at(self, decode: str, ranges: np.ndarray) -> list[Finding]:
-        return [self.look(span, decode) for span in ranges.tolist()]
+    def inspect_chunk(self, decode: str, ranges: np.ndarray) -> list[RecordInfo]:
+        return [self.inspect(span, decode) for span in ranges.tolist()]
 
-    def look(self, span: tuple[int, int], decode: str) -> Finding:
-        """What `sample` would meet. decode: "full" opens the picture, "header" asks for its size only, "" leaves it."""
+    def inspect(self, span: tuple[int, int], decode: str) -> RecordInfo:
+        """What `sample` would meet. The picture: decode "full" opens it, "header" asks for its size, "no" leaves it."""
         try:
-            record = parse(self.read(span))
+            record = parse_record(self.read(span))
             ids, labels = encode(record, self.tok, self.template)
-            image, full = IMAGE_ID in ids, len(ids) + (IMAGE_ID in ids) * (self.n_patches - 1)
+            image = IMAGE_ID in ids
+            full_length = len(ids) - 1 + self.n_patches if image else len(ids)
             ids, labels = expand(ids, labels, self.n_patches, self.block_size)
-            if image and decode:
+            if image and decode != "no":
                 path = image_path(self.image_dir, record["image"], self.follow_links)
                 open_image(path, self.image_size, self.image_mode, decode == "full")
-            name = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
-            return Finding(len(ids), len(labels) - labels.count(IGNORE), image, full - len(ids), "", notes_on(record),
-                           int.from_bytes(name.digest()), str(Path(record["image"]).parent) if image else "")
+            id_hash = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
         except (ValueError, OSError) as e:
-            return Finding(problem=str(e))
+            return RecordInfo(problem=str(e))
+        return RecordInfo(
+            length=len(ids),
+            supervised=len(labels) - labels.count(IGNORE),
+            image=image,
+            cut=full_length - len(ids),
+            notes=notes_on(record),
+            id_hash=int.from_bytes(id_hash.digest()),
+            folder=str(Path(record["image"]).parent) if image else "",
+        )
+
+    # ---- one record
 
     def read(self, span: tuple[int, int]) -> bytes:
-        with open(self.path, "rb") as f:
-            f.seek(span[0])
-            return f.read(span[1] - span[0])
+        start, end = span
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
 
     def name(self, span: tuple[int, int]) -> str:
         """The record's id, also where the record cannot be parsed."""
-        found = re.search(rb'"id"\s*:\s*("[^"]*"|-?\d+)', self.read(span))
-        return found[1].decode("utf-8", "replace").strip('"') if found else "(none)"
+        match = re.search(rb'"id"\s*:\s*("[^"]*"|-?\d+)', self.read(span))
+        return match[1].decode("utf-8", "replace").strip('"') if match else "(none)"
 
-    def complaint(self, span: tuple[int, int], problem: object) -> ValueError:
-        line = lines_of(self.path, [span[0]])[0]
+    def sample_error(self, span: tuple[int, int], problem: object) -> ValueError:
+        [line] = lines_of(self.path, [span[0]])
         return ValueError(f"sample {self.name(span)}, line {line} of {self.path}: {problem}; "
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.image_dir}")
 
     def sample(self, i: int) -> Sample:
-        """ValueError names the record's id and line, what is wrong, and the command that finds all like it."""
+        """Record i. ValueError names its id and line, what is wrong, and the command that finds all like it."""
         span = self.index.ranges[i].tolist()
         try:
-            record = parse(self.read(span))
-            ids, labels = expand(*encode(record, self.tok, self.template), self.n_patches, self.block_size)
-            path = image_path(self.image_dir, record["image"], self.follow_links) if IMAGE_ID in ids else None
-            image = load_image(path, self.image_size, self.image_mode) if path else None
-            return Sample(str(record.get("id", i)), ids, labels, image)
+            record = parse_record(self.read(span))
+            ids, labels = encode(record, self.tok, self.template)
+            ids, labels = expand(ids, labels, self.n_patches, self.block_size)
+            image = None
+            if IMAGE_ID in ids:
+                path = image_path(self.image_dir, record["image"], self.follow_links)
+                image = load_image(path, self.image_size, self.image_mode, self.pad_color)
         except (ValueError, OSError) as e:
-            raise self.complaint(span, e) from e
+            raise self.sample_error(span, e) from e
+        return Sample(str(record.get("id", i)), ids, labels, image)
 
     def summary(self) -> str:
-        """One line for the log; what is cut, and what then teaches nothing, is not passed over in silence."""
-        _, length, supervised, image, cut = self.index
-        return (f"{len(self):,} samples, {image.sum():,} with an image, {length.mean():.0f} positions each; "
-                f"{(cut > 0).sum():,} cut at {self.block_size}, {(supervised == 0).sum():,} without anything to learn")
+        """One line for the log. What is cut, and what then teaches nothing, is not passed over in silence."""
+        index = self.index
+        n_cut = (index.cut > 0).sum()
+        n_useless = (index.supervised == 0).sum()
+        return (f"{len(self):,} samples, {index.image.sum():,} with an image, {index.length.mean():.0f} positions "
+                f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn")
+
+
+def notes_on(record: dict) -> tuple[str, ...]:
+    """What is not wrong with a good record, but may not be what its author meant."""
+    said = [turn["value"] for turn in record["conversations"]]
+    first = next(turn["value"] for turn in record["conversations"] if turn["from"] == "human").strip()
+    turns, image = to_turns(record)
+    has_tag = image and (first.startswith(IMAGE) or first.endswith(IMAGE))
+    n_tags = sum(text.count(IMAGE) for text in said)
+    notes = []
+    if not all(turns[1::2]):
+        notes.append("empty answer, only the end of text is learnt")
+    if image and not has_tag:
+        notes.append("no <image> where the first question begins or ends, the image is put in front")
+    if n_tags > (1 if has_tag else 0):
+        notes.append("<image> that stays text")
+    if sum(map(len, said)) > 100_000:
+        notes.append("more than 100,000 characters")
+    return tuple(notes)
 
 # ---------------------------------------------------------------------------------------------------
-# The plan: which samples make a step, and who computes them
+# The plan: which samples make a training step, and which process computes them. Every process computes the whole plan
+# for itself, from the seed, the step and the index alone: they need not talk to each other, and a resumed run goes on
+# with exactly the samples that are next.
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
-    return -(-n // global_batch)                            # the last step of an epoch may be smaller
+    return math.ceil(n / global_batch)                      # the last step of an epoch may be smaller
 
 
 def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.Generator | None,
                    shuffle_steps: torch.Generator) -> list[int]:
-    """LLaVA-Phi's group_by_modality_length: runs of world * batch samples that are all pictures or all text.
+    """LLaVA's group_by_modality_length: runs of world * batch samples that are all with a picture, or all without.
 
     lengths are negative for text-only samples. Each run is dealt to the processes by length, the longest first, to the
-    one with the least so far. The last runs of each kind are mixed.
+    one with the least so far. The last, incomplete runs of both kinds are mixed.
     """
-    full, left, size = [], [], np.abs(lengths)
+    import torch
+
+    run_length = world * batch
+    runs = []
+    rest = []
     for kind in (np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)):
         mixed = kind[torch.randperm(len(kind), generator=shuffle).numpy()]
-        runs = [deal(mixed[i:i + world * batch], size, world) for i in range(0, len(mixed), world * batch)]
-        full += runs[:-1]
-        left += runs[-1] if runs else []
-    full = [full[i] for i in torch.randperm(len(full), generator=shuffle_steps).tolist()]
-    if len(left) >= world * batch:
-        full.insert(0, left[:world * batch])
-        left = left[world * batch:]
-    return [i for run in full for i in run] + left
+        of_kind = []
+        for i in range(0, len(mixed), run_length):
+            of_kind.append(deal(mixed[i:i + run_length], np.abs(lengths), world))
+        runs += of_kind[:-1]                                # like the original, the last counts as incomplete
+        rest += of_kind[-1] if of_kind else []
+    runs = [runs[i] for i in torch.randperm(len(runs), generator=shuffle_steps).tolist()]
+    if len(rest) >= run_length:
+        runs.insert(0, rest[:run_length])
+        rest = rest[run_length:]
+    return [*chain.from_iterable(runs), *rest]
 
 
 def deal(run: np.ndarray, lengths: np.ndarray, world: int) -> list[int]:
-    run = run[np.argsort(-lengths[run], kind="stable")].tolist()
-    if world == 1 or len(run) % world:
-        return [i for rank in range(world) for i in run[rank::world]]
-    hands, sums = [[] for _ in range(world)], [0] * world
-    for i in run:
-        rank = min((r for r in range(world) if len(hands[r]) < len(run) // world), key=lambda r: sums[r])
+    """Order a run so that its parts for the processes, one behind the other, are about equally long."""
+    by_length = run[np.argsort(-lengths[run], kind="stable")].tolist()
+    hands = [[] for _ in range(world)]
+    if world == 1 or len(by_length) % world:
+        for position, i in enumerate(by_length):
+            hands[position % world].append(i)
+        return [*chain.from_iterable(hands)]
+    sums = [0] * world
+    for i in by_length:
+        open_hands = [rank for rank in range(world) if len(hands[rank]) < len(by_length) // world]
+        rank = min(open_hands, key=lambda rank: sums[rank])
         hands[rank].append(i)
         sums[rank] += int(lengths[i])
-    return [i for hand in hands for i in hand]
+    return [*chain.from_iterable(hands)]
 
 
 def epoch_order(seed: int, index: Index, global_batch: int, group: str, epoch: int) -> np.ndarray:
     """Every sample once. group "modality_length": the samples of a step are all with a picture, or all without."""
     assert group in ("none", "modality_length"), f"group {group!r} is neither none nor modality_length"
-    seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     if group == "none":
-        return np.random.default_rng(seed).permutation(len(index.length))
-    generator = torch.Generator().manual_seed(seed)
+        return np.random.default_rng(epoch_seed).permutation(len(index.length))
+
+    import torch
+    generator = torch.Generator().manual_seed(epoch_seed)
     lengths = np.where(index.image, index.length, -index.length)
     return np.array(modality_order(lengths, 1, global_batch, generator, generator))
 
 
 def step_samples(step: int, n: int, global_batch: int, order: Callable[[int], np.ndarray]) -> list[int]:
-    """The samples of a global step, whatever the processes and the micro-batches. order: epoch -> its ids."""
+    """The samples of a global step, whatever the processes and the micro-batches. order: epoch -> its samples."""
     epoch, k = divmod(step, steps_per_epoch(n, global_batch))
     return order(epoch)[k * global_batch:(k + 1) * global_batch].tolist()
 
 
-def cost(length: int, image: int) -> float:
-    """Of training on a sample, in TFLOP: Phi-2's linear layers, its attention, the vision tower."""
+def training_cost(length: int, image: int) -> float:
+    """TFLOP to train on a sample of so many positions: Phi-2's linear layers, its attention, the vision tower."""
     return 0.0151 * length + 0.5e-6 * length ** 2 + 1.1 * image
 
 
-def split(lengths: list[int], images: list[int], world: int, budget: int) -> list[list[list[int]]]:
-    """Deal samples out -> [rank][micro-batch] -> positions in `lengths`, as many micro-batches on every rank.
+def split_step(lengths: list[int], images: list[int], world: int, budget: int) -> list[list[list[int]]]:
+    """Split a step into micro-batches -> [rank][micro-batch] -> positions in `lengths`.
 
-    As few micro-batches as fit the budget of tokens, then the most expensive sample first, each to the cheapest
-    micro-batch that has room. Which samples share a micro-batch depends on `world` only where their number has to be
-    rounded up. A sample above the budget is alone. Only with fewer samples than ranks is a micro-batch empty.
+    Every rank gets the same number of micro-batches, because ranks wait for each other after each. As few as fit the
+    budget of tokens; then the most expensive sample goes first, each to the cheapest micro-batch that has room. Which
+    samples share a micro-batch depends on `world` only where their number has to be rounded up. A sample above the
+    budget is alone. Only with fewer samples than ranks is a micro-batch empty.
     """
-    costs = [cost(length, image) for length, image in zip(lengths, images)]
+    costs = [training_cost(length, image) for length, image in zip(lengths, images)]
     order = sorted(range(len(lengths)), key=lambda i: -costs[i])
-    n = world * max(1, math.ceil(sum(min(length, budget) for length in lengths) / budget / world))
-    while (bins := fill(order, lengths, costs, n, budget)) is None:
+    tokens = sum(min(length, budget) for length in lengths)
+    n = world * max(1, math.ceil(tokens / budget / world))
+    micro_batches = fill(order, lengths, costs, n, budget)
+    while micro_batches is None:                            # they did not fit into n: one more for every rank
         n += world
-    bins.sort(key=lambda b: -sum(costs[i] for i in b))      # ranks wait for each other: equally dear ones together
-    return [bins[rank::world] for rank in range(world)]
+        micro_batches = fill(order, lengths, costs, n, budget)
+    # Equally expensive ones side by side: what ranks compute at the same time should take the same time.
+    micro_batches.sort(key=lambda micro: -sum(costs[i] for i in micro))
+    return [micro_batches[rank::world] for rank in range(world)]
 
 
 def fill(order: list[int], lengths: list[int], costs: list[float], n: int, budget: int) -> list[list[int]] | None:
-    bins, tokens, sums = [[] for _ in range(n)], [0] * n, [0.0] * n
+    """Distribute the samples, in this order, over n micro-batches; None if one fits into none of them."""
+    micro_batches = [[] for _ in range(n)]
+    tokens = [0] * n
+    sums = [0.0] * n                                        # of costs
     for i in order:
-        room = [b for b in range(n) if not bins[b] or tokens[b] + lengths[i] <= budget]
-        if not room:
+        with_room = [b for b in range(n) if not micro_batches[b] or tokens[b] + lengths[i] <= budget]
+        if not with_room:
             return None
-        b = min(room, key=lambda b: sums[b])
-        bins[b].append(i)
-        tokens[b] += lengths[i]
-        sums[b] += costs[i]
-    return [sorted(b) for b in bins]
+        cheapest = min(with_room, key=lambda b: sums[b])
+        micro_batches[cheapest].append(i)
+        tokens[cheapest] += lengths[i]
+        sums[cheapest] += costs[i]
+    return [sorted(micro) for micro in micro_batches]
 
 # ---------------------------------------------------------------------------------------------------
-# Loader
+# Loader: the plan carried out, in worker processes ahead of the training
 
 
-class Call:                         # the least that a DataLoader accepts
+class FunctionDataset:
+    """The least that torch's DataLoader accepts: looking up an item calls a function with it."""
+
     def __init__(self, function: Callable):
         self.function = function
 
     def __getitem__(self, item):
         return self.function(item)
+
+
+def as_it_is(item):
+    """In place of DataLoader's own collating, which would turn lists into tensors."""
+    return item
 
 
 def ignore_signals(worker: int) -> None:
@@ -617,224 +846,296 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers() -> None:
-    """After an error or Ctrl-C Python would end them with SIGTERM, which they ignore, and wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    """At exit. Python would end workers with SIGTERM, which they ignore, and then wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch's own handler reports a dead worker as an error
     for worker in multiprocessing.active_children():
         worker.kill()
 
 
 def parallel(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
-    """function(item) for every item, in order, in worker processes of one thread, at most one per core; 0: here."""
+    """function(item) for every item, in order, in worker processes of one thread, at most one per core; 0: here.
+
+    pin: results come in page-locked memory, from which a GPU copies while it computes.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
     workers = min(workers, os.cpu_count())
-    return iter(DataLoader(Call(function), batch_size=None, sampler=items, num_workers=workers, pin_memory=pin,
-                           prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals, collate_fn=as_it_is,
-                           generator=torch.Generator()))    # its own: the global one belongs to the training
-
-
-def as_it_is(x):
-    return x
+    # Functions registered last run first, and this one has to run before multiprocessing's own, which torch's import
+    # registers. Unregistering first keeps it a single one.
+    atexit.unregister(end_workers)
+    atexit.register(end_workers)
+    return iter(DataLoader(
+        FunctionDataset(function),
+        batch_size=None,                                    # an item is a whole micro-batch already
+        sampler=items,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin,
+        worker_init_fn=ignore_signals,
+        collate_fn=as_it_is,
+        generator=torch.Generator(),                        # its own: the global one belongs to the training
+    ))
 
 
 class Step(NamedTuple):
+    """What one rank needs for one training step."""
     step: int
     sample_ids: list[int]           # of all ranks: record numbers, from 0
     batches: list[Batch]            # this rank's micro-batches
 
 
 class Loader:
-    """The steps start_step, ..., steps - 1 of one rank. Pure in (seed, step): to resume is to start later."""
+    """The steps start_step, ..., steps - 1 of one rank. Pure in (seed, step): to resume is to start later.
+
+    micro_tokens: the budget of a micro-batch, as large as the GPU's memory allows. Raises ValueError at a bad sample,
+    or, if the dataset skips those, when there are too many.
+    """
 
     def __init__(self, dataset: Dataset, *, global_batch: int, micro_tokens: int, rank: int, world: int, seed: int,
                  steps: int, start_step: int = 0, workers: int = 0, group: str = "none", pin: bool = False):
-        self.dataset, self.global_batch, self.micro_tokens, self.group = dataset, global_batch, micro_tokens, group
-        self.rank, self.world, self.seed, self.steps, self.start_step = rank, world, seed, steps, start_step
-        self.workers, self.pin = workers, pin
-        self.bad: set[int] = set()
+        self.dataset = dataset
+        self.global_batch = global_batch
+        self.micro_tokens = micro_tokens
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.steps = steps
+        self.start_step = start_step
+        self.workers = workers
+        self.group = group
+        self.pin = pin
+        self.bad_samples: set[int] = set()
 
     def __iter__(self) -> Iterator[Step]:
-        planned = deque()                                   # steps whose micro-batches are under way
-        results = parallel(self.make, self.plan(planned), self.workers, self.pin)
+        # The workers ask `plan` for micro-batches some steps ahead of the training. It notes here which step they
+        # belong to, and their results come back in the same order.
+        planned: deque[tuple[int, list[int], int]] = deque()
+        results = parallel(self.make_batch, self.plan(planned), self.workers, self.pin)
         for first in results:
-            step, ids, n = planned.popleft()
-            made = [first, *islice(results, n - 1)]
-            self.note([b for _, bad in made for b in bad])
-            yield Step(step, ids, [batch for batch, _ in made])
+            step, sample_ids, n_micro = planned.popleft()
+            batches = []
+            problems = []
+            for batch, bad in [first, *islice(results, n_micro - 1)]:
+                batches.append(batch)
+                problems += bad
+            self.report_bad(problems)
+            yield Step(step, sample_ids, batches)
 
     def plan(self, planned: deque) -> Iterator[list[int]]:
-        """Sample ids of one micro-batch after another, a few steps ahead of the training."""
-        index, n = self.dataset.index, len(self.dataset)
-        order = lru_cache(maxsize=1)(partial(epoch_order, self.seed, index, self.global_batch, self.group))
+        """The samples of one micro-batch of this rank after another; `planned` gets a line for each step."""
+        index = self.dataset.index
+        make_order = partial(epoch_order, self.seed, index, self.global_batch, self.group)
+        order = lru_cache(maxsize=1)(make_order)            # once an epoch, not once a step
         for step in range(self.start_step, self.steps):
-            ids = step_samples(step, n, self.global_batch, order)
-            ranks = split(index.length[ids].tolist(), index.image[ids].tolist(), self.world, self.micro_tokens)
-            mine = ranks[self.rank]
-            planned.append((step, ids, len(mine)))
-            yield from ([ids[i] for i in micro] for micro in mine)
+            sample_ids = step_samples(step, len(self.dataset), self.global_batch, order)
+            lengths = index.length[sample_ids].tolist()
+            images = index.image[sample_ids].tolist()
+            mine = split_step(lengths, images, self.world, self.micro_tokens)[self.rank]
+            planned.append((step, sample_ids, len(mine)))
+            for micro in mine:
+                yield [sample_ids[i] for i in micro]
 
-    def make(self, ids: list[int]) -> tuple[Batch | None, list[dict]]:
-        """In a worker. Problems travel as values, so that they reach the main process with their sample's name."""
-        nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # in place of a bad sample
-        samples, bad = [], []
-        for i in ids:
+    def make_batch(self, sample_ids: list[int]) -> tuple[Batch | None, list[dict]]:
+        """In a worker: a micro-batch, and what was wrong with its samples.
+
+        Problems travel as values, not as exceptions, so that they reach the main process with their sample's name.
+        """
+        nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # supervises nothing
+        samples = []
+        problems = []
+        for i in sample_ids:
             try:
                 samples.append(self.dataset.sample(i))
             except ValueError as e:
                 samples.append(nothing)
-                bad.append({"sample": i, "data": str(self.dataset.path), "problem": str(e)})
+                problems.append({"sample": i, "data": str(self.dataset.path), "problem": str(e)})
                 if self.dataset.on_bad_sample == "stop":
-                    return None, bad
-        return collate(samples or [nothing], self.dataset.image_size), bad
+                    return None, problems
+        return collate(samples or [nothing], self.dataset.image_size), problems
 
-    def note(self, bad: list[dict]) -> None:
+    def report_bad(self, problems: list[dict]) -> None:
         """Stop, or list them in bad_samples.jsonl, which all ranks share, and give up when it has too many."""
-        if not bad:
+        if not problems:
             return
         if self.dataset.on_bad_sample == "stop":
-            raise ValueError(bad[0]["problem"])
+            raise ValueError(problems[0]["problem"])
         if self.dataset.cache_dir:
             path = self.dataset.cache_dir / "bad_samples.jsonl"
-            with open(path, "ab", buffering=0) as f:        # one write: lines of several processes do not mix
-                f.write("".join(json.dumps(b) + "\n" for b in bad).encode())
-            bad = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        self.bad |= {b["sample"] for b in bad if b["data"] == str(self.dataset.path)}
+            lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+            with open(path, "ab", buffering=0) as file:     # in one write: lines of several processes do not mix
+                file.write(lines.encode())
+            problems = read_jsonl(path, torn=True)          # and those of the other ranks
+        for problem in problems:
+            if problem["data"] == str(self.dataset.path):
+                self.bad_samples.add(problem["sample"])
         limit = max(10, len(self.dataset) // 1000)
-        if len(self.bad) > limit:
-            raise ValueError(f"{len(self.bad)} bad samples, more than {limit} (0.1 % of the data, but at least 10); "
-                             f"the last: {bad[-1]['problem']}")
+        if len(self.bad_samples) > limit:
+            raise ValueError(f"{len(self.bad_samples)} bad samples, more than {limit} (0.1 % of the data, but at "
+                             f"least 10); the last: {problems[-1]['problem']}")
 
 # ---------------------------------------------------------------------------------------------------
 # python data.py check
 
-STAGES = {"pretrain": ("plain", "crop", 256), "finetune": ("v0", "pad", 128)}       # template, image mode, global batch
+
+class StageFormat(NamedTuple):
+    """How a training stage of LLaVA-Phi reads its data."""
+    template: str
+    image_mode: str
+    global_batch: int
 
 
-def check(args: argparse.Namespace) -> int:
-    """-> exit code: 0 all is well, 1 something is wrong."""
-    template, mode, global_batch = STAGES[args.stage]
+STAGE_FORMATS = {
+    "pretrain": StageFormat("plain", "crop", 256),
+    "finetune": StageFormat("v0", "pad", 128),
+}
+
+
+class Survey:
+    """All that a check finds out about n records."""
+
+    def __init__(self, n: int):
+        self.length = np.zeros(n, dtype=np.int64)
+        self.supervised = np.zeros(n, dtype=np.int64)
+        self.image = np.zeros(n, dtype=bool)
+        self.id_hash = np.zeros(n, dtype=np.int64)
+        self.good = np.ones(n, dtype=bool)
+        self.problems: dict[int, str] = {}                              # record number -> what is wrong
+        self.headings: dict[str, list[int]] = defaultdict(list)         # "bad: kind" or "worth knowing: note"
+        self.image_folders = Counter()
+
+    def add(self, i: int, info: RecordInfo, block_size: int) -> None:
+        self.length[i] = info.length
+        self.supervised[i] = info.supervised
+        self.image[i] = info.image
+        self.id_hash[i] = info.id_hash
+        problem = info.problem
+        if not problem and info.supervised == 0:
+            problem = f"nothing to learn: no answer in the first {block_size} positions"
+        if problem:
+            self.good[i] = False
+            self.problems[i] = problem
+            kind = problem.split(":")[0]
+            self.headings[f"bad: {kind}"].append(i)
+        elif info.image:
+            self.image_folders[info.folder] += 1
+        for note in info.notes:
+            self.headings[f"worth knowing: {note}"].append(i)
+        if info.cut > 0:
+            self.headings["worth knowing: answer cut at the end"].append(i)
+
+
+def check_data(args: Namespace) -> int:
+    """Look at every record as training would -> exit code: 0 all is well, 1 something is wrong."""
+    stage = STAGE_FORMATS[args.stage]
     if not args.images.is_dir():
         raise FileNotFoundError(f"no image folder at {args.images} (--images)")
     if args.write_clean and args.write_clean.resolve() == args.data.resolve():
         raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
-    measured = args.tokenizer.exists()
-    tok, block_size = (load_tokenizer(args.tokenizer), args.max_length) if measured else (bytes_as_tokens(), 1 << 30)
+    has_tokenizer = args.tokenizer.exists()
+    if has_tokenizer:
+        tok = load_tokenizer(args.tokenizer)
+        block_size = args.max_length
+    else:
+        tok = bytes_as_tokens()
+        block_size = 1 << 30                                # bytes are more than tokens: nothing must seem too long
     try:
-        dataset = Dataset(args.data, args.images, tok, template, args.image_size, mode, args.n_patches, block_size,
-                          follow_links=args.follow_links)
-        ranges = dataset.find()
-    except ValueError as e:         # the file itself is what is wrong
+        dataset = Dataset(args.data, args.images, tok, stage.template, args.image_size, stage.image_mode,
+                          args.n_patches, block_size, follow_links=args.follow_links)
+        ranges = dataset.find_ranges()
+    except ValueError as e:                                 # the file as a whole is what is wrong
         print(e)
         return 1
-    numbers, ids = np.zeros((len(ranges), 4), dtype=np.int64), np.zeros(len(ranges), dtype=np.int64)
-    problems, kinds, notes, sources = {}, defaultdict(list), defaultdict(list), Counter()
-    for i, found in enumerate(dataset.look_at_all(ranges, args.decode, args.workers)):
-        numbers[i], ids[i] = found[:4], found.id
-        if found.problem or not found.supervised:
-            problems[i] = found.problem or f"nothing to learn: no answer in the first {block_size} positions"
-            kinds["bad: " + problems[i].split(":")[0]].append(i)
-        else:
-            sources[found.source] += found.image
-        for note in found.notes + ("answer cut at the end",) * (found.cut > 0):
-            notes["worth knowing: " + note].append(i)
-    good = np.delete(numbers, list(problems), axis=0)
-    print(f"{args.data}: {len(ranges):,} records: {good[:, 2].sum():,} with an image, "
-          f"{(good[:, 2] == 0).sum():,} of text only, {len(problems):,} bad")
-    for kind, where in sorted(kinds.items()) + sorted(notes.items()):
-        print(f"\n{kind}: {len(where):,}")
-        for i, line in zip(where[:args.show], lines_of(args.data, ranges[where[:args.show], 0].tolist())):
-            print(f"    line {line}, id {dataset.name(ranges[i])}", problems.get(i, "")[:200])
-    repeated = len(ids) - len(problems) - len(np.unique(np.delete(ids, list(problems))))
-    print(f"\nids that were used before: {repeated:,}")
-    print("image folders: " + ", ".join(f"{source} {n:,}" for source, n in sources.most_common(20) if n))
-    if measured and len(good):
-        print_lengths(good[:, 0], good[:, 1].sum())
-        print(f"{args.stage}: {steps_per_epoch(len(good), global_batch):,} steps of {global_batch} samples an epoch")
-    elif len(good):
+
+    survey = Survey(len(ranges))
+    for i, info in enumerate(dataset.inspect_all(ranges, args.decode, args.workers)):
+        survey.add(i, info, block_size)
+    print_records(survey, dataset, ranges, args.show)
+    if not has_tokenizer and survey.good.any():
         print(f"no lengths: there is no tokenizer at {args.tokenizer} (--tokenizer)")
+    elif survey.good.any():
+        print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
+        steps = steps_per_epoch(survey.good.sum(), stage.global_batch)
+        print(f"{args.stage}: {steps:,} steps of {stage.global_batch} samples an epoch")
     if args.write_clean:
-        write_clean(args.write_clean, dataset, ranges, problems)
-    return 1 if problems else 0
+        write_clean(args.write_clean, dataset, ranges, survey.problems)
+    return 1 if survey.problems else 0
 
 
-def notes_on(record: dict) -> tuple[str, ...]:
-    said = [turn["value"] for turn in record["conversations"]]
-    first = next(turn["value"] for turn in record["conversations"] if turn["from"] == "human").strip()
-    turns, image = to_turns(record)
-    placed = image and (first.startswith(IMAGE) or first.endswith(IMAGE))
-    notes = {"empty answer, only the end of text is learnt": not all(turns[1::2]),
-             "no <image> where the first question begins or ends, the image is put in front": image and not placed,
-             "<image> that stays text": sum(text.count(IMAGE) for text in said) > placed,
-             "more than 100,000 characters": sum(map(len, said)) > 100_000}
-    return tuple(note for note, true in notes.items() if true)
-
-
-def bytes_as_tokens() -> Tokenizer:
-    """For want of a real one: everything but lengths can be checked."""
-    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), EOT]
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    return tok
+def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: int) -> None:
+    """How many records there are of each kind, and the first `show` of every bad or odd kind by line and id."""
+    n_image = survey.image[survey.good].sum()
+    n_text = survey.good.sum() - n_image
+    print(f"{dataset.path}: {len(ranges):,} records: {n_image:,} with an image, {n_text:,} of text only, "
+          f"{len(survey.problems):,} bad")
+    for heading, records in sorted(survey.headings.items()):
+        print(f"\n{heading}: {len(records):,}")
+        shown = records[:show]
+        lines = lines_of(dataset.path, ranges[shown, 0].tolist())
+        for i, line in zip(shown, lines):
+            print(f"    line {line}, id {dataset.name(ranges[i])}", survey.problems.get(i, "")[:200])
+    good_ids = survey.id_hash[survey.good]
+    print(f"\nids that were used before: {len(good_ids) - len(np.unique(good_ids)):,}")
+    folders = [f"{folder} {n:,}" for folder, n in survey.image_folders.most_common(20)]
+    print("image folders: " + ", ".join(folders))
 
 
 def print_lengths(length: np.ndarray, supervised: int) -> None:
-    print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; "
-          + ", ".join(f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)))
+    """How long the samples are, as numbers and as a histogram, and how much of them teaches."""
+    percentiles = [f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)]
+    print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; " + ", ".join(percentiles))
     counts, edges = np.histogram(length, bins=8 if length.min() < length.max() else 1)
     for count, low, high in zip(counts, edges, edges[1:]):
-        print(f"    {low:6.0f} to {high:6.0f} {count:9,} {'#' * round(40 * count / counts.max())}")
+        bar = "#" * round(40 * count / counts.max())
+        print(f"    {low:6.0f} to {high:6.0f} {count:9,} {bar}")
     print(f"supervised: {supervised:,} tokens, {100 * supervised / length.sum():.1f} % of all positions")
 
 
 def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict[int, str]) -> None:
     """The good records, byte for byte, as a json list; beside it the bad ones with what is wrong with them."""
     rejects = path.with_suffix(".rejects.jsonl")
-    part, first = path.with_name(path.name + ".part"), True
+    part = path.with_name(path.name + ".part")              # takes its name when it is complete
+    separator = b"\n"
     with open(part, "wb") as clean, open(rejects, "w", encoding="utf-8") as bad:
         clean.write(b"[")
         for i, span in enumerate(ranges.tolist()):
+            record = dataset.read(span)
             if i in problems:
-                record = dataset.read(span).decode("utf-8", "replace")
-                bad.write(json.dumps({"problem": problems[i], "record": record}) + "\n")
+                line = {"problem": problems[i], "record": record.decode("utf-8", "replace")}
+                bad.write(json.dumps(line) + "\n")
             else:
-                clean.write((b"\n" if first else b",\n") + dataset.read(span).strip())
-                first = False
+                clean.write(separator + record.strip())
+                separator = b",\n"
         clean.write(b"\n]\n")
     os.replace(part, path)
     print(f"wrote {path} ({len(ranges) - len(problems):,} records) and {rejects} ({len(problems):,})")
 
 
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line. ValueError in one line for what cannot be."""
+    parser = Parser(prog="data.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="check")
+    check = commands.add_parser("check", help="find every bad sample before training")
+    add = check.add_argument
+    add("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
+    add("--images", type=Path, required=True, help="the folder that the records' image paths start from")
+    add("--stage", choices=list(STAGE_FORMATS), default="finetune", help="which stage the data is for")
+    add("--tokenizer", type=Path, default=Path("checkpoints/phi-2"), help="its folder; without it, no lengths")
+    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--max-length", type=int, default=2048, help="positions a sample may have, image expanded")
+    add("--n-patches", type=int, default=576, help="positions of an image")
+    add("--image-size", type=int, default=336, help="pixels of its side")
+    add("--follow-links", action=BooleanOptionalAction, default=False, help="allow links out of --images")
+    add("--show", type=int, default=20, help="how many samples to name of each kind")
+    add("--write-clean", type=Path, help="write the good records here, and the bad ones beside it")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    command = parser.add_subparsers(required=True).add_parser(
-        "check", help="find every bad sample before training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = command.add_argument
-    flag("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
-    flag("--images", type=Path, required=True, help="the folder that the records' image paths start from")
-    flag("--stage", choices=list(STAGES), default="finetune", help="which stage the data is for")
-    flag("--tokenizer", type=Path, default=Path("checkpoints/phi-2"), help="its folder; without it, no lengths")
-    flag("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
-    flag("--workers", type=int, default=os.cpu_count(), help="processes")
-    flag("--max-length", type=int, default=2048, help="positions a sample may have, image expanded")
-    flag("--n-patches", type=int, default=576, help="positions of an image")
-    flag("--image-size", type=int, default=336, help="pixels of its side")
-    flag("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
-    flag("--show", type=int, default=20, help="how many samples to name of each kind")
-    flag("--write-clean", type=Path, help="write the good records here, and the bad ones beside it")
-
-    def fail(message: str) -> None:                         # without the usage
-        raise ValueError(message)
-
-    parser.error = command.error = fail
-    return check(parser.parse_args(argv))
+    return check_data(parse(argv))
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import data
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, Dataset, Index, Loader, Sample, collate, encode, encode_prompt,
-                  eot_id, expand, load_image, load_tokenizer, split, step_samples, steps_per_epoch)
+                  eot_id, expand, load_image, load_tokenizer, split_step, step_samples, steps_per_epoch)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -450,12 +450,12 @@ def test_split_is_fair_and_within_the_budget():
         length, image = (x[k * 128:(k + 1) * 128].tolist() for x in (index.length, index.image))
         sets = {}
         for world in (1, 2, 4, 8):
-            ranks = split(length, image, world, 16384)
+            ranks = split_step(length, image, world, 16384)
             assert len(ranks) == world and len({len(r) for r in ranks}) == 1
             micros = [m for r in ranks for m in r]
             assert sorted(sum(micros, [])) == list(range(128)) and all(micros)
             assert max(sum(length[i] for i in m) for m in micros) <= 16384
-            loads = [sum(data.cost(length[i], image[i]) for m in r for i in m) for r in ranks]
+            loads = [sum(data.training_cost(length[i], image[i]) for m in r for i in m) for r in ranks]
             assert max(loads) < 1.1 * sum(loads) / world
             sets[world] = sorted(micros)
         same += sets[1] == sets[2] == sets[4] == sets[8]
@@ -463,10 +463,10 @@ def test_split_is_fair_and_within_the_budget():
 
 
 def test_split_at_the_edges():
-    assert split([5000], [1], 1, 1000) == [[[0]]]           # above the budget: alone
-    assert sorted(sum(sum(split([5000, 10, 10], [1, 0, 0], 1, 1000), []), [])) == [0, 1, 2]
-    assert sorted(split([10], [0], 2, 1000)) == [[[]], [[0]]]
-    assert split([], [], 2, 1000) == [[[]], [[]]]
+    assert split_step([5000], [1], 1, 1000) == [[[0]]]           # above the budget: alone
+    assert sorted(sum(sum(split_step([5000, 10, 10], [1, 0, 0], 1, 1000), []), [])) == [0, 1, 2]
+    assert sorted(split_step([10], [0], 2, 1000)) == [[[]], [[0]]]
+    assert split_step([], [], 2, 1000) == [[[]], [[]]]
 
 # ---------------------------------------------------------------------------------------------------
 # Dataset and loader
@@ -565,7 +565,7 @@ def test_the_reader_does_not_care_where_its_window_ends(tmp_path, tiny, monkeypa
     whole = open_dataset(path, tiny).index.ranges
     for width in (100, 377, 1000):
         monkeypatch.setattr(data, "BLOCK", width)
-        assert np.array_equal(open_dataset(path, tiny).find(), whole)
+        assert np.array_equal(open_dataset(path, tiny).find_ranges(), whole)
         assert data.lines_of(path, whole[:, 0].tolist())[:3] == [2, 15, 29]
     assert [json.loads(path.read_bytes()[a:b])["id"] for a, b in whole] == [f"r{i}" for i in range(40)]
 
@@ -738,3 +738,16 @@ def test_an_error_outside_the_workers_ends_the_process():
     code = "import data\nx = data.parallel(abs, iter(int, 1), 2)\nnext(x)\nraise KeyboardInterrupt"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0 and ended.stderr.strip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize("args", [["data.py", "--help"], ["data.py", "check", "--bogus"], ["sample.py", "--help"],
+                                  ["sample.py", "--top-p", "2"]])
+def test_help_and_mistaken_flags_do_not_wait_for_torch(args):
+    """Importing it takes seconds. The program runs in a process where that import is an error."""
+    code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if "--help" in args:
+        assert done.returncode == 0 and "usage" in done.stdout and done.stderr == ""
+    else:
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

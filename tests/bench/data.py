@@ -167,8 +167,8 @@ def bench_plan() -> None:
         for step in range(200):
             ids = data.step_samples(step, len(index.length), 128, order)
             length, image = index.length[ids].tolist(), index.image[ids].tolist()
-            for together in zip(*data.split(length, image, world, 16384)):
-                costs = [sum(data.cost(length[i], image[i]) for i in micro) for micro in together]
+            for together in zip(*data.split_step(length, image, world, 16384)):
+                costs = [sum(data.training_cost(length[i], image[i]) for i in micro) for micro in together]
                 work, waited, micros = work + sum(costs), waited + world * max(costs), micros + world
             tokens += sum(length)
         ms = (time.perf_counter() - start) / 200 * 1e3
