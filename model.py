@@ -43,7 +43,7 @@ class PhiConfig:                    # defaults: microsoft/phi-2
 class LLaVAConfig:
     llm: PhiConfig = field(default_factory=PhiConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
-    image_mode: str = "pad"         # how this model saw its pictures: "pad" to a square, or "crop" the centre
+    image_mode: str = "pad"         # how the model saw its pictures in training; the modes are those of data.load_image
 
 
 CONFIGS: dict[str, LLaVAConfig] = {

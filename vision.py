@@ -1,7 +1,10 @@
-"""CLIP ViT vision tower, all of it in this file: uint8 pixels in, patch features out.
+"""The vision tower, all of it in this file: uint8 pixels in, patch features out.
 
-Shapes: N images, P patches, S = P + 1 positions (class token first), D width, nh heads, hs head size.
-Follows https://github.com/openai/CLIP/blob/main/clip/model.py; LLaVA reads the hidden state before the last layer.
+One set of modules serves both towers that this project knows, CLIP ViT-L/14-336 (LLaVA-Phi) and SigLIP-so400m/14-384
+(Mipha). They are the same transformer; the few places where they differ are fields of VisionConfig.
+
+Shapes: N images, P patches, S positions (P, and one more where there is a class token), D width, nh heads, hs head size.
+Follows https://github.com/openai/CLIP/blob/main/clip/model.py and transformers' modeling_siglip.py.
 """
 from dataclasses import dataclass
 
@@ -25,19 +28,47 @@ class VisionConfig:                 # defaults: openai/clip-vit-large-patch14-33
     n_inner: int = 4096
     eps: float = 1e-5
     feature_layer: int = -2         # which hidden state is read, counted from the end as in LLaVA
+    # Where CLIP and SigLIP differ, besides the sizes above:
+    class_token: bool = True        # a learned position in front of the patches; SigLIP has none
+    pre_norm: bool = True           # a LayerNorm between the embeddings and the first block; SigLIP has none
+    patch_bias: bool = False        # whether the patch convolution adds a bias; SigLIP's does
+    gelu: str = "quick"             # "quick": x * sigmoid(1.702 x), CLIP's; "tanh": the tanh approximation, SigLIP's
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
 
     @property
-    def n_patches(self) -> int:     # 576
+    def n_patches(self) -> int:
+        """576 for CLIP-336, 729 for SigLIP-384, whose last 6 pixels to the right and the bottom fill no patch."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def n_used(self) -> int:        # 23: of n_layer + 1 hidden states; layers behind the one we read are not built
-        return self.n_layer + 1 + self.feature_layer if self.feature_layer < 0 else self.feature_layer
+    def n_positions(self) -> int:
+        """What the blocks see: the patches, and the class token if there is one."""
+        return self.n_patches + int(self.class_token)
+
+    @property
+    def n_used(self) -> int:
+        """How many blocks are built. Of the n_layer + 1 hidden states one is read; the blocks after it are not needed:
+        23 of CLIP's 24."""
+        if self.feature_layer < 0:
+            return self.n_layer + 1 + self.feature_layer
+        return self.feature_layer
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> fp32, bit-equal to CLIPImageProcessor: to 0..1, minus the mean, over the deviation."""
-    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+CLIP_L_336 = VisionConfig()
+SIGLIP_SO400M_384 = VisionConfig(
+    image_size=384, n_layer=27, n_embd=1152, n_inner=4304, eps=1e-6,
+    class_token=False, pre_norm=False, patch_bias=True, gelu="tanh", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def normalize(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
+    """uint8 (N, 3, H, W) -> fp32: to 0..1, minus the mean, over the deviation.
+
+    The operations are those of CLIPImageProcessor and SiglipImageProcessor in the same order, so the result is equal
+    to theirs bit for bit.
+    """
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
 
 
@@ -53,18 +84,21 @@ class Attention(nn.Module):         # every position sees every position
         qkv = self.qkv(x).view(N, S, 3, self.n_head, D // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                       # (N, nh, S, hs) each
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(N, S, D))                                        # (N, S, D)
+        return self.proj(y.transpose(1, 2).reshape(N, S, D))                       # (N, S, D)
 
 
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
+        self.gelu = config.gelu
         self.fc = nn.Linear(config.n_embd, config.n_inner)
         self.proj = nn.Linear(config.n_inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc(x)
-        return self.proj(x * torch.sigmoid(1.702 * x))      # "quick" GELU: what CLIP was trained with
+        x = self.fc(x)                                                             # (N, S, n_inner)
+        # Each tower needs the approximation it was trained with: the other one shifts the features measurably.
+        x = x * torch.sigmoid(1.702 * x) if self.gelu == "quick" else F.gelu(x, approximate="tanh")
+        return self.proj(x)                                                        # (N, S, D)
 
 
 class Block(nn.Module):
@@ -85,19 +119,32 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False      # True: keep only each block's input for the backward pass
-        self.patch = nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size, bias=False)
-        self.cls = nn.Parameter(torch.zeros(config.n_embd))
-        self.pos = nn.Parameter(torch.zeros(config.n_patches + 1, config.n_embd))
-        self.ln_pre = nn.LayerNorm(config.n_embd, eps=config.eps)
+        self.patch = nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
+        self.cls = nn.Parameter(torch.zeros(config.n_embd)) if config.class_token else None
+        self.pos = nn.Parameter(torch.zeros(config.n_positions, config.n_embd))
+        self.ln_pre = nn.LayerNorm(config.n_embd, eps=config.eps) if config.pre_norm else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_used))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> (N, P, D). Normalises here, so nobody else can forget to or do it twice. N may be 0."""
+        """(N, 3, H, W) uint8 -> (N, P, D). N may be 0.
+
+        The pixels are normalised here, because mean and deviation belong to the weights: nobody else can forget to do
+        it, or do it twice.
+        """
         assert images.dtype == torch.uint8, f"the tower normalises raw uint8 pixels itself, got {images.dtype}"
-        x = self.patch(normalize(images).to(self.patch.weight.dtype))              # (N, D, H / 14, W / 14)
+        pixels = normalize(images, self.config.mean, self.config.std)
+        x = self.patch(pixels.to(self.patch.weight.dtype))                         # (N, D, H / 14, W / 14)
         x = x.flatten(2).transpose(1, 2)                                           # (N, P, D), patches row by row
-        x = torch.cat([self.cls.expand(x.size(0), 1, -1), x], dim=1) + self.pos    # (N, S, D)
-        x = self.ln_pre(x)
+        if self.cls is not None:
+            x = torch.cat([self.cls.expand(x.size(0), 1, -1), x], dim=1)           # (N, S, D)
+        x = x + self.pos
+        if self.ln_pre is not None:
+            x = self.ln_pre(x)
         for block in self.h:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and self.training else block(x)
-        return x[:, 1:].clone()     # (N, P, D), without the class token; a copy, since FSDP hooks into what is returned
+            if self.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        if self.cls is not None:
+            x = x[:, 1:]                                                           # (N, P, D), without the class token
+        return x.clone()            # a copy, since FSDP hooks into what is returned

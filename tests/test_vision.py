@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from load_weights import load_model
-from vision import CLIP_MEAN, CLIP_STD, VisionConfig, VisionTower
+from vision import (CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M_384, VisionConfig, VisionTower,
+                    normalize)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -75,3 +76,62 @@ def test_recompute_changes_memory_not_gradients(model, golden):
     model.vision.recompute = False
     model.eval().zero_grad()
     torch.testing.assert_close(*grads)
+
+
+# ---- SigLIP, the tower of Mipha: the same modules told apart by VisionConfig
+
+MIPHA = Path(__file__).parent / "golden-mipha"
+HALF = (0.5, 0.5, 0.5)
+
+
+def siglip_state(tensors: dict[str, torch.Tensor], n_used: int) -> dict[str, torch.Tensor]:
+    """The published names of a SigLIP tower -> ours, written out by hand: independent of load_weights.py."""
+    stem = "model.vision_tower.vision_model."
+    state = {
+        "patch.weight": tensors[stem + "embeddings.patch_embedding.weight"],
+        "patch.bias": tensors[stem + "embeddings.patch_embedding.bias"],
+        "pos": tensors[stem + "embeddings.position_embedding.weight"],
+    }
+    renamed = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.proj": "self_attn.out_proj",
+               "mlp.fc": "mlp.fc1", "mlp.proj": "mlp.fc2"}
+    for layer in range(n_used):
+        theirs = f"{stem}encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            parts = [tensors[f"{theirs}self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            state[f"h.{layer}.attn.qkv.{kind}"] = torch.cat(parts)
+            for our_name, their_name in renamed.items():
+                state[f"h.{layer}.{our_name}.{kind}"] = tensors[f"{theirs}{their_name}.{kind}"]
+    return state
+
+
+@torch.no_grad()
+def test_siglip_features_equal_the_original():
+    """33-pixel pictures and 14-pixel patches: the last 5 pixels fill no patch and must not be seen."""
+    golden = load_file(MIPHA / "forward.safetensors")
+    config = VisionConfig(image_size=33, n_layer=3, n_head=2, n_embd=36, n_inner=116, eps=1e-6, class_token=False,
+                          pre_norm=False, patch_bias=True, gelu="tanh", mean=HALF, std=HALF)
+    tower = VisionTower(config)
+    tower.load_state_dict(siglip_state(load_file(MIPHA / "tiny-mipha/model.safetensors"), config.n_used))
+    pixels = ((golden["vision.pixel_values"] * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    torch.testing.assert_close(tower(pixels), golden["vision.features"], atol=1e-5, rtol=1e-5)
+    changed = pixels.clone()
+    changed[:, :, 28:, :] = 0
+    changed[:, :, :, 28:] = 0
+    assert torch.equal(tower(changed), tower(pixels))
+
+
+def test_siglip_normalisation_is_bit_equal_to_its_processor():
+    for name, expected in load_file(MIPHA / "pixel_values.safetensors").items():
+        pixels = ((expected * 0.5 + 0.5) * 255).round().to(torch.uint8)
+        assert torch.equal(normalize(pixels[None], HALF, HALF)[0], expected), name
+
+
+def test_published_sizes():
+    """Parameters of the layers that are used, counted from the published shapes (spec of both towers)."""
+    def count(config: VisionConfig) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in VisionTower(config).parameters())
+    assert count(CLIP_L_336) == 290_909_184 and CLIP_L_336.n_patches == 576
+    assert SIGLIP_SO400M_384.n_patches == 729 and SIGLIP_SO400M_384.n_used == 26
+    block = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    assert count(SIGLIP_SO400M_384) == 26 * block + 1152 * 3 * 14 * 14 + 1152 + 729 * 1152
