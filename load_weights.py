@@ -12,6 +12,7 @@ LlavaForConditionalGeneration and vLLM read as well.
     python load_weights.py export --model out/finetune --out out/parts --to parts
 """
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -727,6 +728,7 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
             copy(parameters[name], tensor)
         else:
             parameters[name].data.copy_(tensor)
+        del tensor              # else it would still be there while the next one is read
 
 
 def read_all(found: dict[str, Pieces], config: LLaVAConfig) -> Iterator[tuple[str, Tensor]]:
@@ -797,10 +799,10 @@ def saved_pieces(part: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def write_tensors(part: str, folder: Path, dtypes: dict[str, torch.dtype], tensors: Mapping[str, Lazy],
-                  found: dict[str, Pieces], config: LLaVAConfig) -> None:
+                  found: dict[str, Pieces], config: LLaVAConfig, file: str = "model") -> None:
     """Write the tensors of `dtypes` (our name -> what to save it in) as safetensors, in shards where they are large.
 
-    They come from `tensors`, else from where they are `found`.
+    They come from `tensors`, else from where they are `found`. `file` is the files' name without its ending.
     """
     shapes = blueprint(config)
     shards = plan_shards({name: shapes[name].numel() * dtype.itemsize for name, dtype in dtypes.items()})
@@ -815,16 +817,59 @@ def write_tensors(part: str, folder: Path, dtypes: dict[str, torch.dtype], tenso
             tensor = tensor.detach().to("cpu", dtypes[name]).contiguous()
             shard |= saved_pieces(part, name, tensor)
             total += tensor.nbytes
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})      # transformers refuses files without "format"
-        weight_map |= dict.fromkeys(shard, file)
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        path = folder / f"{file}{suffix}.safetensors"
+        save_file(shard, path, metadata={"format": "pt"})               # transformers refuses files without "format"
+        weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / f"{file}.safetensors.index.json", index)
 
 
 def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+CHECKSUMS = "SHA256SUMS"        # the usual name and form: `sha256sum -c SHA256SUMS` reads it too
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Note what the files with the tensors are, so that `inspect` can tell later whether a bit has changed.
+
+    The files are read back for it. The text files are left out: people edit a config.json, and may.
+    """
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+def verify_checksums(folder: Path) -> int | None:
+    """Read a saved folder's tensor files again -> how many are as they were written; None: it has no checksums.
+
+    ValueError names every file that is not.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        return None
+    changed, intact = [], 0
+    for line in (folder / CHECKSUMS).read_text(errors="replace").splitlines():
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
+        if match is None:
+            raise ValueError(f"{folder / CHECKSUMS}: {line[:80]!r} is not a checksum and the name of a file here")
+        checksum, name = match.groups()
+        if not (folder / name).is_file():
+            changed.append(f"{name} is not there")
+        elif sha256(folder / name) != checksum:
+            changed.append(f"{name} is not what was written")
+        else:
+            intact += 1
+    if changed:
+        raise ValueError(f"{folder}: {', '.join(changed)}, by the checksums in {CHECKSUMS}: "
+                         "a damaged disk or an incomplete copy; copy or export it again")
+    return intact
 
 
 @contextmanager
@@ -875,6 +920,16 @@ def move_into(made: Path, out: Path) -> None:
     sync_folder(out)
 
 
+def saved_dtypes(names: list[str], tensors: Mapping[str, Lazy], found: dict[str, Pieces],
+                 dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Our name -> what to save it in: the given dtype, else the tensor's own."""
+    dtypes = {}
+    for name in names:
+        own = tensors[name] if name in tensors else in_order(found[name])[0]
+        dtypes[name] = dtype or own.dtype
+    return dtypes
+
+
 def save_model(out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, sources: Iterable[Path],
                dtype: torch.dtype | None = None) -> None:
     """Write a model folder that is complete by itself, in the one format we save.
@@ -898,10 +953,7 @@ def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig,
     names = [name for name in blueprint(config) if name.startswith(part)]
     found = check(sources, [name for name in names if name not in tensors], config)
     assert tensors.keys() <= set(names), f"not in the model: {tensors.keys() - set(names)}"
-    dtypes = {}
-    for name in names:
-        own = tensors[name] if name in tensors else in_order(found[name])[0]
-        dtypes[name] = dtype or own.dtype
+    dtypes = saved_dtypes(names, tensors, found, dtype)
     tokenizer = load_tokenizer(sources[0].path)
     # <image> gets the first id after the tokenizer's own. Phi-2's table has 900 rows that no token uses.
     if not part and image_token_id(tokenizer) >= config.llm.vocab_size:
@@ -910,6 +962,7 @@ def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig,
     with finished_folder(out) as made:
         write_tensors(part, made, dtypes, tensors, found, config)
         write_texts(part, made, config, tokenizer, dtypes[names[0]])
+        write_checksums(made)
 
 # ---------------------------------------------------------------------------------------------------
 # Saving: the text files that transformers and vLLM read beside the tensors
@@ -989,13 +1042,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
 
 
 def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """All of a saved folder but its tensors: of the whole model, of a plain Phi or CLIP; a projector needs none.
+    """All of a saved folder but its tensors: of the whole model (part ""), or of a plain Phi or CLIP.
 
     dtype: the first tensor's, for config.json. It never says fp16, which this model must not be computed in.
     """
     name = str(torch.float32 if dtype == torch.float16 else dtype).removeprefix("torch.")
-    if part == "projector":
-        return
     if part == "vision":
         write_json(folder / "config.json", clip_json(config.vision) | {"torch_dtype": name})
         processor = image_processor(config) | {"image_processor_type": "CLIPImageProcessor"}
@@ -1064,12 +1115,13 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     """A plain Phi folder, a plain CLIP folder and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
     folders = read_folders([model])
     config = config_of(*folders)
-    check(folders, blueprint(config), config)
+    found = check(folders, blueprint(config), config)
+    projector = [name for name in blueprint(config) if name.startswith("projector")]
     with finished_folder(out) as made:
-        for part, name in (("llm", "phi-2"), ("vision", "clip"), ("projector", "projector")):
-            save(part, made / name, {}, config, folders, dtype)
-        (made / "projector" / "model.safetensors").rename(made / "mm_projector.safetensors")
-        (made / "projector").rmdir()
+        save("llm", made / "phi-2", {}, config, folders, dtype)
+        save("vision", made / "clip", {}, config, folders, dtype)
+        write_tensors("projector", made, saved_dtypes(projector, {}, found, dtype), {}, found, config, "mm_projector")
+        write_checksums(made)
 
 
 def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
@@ -1122,8 +1174,11 @@ def print_row(label: str, text: object) -> None:
     print(f"  {label:10} {text}")
 
 
-def inspect(path: Path) -> None:
-    """Print a page about a folder: what it is, what would be left out, what is missing, and what to run next."""
+def inspect(path: Path) -> int:
+    """Print a page about a folder: what it is, what would be left out, what is missing, and what to run next.
+
+    -> the exit code: 2 if there is a problem.
+    """
     folder = read_folder(path)
     files = tensor_files(path)
     print(f"{path}: {folder.kind}")
@@ -1141,11 +1196,17 @@ def inspect(path: Path) -> None:
             missing = "a tokenizer"
     try:
         inspect_config(folder)
+        intact = verify_checksums(path)
+        if intact is None:
+            print_row("checksums", "none; folders that this program saves have them")
+        else:
+            print_row("checksums", f"verified: {intact} files are as they were written")
     except (ValueError, OSError) as e:
         print_row("problem", e)
-        return
+        return 2
     print_row("missing", missing)
     print_row("next", NEXT.get(folder.kind, "nothing").format(path))
+    return 0
 
 
 def inspect_part(folder: Folder, part: str) -> None:
@@ -1182,20 +1243,19 @@ def inspect_config(folder: Folder) -> None:
     check([folder], needed, config, limit=10 ** 6)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "inspect":
-        inspect(args.folder)
-        return
+        return inspect(args.folder)
     dtype = torch_dtype(args.dtype) if args.dtype else None
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, dtype)
-        inspect(args.out)
     elif args.to == "parts":
         export_parts(args.model, args.out, dtype)
+        return 0
     else:
         export(args.model, args.out, dtype)
-        inspect(args.out)
+    return inspect(args.out)
 
 
 if __name__ == "__main__":

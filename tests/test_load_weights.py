@@ -655,6 +655,40 @@ def test_a_crash_while_files_are_moved_leaves_no_model_that_would_load(tmp_path,
         load_model(out)
 
 
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs coreutils")
+def test_checksums_are_sha256sums_own(tmp_path, saved):
+    """Of a whole model and of its parts; every file with tensors is listed."""
+    export_parts(LLAVA, tmp_path / "parts", None)
+    for folder in (saved, tmp_path / "parts", tmp_path / "parts" / "phi-2", tmp_path / "parts" / "clip"):
+        done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+        assert done.returncode == 0 and done.stdout.splitlines() == [f"{file}: OK" for file in files] and files
+
+
+def test_inspect_finds_one_flipped_bit(tmp_path, saved, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    assert main(["inspect", str(folder)]) == 0
+    assert "checksums  verified: 1 files are as they were written" in capsys.readouterr().out
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1000] ^= 4
+    (folder / "model.safetensors").write_bytes(data)
+    assert main(["inspect", str(folder)]) == 2
+    assert "problem    " + str(folder) + ": model.safetensors is not what was written" in capsys.readouterr().out
+    load_model(folder)                          # nothing else would have noticed
+
+
+@pytest.mark.parametrize("text, words", [
+    ("0" * 64 + "  gone.safetensors\n", "gone.safetensors is not there"),
+    ("0" * 64 + "  ../model.safetensors\n", "is not a checksum and the name of a file here"),
+    ("<html>", "'<html>' is not a checksum"),
+])
+def test_odd_checksum_files(text, words, tmp_path, saved, capsys):
+    shutil.copytree(saved, tmp_path / "x")
+    (tmp_path / "x" / "SHA256SUMS").write_text(text)
+    assert main(["inspect", str(tmp_path / "x")]) == 2 and words in capsys.readouterr().out
+
+
 def test_tokenizer_files(tmp_path, saved):
     """From vocab + merges + added tokens the same tokenizer as from tokenizer.json; <image> is the first id behind the others."""
     tokenizers = pytest.importorskip("tokenizers")
