@@ -180,6 +180,62 @@ def find_model(asked: str | None) -> Path:
                      "get the published one with `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
 
 # ---------------------------------------------------------------------------------------------------
+# The published recipes
+
+# What differs between the stages of training; what they share is a default in train.py. `data.py check` reads the
+# first rows too. Sources: LLaVA-Phi's scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of its paper.
+RECIPES = {
+    "pretrain": {
+        "template": "plain",                # picture, caption, newline
+        "image_mode": "crop",
+        "global_batch": 256,                # samples
+        "epochs": 1.0,
+        "train": "projector",               # between a frozen tower and a frozen language model
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "group": "none",
+        "model": "",
+        "llm": "checkpoints/phi-2",
+        "vision": "checkpoints/clip-vit-large-patch14-336",
+        "data": "data/pretrain/blip_laion_cc_sbu_558k.json",
+        "images": "data/pretrain/images",
+        "out": "out/pretrain",
+    },
+    "finetune": {
+        "template": "v0",                   # the chat
+        "image_mode": "pad",
+        "global_batch": 128,
+        "epochs": 1.0,
+        "train": "projector,llm,vision",    # as the script has it; the paper's text leaves the tower frozen
+        "lr": 2e-5,
+        "schedule": "cosine",
+        "group": "modality_length",
+        "model": "out/pretrain",
+        "llm": "",
+        "vision": "",
+        "data": "data/finetune/llava_v1_5_mix665k.json",
+        "images": "data/finetune",
+        "out": "out/finetune",
+    },
+    "sft": {
+        "template": "v0",
+        "image_mode": "crop",               # of no account: its data has no pictures
+        "global_batch": 128,
+        "epochs": 2.0,
+        "train": "llm",
+        "lr": 3e-5,
+        "schedule": "linear",
+        "group": "none",
+        "model": "",
+        "llm": "checkpoints/phi-2",
+        "vision": "",
+        "data": "data/sft/sharegpt.json",
+        "images": "",
+        "out": "out/phi-2-sft",
+    },
+}
+
+# ---------------------------------------------------------------------------------------------------
 # Text that other people wrote, shown on a terminal or a page
 
 

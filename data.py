@@ -35,7 +35,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 
-from common import Parser, read_jsonl, run_command
+from common import RECIPES, Parser, read_jsonl, run_command
 
 # torch takes seconds to import: the functions that need it do so, and `python data.py --help` answers at once.
 if TYPE_CHECKING:
@@ -979,19 +979,6 @@ class Loader:
 # python data.py check
 
 
-class StageFormat(NamedTuple):
-    """How a training stage of LLaVA-Phi reads its data."""
-    template: str
-    image_mode: str
-    global_batch: int
-
-
-STAGE_FORMATS = {
-    "pretrain": StageFormat("plain", "crop", 256),
-    "finetune": StageFormat("v0", "pad", 128),
-}
-
-
 class Survey:
     """All that a check finds out about n records."""
 
@@ -1028,7 +1015,7 @@ class Survey:
 
 def check_data(args: Namespace) -> int:
     """Look at every record as training would -> exit code: 0 all is well, 1 something is wrong."""
-    stage = STAGE_FORMATS[args.stage]
+    recipe = RECIPES[args.stage]
     if not args.images.is_dir():
         raise FileNotFoundError(f"no image folder at {args.images} (--images)")
     if args.write_clean and args.write_clean.resolve() == args.data.resolve():
@@ -1041,7 +1028,7 @@ def check_data(args: Namespace) -> int:
         tok = bytes_as_tokens()
         block_size = 1 << 30                                # bytes are more than tokens: nothing must seem too long
     try:
-        dataset = Dataset(args.data, args.images, tok, stage.template, args.image_size, stage.image_mode,
+        dataset = Dataset(args.data, args.images, tok, recipe["template"], args.image_size, recipe["image_mode"],
                           args.n_patches, block_size, follow_links=args.follow_links)
         ranges = dataset.find_ranges()
     except ValueError as e:                                 # the file as a whole is what is wrong
@@ -1056,8 +1043,9 @@ def check_data(args: Namespace) -> int:
         print(f"no lengths: there is no tokenizer at {args.tokenizer} (--tokenizer)")
     elif survey.good.any():
         print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
-        steps = steps_per_epoch(survey.good.sum(), stage.global_batch)
-        print(f"{args.stage}: {steps:,} steps of {stage.global_batch} samples an epoch")
+        global_batch = recipe["global_batch"]
+        steps = steps_per_epoch(survey.good.sum(), global_batch)
+        print(f"{args.stage}: {steps:,} steps of {global_batch} samples an epoch")
     if args.write_clean:
         write_clean(args.write_clean, dataset, ranges, survey.problems)
     return 1 if survey.problems else 0
@@ -1120,7 +1108,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add = check.add_argument
     add("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
     add("--images", type=Path, required=True, help="the folder that the records' image paths start from")
-    add("--stage", choices=list(STAGE_FORMATS), default="finetune", help="which stage the data is for")
+    add("--stage", choices=["pretrain", "finetune"], default="finetune", help="which stage the data is for")
     add("--tokenizer", type=Path, default=Path("checkpoints/phi-2"), help="its folder; without it, no lengths")
     add("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
     add("--workers", type=int, default=os.cpu_count(), help="processes")

@@ -1127,31 +1127,18 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
 def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
                        lora_alpha: float) -> dict[str, Lazy]:
     """Everything that a run has changed, to be loaded when its turn comes, LoRA adapters merged into their weights."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    names = [name.removeprefix("model.") for name in sizes if name.startswith("model.")]
-    stems = [name.removesuffix("lora_a") for name in names if name.endswith("lora_a")]
+    from checkpoint import trained_tensors      # brings torch.distributed, which nothing else here needs
+    trained = trained_tensors(checkpoint)
+    stems = [name.removesuffix("lora_a") for name in trained if name.endswith("lora_a")]
     found = check(sources, [stem + "weight" for stem in stems], config)
-
-    def load(name: str) -> Tensor:
-        tensor = torch.empty(sizes[f"model.{name}"].size)
-        with warnings.catch_warnings():     # "torch.distributed is disabled": of course, this is one process
-            warnings.simplefilter("ignore")
-            reader = HuggingFaceStorageReader(str(checkpoint))
-            dcp.load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
-        return tensor
 
     def merged(stem: str) -> Tensor:
         name = stem + "weight"
         weight = {name: read(name, found[name], config).float()}
-        adapters = {stem + leaf: load(stem + leaf) for leaf in ("lora_a", "lora_b")}
+        adapters = {stem + leaf: trained[stem + leaf]() for leaf in ("lora_a", "lora_b")}
         return merge_lora(weight | adapters, lora_alpha)[name]
 
-    tensors = {}
-    for name in names:
-        if ".lora_" not in name:
-            tensors[name] = partial(load, name)
+    tensors = {name: load for name, load in trained.items() if ".lora_" not in name}
     for stem in stems:
         tensors[stem + "weight"] = partial(merged, stem)
     return tensors

@@ -146,7 +146,7 @@ def test_the_report_shows_text_as_text(tmp_path, monkeypatch):
     (tmp_path / "eval").mkdir()
     result = {"value": 50.0, "numbers": {"chance": 30.0, "blank image": 31.0}}
     (tmp_path / "eval" / "result.json").write_text(json.dumps(result))
-    rows = run.read_lines(tmp_path / "data" / "shapes" / "questions.jsonl")
+    rows = run.read_jsonl(tmp_path / "data" / "shapes" / "questions.jsonl")
     (tmp_path / "eval" / "answers.jsonl").write_text("".join(
         json.dumps({"question_id": row["question_id"], "text": "<script>alert(1)</script>"}) + "\n" for row in rows))
     page = run.report(60.0).read_text()

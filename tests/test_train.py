@@ -18,7 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import checkpoint
 import train
+from checkpoint import problem_with
 from conftest import ROOT
 from data import Batch, Step
 from load_weights import load_model, main as load_weights, read_folder
@@ -410,15 +412,35 @@ def test_other_settings_are_refused_with_their_names(data, tmp_path):
         train.main(arguments(tmp_path / "out", changed))
 
 
+def test_a_checkpoint_that_spells_its_dtype_as_before_is_resumed(data, tmp_path):
+    """Checkpoints of earlier versions say "float32" and "bfloat16" where we now say fp32 and bf16."""
+    train.main(arguments(tmp_path / "out", data, "--stop-after", "2"))
+    manifest = tmp_path / "out" / "step_000002" / "checkpoint.json"
+    assert '"dtype": "fp32"' in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace('"dtype": "fp32"', '"dtype": "float32"'))
+    train.main(arguments(tmp_path / "out", data, "--stop-after", "3"))
+    load_weights(["export", "--model", str(tmp_path / "out" / "step_000003"), "--out", str(tmp_path / "exported")])
+    assert [m["step"] for m in metrics(tmp_path / "out")] == [0, 1, 2]
+
+
+def test_help_and_wrong_flags_import_no_torch():
+    """Protects the half second in which --help answers; torch alone takes three."""
+    for flags, code in ((["--help"], 0), (["--lerning-rate", "1"], 2), (["--lr", "-1"], 2)):
+        asked = subprocess.run([sys.executable, "-X", "importtime", "train.py", *flags], cwd=ROOT, text=True,
+                               capture_output=True)
+        assert asked.returncode == code
+        assert not any(line.split("|")[-1].strip() == "torch" for line in asked.stderr.splitlines())
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_alive(data, tmp_path, monkeypatch, capfd):
-    real, calls = train.dcp.save, []
+    real, calls = checkpoint.dcp.save, []
 
     def save(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
-    monkeypatch.setattr(train.dcp, "save", save)
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
     more = ["--epochs", "2", "--save-every", "2", "--keep", "1"]
     train.main(arguments(tmp_path / "out", data, *more, "--stop-after", "5"))
     assert "No space left" in capfd.readouterr().out
@@ -546,9 +568,9 @@ def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, data, 
         os.kill(children(process.pid)[-1] if to == "one" else process.pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
     assert "stopped after step" in stdout, stderr[-3000:]
-    [checkpoint] = (tmp_path / "out").glob("step_*")
-    assert train.problem_with(checkpoint) == ""
-    done = int(checkpoint.name[5:])
+    [saved] = (tmp_path / "out").glob("step_*")
+    assert problem_with(saved) == ""
+    done = int(saved.name[5:])
     train.main(arguments(tmp_path / "out", data, *more, "--stop-after", str(done + 2)))
     assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(done + 2))
 
@@ -580,7 +602,7 @@ def test_a_users_mistake_ends_with_one_line_and_exit_code_2(args, words, tmp_pat
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--stage", "finetune", "--dtype", "float16"], "overflow.*bfloat16"),
+    (["--stage", "finetune", "--dtype", "float16"], "overflow.*bf16"),
     (["--stage", "finetune", "--model", "tests"], "tests"),
     (["--stage", "finetune", "--compile", "--recompute", "selective"], "none or full"),
     (["--stage", "finetune", "--freeze", "head", "--plan"], "parts are vision, projector, llm"),

@@ -1,0 +1,316 @@
+"""The output folder of a training run and its checkpoints: save, find, resume, read for export.
+
+A checkpoint is a folder out/step_NNNNNN that is either complete or absent. It holds what training changes, and nothing
+else: the trained weights in fp32 and AdamW's two moments, in safetensors files that torch.distributed.checkpoint
+writes, one per process, and reads back on any number of processes. Frozen weights are not in it; checkpoint.json names
+the folders that they come from, together with the run's settings and the size of every file.
+"""
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from common import dtype_name, sync_folder, write_whole
+
+# Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
+# Data and images may have moved; whether the data is the same is decided by its checksum.
+MAY_CHANGE = {
+    "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every", "resume",
+    "stop_after", "workers", "micro_tokens", "recompute", "compile",
+}
+
+# ---------------------------------------------------------------------------------------------------
+# What one process does for all
+
+
+def print0(text: str) -> None:
+    """Print on one process of the run."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def on_process_0(work: Callable):
+    """Call `work` on process 0 -> its result, on every process.
+
+    An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
+    in their next collective until that times out.
+    """
+    result_and_error = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            result_and_error[0] = work()
+        except (OSError, ValueError) as e:
+            result_and_error[1] = e
+    dist.broadcast_object_list(result_and_error, src=0)
+    result, error = result_and_error
+    if error:
+        raise error
+    return result
+
+# ---------------------------------------------------------------------------------------------------
+# State: what a checkpoint is made of
+
+
+@dataclass
+class State:
+    settings: dict                  # the run's TrainConfig as a dict
+    sources: list[Path]             # folders that the run started from
+    data_checksum: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0                   # steps done
+    updates: int = 0                # of them, those that changed the weights
+    failed_saves: int = 0           # in a row
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME.
+
+        AdamW makes its moments in its first step. Before that they are made here, as zeros, so that a checkpoint can
+        be loaded into an optimizer that has not taken a step yet.
+        """
+        tensors = {}
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad:
+                continue
+            moments = self.optimizer.state[p]
+            if not moments:
+                moments["step"] = torch.zeros((), device=p.device)
+                moments["exp_avg"] = torch.zeros_like(p)
+                moments["exp_avg_sq"] = torch.zeros_like(p)
+            tensors[f"exp_avg.{name}"] = moments["exp_avg"]
+            tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+            tensors[f"model.{name}"] = p.data
+        return tensors
+
+# ---------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_checkpoint(state: State) -> Path:
+    """Write out/step_NNNNNN -> its path. All processes take part.
+
+    The files are written to a folder with another name, forced to the disk, and only then renamed, so a crash at any
+    moment leaves the older checkpoints as they were. OSError on every process when any of them cannot write.
+    """
+    out = Path(state.settings["out"])
+    final = out / f"step_{state.step:06d}"
+    temporary = out / f".writing_step_{state.step:06d}"
+    tensors = state.tensors()
+
+    def begin() -> None:
+        need = sum(t.numel() * t.element_size() for t in tensors.values())
+        free = shutil.disk_usage(out).free
+        if free < 1.02 * need:
+            raise OSError(f"it needs {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB free")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    def commit() -> None:
+        write_whole(temporary / "checkpoint.json", json.dumps(manifest(state, temporary), indent=2))
+        sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync_folder(out)
+        drop_old_checkpoints(final, state.settings["keep"])
+
+    try:
+        on_process_0(begin)
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        on_process_0(commit)
+    except (OSError, CheckpointException) as e:
+        # dcp.save, like on_process_0, fails on all processes when it fails on one.
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
+        raise OSError(f"checkpoint of step {state.step} not written: {cause}") from None
+    return final
+
+
+def manifest(state: State, folder: Path) -> dict:
+    """The content of checkpoint.json: what was saved, in which files, and how to go on from it."""
+    return {
+        "step": state.step,
+        "updates": state.updates,
+        "data": state.data_checksum,
+        "files": {file.name: file.stat().st_size for file in folder.iterdir()},
+        "torch": torch.__version__,
+        "config": state.settings,
+        "sources": [str(source) for source in state.sources],
+    }
+
+
+def drop_old_checkpoints(newest: Path, keep: int) -> None:
+    """Keep `newest` and those just before it, `keep` in all.
+
+    Later ones are there when --resume went back to an older checkpoint. They belong to a branch that was given up, and
+    the next --resume auto would take them for the newest.
+    """
+    checkpoints = sorted(newest.parent.glob("step_*"))
+    position = checkpoints.index(newest)
+    kept = checkpoints[max(0, position + 1 - keep):position + 1]
+    for checkpoint in checkpoints:
+        if checkpoint not in kept:
+            shutil.rmtree(checkpoint)
+
+
+def try_to_save(state: State) -> None:
+    """Save; a full disk does not end the run, the third failure in a row does."""
+    try:
+        path = save_checkpoint(state)
+    except OSError as e:
+        state.failed_saves += 1
+        if state.failed_saves == 3:
+            raise
+        print0(f"warning: {e}; training goes on with the checkpoint before it")
+        return
+    state.failed_saves = 0
+    print0(f"saved {path}")
+
+# ---------------------------------------------------------------------------------------------------
+# Finding and resuming
+
+
+def problem_with(checkpoint: Path) -> str:
+    """Why this folder is not a complete checkpoint, or "" if it is one."""
+    try:
+        files = json.loads((checkpoint / "checkpoint.json").read_text())["files"].items()
+        for name, size in files:
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, checkpoint.json says {size}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"checkpoint.json cannot be read ({type(e).__name__})"
+    return ""
+
+
+def find_checkpoint(settings: dict) -> Path | None:
+    """The newest complete checkpoint under --out, or the one that --resume names. Prints which it passes over.
+
+    ValueError if there are some and none is complete: a new run would delete them, and nobody asked for that.
+    """
+    if settings["resume"] == "never":
+        return None
+    if settings["resume"] == "auto":
+        candidates = sorted(Path(settings["out"]).glob("step_*"), reverse=True)
+        advice = "; nor is any before it. --resume never deletes them and begins again"
+    else:
+        candidates = [Path(settings["resume"])]
+        advice = ""
+    for path in candidates:
+        problem = problem_with(path)
+        if not problem:
+            return path
+        print0(f"passing over {path}: {problem}")
+    if candidates:
+        raise ValueError(f"{candidates[0]}: not a complete checkpoint: {problem}{advice}")
+    return None
+
+
+def load_checkpoint(path: Path, state: State) -> None:
+    """Restore weights, moments and step, whatever number of processes wrote them."""
+    saved = json.loads((path / "checkpoint.json").read_text())
+    dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(path)))
+    state.step = saved["step"]
+    state.updates = saved["updates"]
+    for moments in state.optimizer.state.values():
+        moments["step"].fill_(state.updates)
+
+
+def trained_tensors(checkpoint: Path) -> dict[str, Callable[[], Tensor]]:
+    """Name of each weight that training changed -> a function that reads it, whole and in fp32, without a run.
+
+    For `load_weights.py export`. LoRA adapters are there under their own names, to be merged by the caller.
+    """
+    sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(sizes[name].size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # dcp warns that there is one process, which no_dist has just said
+            dcp.load({name: tensor}, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+        return tensor
+
+    return {name.removeprefix("model."): partial(read, name) for name in sizes if name.startswith("model.")}
+
+# ---------------------------------------------------------------------------------------------------
+# The output folder
+
+
+def read_settings(out: Path) -> dict:
+    """The config.json of a run's folder; {} where there is none, or another program's.
+
+    While a run goes on it holds the run's settings under "training"; the finished model's config joins them there.
+    """
+    path = out / "config.json"
+    try:
+        saved = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise ValueError(f"{path}: not json; delete it to go on from the newest checkpoint beside it") from None
+    return saved if "training" in saved else {}
+
+
+def check_same_settings(then: dict, now: dict, may_change: set[str], problem: str) -> None:
+    """ValueError with `problem` and every setting that changes the maths and differs."""
+    if "dtype" in then:
+        then = then | {"dtype": dtype_name(then["dtype"])}      # older runs wrote "bfloat16" for "bf16"
+    different = []
+    for name, value in now.items():
+        if name not in may_change and then.get(name) != value:
+            different.append(f"{name}: {then.get(name)!r} then, {value!r} now")
+    if different:
+        raise ValueError(problem + ":\n  " + "\n  ".join(different))
+
+
+def is_finished(settings: dict) -> bool:
+    """True if --out holds the model of a finished run with these settings; ValueError if its settings were others."""
+    saved = read_settings(Path(settings["out"]))
+    if settings["resume"] != "auto" or "model_type" not in saved:
+        return False
+    # No checkpoint is left to tell the data's checksum by, so here the name of the data has to be the same.
+    check_same_settings(saved["training"], settings, MAY_CHANGE - {"data"},
+                        f"--out {settings['out']} holds a finished model made with other settings; "
+                        "choose another --out, or --resume never to train afresh over it")
+    return True
+
+
+def prepare_out(settings: dict, data_checksum: str) -> Path | None:
+    """Make --out ready for a run on data of this checksum -> the checkpoint to go on from, if there is one.
+
+    ValueError, before anything is changed: a folder that holds something else, or a checkpoint of another run.
+    """
+    out = Path(settings["out"])
+    checkpoint = on_process_0(lambda: find_checkpoint(settings))
+
+    def prepare() -> None:
+        if checkpoint:
+            saved = json.loads((checkpoint / "checkpoint.json").read_text())
+            then = saved["config"] | {"data checksum": saved["data"]}
+            now = settings | {"data checksum": data_checksum}
+            check_same_settings(then, now, MAY_CHANGE, f"{checkpoint} was made with other settings; "
+                                "give the same, or --resume never and another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        foreign = [path for path in out.iterdir() if not path.name.startswith(".writing_")]
+        if foreign and not read_settings(out):
+            raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new folder")
+        leftovers = [".writing_*"]
+        if not checkpoint:
+            leftovers += ["step_[0-9]*", "model*.safetensors*", "bad_samples.jsonl"]
+        for pattern in leftovers:
+            for path in out.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_whole(out / "config.json", json.dumps({"training": settings}, indent=2) + "\n")
+
+    on_process_0(prepare)
+    return checkpoint
