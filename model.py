@@ -90,11 +90,22 @@ class Layout:
         self.pos = pos.to(device, non_blocking=True)
         self.starts = starts.to(device, torch.int32, non_blocking=True)
         self.max_length = 2048      # constant: it only sizes the CUDA grid, and a changing int would recompile
+        # Asked here and not in `attend`, which torch.compile could not trace past the question.
+        self.on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_varlen(q: Tensor, layout: Layout) -> bool:
+    """Whether flash attention over ragged sequences can take q (T, nh, hs); if not, a loop over sequences does the same.
+
+    The kernels are for 16-bit floats and for heads of a multiple of 8 channels. They refuse to compute nothing at all,
+    which is what a process without a sample asks for.
+    """
+    return layout.on_ampere and q.dtype != torch.float32 and q.size(-1) % 8 == 0 and len(q) > 0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each sequence of a packed row. q, k, v (T, nh, hs) -> (T, nh, hs)."""
-    if q.is_cuda and q.dtype != torch.float32:              # flash attention over ragged sequences
+    if has_varlen(q, layout):
         starts, longest = layout.starts, layout.max_length
         return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))          # look back only
     runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]   # neighbours of one length: one call
