@@ -87,8 +87,11 @@ def sync_folder(path: Path) -> None:
 JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's tokenizer.json has two million
 
 
-def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
-    """Read a json object that somebody else wrote. ValueError names the file and says what it looks like instead."""
+def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...] = dict) -> dict | list:
+    """Read a json file that somebody else wrote. ValueError names the file and says what it looks like instead.
+
+    `kind` is what is expected in it: an object (dict), unless the caller can read a list too.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: not there; it belongs to the download")
     if path.stat().st_size > limit:
@@ -98,7 +101,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict:
         value = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: not json, begins with {data[:40]!r}: was a web page saved in its place?") from None
-    if not isinstance(value, dict):
+    if not isinstance(value, kind):
         raise ValueError(f"{path}: expected a json object, found {type(value).__name__}")
     return value
 

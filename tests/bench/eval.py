@@ -25,6 +25,8 @@ import torch
 from PIL import Image
 
 import eval as ev
+from benchmarks import textvqa
+from benchmarks.scoring import SHORT, Example, accuracy
 from data import load_image, load_tokenizer
 from generate import TINY, make_ours, make_theirs
 from model import IMAGE_ID, LLaVAConfig, PhiConfig
@@ -36,38 +38,38 @@ MODELS = {"tiny": TINY, "small": SMALL}
 TOKENS = 3
 
 
-def questions_on(folder: Path, n: int, per_image: int) -> list[ev.Example]:
+def questions_on(folder: Path, n: int, per_image: int) -> list[Example]:
     """n questions in POPE's words on n / per_image photographs of 640 x 480."""
     examples = []
     for i in range(n):
         path = folder / f"{i // per_image}.jpg"
         if not path.exists():
             Image.effect_noise((640, 480), 80 + i).convert("RGB").save(path, quality=90)
-        examples.append(ev.Example(i, path, f"Is there a {'red ' * (i % 5)}thing {i} in the image?\n{ev.SHORT}", "yes"))
+        examples.append(Example(i, path, f"Is there a {'red ' * (i % 5)}thing {i} in the image?\n{SHORT}", "yes"))
     return examples
 
 
-def ask_ours(brain: ev.Brain, examples: list[ev.Example], batch: int) -> list[str]:
+def ask_ours(loaded: ev.LoadedModel, examples: list[Example], batch: int) -> list[str]:
     """eval.py's own loop, with its file of answers."""
     data = ev.Data("bench", ev.TASKS["pope"], "all", Path(), examples)
     settings = {"image_mode": "pad", "max_new_tokens": TOKENS}
     args = argparse.Namespace(batch=batch, exact=False)
     with tempfile.TemporaryDirectory() as out:
-        ev.generate(data, settings, brain, set(range(len(examples))), 0, 1, args, Path(out))
-        answers = ev.answered(Path(out), examples)
+        ev.generate(data, settings, loaded, set(range(len(examples))), 0, 1, args, Path(out))
+        answers = ev.answers_so_far(Path(out), examples)
     return [answers[row]["text"] for row in range(len(examples))]
 
 
-def ask_theirs(theirs, brain: ev.Brain, examples: list[ev.Example]) -> list[str]:
+def ask_theirs(theirs, loaded: ev.LoadedModel, examples: list[Example]) -> list[str]:
     """One question after the other, the pixels the same."""
     texts = []
     for example in examples:
-        pixels = normalize(load_image(example.image, brain.model.config.vision.image_size, "pad")[None])
-        ids = torch.tensor([ev.encode_question(example, brain)])
+        pixels = normalize(load_image(example.image, loaded.model.config.vision.image_size, "pad")[None])
+        ids = torch.tensor([ev.encode_question(example, loaded)])
         ids[ids == IMAGE_ID] = theirs.config.image_token_index
         out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,
                               max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0)
-        texts.append(brain.tok.decode(out[0, ids.size(1):].tolist(), skip_special_tokens=True).strip())
+        texts.append(loaded.tok.decode(out[0, ids.size(1):].tolist(), skip_special_tokens=True).strip())
     return texts
 
 
@@ -86,17 +88,17 @@ def bench_generation(name: str, questions: int, repeats: int) -> None:
     ours = make_ours(MODELS[name])
     theirs = make_theirs(ours)
     tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
-    brain = ev.Brain(ours, tok, -1)                 # no token ends an answer: both sides write TOKENS of them
+    loaded = ev.LoadedModel(ours, tok, -1)                 # no token ends an answer: both sides write TOKENS of them
     assert tok.get_vocab_size() < ours.config.llm.vocab_size, f"{tok.get_vocab_size()} ids do not fit the model"
     for per_image in (1, 16):
         with tempfile.TemporaryDirectory() as folder:
             examples = questions_on(Path(folder), questions, per_image)
             first = examples[:per_image]
-            same = sum(a == b for a, b in zip(ask_ours(brain, first, 16), ask_theirs(theirs, brain, first)))
+            same = sum(a == b for a, b in zip(ask_ours(loaded, first, 16), ask_theirs(theirs, loaded, first)))
             assert same == len(first), f"{len(first) - same} of {len(first)} answers differ"
-            found = rates({"transformers, one by one": lambda: ask_theirs(theirs, brain, examples),
-                           "eval.py --batch 1": lambda: ask_ours(brain, examples, 1),
-                           "eval.py": lambda: ask_ours(brain, examples, 16)}, questions, repeats)
+            found = rates({"transformers, one by one": lambda: ask_theirs(theirs, loaded, examples),
+                           "eval.py --batch 1": lambda: ask_ours(loaded, examples, 1),
+                           "eval.py": lambda: ask_ours(loaded, examples, 16)}, questions, repeats)
             loop = found["transformers, one by one"]
             for way, each in found.items():
                 print(f"{name:5}  {per_image:2} questions an image  {way:24}  {each:7.2f} questions/s {each / loop:5.1f} times",
@@ -105,10 +107,10 @@ def bench_generation(name: str, questions: int, repeats: int) -> None:
 
 def bench_scoring(n: int = 100_000) -> None:
     humans = [[f"the answer {(i + j % 3) % 30_000}" for j in range(10)] for i in range(n)]
-    examples = [ev.Example(i, None, "", answers) for i, answers in enumerate(humans)]
+    examples = [Example(i, None, "", answers) for i, answers in enumerate(humans)]
     start = time.perf_counter()
-    marks = [ev.grade_textvqa(example, f"Answer {example.question_id % 30_000}.") for example in examples]
-    score = ev.accuracy(examples, marks)
+    marks = [textvqa.grade(example, f"Answer {example.question_id % 30_000}.") for example in examples]
+    score = accuracy(examples, marks)
     print(f"scoring {n:,} TextVQA answers: {time.perf_counter() - start:.1f} s ({score.value:.1f} {score.interval})")
 
 

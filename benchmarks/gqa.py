@@ -1,0 +1,56 @@
+"""GQA: questions composed from scene graphs, with one answer each; scored on testdev_balanced (12,578 questions).
+
+gqa/data/testdev_balanced_questions.json (from questions1.2.zip), images in gqa/data/images/.
+Consistency, validity and plausibility need files that were never released for testdev; nobody can report them.
+"""
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.files import image_path, read_official_json, required_file
+from benchmarks.scoring import SHORT, Example, Mark, Task, accuracy
+from common import write_whole
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    name = "testdev_balanced_questions.json"
+    path = required_file(folder / "data", name, f"questions1.2/{name}", f"questions/{name}")
+    for question_id, row in read_official_json(path).items():
+        structural = row["types"]["structural"]
+        semantic = row["types"]["semantic"]
+        labels = ("open" if structural == "query" else "binary", f"structural {structural}", f"semantic {semantic}")
+        image = image_path(folder / "data/images", row["imageId"] + ".jpg")
+        yield Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], labels)
+
+
+def gqa_answer(text: str) -> str:
+    """All that LLaVA's converter does before the official scorer compares strings."""
+    return text.rstrip(".").lower()
+
+
+def grade(example: Example, text: str) -> Mark:
+    answer = gqa_answer(text)
+    return Mark(float(answer == example.truth), answer)
+
+
+def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    predictions = []
+    for example, text in zip(examples, texts):
+        predictions.append({"questionId": example.question_id, "prediction": gqa_answer(text)})
+    return write_whole(out / "testdev_balanced_predictions.json", json.dumps(predictions))
+
+
+TASK = Task(
+    metric="accuracy",
+    read=read,
+    grade=grade,
+    summarise=accuracy,
+    write_submission=write_submission,
+    splits={"testdev": 12_578},
+    source="https://cs.stanford.edu/people/dorarad/gqa/download.html: images.zip and questions1.2.zip, both into "
+           "gqa/data",
+    files={"data/testdev_balanced_questions.json": "14039069c0b3c797",
+           "data/questions1.2/testdev_balanced_questions.json": "14039069c0b3c797"},
+    published={"mipha": 63.9, "llava": 62.0, "tinyllava": 59.4},
+)

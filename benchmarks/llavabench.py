@@ -1,0 +1,106 @@
+"""LLaVA-Bench (in the wild): 60 questions about 24 pictures; a judge rates our answer beside GPT-4's.
+
+The score is the mean of our ratings over the mean of GPT-4's. --grades reads a review file of LLaVA's; --judge-url asks
+a judge in this project's words.
+
+llava-bench-in-the-wild/questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/.
+"""
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.files import image_path, required_file
+from benchmarks.judge import ask_judge, collect_grades
+from benchmarks.scoring import Example, Mark, Score, Task, bootstrapped
+from common import read_jsonl
+
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
+Rate helpfulness, relevance, accuracy and detail of each answer from 1 to 10, without regard to their order.
+Write both ratings on the first line, assistant 1 first, with one space between them and nothing else; then explain."""
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    captions = {row["image"]: row["caption"] for row in read_jsonl(required_file(folder, "context.jsonl"))}
+    references = {row["question_id"]: row["text"] for row in read_jsonl(required_file(folder, "answers_gpt4.jsonl"))}
+    for row in read_jsonl(required_file(folder, "questions.jsonl")):
+        truth = {"context": captions[row["image"]], "reference": references[row["question_id"]]}
+        image = image_path(folder / "images", row["image"])
+        yield Example(row["question_id"], image, row["text"], truth, (row["category"],))
+
+
+def llavabench_pair(review: str) -> tuple[float, float]:
+    """Reference and candidate score in a review's first line; (-1, -1) where it does not hold exactly two numbers."""
+    try:
+        first, second = review.split("\n")[0].replace(",", " ").split(" ")
+        return float(first), float(second)
+    except ValueError:
+        return -1.0, -1.0
+
+
+def ask_for_review(example: Example, text: str, options: Namespace) -> dict:
+    sections = {"Context": example.truth["context"], "Question": example.prompt,
+                "Assistant 1": example.truth["reference"], "Assistant 2": text}
+    prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in sections.items()) + INSTRUCTION
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+    content = ask_judge(options, messages, temperature=0.2, max_tokens=1024)
+    return {"question_id": example.question_id, "category": f"llava_bench_{example.labels[0]}", "content": content,
+            "tuple": llavabench_pair(content), "judge": options.judge_model}
+
+
+def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
+    """Reviews in LLaVA's jsonl, one line an answer: question_id, category, content, tuple.
+
+    raw: the ratings of reference and candidate. A failed review is not scored; upstream averages its -1 in.
+    """
+    keys = [example.question_id for example in examples]
+    reviews = collect_grades("llavabench-{}-review.jsonl", keys, ask_for_review, examples, texts, options, out)
+    marks = []
+    for review in reviews:
+        reference, candidate = llavabench_pair(review["content"])
+        if reference > 0:
+            marks.append(Mark(candidate / 10, raw=(reference, candidate)))
+        else:
+            marks.append(Mark(None, unparsed=True))
+    return marks
+
+
+def relative_rating(sums: np.ndarray) -> np.ndarray:
+    """(..., 3) -> (...), in per cent. The three: sum of the references', of the candidates', number of reviews.
+
+    Upstream rounds both means to three decimals before it divides them.
+    """
+    reference = np.round(sums[..., 0] / sums[..., 2], 3)
+    candidate = np.round(sums[..., 1] / sums[..., 2], 3)
+    return 100 * candidate / np.maximum(reference, 1e-3)
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score:
+    rows = [(*mark.raw, 1.0) for mark in marks]
+    kinds = [example.labels[0] for example in examples]
+    others = {}
+    for kind in sorted(set(kinds)) + ["all"]:
+        of_kind = [row for row, row_kind in zip(rows, kinds) if kind in (row_kind, "all")]
+        sums = np.sum(of_kind, axis=0)                                          # (3,)
+        reference, candidate = 10 * sums[:2] / sums[2]
+        others[kind] = float(relative_rating(sums))
+        others[f"{kind} reference"] = float(reference)
+        others[f"{kind} candidate"] = float(candidate)
+    return bootstrapped(rows, relative_rating, "questions", others)
+
+
+TASK = Task(
+    metric="rating relative to GPT-4's answers",
+    read=read,
+    judge=judge,
+    summarise=summarise,
+    splits={"all": 60},
+    source="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
+    folders=("llava-bench-in-the-wild",),
+    files={"questions.jsonl": "", "context.jsonl": "", "answers_gpt4.jsonl": ""},
+    published={"llava": 65.4},
+    max_new_tokens=1024,
+    paper_mode="crop",
+)

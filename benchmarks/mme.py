@@ -1,0 +1,123 @@
+"""MME: two yes/no questions about each of 1,187 images, one with the answer yes and one with no; 14 subtasks.
+
+A subtask's score is its accuracy plus its accuracy on images of which both questions are right, each of 100. The number
+that papers report is perception, the sum over ten subtasks (at most 2,000); cognition stands beside it. Their sum is
+not a number of anybody's.
+
+MME/MME_Benchmark_release_version/SUBTASK/, MME/llava_mme.jsonl (eval.zip).
+"""
+from argparse import Namespace
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from benchmarks.files import EVAL_ZIP, first_existing, required_file
+from benchmarks.scoring import SHORT, Example, Mark, Score, Task, bootstrapped
+from common import read_jsonl
+
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+SUBTASKS = PERCEPTION + COGNITION
+
+
+def read(folder: Path, options: Namespace) -> list[Example]:
+    release = required_file(folder, "MME_Benchmark_release_version")
+    release = first_existing(release, "MME_Benchmark") or release
+    official = {}                               # (subtask, image's name without ending, question) -> example
+    for subtask in SUBTASKS:
+        for image, question, answer in read_subtask(release / subtask):
+            official[subtask, image.stem, question] = Example(
+                f"{subtask}/{image.name}", image, f"{question}\n{SHORT}", answer.lower(), (subtask,))
+    examples = list(official.values())
+    llava_file = first_existing(folder, "llava_mme.jsonl")
+    if llava_file:
+        examples = in_llavas_order(llava_file, official, release)
+    per_image = Counter(f"{example.labels[0]}/{example.image.stem}" for example in examples)
+    odd = [image for image, n in per_image.items() if n != 2]
+    if odd:
+        raise ValueError(f"{len(odd)} images do not have two questions each, the first is {odd[0]}")
+    return examples
+
+
+def read_subtask(folder: Path) -> Iterator[tuple[Path, str, str]]:
+    """-> image, question, Yes or No. The release mixes two layouts: images and questions in folders of their own, or
+    side by side."""
+    images = first_existing(folder, "images") or folder
+    texts = first_existing(folder, "questions_answers_YN") or folder
+    image_of = {path.stem: path for path in sorted(images.glob("*")) if path.suffix != ".txt"}
+    for path in sorted(texts.glob("*.txt")):
+        image = image_of.get(path.stem, images / f"{path.stem}.jpg")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            question, answer = line.strip().split("\t")
+            yield image, question.replace("Please answer yes or no.", "").strip(), answer
+
+
+def in_llavas_order(path: Path, official: dict, release: Path) -> list[Example]:
+    examples = []
+    for row in read_jsonl(path):
+        image = PurePosixPath(row["question_id"])
+        subtask = image.parts[0]
+        question = row["text"].removesuffix(SHORT).strip()
+        example = official.get((subtask, image.stem, question))
+        if example is None:
+            raise ValueError(f"no answer in {release / subtask} for the question {question!r} about "
+                             f"{row['question_id']}")
+        examples.append(example._replace(question_id=row["question_id"]))
+    return examples
+
+
+def mme_yes_no(text: str) -> str:
+    """The official rule looks at four characters only: "know" is a no, "**Yes**" is neither."""
+    start = text.lower()[:4]
+    if "yes" in start:
+        return "yes"
+    if "no" in start:
+        return "no"
+    return "other"
+
+
+def grade(example: Example, text: str) -> Mark:
+    answer = mme_yes_no(text)
+    return Mark(float(answer == example.truth), answer, unparsed=answer == "other")
+
+
+def subtask_scores(counts: np.ndarray) -> np.ndarray:
+    """(..., subtasks, 4) -> (..., subtasks). The four: right, questions, images all right, images."""
+    right, questions, images_right, images = np.moveaxis(counts, -1, 0)         # each (..., subtasks)
+    return 100 * right / np.maximum(questions, 1) + 100 * images_right / np.maximum(images, 1)
+
+
+def perception(counts: np.ndarray) -> np.ndarray:
+    """(..., subtasks, 4) -> (...), the headline."""
+    return subtask_scores(counts)[..., :len(PERCEPTION)].sum(-1)
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score:
+    points_of_image = defaultdict(list)
+    for example, mark in zip(examples, marks):
+        points_of_image[example.labels[0], example.image].append(mark.points)
+    counts = np.zeros((len(points_of_image), len(SUBTASKS), 4))
+    for i, ((subtask, _), points) in enumerate(points_of_image.items()):
+        counts[i, SUBTASKS.index(subtask)] = sum(points), len(points), all(points), 1
+    scores = subtask_scores(counts.sum(0))                                      # (subtasks,)
+    others = {"cognition": float(scores[len(PERCEPTION):].sum())}
+    for subtask, value in zip(SUBTASKS, scores):
+        others[subtask] = float(value)
+    return bootstrapped(counts, perception, "images", others)
+
+
+TASK = Task(
+    metric="perception (of 2,000)",
+    read=read,
+    grade=grade,
+    summarise=summarise,
+    splits={"all": 2_374},
+    source="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation:"
+           f" MME_Benchmark_release_version; {EVAL_ZIP}",
+    folders=("MME", "mme"),
+    files={"llava_mme.jsonl": "9f67707cb72d2a71"},
+    published={"llava_phi": 1335.1, "mipha": 1488.9, "llava": 1510.7, "tinyllava": 1448.6},
+    repeated_ids=True,
+)

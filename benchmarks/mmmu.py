@@ -1,0 +1,184 @@
+"""MMMU: college questions of 30 subjects, most of them multiple choice; val has 900.
+
+Only the first image of a question is shown, as LLaVA does; a literal <image 1> stays in the text.
+
+mmmu/val.jsonl: the rows of the parquet files as json, image_1 the name of a file in mmmu/images/. answer_dict_val.json
+of the MMMU repository gives the answers, some of which have several spellings. test is for the EvalAI server (2179).
+"""
+import ast
+import random
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.files import first_existing, image_path, read_official_json, required_file, to_json
+from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Mark, Score, Task, accuracy, mean
+from common import read_jsonl, write_whole
+
+DOMAINS = {
+    "Art & Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health & Medicine": """Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy
+                            Public_Health""",
+    "Humanities & Social Science": "History Literature Sociology Psychology",
+    "Tech & Engineering": """Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power
+                             Materials Mechanical_Engineering""",
+}
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    domain_of = {}
+    for domain, subjects in DOMAINS.items():
+        for subject in subjects.split():
+            domain_of[subject] = domain
+    answers = {}
+    answer_file = first_existing(folder, "answer_dict_val.json")
+    if options.split == "val" and answer_file:
+        answers = read_official_json(answer_file)
+    for row in read_jsonl(required_file(folder, f"{options.split}.jsonl")):
+        choices = {}
+        prompt = f"{row['question']}\n{SHORT}"
+        if row["question_type"] == "multiple-choice":
+            # The parquet files hold the list as a text of Python source.
+            listed = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+            choices = dict(zip(LETTERS, listed))
+            lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
+            prompt = f"{row['question']}\n{lines}\n{LETTER}"
+        truth = answers[row["id"]]["ground_truth"] if row["id"] in answers else row["answer"]
+        if truth in ("", "?"):                                      # test has no answers
+            truth = None
+        subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]      # "validation_Art_Theory_2" -> "Art_Theory"
+        yield Example(row["id"], image_path(folder / "images", row["image_1"]), prompt, truth,
+                      (domain_of[subject], subject), {"options": choices})
+
+# ---------------------------------------------------------------------------------------------------
+# Reading an answer, by the rules of MMMU's own eval_utils.py
+
+
+def mmmu_choice(text: str, options: dict[str, str]) -> str | None:
+    """The letter mentioned last; None where the official code draws one at random.
+
+    It looks for "(B)", then for a separate "B", then, in longer answers, for the text of an option.
+    """
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    searches = [(text, {letter: f"({letter})" for letter in options}),
+                (text, {letter: f" {letter} " for letter in options})]
+    if len(text.split()) > 5:
+        searches.append((text.lower(), {letter: option.lower() for letter, option in options.items()}))
+    for searched, forms in searches:
+        position = {letter: searched.rfind(form) for letter, form in forms.items()}
+        if max(position.values(), default=-1) >= 0:
+            return max(position, key=position.get)
+    return None
+
+
+def mmmu_value(text: str) -> list[float | str]:
+    """A number rounded to two decimals; else the lower-cased text, a single letter with a space on either side."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        # A lone letter would be found inside of almost any text.
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",                                # 1,234,567
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",                             # 1.5e-3
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",     # 12, 1.5, .5
+)
+CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+
+
+def key_phrases(text: str) -> list[str]:
+    """From each line the shortest tail behind a cue; the whole text where no line has one."""
+    lines = text.split("\n")
+    phrases = []
+    for i, line in enumerate(lines):
+        cues = CUES + ("=",) if i == len(lines) - 1 else CUES       # "=" is a cue in the last line only
+        shortest = ""
+        for cue in cues:
+            tail = line.split(cue)[-1].strip()
+            if cue in line and (not shortest or len(tail) < len(shortest)):
+                shortest = tail
+        if shortest and shortest not in [*":,.!?;'"]:
+            phrases.append(shortest)
+    return phrases or [text]
+
+
+def mmmu_open(text: str) -> set[float | str]:
+    """Every value an open answer may be read as: its key phrases, and all numbers in them."""
+    phrases = key_phrases(text.strip().strip(".").lower())
+    numbers = []
+    for phrase in phrases:
+        for pattern in NUMBERS:
+            numbers += re.findall(pattern, phrase)
+    values = set()
+    for part in phrases + numbers:
+        values.update(mmmu_value(part))
+    return values
+
+
+def mmmu_open_correct(text: str, truth: str | list[str]) -> bool:
+    """Right if a number of the answer is a truth, or a truth occurs inside of a text of the answer."""
+    truths = []
+    for spelling in [truth] if isinstance(truth, str) else truth:
+        truths += mmmu_value(spelling)
+    for value in mmmu_open(text):
+        if isinstance(value, str):
+            if any(isinstance(t, str) and t in value for t in truths):
+                return True
+        elif value in truths:
+            return True
+    return False
+
+
+def grade(example: Example, text: str) -> Mark:
+    options = example.info["options"]
+    if not options:
+        return Mark(float(mmmu_open_correct(text, example.truth)), text)
+    letter = mmmu_choice(text, options)
+    right = letter is not None and letter in example.truth
+    return Mark(float(right), letter or "", unparsed=letter is None)
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    """Where no choice can be read the official code draws one at random (seed 42, in file order)."""
+    rng = random.Random(42)
+    drawn = []
+    for example, mark in zip(examples, marks):
+        options = example.info["options"]
+        if options and mark.unparsed:
+            letter = rng.choice(list(options))
+            mark = mark._replace(points=float(letter in example.truth))
+        drawn.append(mark)
+    as_wrong = 100 * mean([mark.points for mark in marks])
+    return accuracy(examples, drawn, beside={"unparsed = wrong": as_wrong})
+
+
+def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    """The letter chosen, or all of an open answer."""
+    answers = {}
+    for example, text in zip(examples, texts):
+        options = example.info["options"]
+        answers[example.question_id] = (mmmu_choice(text, options) or "") if options else text
+    return write_whole(out / "mmmu.json", to_json(answers))
+
+
+TASK = Task(
+    metric="accuracy",
+    read=read,
+    grade=grade,
+    summarise=summarise,
+    write_submission=write_submission,
+    splits={"val": 900, "test": 10_500},
+    source="https://huggingface.co/datasets/MMMU/MMMU, rows of the parquet files as val.jsonl, image_1 a file in "
+           "images/",
+    files={"val.jsonl": "", "answer_dict_val.json": ""},
+    published={"mipha": 32.5, "llava": 35.5, "tinyllava": 36.3},
+)

@@ -1,0 +1,108 @@
+"""MM-Vet: 218 open questions that need several abilities at once, graded from 0 to 1 by a language model.
+
+The published scores are GPT-4's grades. The submission file goes to the official notebook or to the Hugging Face space
+whyu/MM-Vet_Evaluator; --grades reads the file that they give back. --judge-url asks a judge of one's own choice, in
+this project's words: another judge shifts the score by several points.
+
+mm-vet/mm-vet.json and mm-vet/images/ (mm-vet.zip).
+"""
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.files import image_path, read_official_json, required_file, to_json
+from benchmarks.judge import ask_judge, collect_grades
+from benchmarks.scoring import Example, Mark, Score, Task, accuracy, mean
+from common import write_whole
+
+INSTRUCTION = """Rate how correct a prediction is: 0.0 (all wrong), 0.1, 0.2 and so on to 1.0 (all right).
+<AND> in the ground truth: all of its parts must be there for 1.0. <OR>: any one of its parts is enough.
+Reply with the number only.
+
+question | ground truth | prediction | score
+How many apples are there? | 3 | There are three apples. | 1.0
+How many apples are there? | 3 | Four | 0.0
+What are the two colors? | red <AND> blue | Red and green. | 0.5
+Where is this? | Rome <OR> the Colosseum | It looks like the Colosseum. | 1.0
+"""
+TRIES = 5
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    for key, row in read_official_json(required_file(folder, "mm-vet.json")).items():
+        labels = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
+        image = image_path(folder / "images", row["imagename"])
+        yield Example(int(key.removeprefix("v1_")), image, row["question"], row["answer"], labels)
+
+
+def mmvet_grade(text: str) -> float | None:
+    """The judge's number: everything before the first space, if it lies in [0, 1]."""
+    try:
+        grade = float(text.split(" ")[0])
+    except ValueError:
+        return None
+    return grade if 0 <= grade <= 1 else None
+
+
+def ask_for_grade(example: Example, text: str, options: Namespace) -> dict[str, list]:
+    """Up to five tries, each at a higher temperature, until the reply is a number in [0, 1]; else 0."""
+    truth = example.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    table_row = " | ".join([example.prompt, truth, text, ""]).replace("\n", "<br>")
+    prompt = INSTRUCTION + table_row
+    for attempt in range(TRIES):
+        messages = [{"role": "user", "content": prompt}]
+        reply = ask_judge(options, messages, temperature=0.5 * attempt, max_tokens=3).strip()
+        grade = mmvet_grade(reply)
+        if grade is not None:
+            break
+        prompt = INSTRUCTION + table_row + "\nPredict the correctness of the answer (digit): "
+    return {"model": [options.judge_model], "content": [reply], "score": [grade or 0.0]}
+
+
+def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
+    """Grades in the official *-grade-Nruns.json layout: {"v1_0": {"model": [], "content": [], "score": []}}.
+
+    A file may hold several runs of the judge; an answer's points are their mean, and raw has the grade of each.
+    """
+    keys = [f"v1_{example.question_id}" for example in examples]
+    grades = collect_grades("mm-vet-{}-grade-1runs.json", keys, ask_for_grade, examples, texts, options, out)
+    scores = [tuple(map(float, grade["score"])) for grade in grades]
+    runs = {len(of_runs) for of_runs in scores}
+    if len(runs) != 1 or runs == {0}:
+        raise ValueError(f"{options.grades}: graded {sorted(runs)} times, expected the same number for all answers")
+    return [Mark(mean(of_runs), raw=of_runs) for of_runs in scores]
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    runs = []
+    for grades in zip(*(mark.raw for mark in marks)):
+        runs.append(100 * mean(grades))
+    beside = {}
+    if len(runs) > 1:
+        for i, score in enumerate(runs, 1):
+            beside[f"run {i}"] = score
+        beside["std over runs"] = float(np.std(runs))
+    return accuracy(examples, marks, beside)
+
+
+def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    answers = {f"v1_{example.question_id}": text for example, text in zip(examples, texts)}
+    return write_whole(out / "mm-vet.json", to_json(answers))
+
+
+TASK = Task(
+    metric="judge's score",
+    read=read,
+    judge=judge,
+    summarise=summarise,
+    write_submission=write_submission,
+    splits={"test": 218},
+    source="https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip",
+    folders=("mm-vet", "mmvet", "mmvet/mm-vet"),
+    files={"mm-vet.json": ""},
+    published={"llava_phi": 28.9, "mipha": 32.1, "llava": 31.1, "tinyllava": 31.7},
+    max_new_tokens=1024,
+    paper_mode="crop",
+)

@@ -1,0 +1,36 @@
+"""One's own questions: `--task jsonl --questions my.jsonl --images my_images`.
+
+A line of the file is a json object with question_id and text, and if wanted image (a file in the folder of --images),
+answer (one, or a list of right ones) and category (a sub-score of its own). Questions without an answer are asked and
+not scored.
+"""
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.files import image_path, required_file
+from benchmarks.scoring import Example, Task, accuracy, grade_plain
+from common import read_jsonl
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    if not options.questions:
+        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, perhaps answer) and --images DIR")
+    for i, row in enumerate(read_jsonl(required_file(Path(), options.questions))):
+        image = None
+        if row.get("image"):
+            if not options.images:
+                raise ValueError(f"{options.questions} names images: add --images DIR")
+            image = image_path(Path(options.images), row["image"])
+        labels = (str(row["category"]),) if "category" in row else ()
+        yield Example(row.get("question_id", i), image, row["text"], row.get("answer"), labels)
+
+
+TASK = Task(
+    metric="accuracy",
+    read=read,
+    grade=grade_plain,
+    summarise=accuracy,
+    splits={"all": 0},
+    source="--questions FILE --images DIR",
+)

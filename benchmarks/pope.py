@@ -1,0 +1,116 @@
+"""POPE: does the model see objects that are not there? 8,910 yes/no questions about 500 COCO images.
+
+Three kinds of question differ in which absent object is asked about: a random one, a popular one, or one that usually
+occurs with what the picture shows (adversarial). The number that papers report is the mean of the three F1 scores.
+
+pope/coco/coco_pope_{adversarial,popular,random}.json of POPE's commit e3e39262 (its HEAD has 3,000 random questions,
+the published scores are on 2,910), pope/llava_pope_test.jsonl (eval.zip); images in pope/val2014/.
+"""
+import re
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.files import COCO, EVAL_ZIP, first_existing, image_path, required_file
+from benchmarks.scoring import SHORT, Example, Mark, Score, Task, bootstrapped, mean
+from common import read_jsonl
+
+# LLaVA's file makes question_id unique across the three kinds by these offsets.
+OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    """Labels are joined by image and question.
+
+    The official scorer joins by position, and misaligns in silence where the 3,000 random rows of POPE's HEAD are used.
+    """
+    rows = []
+    label_of = {}
+    for kind, offset in OFFSETS.items():
+        for official in read_jsonl(required_file(folder, f"coco/coco_pope_{kind}.json")):
+            row = {"question_id": official["question_id"] + offset, "image": official["image"],
+                   "text": f"{official['text']}\n{SHORT}", "category": kind}
+            rows.append(row)
+            label_of[question_key(row)] = official["label"]
+    llava_file = first_existing(folder, "llava_pope_test.jsonl")
+    if llava_file:
+        rows = read_jsonl(llava_file)
+    for row in rows:
+        kind = row["category"]
+        image = image_path(folder / "val2014", row["image"])
+        label = label_of.get(question_key(row))
+        if label is None:
+            raise ValueError(f"question {row['question_id']} has no label in coco_pope_{kind}.json: another version?")
+        yield Example(row["question_id"], image, row["text"], label, (kind,))
+
+
+def question_key(row: dict) -> tuple[str, str, str]:
+    """Early versions misspell "image" as "imange"."""
+    question = row["text"].split("\n")[0].replace("imange", "image")
+    return row["category"], row["image"], question
+
+
+def grade(example: Example, text: str) -> Mark:
+    """The official rule: without a separate No, no or not before the first full stop, it is a yes.
+
+    So "NO!" and an empty answer count as yes. The report says how many answers hold neither word.
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    answer = "no" if {"No", "no", "not"} & set(words) else "yes"
+    yes_or_no = {"yes", "no", "not"} & set(re.findall(r"[a-z]+", text.lower()))
+    return Mark(float(answer == example.truth), answer, unparsed=not yes_or_no)
+
+
+# How an answer counts, from the truth and whether it was right: a column of the table of counts.
+TRUE_YES, FALSE_YES, FALSE_NO, TRUE_NO = range(4)
+COLUMNS = {("yes", 1.0): TRUE_YES, ("no", 0.0): FALSE_YES, ("yes", 0.0): FALSE_NO, ("no", 1.0): TRUE_NO}
+
+
+def f1(counts: np.ndarray) -> np.ndarray:
+    """(..., kinds, 4) -> (..., kinds). 0, not an error, where nothing is labelled or called yes."""
+    true_yes = counts[..., TRUE_YES]
+    wrong = counts[..., FALSE_YES] + counts[..., FALSE_NO]
+    return 2 * true_yes / np.maximum(2 * true_yes + wrong, 1)
+
+
+def mean_f1(counts: np.ndarray) -> np.ndarray:
+    """(..., kinds, 4) -> (...), the headline."""
+    return 100 * f1(counts).mean(-1)
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score:
+    kinds = sorted({example.labels[0] for example in examples})
+    # The bootstrap draws images, because the questions about one stand and fall together.
+    counts_of_image = defaultdict(lambda: np.zeros((len(kinds), 4)))
+    for example, mark in zip(examples, marks):
+        kind = kinds.index(example.labels[0])
+        counts_of_image[example.image][kind, COLUMNS[example.truth, mark.points]] += 1
+    totals = sum(counts_of_image.values())                              # (kinds, 4)
+    others = {"accuracy": 100 * mean([mark.points for mark in marks])}
+    for kind, kind_f1, (true_yes, false_yes, false_no, true_no) in zip(kinds, f1(totals), totals):
+        n = true_yes + false_yes + false_no + true_no
+        numbers = {"F1": kind_f1,
+                   "accuracy": (true_yes + true_no) / n,
+                   "precision": true_yes / max(true_yes + false_yes, 1),
+                   "recall": true_yes / max(true_yes + false_no, 1),
+                   "yes ratio": (true_yes + false_yes) / n}
+        for name, value in numbers.items():
+            others[f"{kind} {name}"] = float(100 * value)
+    return bootstrapped(list(counts_of_image.values()), mean_f1, "images", others)
+
+
+TASK = Task(
+    metric="mean F1 of the three kinds",
+    read=read,
+    grade=grade,
+    summarise=summarise,
+    splits={"all": 8_910},
+    source=f"{COCO}/val2014.zip; coco/ from https://github.com/AoiDragon/POPE/tree/e3e39262/output (HEAD has 3,000 "
+           f"random questions, the published scores are on 2,910); {EVAL_ZIP}",
+    files={"llava_pope_test.jsonl": "1d3b41f0dced74b4", "coco/coco_pope_adversarial.json": "1d8f0906a9b50c05",
+           "coco/coco_pope_popular.json": "5b16653023bf4f64", "coco/coco_pope_random.json": "c16b65d2df6d70bb"},
+    published={"llava_phi": 85.0, "mipha": 86.7, "llava": 85.9, "tinyllava": 86.8},
+)

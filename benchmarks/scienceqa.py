@@ -1,0 +1,89 @@
+"""ScienceQA: school questions with two to five choices, half of them with a picture; test split, 4,241 questions.
+
+All are asked, those without a picture as text only, but the number that papers report is the accuracy on the 2,017
+with a picture.
+
+scienceqa/problems.json, pid_splits.json, images/test/; llava_test_CQM-A.json (eval.zip) gives order and wording.
+"""
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.files import EVAL_ZIP, first_existing, image_path, lettered, read_official_json, required_file
+from benchmarks.scoring import LETTER, LETTERS, Example, Mark, Score, Task, accuracy
+
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    problems = read_official_json(required_file(folder, "problems.json"))
+    splits = read_official_json(required_file(folder, "pid_splits.json"))
+    texts = {pid: None for pid in splits["test"]}
+    llava_file = first_existing(folder, "llava_test_CQM-A.json")
+    if llava_file:
+        texts = {}
+        for row in read_official_json(llava_file):
+            texts[row["id"]] = row["conversations"][0]["value"].replace("<image>", "").strip()
+    images = first_existing(folder, "images/test", "test") or folder / "images/test"
+    for pid, text in texts.items():
+        problem = problems[pid]
+        image = None
+        if problem["image"]:
+            image = image_path(images, f"{pid}/{problem['image']}")
+        elif options.img_only:
+            continue
+        prompt = f"{text or rebuilt_text(problem)}\n{LETTER}"
+        # The official scorer finds the questions that count by the <image> in an answer's saved prompt.
+        info = {"saved": f"<image>\n{prompt}"} if image else {}
+        yield Example(pid, image, prompt, LETTERS[problem["answer"]], labels_of(problem), info)
+
+
+def rebuilt_text(problem: dict) -> str:
+    """The question as LLaVA's file words it."""
+    hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+    text = f"{hint}{problem['question']}\n{lettered(problem['choices'])}"
+    return text.replace("  ", " ").strip()
+
+
+def labels_of(problem: dict) -> tuple[str, ...]:
+    """Subject, kinds of context and school years: the columns of ScienceQA's own table."""
+    context = []
+    if problem["hint"]:
+        context.append("TXT")
+    if problem["image"]:
+        context.append("IMG")
+    year = int(problem["grade"].removeprefix("grade"))
+    return (SUBJECTS[problem["subject"]], *(context or ["NO"]), "G1-6" if year <= 6 else "G7-12")
+
+
+def scienceqa_letter(text: str) -> str | None:
+    """LLaVA's rule: a bare letter, "B. ...", or exactly one "The answer is B" with a character after it."""
+    if text[:1] in set("ABCDE") and (len(text) == 1 or text[1:3] == ". "):
+        return text[0]
+    letters = re.findall(r"The answer is ([A-Z]).", text)
+    return letters[0] if len(letters) == 1 else None
+
+
+def grade(example: Example, text: str) -> Mark:
+    letter = scienceqa_letter(text)
+    return Mark(float(letter == example.truth), letter or "", unparsed=letter is None)
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    return accuracy(examples, marks, only="IMG")
+
+
+TASK = Task(
+    metric="accuracy on questions with an image",
+    read=read,
+    grade=grade,
+    summarise=summarise,
+    splits={"test": 4_241},
+    images_only=2_017,
+    source=f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, images/test; {EVAL_ZIP}",
+    files={"llava_test_CQM-A.json": "a2dc5ea9fba561b0", "pid_splits.json": "85c7820b9f136e57", "problems.json": ""},
+    published={"llava_phi": 68.4, "mipha": 70.9, "llava": 66.8, "tinyllava": 71.2},
+    max_new_tokens=1024,
+    paper_mode="crop",
+)

@@ -1,0 +1,297 @@
+"""What the benchmarks share: the types they are written in, the two VQA normalisers, and the statistics of a score.
+
+Everything is plain Python and numpy and works on text, so that answers can be scored without torch or a model.
+"""
+import math
+import re
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# The instructions that LLaVA appends to a question, word for word: models were trained on exactly these strings.
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+BLANK = "blank"                     # stands for an image that has the padding colour everywhere
+
+# The models whose published scores are shown beside our own: the field of `Task.published` and the name of the column.
+PUBLISHED = {
+    "llava_phi": "LLaVA-Phi-3B",
+    "mipha": "Mipha-3B",
+    "llava": "LLaVA-1.5-7B",
+    "tinyllava": "TinyLLaVA *",     # *: CLIP-L/336 + Phi-2 with TinyLLaVA-Factory's base recipe
+}
+
+# ---------------------------------------------------------------------------------------------------
+# Types
+
+
+class Example(NamedTuple):
+    """One question.
+
+    Its row, which is its place in the benchmark's list, is its identity: question_id repeats in some benchmarks.
+    """
+    question_id: int | str
+    image: Path | bytes | str | None    # a file, an encoded picture, BLANK, or None for text only
+    prompt: str                         # final wording, instruction included
+    truth: object = None                # what the grader compares with; None: the truth is on a server
+    labels: tuple[str, ...] = ()        # the sub-scores this question counts in
+    info: dict = {}                     # what the benchmark's summary or submission needs besides
+
+
+class Mark(NamedTuple):
+    """What one answer earned."""
+    points: float | None                # 0 to 1; None: not scored
+    parsed: str = ""                    # how the grader read the answer
+    unparsed: bool = False              # the official rule found no answer in the text, or had to fall back
+    raw: tuple[float, ...] = ()         # further numbers that the benchmark's summary needs
+
+
+class Score(NamedTuple):
+    """A headline number with its 95 % interval, and the numbers beside it."""
+    value: float
+    low: float
+    high: float
+    interval: str                       # the method
+    others: dict[str, float]
+
+
+Read = Callable[[Path, Namespace], Iterable[Example]]
+Grade = Callable[[Example, str], Mark]
+Summarise = Callable[[list[Example], list[Mark]], Score | None]
+Judge = Callable[[list[Example], list[str], Namespace, Path], list[Mark]]
+WriteSubmission = Callable[[list[Example], list[str], Path, Path], Path]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
+    metric: str                                         # what the headline number is
+    read: Read                                          # (folder, options) -> questions, in the official order
+    summarise: Summarise
+    splits: dict[str, int]                              # name -> official number of questions (0: any); default first
+    source: str                                         # where the data comes from
+    grade: Grade | None = None                          # None: a judge does it
+    judge: Judge | None = None                          # (questions, answers, options, folder of the results) -> marks
+    write_submission: WriteSubmission | None = None     # (questions, answers, data folder, results) -> the file
+    folders: tuple[str, ...] = ()                       # names of its folder under --root; none: the task's name
+    files: dict[str, str] = field(default_factory=dict)         # file -> start of the official sha256 ("": not known)
+    published: dict[str, float] = field(default_factory=dict)   # key of PUBLISHED -> score
+    max_new_tokens: int = 128
+    paper_mode: str = "pad"                             # image mode behind the published tables
+    repeated_ids: bool = False                          # question_id names the image, not the question
+    images_only: int = 0                                # official number of questions that --img-only leaves
+    prompt_note: Callable[[dict], str] | None = None    # settings -> a remark on the prompt, for the report
+    split_notes: dict[str, str] = field(default_factory=dict)   # split -> a remark on its score, for the report
+
+# ---------------------------------------------------------------------------------------------------
+# The two VQA normalisers
+#
+# TextVQA, VizWiz and every VQA submission use the EvalAI processor of the M4C code; the VQA server scores with its own.
+# They differ in small ways that decide whole points, so both follow the official code to the letter, slips included.
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+                "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+ARTICLES = {"a", "an", "the"}
+
+# The misspellings that the VQA scorers repair. Entries with a capital I never apply, because texts are lower-cased
+# first, and "somebody'd" loses its apostrophe: both are so in the official table. A test holds its checksum.
+CONTRACTIONS = {
+    "'ow'sat": "'ow's'at", "'ows'at": "'ow's'at", "I'dve": "I'd've",
+    "Id've": "I'd've", "Im": "I'm", "Ive": "I've",
+    "aint": "ain't", "arent": "aren't", "cant": "can't",
+    "couldn'tve": "couldn't've", "couldnt": "couldn't", "couldnt've": "couldn't've",
+    "couldve": "could've", "didnt": "didn't", "doesnt": "doesn't",
+    "dont": "don't", "hadn'tve": "hadn't've", "hadnt": "hadn't",
+    "hadnt've": "hadn't've", "hasnt": "hasn't", "havent": "haven't",
+    "he'dve": "he'd've", "hed": "he'd", "hed've": "he'd've",
+    "hes": "he's", "howd": "how'd", "howll": "how'll",
+    "hows": "how's", "isnt": "isn't", "it'dve": "it'd've",
+    "itd": "it'd", "itd've": "it'd've", "itll": "it'll",
+    "let's": "let's", "maam": "ma'am", "mightn'tve": "mightn't've",
+    "mightnt": "mightn't", "mightnt've": "mightn't've", "mightve": "might've",
+    "mustnt": "mustn't", "mustve": "must've", "neednt": "needn't",
+    "notve": "not've", "oclock": "o'clock", "oughtnt": "oughtn't",
+    "ow's'at": "'ow's'at", "shant": "shan't", "she'dve": "she'd've",
+    "she's": "she's", "shed've": "she'd've", "shouldn'tve": "shouldn't've",
+    "shouldnt": "shouldn't", "shouldnt've": "shouldn't've", "shouldve": "should've",
+    "somebody'd": "somebodyd", "somebody'dve": "somebody'd've", "somebodyd've": "somebody'd've",
+    "somebodyll": "somebody'll", "somebodys": "somebody's", "someone'dve": "someone'd've",
+    "someoned": "someone'd", "someoned've": "someone'd've", "someonell": "someone'll",
+    "someones": "someone's", "something'dve": "something'd've", "somethingd": "something'd",
+    "somethingd've": "something'd've", "somethingll": "something'll", "thats": "that's",
+    "there'dve": "there'd've", "thered": "there'd", "thered've": "there'd've",
+    "therere": "there're", "theres": "there's", "they'dve": "they'd've",
+    "theyd": "they'd", "theyd've": "they'd've", "theyll": "they'll",
+    "theyre": "they're", "theyve": "they've", "twas": "'twas",
+    "wasnt": "wasn't", "we'dve": "we'd've", "wed've": "we'd've",
+    "werent": "weren't", "weve": "we've", "whatll": "what'll",
+    "whatre": "what're", "whats": "what's", "whatve": "what've",
+    "whens": "when's", "whered": "where'd", "wheres": "where's",
+    "whereve": "where've", "who'dve": "who'd've", "whod": "who'd",
+    "whod've": "who'd've", "wholl": "who'll", "whos": "who's",
+    "whove": "who've", "whyll": "why'll", "whyre": "why're",
+    "whys": "why's", "wont": "won't", "wouldn'tve": "wouldn't've",
+    "wouldnt": "wouldn't", "wouldnt've": "wouldn't've", "wouldve": "would've",
+    "y'all'dve": "y'all'd've", "y'alld've": "y'all'd've", "y'allll": "y'all'll",
+    "yall": "y'all", "yall'd've": "y'all'd've", "yall'll": "y'all'll",
+    "you'dve": "you'd've", "youd": "you'd", "youd've": "you'd've",
+    "youll": "you'll", "youre": "you're", "youve": "you've",
+}
+
+
+def one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _normalize(text: str, digit_comma: str) -> str:
+    """The steps that both normalisers share: punctuation, periods, number words, articles, contractions.
+
+    A punctuation mark becomes a space, but disappears where a space is beside it anyway. A comma between digits
+    (the pattern `digit_comma`) makes *every* mark of the text disappear, not only the comma: "1,000 a-b" -> "1000 ab".
+    """
+    has_digit_comma = re.search(digit_comma, text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        if mark not in text:
+            continue
+        beside_space = mark + " " in text or " " + mark in text
+        result = result.replace(mark, "" if beside_space or has_digit_comma else " ")
+    # Only the first 32 periods go: the official code passes a regex flag where the count belongs, and the flag is 32.
+    result = re.sub(r"\.(?!\d)", "", result, count=32)
+    words = []
+    for word in result.lower().split():
+        word = NUMBER_WORDS.get(word, word)
+        if word not in ARTICLES:
+            words.append(CONTRACTIONS.get(word, word))
+    return " ".join(words)
+
+
+# The ten people who answer a question mostly agree, so the same few strings are normalised again and again.
+@lru_cache(maxsize=1 << 20)
+def normalize_evalai(text: str) -> str:
+    """The EvalAI processor (m4c): TextVQA, VizWiz, and every VQA submission."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _normalize(one_line(text), r"\d,+\d")
+
+
+@lru_cache(maxsize=1 << 20)
+def normalize_vqa(text: str) -> str:
+    """The official VQA scorer's own normaliser (2021 version)."""
+    return _normalize(one_line(text), r"\d,\d")
+
+
+def soft_accuracy(answer: str, humans: list[str]) -> float:
+    """Mean over the humans, each left out in turn, of min(1, matches among the others / 3)."""
+    same = humans.count(answer)
+    different = len(humans) - same
+    # Leaving out somebody who agrees lowers the count of matches by one; leaving out anybody else does not.
+    total = same * min(1, (same - 1) / 3) + different * min(1, same / 3)
+    return total / len(humans)
+
+
+def evalai_accuracy(text: str, humans: list[str]) -> float:
+    """Soft accuracy as TextVQA's scorer computes it: both sides go through the EvalAI processor."""
+    return soft_accuracy(normalize_evalai(text), [normalize_evalai(human) for human in humans])
+
+
+def vqa_accuracy(text: str, humans: list[str]) -> float:
+    """The official VQA scorer on a submitted answer: with unanimous humans it compares raw strings."""
+    text = one_line(text)
+    humans = [one_line(human) for human in humans]
+    if len(set(humans)) > 1:
+        text = normalize_vqa(text)
+        humans = [normalize_vqa(human) for human in humans]
+    return soft_accuracy(text, humans)
+
+
+def plain_answer(text: str) -> str:
+    """Case, outer spaces and a final full stop do not count. For the shapes and for one's own questions."""
+    return text.strip().rstrip(".").strip().lower()
+
+
+def grade_plain(example: Example, text: str) -> Mark:
+    """Right if the answer is the truth, or one of several truths."""
+    answer = plain_answer(text)
+    truths = example.truth if isinstance(example.truth, list) else [example.truth]
+    right = answer in [plain_answer(str(truth)) for truth in truths]
+    return Mark(float(right), answer)
+
+# ---------------------------------------------------------------------------------------------------
+# Statistics: marks -> the number that papers report, its 95 % interval, and the numbers beside it
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def interval_of_mean(points: list[float]) -> tuple[float, float, str]:
+    """-> low and high in per cent, and the method.
+
+    Wilson's interval where every answer is right or wrong (it stays inside 0 to 100 and is not empty when all are
+    right); the normal one where answers earn parts of a point.
+    """
+    n = len(points)
+    p = mean(points)
+    z = 1.96
+    if set(points) <= {0.0, 1.0}:
+        scale = 1 + z * z / n
+        middle = (p + z * z / (2 * n)) / scale
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
+        method = "Wilson"
+    else:
+        variance = mean([(x - p) ** 2 for x in points])
+        middle = p
+        half = z * math.sqrt(variance / n)
+        method = "normal"
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half), method
+
+
+def accuracy(examples: list[Example], marks: list[Mark], beside: dict[str, float] | None = None,
+             only: str | None = None) -> Score | None:
+    """Mean of the points in per cent, and beside it the mean of each label's.
+
+    beside: further numbers, shown before those of the labels. only: the headline is on the questions with this label,
+    and the mean of all stands beside it. None where --limit leaves no question that counts.
+    """
+    points = [mark.points for mark in marks]
+    by_label = defaultdict(list)
+    for example, mark in zip(examples, marks):
+        for label in example.labels:
+            by_label[label].append(mark.points)
+    others = dict(beside or {})
+    if only:
+        others["all"] = 100 * mean(points)
+        points = by_label[only]
+    if not points:
+        return None
+    for label, of_label in sorted(by_label.items()):
+        others[label] = 100 * mean(of_label)
+    return Score(100 * mean(points), *interval_of_mean(points), others)
+
+
+def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
+                 others: dict[str, float]) -> Score:
+    """Score of a metric that is computed from summed counts, such as F1, with a bootstrap interval.
+
+    counts: (units, ...), what each unit adds to the sums. The units are drawn anew, so they must be what is
+    independent: images, where several questions are about one.
+    metric: (..., counts of all units summed) -> (...); it is called with the sums of all 1000 draws at once.
+    """
+    counts = np.array(counts, dtype=float)
+    rng = np.random.default_rng(0)
+    n = len(counts)
+    # Drawing n units with replacement is one multinomial row of how often each was drawn.
+    times_drawn = rng.multinomial(n, np.full(n, 1 / n), size=1000)                  # (draws, units)
+    of_draws = metric(np.tensordot(times_drawn, counts, 1))                         # (draws,)
+    low, high = np.percentile(of_draws, [2.5, 97.5])
+    method = f"bootstrap over {unit}, 1000 draws, seed 0"
+    return Score(float(metric(counts.sum(0))), float(low), float(high), method, others)

@@ -1,0 +1,64 @@
+"""SEED-Bench: multiple choice in twelve dimensions; the image part (14,233 questions) unless `--split all` is given.
+
+seed_bench/SEED-Bench.json, images in SEED-Bench-image/; for the videos their middle frames in SEED-Bench-video-image/;
+llava-seed-bench.jsonl (eval.zip) gives the order.
+"""
+from argparse import Namespace
+from pathlib import Path
+
+from benchmarks.files import first_existing, image_path, lettered, read_official_json, required_file, to_jsonl
+from benchmarks.scoring import LETTER, Example, Mark, Score, Task, accuracy
+from common import read_jsonl, write_whole
+
+
+def read(folder: Path, options: Namespace) -> list[Example]:
+    official = read_official_json(required_file(folder, "SEED-Bench.json"))
+    name_of_type = {number: name for name, number in official["question_type"].items()}
+    examples = {}
+    for row in official["questions"]:
+        number = row["question_id"]
+        if row["data_type"] == "image":
+            number = int(number)                # as in LLaVA's file; a video's is text, such as "v9"
+            image = image_path(folder / "SEED-Bench-image", row["data_id"])
+        elif options.split == "image":
+            continue
+        else:
+            image = folder / "SEED-Bench-video-image" / f"{row['question_type_id']}_{number}.png"
+        choices = lettered(row[f"choice_{letter}"] for letter in "abcd")
+        labels = (row["data_type"], name_of_type[row["question_type_id"]])
+        examples[str(number)] = Example(number, image, f"{row['question']}\n{choices}\n{LETTER}", row["answer"], labels)
+    llava_file = first_existing(folder, "llava-seed-bench.jsonl")
+    if llava_file is None:
+        return list(examples.values())
+    order = [str(row["question_id"]) for row in read_jsonl(llava_file)]
+    return [examples[number] for number in order if number in examples]
+
+
+def grade(example: Example, text: str) -> Mark:
+    """LLaVA's rule is plain equality: "B." is wrong."""
+    return Mark(float(text == example.truth), text, unparsed=text not in ("A", "B", "C", "D"))
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    return accuracy(examples, marks, only="image")
+
+
+def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    rows = []
+    for example, text in zip(examples, texts):
+        rows.append({"question_id": str(example.question_id), "prediction": text})
+    return write_whole(out / "seed_bench.jsonl", to_jsonl(rows))
+
+
+TASK = Task(
+    metric="accuracy on images",
+    read=read,
+    grade=grade,
+    summarise=summarise,
+    write_submission=write_submission,
+    splits={"image": 14_233, "all": 19_242},
+    source="https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip",
+    folders=("seed_bench",),
+    files={"SEED-Bench.json": ""},
+    published={"llava": 66.1},
+)

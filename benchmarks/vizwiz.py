@@ -1,0 +1,69 @@
+"""VizWiz: questions that blind people asked about their own photographs, often blurred, often unanswerable.
+
+The published score is on test (8,000), for which the EvalAI server no longer takes submissions; the upload is written
+all the same. `--split val` (4,319) is scored here.
+
+vizwiz/llava_test.jsonl (eval.zip) or Annotations/test.json, val.json; images in vizwiz/test/ and vizwiz/val/.
+"""
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.files import (EVAL_ZIP, first_existing, image_path, read_llava_questions, read_official_json,
+                              required_file)
+from benchmarks.scoring import (SHORT, Example, Mark, Score, Task, accuracy, evalai_accuracy, mean, normalize_evalai,
+                                vqa_accuracy)
+from common import write_whole
+
+UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    images = folder / options.split
+    llava_file = first_existing(folder, "llava_test.jsonl")
+    if options.split == "test" and llava_file:
+        yield from read_llava_questions(llava_file, images)
+        return
+    path = required_file(folder, f"{options.split}.json", f"Annotations/{options.split}.json")
+    for i, row in enumerate(read_official_json(path)):
+        # capitalize() also lower-cases the rest; so it is in all 8,000 rows of LLaVA's file.
+        prompt = f"{row['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
+        humans = None
+        labels = ()
+        if "answers" in row:
+            humans = [answer["answer"] for answer in row["answers"]]
+            labels = (row["answer_type"],)
+        yield Example(i, image_path(images, row["image"]), prompt, humans, labels)
+
+
+def grade(example: Example, text: str) -> Mark:
+    """Points as TextVQA's scorer gives them, which is common for val; raw: what the official VQA scorer gives."""
+    answer = normalize_evalai(text)
+    return Mark(evalai_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
+
+
+def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    official = 100 * mean([mark.raw[0] for mark in marks])
+    return accuracy(examples, marks, beside={"official VQA scorer": official})
+
+
+def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    upload = []
+    for example, text in zip(examples, texts):
+        upload.append({"image": example.image.name, "answer": normalize_evalai(text)})
+    return write_whole(out / "vizwiz_test.json", json.dumps(upload))
+
+
+TASK = Task(
+    metric="soft accuracy",
+    read=read,
+    grade=grade,
+    summarise=summarise,
+    write_submission=write_submission,
+    splits={"test": 8_000, "val": 4_319},
+    source=f"https://vizwiz.org/tasks-and-datasets/vqa: Annotations.zip, test.zip (val.zip); {EVAL_ZIP}",
+    files={"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
+    published={"llava_phi": 35.9, "mipha": 45.7, "llava": 50.0},
+    split_notes={"val": "The published scores are on the test split; these images are others."},
+)
