@@ -1,30 +1,38 @@
 """The demo's world: pictures of one to three coloured shapes, captions, and questions whose answers the scene decides.
 
-A scene is a tuple of Shapes, at most one per quarter of a 56-pixel picture. Training and held-out pictures never show
-the same scene: a quarter of all scenes, picked by a checksum, is kept out of all training.
+Since a scene is known exactly, every answer is known to be right, and what the trained model says about pictures that
+it never saw can be scored without any human. Training and held-out pictures never show the same scene: a quarter of
+all scenes, picked by a checksum, is kept out of all training.
 
 $ python -m demo.shapes --out out/demo/data     # pretrain.json finetune.json heldout_captions.json images/ shapes/
 """
-import argparse
 import json
 import random
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-SIZE = 56                                           # pixels per side
-COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (52, 90, 220), "yellow": (241, 196, 15)}
+from common import Parser, run_command
+
+SIZE = 56                                           # pixels per side: 4 x 4 patches of 14, so a quarter is 2 x 2
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (39, 174, 96),
+    "blue": (52, 90, 220),
+    "yellow": (241, 196, 15),
+}
 KINDS = ("circle", "square", "triangle")
 NAMES = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three")
 
 
 class Shape(NamedTuple):
-    place: int                                      # which quarter: an index of PLACES
+    quarter: int                                    # of the picture: an index of QUARTERS
     colour: str
     kind: str
 
@@ -32,8 +40,16 @@ class Shape(NamedTuple):
     def name(self) -> str:
         return f"{self.colour} {self.kind}"
 
+    @property
+    def column(self) -> int:
+        return self.quarter % 2                     # 0 left, 1 right
 
-Scene = tuple[Shape, ...]                           # in reading order
+    @property
+    def row(self) -> int:
+        return self.quarter // 2                    # 0 top, 1 bottom
+
+
+Scene = tuple[Shape, ...]                           # at most one shape per quarter, in reading order
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -42,95 +58,128 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
-    """One to three shapes, each number as often; no two alike."""
+    """One to three shapes, each number as often; no two alike, so that every shape can be asked about by its name."""
     while True:
-        places = sorted(rng.sample(range(4), rng.choice((1, 2, 3))))
-        scene = tuple(Shape(place, rng.choice(list(COLOURS)), rng.choice(KINDS)) for place in places)
-        if len({shape.name for shape in scene}) == len(scene) and is_held_out(scene) == held_out:
+        n = rng.choice((1, 2, 3))
+        quarters = sorted(rng.sample(range(4), n))
+        scene = tuple(Shape(quarter, rng.choice(list(COLOURS)), rng.choice(KINDS)) for quarter in quarters)
+        all_differ = len({shape.name for shape in scene}) == n
+        if all_differ and is_held_out(scene) == held_out:
             return scene
 
 
 def paint(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene on a dark ground; size, exact position and shade of each shape vary. Drawn larger: smooth edges."""
-    scale, ground = 4, rng.randint(20, 60)
+    """The scene on a dark ground. Size, exact position and shade of each shape vary, so pixels cannot be memorised."""
+    scale = 4                                       # painted larger and reduced at the end: smooth edges
+    ground = rng.randint(20, 60)
     image = Image.new("RGB", (SIZE * scale, SIZE * scale), (ground, ground, ground + 8))
     pen = ImageDraw.Draw(image)
     for shape in scene:
         r = rng.uniform(8, 11)                      # half the size, in pixels
-        x, y = (28 * cell + rng.uniform(r + 1, 27 - r) for cell in (shape.place % 2, shape.place // 2))
-        box = [scale * v for v in (x - r, y - r, x + r, y + r)]
-        fill = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[shape.colour])
+        x = 28 * shape.column + rng.uniform(r + 1, 27 - r)
+        y = 28 * shape.row + rng.uniform(r + 1, 27 - r)
+        left, top, right, bottom = scale * (x - r), scale * (y - r), scale * (x + r), scale * (y + r)
+        fill = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLOURS[shape.colour])
         if shape.kind == "circle":
-            pen.ellipse(box, fill)
+            pen.ellipse((left, top, right, bottom), fill)
         elif shape.kind == "square":
-            pen.rectangle(box, fill)
+            pen.rectangle((left, top, right, bottom), fill)
         else:
-            pen.polygon([(scale * x, box[1]), (box[2], box[3]), (box[0], box[3])], fill)
+            pen.polygon([(scale * x, top), (right, bottom), (left, bottom)], fill)
     return image.reduce(scale)
 
 
 def caption(scene: Scene) -> str:
-    return ", ".join(f"a {shape.name} at the {PLACES[shape.place]}" for shape in scene)
+    return ", ".join(f"a {shape.name} at the {QUARTERS[shape.quarter]}" for shape in scene)
 
 # ---------------------------------------------------------------------------------------------------
-# Questions. Each maker asks about one shape of the scene -> (question, answer, number of possible answers), or None if
-# the scene leaves no such question open.
+# Questions. Each of these functions asks about one shape of the scene, or returns None if its kind of question has no
+# single answer there: "What colour is the circle?" presumes that there is one circle.
 
 
-Made = tuple[str, str, int] | None
+class Question(NamedTuple):
+    text: str
+    answer: str
+    n_answers: int                                  # how many answers are possible: 1 / n_answers is chance
 
 
-def colour_of(scene: Scene, shape: Shape, rng: random.Random) -> Made:
-    alone = [s.kind for s in scene].count(shape.kind) == 1
-    return (f"What colour is the {shape.kind}?", shape.colour, len(COLOURS)) if alone else None
+def colour_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+    kinds = [s.kind for s in scene]
+    if kinds.count(shape.kind) > 1:
+        return None
+    return Question(f"What colour is the {shape.kind}?", shape.colour, len(COLOURS))
 
 
-def kind_of(scene: Scene, shape: Shape, rng: random.Random) -> Made:
-    alone = [s.colour for s in scene].count(shape.colour) == 1
-    return (f"What shape is {shape.colour}?", shape.kind, len(KINDS)) if alone else None
+def kind_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+    colours = [s.colour for s in scene]
+    if colours.count(shape.colour) > 1:
+        return None
+    return Question(f"What shape is {shape.colour}?", shape.kind, len(KINDS))
 
 
-def place_of(scene: Scene, shape: Shape, rng: random.Random) -> Made:
-    return f"Where is the {shape.name}?", PLACES[shape.place], len(PLACES)
+def quarter_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+    return Question(f"Where is the {shape.name}?", QUARTERS[shape.quarter], len(QUARTERS))
 
 
-def thing_at(scene: Scene, shape: Shape, rng: random.Random) -> Made:
-    return f"What is at the {PLACES[shape.place]}?", shape.name, len(NAMES)
+def shape_at(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+    return Question(f"What is at the {QUARTERS[shape.quarter]}?", shape.name, len(NAMES))
 
 
-def how_many(scene: Scene, shape: Shape, rng: random.Random) -> Made:
-    return "How many shapes are there?", NUMBERS[len(scene) - 1], len(NUMBERS)
+def how_many(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+    return Question("How many shapes are there?", NUMBERS[len(scene) - 1], len(NUMBERS))
 
 
-def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Made:
-    """Yes as often as no; a no asks for something that shares its colour or its kind with the shape."""
+def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+    """Yes as often as no. A no asks for something that shares its colour or its kind with the shape.
+
+    Something unlike everything in the picture would be too easy: half of the answer would do.
+    """
     if rng.random() < 0.5:
-        return f"Is there a {shape.name}?", "yes", 2
-    near = [name for name in NAMES if (name.split()[0] == shape.colour) != (name.split()[1] == shape.kind)]
-    return f"Is there a {rng.choice([name for name in near if name not in {s.name for s in scene}])}?", "no", 2
+        return Question(f"Is there a {shape.name}?", "yes", 2)
+    present = {s.name for s in scene}
+    similar = []
+    for name in NAMES:
+        colour, kind = name.split()
+        shares_one = (colour == shape.colour) != (kind == shape.kind)
+        if shares_one and name not in present:
+            similar.append(name)
+    return Question(f"Is there a {rng.choice(similar)}?", "no", 2)
 
 
-def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Made:
+def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
     """The shape and another one, in a direction in which they differ."""
     if len(scene) == 1:
         return None
-    a, b = rng.sample([shape, rng.choice([s for s in scene if s != shape])], 2)
-    (ax, ay), (bx, by) = ((s.place % 2, s.place // 2) for s in (a, b))
-    sides = {"left of": ax - bx, "right of": bx - ax, "above": ay - by, "below": by - ay}
-    side, before = rng.choice([item for item in sides.items() if item[1]])
-    return f"Is the {a.name} {side} the {b.name}?", "yes" if before < 0 else "no", 2
+    other = rng.choice([s for s in scene if s != shape])
+    a, b = rng.sample([shape, other], 2)
+    distances = {                                   # negative where the sentence "a is ... b" is true
+        "left of": a.column - b.column,
+        "right of": b.column - a.column,
+        "above": a.row - b.row,
+        "below": b.row - a.row,
+    }
+    relation, distance = rng.choice([item for item in distances.items() if item[1] != 0])
+    return Question(f"Is the {a.name} {relation} the {b.name}?", "yes" if distance < 0 else "no", 2)
 
 
-QUESTIONS = {"colour": colour_of, "shape": kind_of, "place": place_of, "thing": thing_at, "count": how_many,
-             "presence": is_there, "relation": is_beside}
+QUESTIONS = {
+    "colour": colour_of,
+    "shape": kind_of,
+    "place": quarter_of,
+    "thing": shape_at,
+    "count": how_many,
+    "presence": is_there,
+    "relation": is_beside,
+}
 
 
 def ask(scene: Scene, shape: Shape, rng: random.Random) -> tuple[str, str]:
     """A question about this shape of any kind but the count, and its answer."""
     while True:
         category = rng.choice([name for name in QUESTIONS if name != "count"])
-        if made := QUESTIONS[category](scene, shape, rng):
-            return made[:2]
+        question = QUESTIONS[category](scene, shape, rng)
+        if question:
+            return question.text, question.answer
 
 
 def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
@@ -141,72 +190,117 @@ def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """
     if rng.random() < 1 / 8:
         return [("Describe the picture.", caption(scene))]
-    turns, told = [], []
+    turns = []
+    told = []                                       # shapes whose colour and kind an earlier turn says
     for shape in rng.sample(scene, len(scene)):
-        if shape not in told:
-            turns.append(ask(scene, shape, rng))
-            while any(old.name in turns[-1][0] for old in told):
-                turns[-1] = ask(scene, shape, rng)
-            told += [s for s in scene if s == shape or s.name in turns[-1][0]]
-    turns.insert(rng.randrange(2), how_many(scene, scene[0], rng)[:2])      # early: of three that are told, all know
+        if shape in told:
+            continue
+        question, answer = ask(scene, shape, rng)
+        while any(old.name in question for old in told):
+            question, answer = ask(scene, shape, rng)
+        turns.append((question, answer))
+        told += [s for s in scene if s == shape or s.name in question]
+    # The count comes first or second: behind three shapes that were all talked about, nobody needs to look any more.
+    count = how_many(scene, scene[0], rng)
+    turns.insert(rng.randrange(2), (count.text, count.answer))
     return turns
 
 # ---------------------------------------------------------------------------------------------------
-# Files, in LLaVA's format
+# Files, in LLaVA's format. Everything is drawn from one generator, so the order of the calls below belongs to the
+# format too: the same seed has to give the same files.
 
 
-def record(name: str, turns: list[tuple[str, str]]) -> dict:
-    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn)]
+def to_conversation(turns: list[tuple[str, str]]) -> list[dict]:
+    said = []
+    for question, answer in turns:
+        said.append({"from": "human", "value": question})
+        said.append({"from": "gpt", "value": answer})
+    return said
+
+
+def to_record(name: str, turns: list[tuple[str, str]]) -> dict:
+    """A record of LLaVA's json about the picture NAME.png."""
+    said = to_conversation(turns)
     said[0]["value"] = "<image>\n" + said[0]["value"]
     return {"id": name, "image": f"{name}.png", "conversations": said}
 
 
+def paint_to(path: Path, scene: Scene, rng: random.Random) -> None:
+    paint(scene, rng).save(path, compress_level=1)  # a third larger than with the best compression, and much quicker
+
+
+def make_captions(images: Path, n: int, held_out: bool, stem: str, rng: random.Random) -> list[dict]:
+    """Paint n pictures into the folder -> a record with its caption for each."""
+    scenes = [draw_scene(rng, held_out) for _ in range(n)]
+    records = []
+    for i, scene in enumerate(scenes):
+        name = f"{stem}{i:05d}"
+        paint_to(images / f"{name}.png", scene, rng)
+        records.append(to_record(name, [("Describe the picture.", caption(scene))]))
+    return records
+
+
+def make_chats(images: Path, n: int, rng: random.Random) -> list[dict]:
+    """Paint n pictures into the folder -> a record with a conversation for each."""
+    scenes = [draw_scene(rng, held_out=False) for _ in range(n)]
+    records = []
+    for i, scene in enumerate(scenes):
+        name = f"chat{i:05d}"
+        paint_to(images / f"{name}.png", scene, rng)
+        records.append(to_record(name, converse(scene, rng)))
+    return records
+
+
+def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
+    """Paint n held-out pictures into the folder -> for each, a question of every kind that has an answer there."""
+    for i in range(n):
+        scene = draw_scene(rng, held_out=True)
+        name = f"{i:05d}"
+        paint_to(images / f"{name}.png", scene, rng)
+        for category, maker in QUESTIONS.items():
+            questions = [maker(scene, shape, rng) for shape in rng.sample(scene, len(scene))]
+            question = next((q for q in questions if q), None)
+            if question:
+                yield {
+                    "question_id": f"{name}-{category}",
+                    "image": f"{name}.png",
+                    "text": question.text,
+                    "answer": question.answer,
+                    "category": category,
+                    "chance": 1 / question.n_answers,
+                }
+
+
 def write_data(out: Path, n_pretrain: int, n_finetune: int, n_heldout: int, seed: int) -> None:
+    """The data of both stages and the benchmark "shapes", as a pure function of the numbers and the seed."""
     rng = random.Random(seed)
-    for folder in ("images", "shapes/images"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-
-    def picture(scene: Scene, name: str, folder: str = "images") -> str:
-        paint(scene, rng).save(out / folder / f"{name}.png", compress_level=1)
-        return name
-
-    def captions(n: int, held_out: bool, stem: str) -> list[dict]:
-        scenes = [draw_scene(rng, held_out) for _ in range(n)]
-        return [record(picture(scene, f"{stem}{i:05d}"), [("Describe the picture.", caption(scene))])
-                for i, scene in enumerate(scenes)]
-
-    (out / "pretrain.json").write_text(json.dumps(captions(n_pretrain, False, "caption")))
-    (out / "heldout_captions.json").write_text(json.dumps(captions(2 * n_heldout, True, "heldout")))
-    scenes = [draw_scene(rng, False) for _ in range(n_finetune)]
-    chats = [record(picture(scene, f"chat{i:05d}"), converse(scene, rng)) for i, scene in enumerate(scenes)]
+    images = out / "images"
+    benchmark = out / "shapes"
+    images.mkdir(parents=True, exist_ok=True)
+    (benchmark / "images").mkdir(parents=True, exist_ok=True)
+    captions = make_captions(images, n_pretrain, False, "caption", rng)
+    (out / "pretrain.json").write_text(json.dumps(captions))
+    captions = make_captions(images, 2 * n_heldout, True, "heldout", rng)
+    (out / "heldout_captions.json").write_text(json.dumps(captions))
+    chats = make_chats(images, n_finetune, rng)
     (out / "finetune.json").write_text(json.dumps(chats))
-    with open(out / "shapes" / "questions.jsonl", "w") as f:
-        for i in range(n_heldout):                  # a question of every kind that the scene has an answer to
-            scene = draw_scene(rng, True)
-            name = picture(scene, f"{i:05d}", "shapes/images")
-            for category, maker in QUESTIONS.items():
-                made = [maker(scene, shape, rng) for shape in rng.sample(scene, len(scene))]
-                for question, answer, n in [m for m in made if m][:1]:
-                    row = {"question_id": f"{name}-{category}", "image": f"{name}.png", "text": question,
-                           "answer": answer, "category": category, "chance": 1 / n}
-                    f.write(json.dumps(row) + "\n")
+    with open(benchmark / "questions.jsonl", "w") as file:
+        for row in make_questions(benchmark / "images", n_heldout, rng):
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/demo/data"), help="default: %(default)s")
-    parser.add_argument("--pretrain", type=int, default=3000, help="captioned pictures (default: %(default)s)")
-    parser.add_argument("--finetune", type=int, default=16000, help="conversations (default: %(default)s)")
-    parser.add_argument("--heldout", type=int, default=100, help="held-out pictures (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser = Parser(prog="-m demo.shapes", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/demo/data"), help="folder")
+    add("--pretrain", type=int, default=3000, help="captioned pictures")
+    add("--finetune", type=int, default=16000, help="conversations")
+    add("--heldout", type=int, default=100, help="held-out pictures")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
     args = parser.parse_args()
     write_data(args.out, args.pretrain, args.finetune, args.heldout, args.seed)
     print(f"{args.out}: {args.pretrain} captions, {args.finetune} conversations, {args.heldout} held-out pictures")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from data import encode, load_tokenizer
 from demo import run
-from demo.shapes import (COLOURS, NAMES, PLACES, QUESTIONS, Shape, caption, converse, draw_scene, is_held_out, paint,
+from demo.shapes import (COLOURS, NAMES, QUARTERS, QUESTIONS, Shape, caption, converse, draw_scene, is_held_out, paint,
                          write_data)
 from load_weights import load_config, load_into
 from model import LLaVAPhi, init_weights
@@ -22,7 +22,7 @@ SIDE = {"left": "left", "right": "right", "above": "top", "below": "bottom"}
 
 def answer_by_hand(scene, question: str) -> str | None:
     """The answer again, from the words of the question alone; None if it presumes something that is not so."""
-    things, words = {s.name: PLACES[s.place] for s in scene}, question.rstrip("?").split()
+    things, words = {s.name: QUARTERS[s.quarter] for s in scene}, question.rstrip("?").split()
     only = lambda found: found[0] if len(found) == 1 else None
     if question.startswith("How many"):
         return ["zero", "one", "two", "three"][len(things)]
@@ -117,7 +117,7 @@ def test_a_picture_shows_its_colours_where_the_scene_says():
         for place in range(4):
             top, left = 28 * (place // 2), 28 * (place % 2)
             quarter = pixels[top:top + 28, left:left + 28].reshape(-1, 3)
-            bright, there = quarter[quarter.max(1) > 120], [s for s in scene if s.place == place]
+            bright, there = quarter[quarter.max(1) > 120], [s for s in scene if s.quarter == place]
             assert (len(bright) > 40) == bool(there)
             if there:
                 nearest = min(COLOURS, key=lambda c: np.abs(np.median(bright, 0) - COLOURS[c]).sum())
