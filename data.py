@@ -9,6 +9,7 @@ The first two follow LLaVA's train.py (the chat template, where the image goes) 
 and SiglipImageProcessor (the pixels, bit for bit). This file knows nothing of models: sizes arrive as arguments.
 
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
+    $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
 """
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 
-from common import RECIPES, Parser, read_jsonl, run_command
+from common import RECIPES, Parser, read_json, read_jsonl, run_command
 
 # torch takes seconds to import: the functions that need it do so, and `python data.py --help` answers at once.
 if TYPE_CHECKING:
@@ -1013,6 +1014,29 @@ class Survey:
             self.headings["worth knowing: answer cut at the end"].append(i)
 
 
+def sizes_to_check(args: Namespace) -> tuple[int, int, int]:
+    """Picture size in pixels, positions of a picture, positions of a sample: as the model has them that is trained.
+
+    Flags come first, then the model's config, then the sizes of LLaVA-Phi. --tokenizer names a model too if there is
+    a vision tower in that folder.
+    """
+    folders = args.model or []
+    config_file = args.tokenizer / "config.json"
+    if not folders and config_file.is_file() and "vision_config" in read_json(config_file):
+        folders = [args.tokenizer]
+    image_size, n_patches, block_size = 336, 576, 2048
+    given = (args.image_size, args.n_patches, args.max_length)
+    if folders and None in given:
+        from load_weights import load_config        # imports torch and the model
+        config = load_config(*folders)
+        image_size = config.vision.image_size
+        n_patches = config.vision.n_patches
+        block_size = min(block_size, config.llm.block_size)
+        print(f"{' and '.join(map(str, folders))}: pictures of {image_size} pixels are {n_patches} positions, "
+              f"samples have up to {block_size}")
+    return args.image_size or image_size, args.n_patches or n_patches, args.max_length or block_size
+
+
 def check_data(args: Namespace) -> int:
     """Look at every record as training would -> exit code: 0 all is well, 1 something is wrong."""
     recipe = RECIPES[args.stage]
@@ -1020,16 +1044,17 @@ def check_data(args: Namespace) -> int:
         raise FileNotFoundError(f"no image folder at {args.images} (--images)")
     if args.write_clean and args.write_clean.resolve() == args.data.resolve():
         raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
+    image_size, n_patches, block_size = sizes_to_check(args)
     has_tokenizer = args.tokenizer.exists()
     if has_tokenizer:
         tok = load_tokenizer(args.tokenizer)
-        block_size = args.max_length
     else:
         tok = bytes_as_tokens()
         block_size = 1 << 30                                # bytes are more than tokens: nothing must seem too long
     try:
-        dataset = Dataset(args.data, args.images, tok, recipe["template"], args.image_size, recipe["image_mode"],
-                          args.n_patches, block_size, follow_links=args.follow_links)
+        dataset = Dataset(args.data, args.images, tok, recipe["template"], image_size,
+                          args.image_mode or recipe["image_mode"], n_patches, block_size,
+                          follow_links=args.follow_links)
         ranges = dataset.find_ranges()
     except ValueError as e:                                 # the file as a whole is what is wrong
         print(e)
@@ -1109,16 +1134,28 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
     add("--images", type=Path, required=True, help="the folder that the records' image paths start from")
     add("--stage", choices=["pretrain", "finetune"], default="finetune", help="which stage the data is for")
-    add("--tokenizer", type=Path, default=Path("checkpoints/phi-2"), help="its folder; without it, no lengths")
+    add("--model", type=Path, nargs="+", metavar="FOLDER",
+        help="what is to be trained, for its sizes: a model's folder, or Phi-2's and the vision tower's")
+    add("--tokenizer", type=Path, help="its folder; none: the model's, else checkpoints/phi-2; without it, no lengths")
     add("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--max-length", type=int, default=2048, help="positions a sample may have, image expanded")
-    add("--n-patches", type=int, default=576, help="positions of an image")
-    add("--image-size", type=int, default=336, help="pixels of its side")
+    add("--max-length", type=int, help="positions a sample may have, image expanded; none: the model's, up to 2048")
+    add("--n-patches", type=int, help="positions of an image; none: the model's, else 576 (CLIP at 336 pixels)")
+    add("--image-size", type=int, help="pixels of its side; none: the model's, else 336")
+    add("--image-mode", choices=IMAGE_MODES, help="how pictures are made square; none: as the stage's recipe says")
     add("--follow-links", action=BooleanOptionalAction, default=False, help="allow links out of --images")
     add("--show", type=int, default=20, help="how many samples to name of each kind")
     add("--write-clean", type=Path, help="write the good records here, and the bad ones beside it")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("max_length", "n_patches", "image_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if args.model and len(args.model) > 2:
+        parser.error(f"--model: expected one folder, or Phi-2's and the vision tower's, found {len(args.model)}")
+    if args.tokenizer is None:
+        args.tokenizer = args.model[0] if args.model else Path("checkpoints/phi-2")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from common import Parser, choose_device, dtype_name, find_model, run_command, torch_dtype, without_control
-from data import encode_prompt, eot_id, expand, load_image, load_tokenizer
+from data import encode_prompt, eot_id, expand, load_image, load_tokenizer, mean_color
 
 # torch and the model take seconds to import. The functions that need them import them, so that --help and a mistake
 # in a flag answer at once.
@@ -182,7 +182,7 @@ def open_image(source: str | None, config: LLaVAConfig) -> Tensor:
         file = io.BytesIO(sys.stdin.buffer.read())
     else:
         file = pasted_path(source)
-    return load_image(file, size, config.image_mode)[None]
+    return load_image(file, size, config.image_mode, mean_color(config.vision.mean))[None]
 
 
 def pasted_path(text: str) -> Path:

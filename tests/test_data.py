@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import data
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, Dataset, Index, Loader, Sample, collate, encode, encode_prompt,
-                  eot_id, expand, load_image, load_tokenizer, split_step, step_samples, steps_per_epoch)
+                  eot_id, expand, load_image, load_tokenizer, mean_color, split_step, step_samples, steps_per_epoch)
+from vision import CLIP_L_336, SIGLIP_SO400M_384, normalize
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -73,6 +74,29 @@ def test_pixels_equal_the_original(key):
     path = next(p for p in (GOLDEN / "images").iterdir() if p.stem == name)
     ours = normalised(load_image(path, int(size), mode))
     assert torch.equal(ours[:, ::7, ::7] if sparse else ours, PIXELS[key])
+
+
+MIPHA = load_file(ROOT / "tests/golden-mipha/pixel_values.safetensors")
+
+
+@pytest.mark.parametrize("key", sorted(MIPHA))
+def test_pixels_equal_mipha(key):
+    """Bit for bit what SiglipImageProcessor gave Mipha, squashed, or padded with the colour of SigLIP's mean before."""
+    name, mode, size, sparse = re.fullmatch(r"(.*?\.\w+)\.(squash|pad)\.(\d+)(?:\.(every7))?", key).groups("")
+    siglip = SIGLIP_SO400M_384
+    image = load_image(GOLDEN / "images" / name, int(size), mode, mean_color(siglip.mean))
+    ours = normalize(image[None], siglip.mean, siglip.std)[0]
+    assert torch.equal(ours[:, ::7, ::7] if sparse else ours, MIPHA[key])
+
+
+def test_the_padding_colour_follows_the_mean():
+    """The fraction is cut off, as in the original; without a colour, a picture is padded for CLIP."""
+    assert mean_color(CLIP_L_336.mean) == data.PAD_COLOR == (122, 116, 104)
+    assert mean_color(SIGLIP_SO400M_384.mean) == (127, 127, 127)
+    strip = drawn(60, 20)
+    assert load_image(strip, 28, "pad")[:, 0, 0].tolist() == [122, 116, 104]
+    assert load_image(strip, 28, "pad", (1, 2, 3))[:, 0, 0].tolist() == [1, 2, 3]
+    assert torch.equal(load_image(drawn(30, 30), 28, "squash"), load_image(drawn(30, 30), 28, "pad"))
 
 
 def drawn(w: int, h: int) -> Image.Image:
@@ -168,7 +192,8 @@ def zoo_images(tmp_path_factory):
     ("strip.png", "too large"), ("absent.jpg", "missing")])
 def test_bad_pictures_are_named(zoo_images, name, problem):
     """One line with the file's name; a bomb is refused before it is decoded."""
-    for mode in ("crop", "pad"):
+    modes = ("crop", "pad") if name == "strip.png" else data.IMAGE_MODES        # squashed, a strip is harmless
+    for mode in modes:
         with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){problem}") as e:
             load_image(zoo_images / name, 28, mode)
         assert name in str(e.value) and "\n" not in str(e.value)
@@ -751,3 +776,23 @@ def test_help_and_mistaken_flags_do_not_wait_for_torch(args):
         assert done.returncode == 0 and "usage" in done.stdout and done.stderr == ""
     else:
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_check_takes_its_sizes_from_the_model(tmp_path, capsys):
+    """So that nobody has to know how many patches a tower makes. What is given as a flag comes first."""
+    flags = ["check", "--data", str(write_data(tmp_path)), "--images", str(GOLDEN / "images"), "--workers", "0"]
+    tiny = str(GOLDEN / "tiny-llava-phi")
+    for model in (["--model", tiny], ["--tokenizer", tiny]):
+        assert data.main(flags + model) == 0
+        assert "pictures of 28 pixels are 4 positions, samples have up to 2048" in capsys.readouterr().out
+    assert data.main([*flags, "--model", str(ROOT / "demo/phi"), str(ROOT / "demo/clip")]) == 0
+    by_model = capsys.readouterr().out
+    assert "pictures of 56 pixels are 16 positions, samples have up to 512" in by_model
+    assert data.main([*flags, "--tokenizer", str(ROOT / "demo/phi"), "--n-patches", "16", "--max-length", "512"]) == 0
+    assert by_model.split("\n", 1)[1] == capsys.readouterr().out
+    assert data.main([*flags, "--model", tiny, "--n-patches", "100"]) == 0
+    assert "positions: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="found 3"):
+        data.main([*flags, "--model", tiny, tiny, tiny])
+    with pytest.raises(ValueError, match="--n-patches 0"):
+        data.main([*flags, "--n-patches", "0"])
