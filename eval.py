@@ -15,12 +15,9 @@ $ python eval.py --task pope --compare A.jsonl B.jsonl         # paired test and
 $ python eval.py --task jsonl --questions my.jsonl --images my_images
 """
 import argparse
-import base64
 import hashlib
-import html
 import io
 import json
-import math
 import os
 import platform
 import sys
@@ -37,10 +34,11 @@ import numpy as np
 # torch and the model are imported inside the functions that generate, so that scoring needs neither.
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
-from benchmarks.files import checksum, first_existing, to_json, to_jsonl
-from benchmarks.scoring import BLANK, PUBLISHED, Example, Mark, Score, Task, mean
-from common import (Parser, choose_device, dtype_name, find_model, html_page, read_json, read_jsonl, run_command,
-                    torch_dtype, visible, write_whole)
+from benchmarks.files import checksum, first_existing, read_answers, to_json, to_jsonl
+from benchmarks.report import print_all, print_result, report_page
+from benchmarks.scoring import BLANK, PUBLISHED, Example, Mark, Score, Task, mean, paired_test
+from common import (Parser, choose_device, dtype_name, find_model, read_json, read_jsonl, run_command, torch_dtype,
+                    visible, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
@@ -334,53 +332,8 @@ def generate(data: Data, settings: dict, loaded: LoadedModel, todo: set[int], ra
 # Scoring
 
 
-def first_line(prompt: str) -> str:
-    return prompt.removeprefix("<image>\n").split("\n")[0].lower()
-
-
-def rows_of_answers(answers: list[dict], data: Data, args: Namespace) -> list[int | None]:
-    """The row that each line of an answers file belongs to. Ours say it themselves; LLaVA's are in file order, or are
-    joined by question_id, and where that names the image by the question's words too."""
-    ids = [str(example.question_id) for example in data.examples]
-    if all("row" in line for line in answers):
-        return [line["row"] for line in answers]
-    answered_ids = [str(line["question_id"]) for line in answers]
-    if args.limit:                  # the file may go on where the questions end
-        answered_ids = answered_ids[:len(ids)]
-    if answered_ids == ids:
-        return list(range(len(answers)))
-
-    def key(question_id: int | str, prompt: str) -> tuple[str, str]:
-        return str(question_id), first_line(prompt) if data.task.repeated_ids else ""
-
-    row_of = {key(example.question_id, example.prompt): row for row, example in enumerate(data.examples)}
-    return [row_of.get(key(line["question_id"], line.get("prompt", ""))) for line in answers]
-
-
 def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
-    """The answer to each question, from our file or LLaVA's; None where --allow-missing lets one be missing.
-
-    Raises ValueError on answers that do not belong, are double or missing. --limit allows answers to further questions.
-    """
-    answers = read_jsonl(path)
-    ids = [str(example.question_id) for example in data.examples]
-    for number, line in enumerate(answers, 1):
-        if not isinstance(line.get("text"), str) or "question_id" not in line:
-            raise ValueError(f"{path}, line {number}: expected question_id, prompt and text, found {', '.join(line)}")
-    rows = rows_of_answers(answers, data, args)
-    matched: list[dict | None] = [None] * len(ids)
-    for number, (row, line) in enumerate(zip(rows, answers), 1):
-        known = isinstance(row, int) and 0 <= row < len(ids) and str(line["question_id"]) == ids[row]
-        if not known and args.limit:
-            continue
-        if not known or matched[row]:
-            problem = "answered a second time" if known else "not in this task (another split or version?)"
-            raise ValueError(f"{path}, line {number}: question {line['question_id']!r} is {problem}")
-        matched[row] = line
-    if None in matched and not args.allow_missing:
-        raise ValueError(f"{path}: {matched.count(None):,} of {len(ids):,} answers are missing, the first to question "
-                         f"{ids[matched.index(None)]}; --allow-missing counts them as wrong")
-    return matched
+    return read_answers(path, data.examples, data.task.repeated_ids, args.limit, args.allow_missing)
 
 
 def mark_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Mark]:
@@ -469,140 +422,12 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
             result["submission"] = task.write_submission(data.examples, texts, data.folder, out).name
         except (ValueError, OSError) as e:
             notes.append(f"submission file not written: {e}")
-    write_whole(out / "report.html", report(data, answers, marks, result))
+    write_whole(out / "report.html", report_page(data.examples, answers, marks, result))
     write_whole(out / "result.json", to_json(result))
     return result
 
 # ---------------------------------------------------------------------------------------------------
-# Report: a table on the screen, a page without scripts
-
-
-def headline(result: dict) -> list[str]:
-    """Score and interval."""
-    if result["value"] is None:
-        return ["not scored here", ""]
-    low, high = result["interval"]
-    return [f"{result['value']:.2f}", f"{low:.2f} to {high:.2f}"]
-
-
-def result_table(result: dict) -> list[list[str]]:
-    published = result["published"]
-    table = [["", "here", "95 % interval", *published],
-             [result["metric"], *headline(result), *map(str, published.values())]]
-    for name, value in result["numbers"].items():
-        table.append([name, f"{value:.2f}", *[""] * (len(table[0]) - 2)])
-    return table
-
-
-def remarks(result: dict) -> list[str]:
-    """What a reader of the score must know, a sentence or two each."""
-    task = TASKS[result["task"]]
-    settings = result["settings"]
-    lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
-             f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
-    if "model" in settings:
-        lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}, greedy, at most "
-                     f"{settings['max_new_tokens']} new tokens.")
-    if task.prompt_note:
-        lines.append(task.prompt_note(settings))
-    if result["value"] is None:
-        lines.append("Not scored here: the truth is on a server, a judge is needed (--grades, --judge-url), or --limit "
-                     "left none of the questions that count.")
-    if result["judge"]:
-        lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
-    if result["other_prompts"]:
-        lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
-    if result["split"] in task.split_notes:
-        lines.append(task.split_notes[result["split"]])
-    if "tinyllava" in task.published:
-        lines.append("* CLIP-L/336 and Phi-2 with TinyLLaVA-Factory's base recipe: this architecture, well trained.")
-    if result["submission"]:
-        lines.append(f"Submission file: {result['submission']}")
-    for note in result["notes"]:
-        lines.append(note[0].upper() + note[1:])
-    return lines
-
-
-def print_table(table: list[list[str]]) -> None:
-    table = [[visible(cell) for cell in row] for row in table]
-    first, *others = [max(map(len, column)) for column in zip(*table)]
-    for name, *cells in table:
-        padded = [cell.rjust(width) for cell, width in zip(cells, others)]
-        print("  ".join(["", name.ljust(first), *padded]).rstrip())
-
-
-def print_result(result: dict, out: Path) -> None:
-    print(f"\n{result['task']} ({result['split']})")
-    print_table(result_table(result))
-    for line in [*remarks(result), f"{out / 'result.json'}, {out / 'report.html'}"]:
-        print(f"  {visible(line)}")
-
-
-def thumbnail(image: Path | bytes | str | None) -> str:
-    """A data URI of a small JPEG, decoded and encoded anew; "" where there is no picture to show."""
-    from PIL import Image
-    if image is None or image == BLANK:
-        return ""
-    source = io.BytesIO(image) if isinstance(image, bytes) else image
-    small = io.BytesIO()
-    try:
-        with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
-            if picture.width * picture.height > 89_000_000:
-                return ""
-            picture = picture.convert("RGB")
-            picture.thumbnail((160, 160))
-            picture.save(small, "JPEG", quality=80)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return ""
-    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
-
-
-REPORT_STYLE = """td { white-space: pre-wrap }
-.scores td:not(:first-child), .scores th { text-align: right }"""
-
-
-def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = None) -> str:
-    """A heading and rows of text, all of it escaped; pictures: data URIs that go in front of the rows."""
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        cells = [html.escape(visible(text)) for text in row]
-        if pictures is not None:
-            cells.insert(0, f'<img src="{pictures[i - 1]}" alt="">' if i and pictures[i - 1] else "")
-        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
-    return f'<table class="{style}">\n{"".join(lines)}</table>\n'
-
-
-def report(data: Data, answers: list[dict | None], marks: list[Mark], result: dict, most: int = 60) -> str:
-    """Score table, and up to `most` wrong answers spread evenly over the task."""
-    wrong = []
-    for example, answer, mark in zip(data.examples, answers, marks):
-        if mark.points is not None and mark.points < 0.5 and example.image != BLANK:
-            wrong.append((example, answer["text"] if answer else "(missing)", mark))
-    stride = max(1, math.ceil(len(wrong) / most))
-    shown = wrong[::stride]
-    rows = [["question_id", "question", "answer", "read as", "truth"]]
-    pictures = []
-    for example, text, mark in shown:
-        truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
-        rows.append([str(example.question_id), example.prompt, text, mark.parsed, truth])
-        pictures.append(thumbnail(example.image))
-    body = html_table(result_table(result), "scores")
-    for line in remarks(result):
-        body += f"<p>{html.escape(visible(line))}</p>\n"
-    body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>\n"
-    body += html_table(rows, "answers", pictures)
-    return html_page(f"{data.name} ({data.split})", body, REPORT_STYLE)
-
-# ---------------------------------------------------------------------------------------------------
 # Comparing two answers files
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p of this many flips each way, if both ways were equally likely."""
-    n = gained + lost
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * tail / 2 ** n)
 
 
 def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float | None]]:
@@ -620,30 +445,26 @@ def compare(data: Data, args: Namespace) -> None:
     """Print both scores, a paired test, and every question whose points differ."""
     if data.task.judge:
         raise ValueError(f"{data.name}: judged answers cannot be compared, grades belong to one answers file")
-    before, after = (load_side(Path(path), data, args) for path in args.compare)
-    pairs = []                                  # what both answered, without the blank pictures
-    for example, old, new in zip(data.examples, before, after):
-        if old[1] is not None and example.image != BLANK:
-            pairs.append((example, old, new))
-    differences = np.array([new[1] - old[1] for _, old, new in pairs])
-    gained = int((differences > 0).sum())
-    lost = int((differences < 0).sum())
-    # A bootstrap over the questions, each with its pair of answers.
-    rng = np.random.default_rng(0)
-    n = len(differences)
-    means = np.array([differences[rng.integers(n, size=n)].mean() for _ in range(1000)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    if {points for _, points in before + after} <= {0.0, 1.0, None}:
-        test, p = "McNemar's exact test", mcnemar(gained, lost)
-    else:
-        test, p = "paired bootstrap", min(1.0, 2 * min((means <= 0).mean(), (means >= 0).mean()))
-    difference = 100 * mean(differences.tolist())
-    print(f"the second is better on {gained:,} of {n:,} questions and worse on {lost:,}: "
-          f"{difference:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g} ({test})")
-    for (example, old, new), difference in zip(pairs, differences):
-        if difference:
-            word = "better" if difference > 0 else "worse "
-            print(visible(f"{word}  question {example.question_id}  {old[0]!r} -> {new[0]!r}  truth {example.truth!r}"))
+    first, second = [load_side(Path(path), data, args) for path in args.compare]
+    flips = []
+    before = []
+    after = []
+    for example, (old_text, old), (new_text, new) in zip(data.examples, first, second):
+        if old is None or example.image == BLANK:
+            continue
+        before.append(old)
+        after.append(new)
+        if old != new:
+            word = "better" if new > old else "worse "
+            flips.append(f"{word}  question {example.question_id}  {old_text!r} -> {new_text!r}  "
+                         f"truth {example.truth!r}")
+    gained = sum(new > old for old, new in zip(before, after))
+    change = 100 * mean([new - old for old, new in zip(before, after)])
+    low, high, p, test = paired_test(before, after)
+    print(f"the second is better on {gained:,} of {len(before):,} questions and worse on {len(flips) - gained:,}: "
+          f"{change:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g} ({test})")
+    for line in flips:
+        print(visible(line))
 
 # ---------------------------------------------------------------------------------------------------
 # Command line
@@ -786,16 +607,6 @@ def put_in_order(out: Path, data: Data) -> None:
     write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
     for path in out.glob("answers.*.jsonl"):
         path.unlink()
-
-
-def print_all(results: list[dict]) -> None:
-    """A line for each task."""
-    table = [["all tasks", "here", "95 % interval", *PUBLISHED.values()]]
-    for result in results:
-        published = [str(result["published"].get(name, "")) for name in PUBLISHED.values()]
-        table.append([f"{result['task']} ({result['split']})", *headline(result), *published])
-    print()
-    print_table(table)
 
 
 def main(argv: list[str] | None = None) -> None:

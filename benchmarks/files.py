@@ -1,4 +1,5 @@
-"""What the benchmarks share about files: finding and reading the official ones, writing submissions."""
+"""What the benchmarks share about files: finding and reading the official ones, reading answers, writing
+submissions."""
 import hashlib
 import html
 import io
@@ -60,6 +61,64 @@ def read_llava_questions(path: Path, images: Path) -> Iterator[Example]:
 def lettered(choices: Iterable[str]) -> str:
     """["red", "blue"] -> "A. red\nB. blue\""""
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+
+# ---------------------------------------------------------------------------------------------------
+# Answers files, ours and LLaVA's
+
+
+def first_line(prompt: str) -> str:
+    return prompt.removeprefix("<image>\n").split("\n")[0].lower()
+
+
+def rows_of_answers(answers: list[dict], examples: list[Example], repeated_ids: bool,
+                    limit: int | None) -> list[int | None]:
+    """The row that each line of an answers file belongs to; None: not known.
+
+    Our lines say it themselves. LLaVA's are in the order of the questions, or are joined by question_id, and where
+    that names the image (repeated_ids) by the question's words too.
+    """
+    if all("row" in line for line in answers):
+        return [line["row"] for line in answers]
+    ids = [str(example.question_id) for example in examples]
+    answered_ids = [str(line["question_id"]) for line in answers]
+    if limit:                           # the file may go on where the questions end
+        answered_ids = answered_ids[:len(ids)]
+    if answered_ids == ids:
+        return list(range(len(answers)))
+
+    def key(question_id: int | str, prompt: str) -> tuple[str, str]:
+        return str(question_id), first_line(prompt) if repeated_ids else ""
+
+    row_of = {key(example.question_id, example.prompt): row for row, example in enumerate(examples)}
+    return [row_of.get(key(line["question_id"], line.get("prompt", ""))) for line in answers]
+
+
+def read_answers(path: Path, examples: list[Example], repeated_ids: bool = False, limit: int | None = None,
+                 allow_missing: bool = False) -> list[dict | None]:
+    """The answer to each question; None where allow_missing lets one be missing.
+
+    Raises ValueError on answers that do not belong, are double or missing. `limit` says that the examples are only
+    the first ones of the benchmark, so that answers to further questions are passed over.
+    """
+    answers = read_jsonl(path)
+    ids = [str(example.question_id) for example in examples]
+    for number, line in enumerate(answers, 1):
+        if not isinstance(line.get("text"), str) or "question_id" not in line:
+            raise ValueError(f"{path}, line {number}: expected question_id, prompt and text, found {', '.join(line)}")
+    rows = rows_of_answers(answers, examples, repeated_ids, limit)
+    answer_of: list[dict | None] = [None] * len(ids)
+    for number, (row, line) in enumerate(zip(rows, answers), 1):
+        known = isinstance(row, int) and 0 <= row < len(ids) and str(line["question_id"]) == ids[row]
+        if not known and limit:
+            continue
+        if not known or answer_of[row]:
+            problem = "answered a second time" if known else "not in this task (another split or version?)"
+            raise ValueError(f"{path}, line {number}: question {line['question_id']!r} is {problem}")
+        answer_of[row] = line
+    if None in answer_of and not allow_missing:
+        raise ValueError(f"{path}: {answer_of.count(None):,} of {len(ids):,} answers are missing, the first to question "
+                         f"{ids[answer_of.index(None)]}; --allow-missing counts them as wrong")
+    return answer_of
 
 # ---------------------------------------------------------------------------------------------------
 # Writing

@@ -295,3 +295,29 @@ def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.nd
     low, high = np.percentile(of_draws, [2.5, 97.5])
     method = f"bootstrap over {unit}, 1000 draws, seed 0"
     return Score(float(metric(counts.sum(0))), float(low), float(high), method, others)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p of this many flips each way, if both ways were equally likely."""
+    n = gained + lost
+    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** n)
+
+
+def paired_test(before: list[float], after: list[float]) -> tuple[float, float, float, str]:
+    """Do two sets of answers to the same questions differ? -> 95 % interval of the mean difference, p, the test's name.
+
+    McNemar's test where answers are right or wrong; where they earn parts of a point, a bootstrap over the questions,
+    each drawn with both of its answers.
+    """
+    differences = np.array(after) - np.array(before)                            # (questions,)
+    n = len(differences)
+    rng = np.random.default_rng(0)
+    means = np.array([differences[rng.integers(n, size=n)].mean() for _ in range(1000)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    if set(before + after) <= {0.0, 1.0}:
+        gained = int((differences > 0).sum())
+        lost = int((differences < 0).sum())
+        return low, high, mcnemar(gained, lost), "McNemar's exact test"
+    p = 2 * min((means <= 0).mean(), (means >= 0).mean())
+    return low, high, min(1.0, p), "paired bootstrap"

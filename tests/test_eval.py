@@ -201,7 +201,7 @@ def test_intervals():
     assert scoring.interval_of_mean([0.5, 0.6, 0.4, 0.5])[2] == "normal"
     low, high, _ = scoring.interval_of_mean([1.0] * 4)
     assert 0 < low < high <= 100.0001
-    assert ev.mcnemar(1, 7) == pytest.approx(2 * 9 / 256) and ev.mcnemar(3, 3) == 1 and ev.mcnemar(0, 0) == 1
+    assert scoring.mcnemar(1, 7) == pytest.approx(2 * 9 / 256) and scoring.mcnemar(3, 3) == 1 and scoring.mcnemar(0, 0) == 1
 
 # ----------------------------------------------------------------------------------------------------
 # Tiny data in the official layouts

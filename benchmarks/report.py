@@ -1,0 +1,158 @@
+"""What a reader sees of a result: a table on the screen, and a page of one file without scripts, to open or to send.
+
+Everything that a model, a data file or a judge wrote is made harmless first: control characters are written out, and
+the page's html is escaped.
+"""
+import base64
+import html
+import io
+import json
+import math
+from pathlib import Path
+
+from benchmarks import TASKS
+from benchmarks.scoring import BLANK, PUBLISHED, Example, Mark
+from common import html_page, visible
+
+WRONG_ANSWERS = 60          # shown in the report
+MOST_PIXELS = 89_000_000    # of a picture that gets a thumbnail; Pillow warns of larger ones
+
+
+def headline(result: dict) -> list[str]:
+    """Score and interval."""
+    if result["value"] is None:
+        return ["not scored here", ""]
+    low, high = result["interval"]
+    return [f"{result['value']:.2f}", f"{low:.2f} to {high:.2f}"]
+
+
+def result_table(result: dict) -> list[list[str]]:
+    """A heading, the headline beside what is published, and a row for each sub-score."""
+    published = result["published"]
+    table = [["", "here", "95 % interval", *published],
+             [result["metric"], *headline(result), *map(str, published.values())]]
+    for name, value in result["numbers"].items():
+        table.append([name, f"{value:.2f}", *[""] * (len(table[0]) - 2)])
+    return table
+
+
+def remarks(result: dict) -> list[str]:
+    """What a reader of the score must know, a sentence or two each."""
+    task = TASKS[result["task"]]
+    settings = result["settings"]
+    lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
+             f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
+    if "model" in settings:
+        lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}, greedy, at most "
+                     f"{settings['max_new_tokens']} new tokens.")
+    if task.prompt_note:
+        lines.append(task.prompt_note(settings))
+    if result["value"] is None:
+        lines.append("Not scored here: the truth is on a server, a judge is needed (--grades, --judge-url), or --limit "
+                     "left none of the questions that count.")
+    if result["judge"]:
+        lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
+    if result["other_prompts"]:
+        lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
+    if result["split"] in task.split_notes:
+        lines.append(task.split_notes[result["split"]])
+    if "tinyllava" in task.published:
+        lines.append("* CLIP-L/336 and Phi-2 with TinyLLaVA-Factory's base recipe: this architecture, well trained.")
+    if result["submission"]:
+        lines.append(f"Submission file: {result['submission']}")
+    for note in result["notes"]:
+        lines.append(note[0].upper() + note[1:])
+    return lines
+
+# ---------------------------------------------------------------------------------------------------
+# The screen
+
+
+def print_table(table: list[list[str]]) -> None:
+    """The first column to the left, the others, which are numbers, to the right."""
+    table = [[visible(cell) for cell in row] for row in table]
+    first, *others = [max(map(len, column)) for column in zip(*table)]
+    for name, *cells in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, others)]
+        print("  ".join(["", name.ljust(first), *padded]).rstrip())
+
+
+def print_result(result: dict, out: Path) -> None:
+    print(f"\n{result['task']} ({result['split']})")
+    print_table(result_table(result))
+    for line in [*remarks(result), f"{out / 'result.json'}, {out / 'report.html'}"]:
+        print(f"  {visible(line)}")
+
+
+def print_all(results: list[dict]) -> None:
+    """A line for each task."""
+    names = PUBLISHED.values()
+    table = [["all tasks", "here", "95 % interval", *names]]
+    for result in results:
+        published = [str(result["published"].get(name, "")) for name in names]
+        table.append([f"{result['task']} ({result['split']})", *headline(result), *published])
+    print()
+    print_table(table)
+
+# ---------------------------------------------------------------------------------------------------
+# The page
+
+STYLE = """td { white-space: pre-wrap }
+.scores td:not(:first-child), .scores th { text-align: right }"""
+
+
+def thumbnail(image: Path | bytes | str | None) -> str:
+    """A data URI of a small JPEG; "" where there is no picture to show.
+
+    The picture is decoded and encoded anew, so that nothing else in its file gets into the page.
+    """
+    from PIL import Image
+    if image is None or image == BLANK:
+        return ""
+    source = io.BytesIO(image) if isinstance(image, bytes) else image
+    small = io.BytesIO()
+    try:
+        with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                return ""
+            picture = picture.convert("RGB")
+            picture.thumbnail((160, 160))
+            picture.save(small, "JPEG", quality=80)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return ""               # a report about answers must not fail over one picture
+    return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
+
+
+def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = None) -> str:
+    """A heading and rows of text, all of it escaped. pictures: data URIs, one in front of each row."""
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "td" if i else "th"
+        cells = [html.escape(visible(text)) for text in row]
+        if pictures is not None:
+            has_picture = i > 0 and pictures[i - 1]             # the heading has none
+            cells.insert(0, f'<img src="{pictures[i - 1]}" alt="">' if has_picture else "")
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
+    return f'<table class="{style}">\n{"".join(lines)}</table>\n'
+
+
+def report_page(examples: list[Example], answers: list[dict | None], marks: list[Mark], result: dict) -> str:
+    """Score table, and wrong answers spread evenly over the task."""
+    wrong = []
+    for example, answer, mark in zip(examples, answers, marks):
+        # An answer about a blank picture is not wrong, it is a measurement.
+        if mark.points is not None and mark.points < 0.5 and example.image != BLANK:
+            wrong.append((example, answer["text"] if answer else "(missing)", mark))
+    shown = wrong[::max(1, math.ceil(len(wrong) / WRONG_ANSWERS))]
+    rows = [["question_id", "question", "answer", "read as", "truth"]]
+    pictures = []
+    for example, text, mark in shown:
+        truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
+        rows.append([str(example.question_id), example.prompt, text, mark.parsed, truth])
+        pictures.append(thumbnail(example.image))
+    body = html_table(result_table(result), "scores")
+    for line in remarks(result):
+        body += f"<p>{html.escape(visible(line))}</p>\n"
+    body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>\n"
+    body += html_table(rows, "answers", pictures)
+    return html_page(f"{result['task']} ({result['split']})", body, STYLE)
