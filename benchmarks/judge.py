@@ -8,35 +8,86 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
-from urllib.request import Request, urlopen
+from urllib.parse import SplitResult, urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
 from benchmarks.files import checksum, to_json, to_jsonl
 from benchmarks.scoring import Example
-from common import read_json, read_jsonl, write_whole
+from common import read_json, read_jsonl, visible, write_whole
 
 MAX_REPLY = 1 << 24         # bytes
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_tokens: int) -> str:
     """One chat completion -> the text of the reply. ValueError if the judge fails.
 
-    This is the project's only access to a network, and it goes to an address that the user gave.
+    This is the project's only access to a network, and it goes to an address that the user gave. The key, which the
+    environment variable JUDGE_API_KEY holds, goes to that address alone.
     """
     url = options.judge_url.rstrip("/") + "/chat/completions"
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"--judge-url {options.judge_url}: expected http:// or https://")
+    origin = origin_of(check_address(url))
     body = {"model": options.judge_model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get("JUDGE_API_KEY")
+    key = judge_key()
     if key:
         headers["Authorization"] = f"Bearer {key}"
+    # A proxy sees what passes through it, unless that is encrypted: plain http goes straight to the judge.
+    proxies = {scheme: proxy for scheme, proxy in getproxies().items() if scheme == "https"}
+    opener = build_opener(SameOriginRedirects(origin), ProxyHandler(proxies))
     request = Request(url, json.dumps(body).encode(), headers)
     try:
-        with urlopen(request, timeout=options.judge_timeout) as reply:
+        with opener.open(request, timeout=options.judge_timeout) as reply:
             return json.loads(reply.read(MAX_REPLY))["choices"][0]["message"]["content"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        raise ValueError(f"the judge at {url} failed ({e}); its grades so far are kept, run this again to go on") from e
+    except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as e:
+        # The words of an error can be the server's own, and it knows the key.
+        problem = visible(str(e).replace(key, "(the key)") if key else str(e))
+        raise ValueError(f"the judge at {url} failed ({problem}); its grades so far are kept, run this again to go "
+                         "on") from None
+
+
+def check_address(url: str) -> SplitResult:
+    """ValueError unless it is a plain http or https address. A password in it is not repeated in the message."""
+    try:
+        parts = urlsplit(url)
+        parts.port                      # raises ValueError if it is no number
+    except ValueError as e:
+        raise ValueError(f"--judge-url: {e}") from None
+    if parts.username or parts.password:
+        raise ValueError("--judge-url: has a user name or password in it; the key belongs into JUDGE_API_KEY")
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+        raise ValueError(f"--judge-url {url}: expected http://HOST or https://HOST, perhaps with a port and a path")
+    return parts
+
+
+def judge_key() -> str:
+    """JUDGE_API_KEY, checked here because http.client repeats in its error message a header that it refuses."""
+    key = os.environ.get("JUDGE_API_KEY", "").strip()
+    if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
+        raise ValueError("JUDGE_API_KEY holds spaces, line breaks or characters outside ASCII: is it a key?")
+    return key
+
+
+def origin_of(url: SplitResult) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port: what makes two addresses the same server."""
+    return url.scheme, url.hostname, url.port or DEFAULT_PORTS.get(url.scheme)
+
+
+class SameOriginRedirects(HTTPRedirectHandler):
+    """Follows a redirect only on the judge's own server: urllib would send the key along to any other."""
+
+    def __init__(self, origin: tuple[str, str | None, int | None]):
+        self.origin = origin
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        target = urlsplit(newurl)
+        if origin_of(target) != self.origin:
+            raise ValueError(f"it redirects to another server, {target.scheme}://{target.hostname}, which must not see "
+                             "the key; if that one is the judge, give its address")
+        # urllib would turn the question into a request without content.
+        return Request(newurl, req.data, dict(req.header_items()), method="POST")
 
 
 def read_grades(path: Path, as_rows: bool) -> dict:

@@ -675,6 +675,90 @@ def test_llavabench_judge(tmp_path, judge):
     assert "A red picture." in Judge.asked[0]["messages"][1]["content"]
 
 
+class Redirecting(BaseHTTPRequestHandler):
+    """Sends every question on to `target`, and keeps the headers of all that it was sent itself."""
+    target = ""
+    status = 302
+    seen: list = []
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.seen.append(dict(self.headers))
+        self.send_response(self.status)
+        self.send_header("Location", self.target)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_judges_key_goes_to_the_judge_only(status, tmp_path, monkeypatch, capsys):
+    """A judge that redirects to another server: that one gets neither the key nor the question."""
+    servers = []
+    handlers = []
+    for _ in range(2):
+        handlers.append(type("Handler", (Redirecting,), {"seen": [], "status": status}))
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handlers[-1]))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+    other = f"http://127.0.0.1:{servers[1].server_port}/v1/chat/completions"
+    handlers[0].target = other
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret-0123\n")
+    flags, data = prepare("mmvet", tmp_path / "eval")
+    score = [*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, ["x", "y"])), "--out",
+             str(tmp_path / "out"), "--judge-model", "j", "--judge-timeout", "5", "--judge-url"]
+    with pytest.raises(ValueError, match="redirects to another server, http://127.0.0.1") as problem:
+        ev.main([*score, f"http://127.0.0.1:{servers[0].server_port}/v1"])
+    assert handlers[0].seen[0]["Authorization"] == "Bearer sk-secret-0123" and handlers[1].seen == []
+    # The same for what is no web server at all, and for an address of another scheme.
+    for target in ("ftp://127.0.0.1/x", "file:///etc/passwd", "https://127.0.0.1:1/x", "//127.0.0.1:1/x"):
+        handlers[0].target = target
+        with pytest.raises(ValueError, match="the judge at .* failed") as problem:
+            ev.main([*score, f"http://127.0.0.1:{servers[0].server_port}/v1"])
+        assert "sk-secret" not in str(problem.value)
+    for url in ("file:///etc/passwd", "ftp://127.0.0.1", "127.0.0.1:80", "http://", "http://x:y", "http://me:pw@x"):
+        with pytest.raises(ValueError, match="--judge-url") as problem:
+            ev.main([*score, url])
+        assert "pw" not in str(problem.value)
+    printed = capsys.readouterr()
+    files = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert "sk-secret" not in printed.out + printed.err and b"sk-secret" not in files
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_judge_may_redirect_to_itself(tmp_path, judge, monkeypatch):
+    """An added slash is common; the question must arrive whole, as a POST."""
+    honest = Judge.do_POST
+
+    def do_POST(self):
+        if not self.path.endswith("/"):
+            return Redirecting.do_POST(self)
+        return honest(self)
+
+    for name, value in {"target": "/v1/chat/completions/", "status": 307, "seen": [], "do_POST": do_POST}.items():
+        monkeypatch.setattr(Judge, name, value, raising=False)
+    flags, data = prepare("mmvet", tmp_path / "eval")
+    Judge.replies[:] = ["0.5", "1.0"]
+    ev.main([*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, ["x", "y"])), "--out",
+             str(tmp_path / "out"), *judge])
+    assert json.loads((tmp_path / "out/result.json").read_text())["value"] == 75
+    assert "What is x?" in Judge.asked[0]["messages"][0]["content"]
+
+
+def test_an_unusable_key_is_not_repeated(tmp_path, judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret\nsecond line")
+    flags, data = prepare("mmvet", tmp_path / "eval")
+    with pytest.raises(ValueError, match="JUDGE_API_KEY holds") as problem:
+        ev.main([*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, ["x", "y"])), "--out",
+                 str(tmp_path / "out"), *judge])
+    assert "secret" not in str(problem.value) and Judge.asked == []
+
+
 class Elements(HTMLParser):
     def __init__(self, page: str):
         super().__init__()
