@@ -8,7 +8,8 @@ the folders that they come from, together with the run's settings and the size o
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from common import dtype_name, sync_folder, write_whole
+from common import LOCK, dtype_name, hold_folder, sync_folder, write_whole
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum.
@@ -261,6 +262,27 @@ def read_settings(out: Path) -> dict:
     return saved if "training" in saved else {}
 
 
+@contextmanager
+def hold_out(out: Path) -> Iterator[None]:
+    """Keep --out for this run: process 0 holds the lock, and all processes end if another run has it.
+
+    ValueError, before the lock's file is written, if `out` holds something that is not a training run's.
+    """
+    with ExitStack() as stack:
+        def hold() -> None:
+            refuse_foreign(out)
+            stack.enter_context(hold_folder(out))
+        on_process_0(hold)
+        yield
+
+
+def refuse_foreign(out: Path) -> None:
+    files = out.iterdir() if out.exists() else []
+    foreign = [path for path in files if path.name != LOCK and not path.name.startswith(".writing_")]
+    if foreign and not read_settings(out):
+        raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new folder")
+
+
 def check_same_settings(then: dict, now: dict, may_change: set[str], problem: str) -> None:
     """ValueError with `problem` and every setting that changes the maths and differs."""
     if "dtype" in then:
@@ -288,7 +310,7 @@ def is_finished(settings: dict) -> bool:
 def prepare_out(settings: dict, data_checksum: str) -> Path | None:
     """Make --out ready for a run on data of this checksum -> the checkpoint to go on from, if there is one.
 
-    ValueError, before anything is changed: a folder that holds something else, or a checkpoint of another run.
+    ValueError, before anything is changed, if that was made with other settings.
     """
     out = Path(settings["out"])
     checkpoint = on_process_0(lambda: find_checkpoint(settings))
@@ -300,10 +322,6 @@ def prepare_out(settings: dict, data_checksum: str) -> Path | None:
             now = settings | {"data checksum": data_checksum}
             check_same_settings(then, now, MAY_CHANGE, f"{checkpoint} was made with other settings; "
                                 "give the same, or --resume never and another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        foreign = [path for path in out.iterdir() if not path.name.startswith(".writing_")]
-        if foreign and not read_settings(out):
-            raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new folder")
         leftovers = [".writing_*"]
         if not checkpoint:
             leftovers += ["step_[0-9]*", "model*.safetensors*", "bad_samples.jsonl"]

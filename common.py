@@ -4,13 +4,17 @@ It imports no torch (the functions that need it import it when they are called),
 and the scoring of answers respond at once.
 """
 import argparse
+import fcntl
 import html
 import json
 import os
 import re
+import socket
 import sys
+import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------
@@ -82,6 +86,45 @@ def sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+LOCK = ".in_use"            # a file in an output folder: who is writing there
+
+
+@contextmanager
+def hold_folder(out: Path) -> Iterator[None]:
+    """Make `out` and keep it for this process as long as the context lasts. ValueError names the process that has it.
+
+    The lock is the kernel's and dies with the process, also after kill -9; the file's content only says whose it is.
+    It is a POSIX record lock, not flock: forked data workers do not inherit it, so they cannot keep a folder locked
+    after the process they worked for was killed, and NFS passes it on to its server. A process can take it twice.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / LOCK
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(f"{out} is in use by {owner}; wait for it or end it, or choose another folder") from None
+        except OSError as e:
+            print(f"warning: {out} cannot be locked ({e}): do not start a second run in it", file=sys.stderr)
+        # Whoever had the lock may have deleted the file while we were waiting to open it. Then ours has no name any
+        # more, and locking it keeps nobody out.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)        # before the lock is released
 
 
 JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's tokenizer.json has two million

@@ -172,8 +172,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from checkpoint import (State, is_finished, load_checkpoint, on_process_0, prepare_out, print0, save_checkpoint,
-                        try_to_save)
+from checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
+                        save_checkpoint, try_to_save)
 from data import Batch, Dataset, Loader, Step, load_tokenizer, steps_per_epoch
 from load_weights import check, config_of, load_config, load_into, read_all, read_folder, save_model, save_phi
 from model import LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, init_weights, merge_lora
@@ -1021,7 +1021,8 @@ def main(argv: list[str] | None = None) -> None:
     config = read_config(cfg)
     mesh, device = setup()
     try:
-        run(cfg, config, mesh, device)
+        with hold_out(Path(cfg.out)):
+            run(cfg, config, mesh, device)
     finally:
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import html_page, read_jsonl, run_command, write_whole
+from common import LOCK, hold_folder, html_page, read_jsonl, run_command, write_whole
 from train import loss_curve, loss_svg
 
 OUT = Path("out/demo")
@@ -113,8 +113,15 @@ def cards(limit: int = 12) -> str:
 
 
 def main() -> None:
-    began = time.time()
-    shutil.rmtree(OUT, ignore_errors=True)
+    with hold_folder(OUT):                      # a second `make demo` would delete this one's files
+        began = time.time()
+        for path in OUT.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run_demo(began)
+
+
+def run_demo(began: float) -> None:
     run("-m", "demo.shapes", "--out", str(DATA))
     run(*STAGE_1, *COMMON)
     run(*STAGE_2, *COMMON)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import checkpoint
 import train
 from checkpoint import problem_with
+from common import LOCK
 from conftest import ROOT
 from data import Batch, Step
 from load_weights import load_model, main as load_weights, read_folder
@@ -430,6 +432,28 @@ def test_help_and_wrong_flags_import_no_torch():
                                capture_output=True)
         assert asked.returncode == code
         assert not any(line.split("|")[-1].strip() == "torch" for line in asked.stderr.splitlines())
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(data, tmp_path):
+    """Protects two runs from sharing one metrics.jsonl and deleting each other's checkpoints.
+
+    Data workers outlive a killed run by some seconds: they must not keep its folder locked.
+    """
+    out, more = tmp_path / "out", ["--epochs", "1000", "--workers", "1"]
+    first = launch(arguments(out, data, *more))
+    wait_until = time.time() + 120
+    while time.time() < wait_until and not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    second = launch(arguments(out, data, *more), processes=2)
+    _, stderr = second.communicate(timeout=120)
+    refusals = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert second.returncode != 0 and len(refusals) == 2
+    assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 20" in refusals[0]
+    first.kill()
+    first.wait()
+    train.main(arguments(out, data, *more[:-2], "--stop-after", "1", "--resume", "never"))
+    assert [m["step"] for m in metrics(out)] == [0] and not (out / LOCK).exists()
+    first.communicate(timeout=120)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_alive(data, tmp_path, monkeypatch, capfd):
