@@ -212,7 +212,7 @@ def choose_device(asked: str | None) -> str:
     return device
 
 
-USUAL_MODELS = (Path("out/finetune"), Path("checkpoints/llava-phi"))
+USUAL_MODELS = (Path("out/finetune"), Path("checkpoints/llava-phi"), Path("checkpoints/mipha-3b"))
 
 
 def find_model(asked: str | None) -> Path:
@@ -222,8 +222,9 @@ def find_model(asked: str | None) -> Path:
     for folder in USUAL_MODELS:
         if any(folder.glob("*model*")):
             return folder
-    raise ValueError("no model: neither out/finetune (made by train.py) nor checkpoints/llava-phi is here; "
-                     "get the published one with `hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi`")
+    raise ValueError("no model: neither out/finetune (made by train.py), checkpoints/llava-phi nor checkpoints/mipha-3b "
+                     "is here; get a published one with `hf download zxmonent/llava-phi --local-dir "
+                     "checkpoints/llava-phi` or `hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b`")
 
 # ---------------------------------------------------------------------------------------------------
 # The published recipes

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from common import Parser, choose_device, dtype_name, find_model, run_command, torch_dtype, without_control
+from common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, run_command, torch_dtype,
+                    without_control)
 from data import encode_prompt, eot_id, expand, load_image, load_tokenizer, mean_color
 
 # torch and the model take seconds to import. The functions that need them import them, so that --help and a mistake
@@ -59,6 +61,8 @@ def print_answer(text: str, end: str = "") -> None:
 
 # ---------------------------------------------------------------------------------------------------
 # Asking
+
+Picture = str | Path | Image.Image | None           # None: a question without a picture
 
 
 class TextStream:
@@ -143,20 +147,22 @@ def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Te
     return ids
 
 
-def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list[Tensor], clock: Clock | None = None,
-           *, max_new_tokens: int = 256, **options) -> Iterator[list[str]]:
+def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list[Tensor | Picture],
+           clock: Clock | None = None, *, max_new_tokens: int = 256, **options) -> Iterator[list[str]]:
     """Answer the last question of every chat, in one batch. Yields, step by step, what each answer newly says.
 
-    This is the one way to ask a model: the terminal and the server both use it.
+    This is the one way to ask a model: the terminal, the server and a notebook all use it.
 
-    chats: for each, question, answer, question, ..., question. images: for each, uint8 (1, 3, S, S), or (0, 3, S, S)
-    for a chat without a picture; `open_image` makes both. clock: is told of every token.
+    chats: for each, question, answer, question, ..., question. images: one for each chat, in any form that `open_image`
+    takes, or what it returned. Keys and values in `memory` are found again only for the very same tensor, so whoever
+    asks on about a picture opens it once. clock: is told of every token.
     options: those of `LLaVAPhi.generate`, which are temperature, top_k, top_p, generator (the seed), memory and fast.
 
     The text of a chat is the sum of its pieces. To stop early, close the generator: the model stops with it, and
     `memory` then holds the keys and values of what was said until then.
     Raises ValueError if a question cannot be asked or leaves no room for an answer.
     """
+    images = [open_image(image, model.config) for image in images]
     prompts = [encode_chat(model.config, tok, turns, image) for turns, image in zip(chats, images, strict=True)]
     texts = [TextStream(tok) for _ in chats]
     columns = model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **options)
@@ -168,21 +174,32 @@ def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list
     yield [text.finish() for text in texts]
 
 
-def open_image(source: str | None, config: LLaVAConfig) -> Tensor:
-    """A picture's path as people type, paste or drag it, or "-" for stdin -> uint8 (1, 3, S, S). None -> (0, 3, S, S).
+def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Picture], **options) -> list[str]:
+    """Ask the same question about every picture, in one batch -> the answers. See `answer` for images and options."""
+    texts = [""] * len(images)
+    for pieces in answer(model, tok, [[question]] * len(images), images, **options):
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+    return texts
 
-    Raises ValueError or FileNotFoundError, which name the file.
+
+def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
+    """A picture -> uint8 (1, 3, S, S), of the size and in the manner that this model wants. None -> (0, 3, S, S).
+
+    It comes as a path, the way people type, paste or drag it, as "-" for stdin, or opened by Pillow. What is a tensor
+    already stays as it is. Raises ValueError or FileNotFoundError, which name the file.
     """
     import torch
 
+    if isinstance(source, torch.Tensor):
+        return source
     size = config.vision.image_size
     if source is None:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    if source.strip() == "-":
-        file = io.BytesIO(sys.stdin.buffer.read())
-    else:
-        file = pasted_path(source)
-    return load_image(file, size, config.image_mode, mean_color(config.vision.mean))[None]
+    if source == "-":
+        source = io.BytesIO(sys.stdin.buffer.read())
+    elif isinstance(source, str):
+        source = pasted_path(source)
+    return load_image(source, size, config.image_mode, mean_color(config.vision.mean))[None]
 
 
 def pasted_path(text: str) -> Path:
@@ -207,17 +224,12 @@ def pasted_path(text: str) -> Path:
 def ask_once(model: LLaVAPhi, tok: Tokenizer, images: list[Tensor], args: Namespace, options: dict) -> None:
     """Ask the same question about every picture. One answer streams; several are printed when all are complete."""
     clock = Clock()
-    chats = [[args.prompt]] * len(images)
-    texts = [""] * len(images)
-    streaming = len(images) == 1 and not args.json
-    for pieces in answer(model, tok, chats, images, clock, **options):
-        for i, piece in enumerate(pieces):
-            texts[i] += piece
-        if streaming:
-            print_answer(pieces[0])
-    if streaming:
+    if len(images) == 1 and not args.json:
+        for [piece] in answer(model, tok, [[args.prompt]], images, clock, **options):
+            print_answer(piece)
         print()
     else:
+        texts = ask(model, tok, args.prompt, images, clock=clock, **options)
         for source, text in zip(args.image or [None], texts):
             if args.json:
                 print(json.dumps({"image": source, "prompt": args.prompt, "answer": text}))
@@ -250,7 +262,7 @@ class Chat:
         clock = Clock()
         steps = answer(self.model, self.tok, [turns], [self.image], clock, memory=self.memory, **self.options)
         try:
-            for (piece,) in steps:
+            for [piece] in steps:
                 text += piece
                 print_answer(piece)
         except KeyboardInterrupt:
@@ -409,7 +421,7 @@ def parse(argv: list[str] | None) -> Namespace:
     """The command line. ValueError in one line for what cannot be."""
     parser = Parser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("--model", help="model folder; none: out/finetune if it is there, else checkpoints/llava-phi")
+    add("--model", help=f"model folder; none: the first that is there of {', '.join(map(str, USUAL_MODELS))}")
     add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, - for stdin; none: only words")
     add("--prompt", help="ask this once and leave, - for stdin; none: chat")
     add("--max-new-tokens", type=int, default=256, help="an answer's length at most")

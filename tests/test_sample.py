@@ -3,6 +3,7 @@ import argparse
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +212,27 @@ def test_ctrl_c_stops_the_answer_and_twice_leaves(monkeypatch, capsys, model, to
     assert it.turns[0::2] == ["Who?", "And?", "Well?"] and it.turns[1] == "".join(shown[:3])
     assert next(lines) == "never"
     assert "[stopped]" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# In Python
+
+
+def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, model, tok):
+    """Exactly the lines that the README shows, where the golden model lies in the place of the published one."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"## In Python\n.*?```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/llava-phi").symlink_to(MODEL)
+    (tmp_path / "cat.jpg").symlink_to(PHOTO)
+    (tmp_path / "dog.jpg").symlink_to(ROOT / "tests/golden/images/square.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    cat = sample.open_image(str(PHOTO), model.config)
+    assert names["text"].startswith(GOLDEN)
+    assert names["texts"][0] == sample.ask(model, tok, "What is this?", [cat], max_new_tokens=32)[0]
+    assert names["texts"][1] and names["texts"][1] != names["texts"][0]
+    turns = ["What is this?", names["text"], "Why do you think so?"]
+    [last] = ["".join(pieces) for pieces in zip(*sample.answer(model, tok, [turns], [cat]))]
+    assert capsys.readouterr().out == last
