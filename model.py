@@ -1,5 +1,8 @@
 """Phi-2, the projector, and the LLaVA glue between picture and text. All of the model is here and in vision.py.
 
+Read it from the top: the decoder (Phi), then how a picture becomes rows of the embedding (LLaVAPhi.embed), the loss,
+and generation. The key-value cache and the things that are done to a finished model (LoRA, 8 bits) come last.
+
 Follows Hugging Face's modeling_phi.py (parallel block, partial rotary embedding) and LLaVA's llava_arch.py (what is
 spliced where). Sequences are packed: a micro-batch of B samples is one row of T tokens, without padding.
 
@@ -17,12 +20,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from vision import VisionConfig, VisionTower
+from vision import SIGLIP_SO400M_384, VisionConfig, VisionTower
 
-IMAGE_ID = -200                     # stands where a patch goes; never looked up in the embedding
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:                 # before torch 2.10: attention then takes the loop, see `attend`
+    varlen_attn = None
+
+# Where a patch goes in a list of token ids. No tokenizer produces it, and it is never looked up in the embedding.
+# data.py, which knows nothing of models, has its own copy; a test holds the two together.
+IMAGE_ID = -200
 
 
 @dataclass(frozen=True)
@@ -40,56 +49,65 @@ class PhiConfig:                    # defaults: microsoft/phi-2
 
 
 @dataclass(frozen=True)
-class LLaVAConfig:
+class LLaVAConfig:                  # defaults: LLaVA-Phi
     llm: PhiConfig = field(default_factory=PhiConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
-    image_mode: str = "pad"         # how the model saw its pictures in training; the modes are those of data.load_image
+    image_mode: str = "pad"         # how this model saw its pictures: "pad" to a square, "crop" the centre, or "squash"
 
 
-CONFIGS: dict[str, LLaVAConfig] = {
-    "llava-phi": LLaVAConfig(),
-    "demo": LLaVAConfig(
-        llm=PhiConfig(vocab_size=512, block_size=512, n_layer=4, n_head=4, n_embd=160, n_inner=640, rotary_dim=16,
-                      dropout=0.0),
-        vision=VisionConfig(image_size=56, n_layer=4, n_head=4, n_embd=128, n_inner=512),
-        image_mode="crop",
-    ),
-}
+LLAVA_PHI = LLaVAConfig()
+MIPHA = LLaVAConfig(vision=SIGLIP_SO400M_384)
 
 # ---------------------------------------------------------------------------------------------------
 # Phi-2
 
 
 def rope(pos: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Positions (T,) -> cos, sin (T, 1, 1, dim / 2) in fp32. Made in every forward: no buffer to cast or lose."""
-    freq = base ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim)
-    angle = (pos[:, None].float() * freq)[:, None, None]                           # (T, 1, 1, dim / 2)
+    """Positions (T,) -> cos, sin (T, 1, 1, dim / 2) in fp32.
+
+    Made anew in every forward: a buffer would be cast to bf16 with the model, or left behind on the meta device.
+    """
+    exponent = -torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim
+    freq = base ** exponent                                                        # (dim / 2,)
+    angle = pos[:, None].float() * freq                                            # (T, dim / 2)
+    angle = angle[:, None, None]                                                   # (T, 1, 1, dim / 2)
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """q and k (T, 2, nh, hs): turn channel i with i + dim / 2 ("half-split" pairing), for the first dim channels."""
+    """Rotate q and k (T, 2, nh, hs) by their position.
+
+    Phi pairs channel i with channel i + dim / 2 of the first dim channels ("half-split"; GPT-J pairs neighbours).
+    """
     half = cos.size(-1)
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
-    a, b = a.float(), b.float()
-    return torch.cat([(a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest], dim=-1)    # (T, 2, nh, hs)
+    a = a.float()                   # in bf16 the sums below would lose the position of far tokens
+    b = b.float()
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
+    return torch.cat([rotated_a.type_as(x), rotated_b.type_as(x), rest], dim=-1)   # (T, 2, nh, hs)
 
 
 class Layout:
     """Where the sequences of a packed row lie: made once per forward, read by every layer.
 
-    lengths (B,) on the CPU: new tokens per sequence. `past`: how many tokens of each are in the cache already.
+    lengths (B,) on the CPU: new tokens per sequence. past: how many tokens of each are in the cache already.
+    max_length: no sequence is longer. It is the model's block_size and not the longest of this batch: it only sizes the
+    grid of a CUDA kernel, and a number that changes would make torch.compile compile again.
     """
-    def __init__(self, lengths: Tensor, device: torch.device, past: list[int] | None = None):
+
+    def __init__(self, lengths: Tensor, device: torch.device, past: list[int] | None = None,
+                 max_length: int = PhiConfig.block_size):
         self.lengths = lengths.tolist()
         self.past = past or [0] * len(self.lengths)
+        self.max_length = max_length
         starts = F.pad(lengths.cumsum(0), (1, 0))                                  # (B + 1,)
-        self.last = (starts[1:] - 1).to(device, non_blocking=True)                 # (B,) rows of the last tokens
         offset = torch.tensor(self.past, dtype=torch.int64) - starts[:-1]          # (B,)
         pos = torch.arange(int(starts[-1])) + offset.repeat_interleave(lengths)    # (T,) restarts with each sequence
+        # Everything is computed on the CPU and sent once: the host never waits for the device.
         self.pos = pos.to(device, non_blocking=True)
-        self.starts = starts.to(device, torch.int32, non_blocking=True)
-        self.max_length = 2048      # constant: it only sizes the CUDA grid, and a changing int would recompile
+        self.starts = starts.to(device, torch.int32, non_blocking=True)            # (B + 1,)
+        self.last = (starts[1:] - 1).to(device, non_blocking=True)                 # (B,) rows of the last tokens
         # Asked here and not in `attend`, which torch.compile could not trace past the question.
         self.on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -97,148 +115,56 @@ class Layout:
 def has_varlen(q: Tensor, layout: Layout) -> bool:
     """Whether flash attention over ragged sequences can take q (T, nh, hs); if not, a loop over sequences does the same.
 
-    The kernels are for 16-bit floats and for heads of a multiple of 8 channels. They refuse to compute nothing at all,
-    which is what a process without a sample asks for.
+    The kernels are for 16-bit floats and for heads of a multiple of 8 channels, on GPUs since Ampere. They refuse to
+    compute nothing at all, which is what a process without a sample asks for.
     """
-    return layout.on_ampere and q.dtype != torch.float32 and q.size(-1) % 8 == 0 and len(q) > 0
+    if varlen_attn is None or not layout.on_ampere:
+        return False
+    return q.dtype != torch.float32 and q.size(-1) % 8 == 0 and len(q) > 0
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each sequence of a packed row. q, k, v (T, nh, hs) -> (T, nh, hs)."""
     if has_varlen(q, layout):
-        starts, longest = layout.starts, layout.max_length
-        return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))          # look back only
-    runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]   # neighbours of one length: one call
-    out = [q[:0]]
-    for (length, _), *parts in zip(runs, *(x.split([length * n for length, n in runs]) for x in (q, k, v))):
-        q_, k_, v_ = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in parts)     # (b, nh, length, hs)
-        out.append(F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2).flatten(0, 1))
+        starts = layout.starts
+        longest = layout.max_length
+        backwards = (-1, 0)         # how far a token looks: any distance back, and not ahead
+        return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=backwards)
+    # Neighbours of one length share a call: the cost of a call is felt when many short sequences are packed.
+    runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
+    sizes = [length * count for length, count in runs]
+    out = [q[:0]]                   # so that no sequence at all is a row of no tokens, with gradients
+    for (length, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
+        y = F.scaled_dot_product_attention(as_batch(q_run, length), as_batch(k_run, length), as_batch(v_run, length),
+                                           is_causal=True)                         # (b, nh, length, hs)
+        out.append(y.transpose(1, 2).flatten(0, 1))                                # (b * length, nh, hs)
     return torch.cat(out)                                                          # (T, nh, hs)
 
 
-class Step:
-    """A Layout for one new token of each sequence in the cache, made without traffic between host and device."""
-    def __init__(self, cache: "KVCache"):
-        self.pos, self.used = cache.pos, cache.used                                # (B,)
-        self.rows = cache.pos + cache.first                                        # (B,) of the cache's B * S
-        alike = cache.bucket == 1 and min(cache.lengths) == max(cache.lengths)
-        seen = None if alike else torch.arange(self.used, device=self.pos.device) <= self.pos[:, None]     # (B, used)
-        self.mask = None if alike else seen[:, None, None]                         # (B, 1, 1, used)
-
-
-class Prefix(NamedTuple):           # a beginning of a prompt that has been computed
-    ids: list[int]                  # IMAGE_ID at patch positions
-    images: Tensor                  # (N, 3, H, W) uint8, compared by identity
-    k: Tensor                       # (n_layer, len(ids), nh, hs)
-    v: Tensor
-
-
-def longest_prefix(prompt: list[int], images: Tensor, memory: list[Prefix]) -> Prefix | None:
-    """The longest beginning of `prompt` in memory, at least one token short of all of it (whose logits are wanted)."""
-    best = None
-    for ids, pics, k, v in memory:
-        same = next((n for n, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids)))
-        if pics is not images and IMAGE_ID in ids[:same]:   # another picture: only the words before it are the same
-            same = ids.index(IMAGE_ID)
-        same = min(same, len(prompt) - 1)
-        while same and prompt[same - 1] == prompt[same] == IMAGE_ID:               # pictures are kept whole
-            same -= 1
-        if same > (len(best.ids) if best else 0):
-            best = Prefix(ids[:same], pics, k[:, :same], v[:, :same])
-    return best
-
-
-class KVCache:
-    """Keys and values of every layer for B sequences of at most S tokens. Preallocated, an argument, knows no model."""
-    def __init__(self, config: PhiConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.lengths = [0] * batch                          # tokens held per sequence
-        self.pos = torch.zeros(batch, dtype=torch.int64, device=device)            # (B,) the same, where the model is
-        self.first = torch.arange(batch, device=device) * slots                    # (B,) where each row of B * S begins
-        self.bucket = 256 if self.k.is_cuda else 1          # attention reads multiples of it: graphs need fixed shapes
-        self.graph: Graph | None = None
-
-    @property
-    def used(self) -> int:
-        """How many slots of each row the next step reads."""
-        return min(-(-(max(self.lengths) + 1) // self.bucket) * self.bucket, self.k.size(2))
-
-    def fill(self, lengths: list[int]) -> None:
-        """After a prefill: each sequence now holds so many tokens."""
-        self.lengths = lengths
-        self.pos = torch.tensor(lengths, device=self.pos.device)
-
-    def advance(self) -> None:
-        """After a step. The last slot is never needed: sequences that ended idle there while others go on."""
-        last = self.k.size(2) - 1
-        self.lengths = [min(n + 1, last) for n in self.lengths]
-        self.pos.add_(1).clamp_(max=last)
-
-    def prefix(self, row: int, ids: list[int], images: Tensor) -> Prefix:
-        """What the row holds for `ids`: a view."""
-        return Prefix(ids, images, self.k[:, row, :len(ids)], self.v[:, row, :len(ids)])
-
-    def restore(self, prefixes: list[Prefix | None]) -> None:
-        """Begin each row with what is known of it."""
-        for row, prefix in enumerate(prefixes):
-            if prefix:
-                n = self.lengths[row] = len(prefix.ids)
-                self.k[:, row, :n], self.v[:, row, :n] = prefix.k, prefix.v
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: Layout | Step) -> Tensor:
-        """Store the new k, v (T, nh, hs), then let q (T, nh, hs) see each sequence's past and itself -> (T, nh, hs)."""
-        keys, values = self.k[layer], self.v[layer]                                # (B, S, nh, hs)
-        if isinstance(layout, Step):
-            keys.flatten(0, 1).index_copy_(0, layout.rows, k)
-            values.flatten(0, 1).index_copy_(0, layout.rows, v)
-            k_, v_ = (x[:, :layout.used].transpose(1, 2) for x in (keys, values))  # (B, nh, used, hs)
-            return F.scaled_dot_product_attention(q.unsqueeze(2), k_, v_, attn_mask=layout.mask).squeeze(2)
-        at = 0
-        for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
-            keys[row, past:past + n], values[row, past:past + n] = k[at:at + n], v[at:at + n]
-            at += n
-        if not any(layout.past):
-            return attend(q, k, v, layout)
-        out, at = [], 0
-        for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
-            q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q[at:at + n], keys[row, :past + n], values[row, :past + n]))
-            y = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=causal_lower_right(n, past + n))   # (1, nh, n, hs)
-            out.append(y[0].transpose(0, 1))
-            at += n
-        return torch.cat(out)                                                      # (T, nh, hs)
-
-
-class Graph:
-    """A decoding step recorded by CUDA: one launch for all kernels. Good until another 256 positions are read."""
-    def __init__(self, model: "LLaVAPhi", ids: Tensor, cache: KVCache):
-        self.ids, self.used, self.graph = ids.clone(), cache.used, torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                       # libraries set themselves up outside the recording
-            model.step(self.ids, cache)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
-            self.logits = model.step(self.ids, cache)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        self.ids.copy_(ids)
-        self.graph.replay()
-        return self.logits
+def as_batch(x: Tensor, length: int) -> Tensor:
+    """b packed sequences of one length (b * length, nh, hs) -> (b, nh, length, hs)."""
+    return x.unflatten(0, (-1, length)).transpose(1, 2)
 
 
 class Attention(nn.Module):
     def __init__(self, config: PhiConfig, layer: int):
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
+        self.n_head = config.n_head
+        self.layer = layer          # which of the cache's layers is ours
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: "Layout | DecodeLayout",
+                cache: "KVCache | None") -> Tensor:
         T, C = x.shape
-        qk, v = self.qkv(x).view(T, 3, self.n_head, C // self.n_head).split([2, 1], dim=1)
-        (q, k), v = apply_rope(qk, cos, sin).unbind(1), v.squeeze(1)               # (T, nh, hs) each
-        y = attend(q, k, v, layout) if cache is None else cache.attend(self.layer, q, k, v, layout)
+        qkv = self.qkv(x).view(T, 3, self.n_head, C // self.n_head)                # (T, 3, nh, hs)
+        qk, v = qkv.split([2, 1], dim=1)
+        q, k = apply_rope(qk, cos, sin).unbind(1)                                  # (T, nh, hs) each
+        v = v.squeeze(1)                                                           # (T, nh, hs)
+        if cache is None:
+            y = attend(q, k, v, layout)
+        else:
+            y = cache.attend(self.layer, q, k, v, layout)
         return self.proj(y.reshape(T, C))                                          # (T, C)
 
 
@@ -249,10 +175,14 @@ class MLP(nn.Module):
         self.proj = nn.Linear(config.n_inner, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+        x = self.fc(x)                                                             # (T, n_inner)
+        x = F.gelu(x, approximate="tanh")                                          # Hugging Face's "gelu_new"
+        return self.proj(x)                                                        # (T, C)
 
 
-class Block(nn.Module):             # one LayerNorm feeds both branches, and both are added at once
+class Block(nn.Module):
+    """Phi's parallel block: one LayerNorm feeds attention and MLP, and both are added to x at once."""
+
     def __init__(self, config: PhiConfig, layer: int):
         super().__init__()
         self.dropout = config.dropout
@@ -260,10 +190,12 @@ class Block(nn.Module):             # one LayerNorm feeds both branches, and bot
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: "Layout | DecodeLayout",
+                cache: "KVCache | None") -> Tensor:
         h = self.ln(x)
         attn = F.dropout(self.attn(h, cos, sin, layout, cache), self.dropout, self.training)
-        return x + attn + F.dropout(self.mlp(h), self.dropout, self.training)      # (T, C)
+        mlp = F.dropout(self.mlp(h), self.dropout, self.training)
+        return x + attn + mlp                                                      # (T, C)
 
 
 class Phi(nn.Module):
@@ -276,16 +208,20 @@ class Phi(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)                 # not tied to wte, and with a bias
 
-    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
-        """Embeddings (T, C) -> hidden states (T, C), ready for lm_head."""
+    def forward(self, x: Tensor, layout: "Layout | DecodeLayout", cache: "KVCache | None" = None) -> Tensor:
+        """Embeddings (T, C) -> hidden states (T, C), ready for lm_head.
+
+        The head is not applied here: training needs it at supervised positions alone, generation at the last ones.
+        """
         cos, sin = rope(layout.pos, self.config.rotary_dim, self.config.rope_base)
+        context = noop_context_fn
+        if self.recompute == "selective":
+            context = partial(create_selective_checkpoint_contexts, keep_products)
         for block in self.h:
-            if self.recompute == "none" or not self.training:
-                x = block(x, cos, sin, layout, cache)
+            if self.training and self.recompute != "none":
+                x = checkpoint(block, x, cos, sin, layout, cache, use_reentrant=False, context_fn=context)
             else:
-                keep = partial(create_selective_checkpoint_contexts, keep_products)
-                keep = keep if self.recompute == "selective" else noop_context_fn
-                x = checkpoint(block, x, cos, sin, layout, cache, use_reentrant=False, context_fn=keep)
+                x = block(x, cos, sin, layout, cache)                              # (T, C)
         return self.ln_f(x)
 
 
@@ -294,19 +230,30 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
     Half of the memory, for a twelfth of a forward pass more; full recomputation costs two thirds of one.
     """
-    wide = op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default) and args[-1].size(1) > args[-1].size(0)
-    keep = wide or "attention" in str(op) or "attn" in str(op)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    is_wide_product = False
+    if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+        n_in, n_out = args[-1].shape
+        is_wide_product = n_out > n_in
+    is_attention = "attention" in str(op) or "attn" in str(op)      # each kernel's operator has a name of its own
+    if is_wide_product or is_attention:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def cross_entropy_sum(h: Tensor, head: nn.Module, targets: Tensor, chunk: int = 4096) -> Tensor:
-    """Sum of the M token losses, in fp32. h (M, C), targets (M,). Logits of at most `chunk` rows exist at a time."""
+    """Sum of the losses of M tokens, an fp32 scalar. h (M, C), targets (M,).
+
+    Logits take 51,200 numbers a token, so those of at most `chunk` rows exist at a time; the backward pass makes each
+    chunk's again.
+    """
     def loss(h: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(h).float(), targets, reduction="sum")
     if targets.numel() <= chunk:
         return loss(h, targets)
-    pieces = zip(h.split(chunk), targets.split(chunk))
-    return torch.stack([checkpoint(loss, a, b, use_reentrant=False) for a, b in pieces]).sum()
+    losses = []
+    for h_chunk, targets_chunk in zip(h.split(chunk), targets.split(chunk)):
+        losses.append(checkpoint(loss, h_chunk, targets_chunk, use_reentrant=False))
+    return torch.stack(losses).sum()
 
 # ---------------------------------------------------------------------------------------------------
 # LLaVA
@@ -330,16 +277,24 @@ class LLaVAPhi(nn.Module):
         self.projector = Projector(config.vision.n_embd, config.llm.n_embd)
         self.llm = Phi(config.llm)
 
-    def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
-        """ids (T,), images (N, 3, H, W) uint8, slots (N * P,): which rows the patches take, in order -> (T, C).
+    @property
+    def device(self) -> torch.device:
+        return self.llm.wte.weight.device
 
-        N = 0 runs the tower on nothing: under FSDP every process must take part, and every gradient must exist.
+    def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
+        """The decoder's input: token embeddings, with each picture's patches written over its positions -> (T, C).
+
+        ids (T,): any valid id at image positions; images (N, 3, H, W) uint8; slots (N * P,): which rows the patches
+        take, in order. N = 0 runs the tower on nothing: under FSDP every process must take part, and every gradient
+        must exist.
         """
-        assert slots.numel() == images.size(0) * self.config.vision.n_patches, \
-            f"{slots.numel()} image positions for {images.size(0)} images of {self.config.vision.n_patches} patches"
+        n_patches = self.config.vision.n_patches
+        assert slots.numel() == images.size(0) * n_patches, \
+            f"{slots.numel()} image positions for {images.size(0)} images of {n_patches} patches"
         x = self.llm.wte(ids)                                                      # (T, C)
-        patches = self.projector(self.vision(images)).flatten(0, 1)                # (N * P, C)
-        return x.index_copy(0, slots, patches.type_as(x))                          # (T, C)
+        patches = self.projector(self.vision(images))                              # (N, P, C)
+        patches = patches.flatten(0, 1).type_as(x)                                 # (N * P, C)
+        return x.index_copy(0, slots, patches)                                     # (T, C)
 
     def forward(self, ids: Tensor, lengths: Tensor, images: Tensor, slots: Tensor, rows: Tensor,
                 targets: Tensor) -> Tensor:
@@ -348,127 +303,311 @@ class LLaVAPhi(nn.Module):
         ids (T,) packed, 0 at image positions; lengths (B,) on the CPU; images (N, 3, H, W) uint8; slots (N * P,);
         rows (M,): positions whose next token is supervised; targets (M,): those tokens.
         """
-        h = self.llm(self.embed(ids, images, slots), Layout(lengths, ids.device))
+        x = self.embed(ids, images, slots)                                         # (T, C)
+        layout = Layout(lengths, ids.device, max_length=self.config.llm.block_size)
+        h = self.llm(x, layout)                                                    # (T, C)
         return cross_entropy_sum(h[rows], self.llm.lm_head, targets)
 
     # ---- generation: token ids in, token ids out. Prompts hold IMAGE_ID at every patch position.
 
-    @property
-    def device(self) -> torch.device:
-        return self.llm.wte.weight.device
-
-    def new_cache(self, batch: int, slots: int) -> KVCache:
+    def new_cache(self, batch: int, slots: int) -> "KVCache":
         return KVCache(self.config.llm, batch, slots, self.device, self.llm.wte.weight.dtype)
 
-    def prefill(self, prompts: list[list[int]], images: list[Tensor], cache: KVCache) -> Tensor:
-        """Run what the cache lacks of each prompt; images[i] (N_i, 3, H, W) are prompt i's. -> logits (B, V), fp32."""
-        P = self.config.vision.n_patches
-        new = [prompt[past:] for prompt, past in zip(prompts, cache.lengths)]
-        unseen = [pics[prompt[:past].count(IMAGE_ID) // P:]
-                  for prompt, pics, past in zip(prompts, images, cache.lengths)]
-        ids = torch.tensor([i for row in new for i in row])                        # (T,)
+    def prefill(self, prompts: list[list[int]], images: list[Tensor], cache: "KVCache") -> Tensor:
+        """Run what the cache lacks of each prompt -> the next token's logits (B, V), fp32.
+
+        images[i] (N_i, 3, H, W) uint8 belong to prompts[i].
+        """
+        new_ids = []
+        new_images = []
+        for prompt, pictures, past in zip(prompts, images, cache.lengths):
+            n_cached = prompt[:past].count(IMAGE_ID) // self.config.vision.n_patches
+            new_ids += prompt[past:]
+            new_images.append(pictures[n_cached:])
+        ids = torch.tensor(new_ids)                                                # (T,)
         slots = (ids == IMAGE_ID).nonzero().flatten()                              # (N * P,)
-        layout = Layout(torch.tensor([len(row) for row in new]), self.device, cache.lengths)
-        x = self.embed(ids.clamp_min(0).to(self.device), torch.cat(unseen).to(self.device), slots.to(self.device))
+        lengths = torch.tensor([len(prompt) for prompt in prompts])                # (B,)
+        layout = Layout(lengths - torch.tensor(cache.lengths), self.device, cache.lengths, self.config.llm.block_size)
+        pixels = torch.cat(new_images).to(self.device)                             # (N, 3, H, W)
+        x = self.embed(ids.clamp_min(0).to(self.device), pixels, slots.to(self.device))
         h = self.llm(x, layout, cache)                                             # (T, C)
-        cache.fill([len(prompt) for prompt in prompts])
+        cache.fill(lengths.tolist())
         return self.llm.lm_head(h[layout.last]).float()                            # (B, V)
 
-    def step(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def step(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """One more token (B,) for every sequence -> next-token logits (B, V), fp32. The cache is not advanced."""
-        return self.llm.lm_head(self.llm(self.llm.wte(ids), Step(cache), cache)).float()
+        h = self.llm(self.llm.wte(ids), DecodeLayout(cache), cache)                # (B, C)
+        return self.llm.lm_head(h).float()
 
-    def decode(self, ids: Tensor, cache: KVCache, capture: bool = False) -> Tensor:
-        """A step, and the cache knows of it."""
-        if capture and (cache.graph is None or cache.graph.used != cache.used):
-            cache.graph = Graph(self, ids, cache)
-        logits = cache.graph(ids) if capture else self.step(ids, cache)
+    def decode(self, ids: Tensor, cache: "KVCache", capture: bool = False) -> Tensor:
+        """A step after which the cache counts the new token. capture: record the step as a CUDA graph and replay it."""
+        if capture:
+            if cache.graph is None or cache.graph.used != cache.used:
+                cache.graph = Graph(self, ids, cache)
+            logits = cache.graph(ids)
+        else:
+            logits = self.step(ids, cache)
         cache.advance()
-        return logits
-
-    def prefixes(self, prompts: list[list[int]], images: list[Tensor], memory: list[Prefix]) -> list[Prefix | None]:
-        """For each prompt the longest beginning that is computed, in `memory` or here for several prompts at once.
-
-        Everything up to the end of the picture is the same for all questions about it: it runs once, then is copied.
-        """
-        found = [longest_prefix(prompt, pics, memory) for prompt, pics in zip(prompts, images)]
-        groups: dict[tuple, list[int]] = {}                                    # same picture, same ids up to its end
-        for row, (prompt, pics) in enumerate(zip(prompts, images)):
-            end = len(prompt) - prompt[::-1].index(IMAGE_ID) if IMAGE_ID in prompt else 0
-            if len(prompt) > end > (len(found[row].ids) if found[row] else 0):
-                groups.setdefault((id(pics), tuple(prompt[:end])), []).append(row)
-        shared = [(list(key[1]), rows) for key, rows in groups.items() if len(rows) > 1]
-        if shared:
-            cache = self.new_cache(len(shared), max(len(head) for head, _ in shared))
-            self.prefill([head for head, _ in shared], [images[rows[0]] for _, rows in shared], cache)
-            for i, (head, rows) in enumerate(shared):
-                for row in rows:
-                    found[row] = cache.prefix(i, head, images[row])
-        return found
+        return logits                                                              # (B, V)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], images: list[Tensor], *, max_new_tokens: int, eos_id: int,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
-                 memory: list[Prefix] | None = None, fast: bool = False) -> Iterator[list[int | None]]:
+                 memory: "list[Prefix] | None" = None, remember_all: bool = False,
+                 fast: bool = False) -> Iterator[list[int | None]]:
         """Yield one column per step: each prompt's next id, or None where that answer has ended (eos_id or block_size).
 
-        `memory`: a list owned by the caller that carries the last prompt's keys and values from call to call, so the
+        memory: a list owned by the caller that carries the last prompt's keys and values from call to call, so the
         next question about the same picture (the same tensor), or the next turn, starts where this one ended.
-        `fast`: for long answers on CUDA, steps are captured as a graph and queued before the host reads the last token.
+        remember_all: keep every prompt's instead, for a batch of conversations that all go on.
+        fast: for long answers on CUDA, steps are captured as a graph and queued before the host reads the last token.
         Raises ValueError when a prompt leaves no room for an answer.
         """
-        limit, longest = self.config.llm.block_size, max(len(prompt) for prompt in prompts)
+        limit = self.config.llm.block_size
+        longest = max(len(prompt) for prompt in prompts)
         if longest >= limit:
             raise ValueError(f"the prompt takes {longest} of the model's {limit} positions, none is left for an answer")
+        answers = [Answer(prompt, room=limit - len(prompt)) for prompt in prompts]
         cache = self.new_cache(len(prompts), min(longest + max_new_tokens, limit))
-        cache.restore(self.prefixes(prompts, images, memory or []))
+        cache.restore(known_prefixes(self, prompts, images, memory or []))
         logits = self.prefill(prompts, images, cache)
-        ended, answers = [False] * len(prompts), [[] for _ in prompts]
         try:
-            for step in range(max_new_tokens):
-                ids = pick(logits, temperature, top_k, top_p, generator)
+            for n in range(max_new_tokens):
+                is_last = n + 1 == max_new_tokens
+                ids = pick(logits, temperature, top_k, top_p, generator)           # (B,)
                 read = read_later(ids)
-                if fast and step + 1 < max_new_tokens:
+                if fast and not is_last:
                     logits = self.decode(ids, cache, capture=ids.is_cuda)
-                column = read()
-                ended = [e or i == eos_id for e, i in zip(ended, column)]
-                if all(ended):
-                    return
-                for answer, i, e in zip(answers, column, ended):
-                    answer.extend([] if e else [i])
-                yield [None if e else i for i, e in zip(column, ended)]
-                ended = [e or len(prompt) + len(said) >= limit for e, prompt, said in zip(ended, prompts, answers)]
-                if all(ended) or step + 1 == max_new_tokens:
+                column = [answer.add(token, eos_id) for answer, token in zip(answers, read())]
+                if any(token is not None for token in column):
+                    yield column
+                if is_last or all(answer.ended for answer in answers):
                     return
                 if not fast:
                     logits = self.decode(ids, cache)
-        finally:                                            # also when the caller stops listening
+        finally:                    # also when the caller stops listening
             if memory is not None:
-                last = cache.prefix(-1, (prompts[-1] + answers[-1])[:cache.lengths[-1]], images[-1])
-                if len(prompts) > 1:                        # keep one row, not all of them
-                    last = last._replace(k=last.k.clone(), v=last.v.clone())
-                memory[:] = [last]
+                memory.clear()
+                for row in range(0 if remember_all else len(prompts) - 1, len(prompts)):
+                    prefix = cache.prefix(row, answers[row].prompt + answers[row].ids, images[row])
+                    if len(prompts) > 1:
+                        prefix = prefix._replace(k=prefix.k.clone(), v=prefix.v.clone())   # keep one row, not all
+                    memory.append(prefix)
+
+# ---------------------------------------------------------------------------------------------------
+# What generation needs: the state of an answer, the choice of a token, the cache
 
 
-def read_later(ids: Tensor) -> Callable[[], list[int]]:
-    """Start copying ids to the host now; only the call waits for them, and not for what was queued in between."""
-    if not ids.is_cuda:
-        return ids.tolist
-    host, event = torch.empty_like(ids, device="cpu", pin_memory=True), torch.cuda.Event()
-    host.copy_(ids, non_blocking=True)
-    event.record()
-    return lambda: [event.synchronize(), host.tolist()][1]
+@dataclass
+class Answer:
+    """One prompt's answer while it is written."""
+    prompt: list[int]
+    room: int                       # how many tokens fit behind the prompt
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    def add(self, token: int, eos_id: int) -> int | None:
+        """Take the next token -> the same, or None if the answer has ended, with this token or before."""
+        if token == eos_id:
+            self.ended = True
+        if self.ended:
+            return None
+        self.ids.append(token)
+        self.ended = len(self.ids) == self.room
+        return token
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """logits (B, V) fp32 -> ids (B,). Temperature 0: the best; else from the top_k best (0: all) within top_p."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
-    probs = logits[:, :top_k or None].softmax(-1)                                  # (B, top_k or V)
-    outside = probs.cumsum(-1) - probs >= top_p             # what stands before a token already fills top_p
-    choice = torch.multinomial(probs.masked_fill(outside, 0.0), 1, generator=generator)    # (B, 1)
-    return order.gather(1, choice).squeeze(1)
+    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)      # (B, V)
+    if top_k:
+        logits = logits[:, :top_k]
+    probs = logits.softmax(-1)                                                     # (B, top_k or V)
+    better = probs.cumsum(-1) - probs                       # how much probability stands before each token
+    probs = probs.masked_fill(better >= top_p, 0.0)
+    choice = torch.multinomial(probs, 1, generator=generator)                      # (B, 1)
+    return order.gather(1, choice).squeeze(1)                                      # (B,)
+
+
+def read_later(ids: Tensor) -> Callable[[], list[int]]:
+    """Start copying ids to the host -> a function that waits for them, and not for what was queued in between."""
+    if not ids.is_cuda:
+        return ids.tolist
+    host = torch.empty_like(ids, device="cpu", pin_memory=True)
+    host.copy_(ids, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[int]:
+        copied.synchronize()
+        return host.tolist()
+    return wait
+
+
+class KVCache:
+    """Keys and values of every layer for B sequences of at most S tokens. Preallocated, an argument, knows no model."""
+
+    def __init__(self, config: PhiConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)                    # (n_layer, B, S, nh, hs)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch                          # tokens held per sequence, for the host
+        self.pos = torch.zeros(batch, dtype=torch.int64, device=device)            # (B,) the same, where the model is
+        self.first = torch.arange(batch, device=device) * slots                    # (B,) where each row of B * S begins
+        self.bucket = 256 if self.k.is_cuda else 1          # attention reads multiples of it: graphs need fixed shapes
+        self.graph: Graph | None = None
+
+    @property
+    def used(self) -> int:
+        """How many slots of each row the next step reads: the longest sequence and the new token, in whole buckets."""
+        needed = max(self.lengths) + 1
+        buckets = (needed + self.bucket - 1) // self.bucket
+        return min(buckets * self.bucket, self.k.size(2))
+
+    def fill(self, lengths: list[int]) -> None:
+        """After a prefill: each sequence now holds so many tokens."""
+        self.lengths = lengths
+        self.pos = torch.tensor(lengths, device=self.pos.device)
+
+    def advance(self) -> None:
+        """After a step. The last slot is never needed: sequences that ended idle there while others go on."""
+        last = self.k.size(2) - 1
+        self.lengths = [min(n + 1, last) for n in self.lengths]
+        self.pos.add_(1).clamp_(max=last)
+
+    def prefix(self, row: int, ids: list[int], images: Tensor) -> "Prefix":
+        """What the row holds of `ids`: a view, which keeps the whole cache in memory."""
+        ids = ids[:self.lengths[row]]
+        return Prefix(ids, images, self.k[:, row, :len(ids)], self.v[:, row, :len(ids)])
+
+    def restore(self, prefixes: "list[Prefix | None]") -> None:
+        """Begin each row with what is known of it."""
+        for row, prefix in enumerate(prefixes):
+            if prefix is not None:
+                n = len(prefix.ids)
+                self.lengths[row] = n
+                self.k[:, row, :n] = prefix.k
+                self.v[:, row, :n] = prefix.v
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: "Layout | DecodeLayout") -> Tensor:
+        """Store the new k, v (T, nh, hs), then let q (T, nh, hs) see each sequence's past and itself -> (T, nh, hs)."""
+        keys = self.k[layer]                                                       # (B, S, nh, hs)
+        values = self.v[layer]
+        if isinstance(layout, DecodeLayout):
+            keys.flatten(0, 1).index_copy_(0, layout.rows, k)
+            values.flatten(0, 1).index_copy_(0, layout.rows, v)
+            k = keys[:, :layout.used].transpose(1, 2)                              # (B, nh, used, hs)
+            v = values[:, :layout.used].transpose(1, 2)
+            y = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=layout.mask)        # (B, nh, 1, hs)
+            return y.squeeze(2)                                                    # (T, nh, hs), T = B
+        new_k = k.split(layout.lengths)
+        new_v = v.split(layout.lengths)
+        for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
+            keys[row, past:past + n] = new_k[row]
+            values[row, past:past + n] = new_v[row]
+        if not any(layout.past):
+            return attend(q, k, v, layout)
+        out = []
+        for row, q_row in enumerate(q.split(layout.lengths)):
+            n = len(q_row)
+            total = layout.past[row] + n
+            # Query i stands at position past + i, so the triangle of the causal mask is aligned at its end.
+            y = F.scaled_dot_product_attention(as_batch(q_row, n), as_batch(keys[row, :total], total),
+                                               as_batch(values[row, :total], total),
+                                               attn_mask=causal_lower_right(n, total))             # (1, nh, n, hs)
+            out.append(y[0].transpose(0, 1))                                       # (n, nh, hs)
+        return torch.cat(out)                                                      # (T, nh, hs)
+
+
+class DecodeLayout:
+    """A Layout for one new token of each sequence in the cache, made without traffic between host and device."""
+
+    def __init__(self, cache: KVCache):
+        self.pos = cache.pos                                                       # (B,)
+        self.used = cache.used
+        self.rows = cache.pos + cache.first                                        # (B,) of the cache's B * S
+        self.mask = None            # where all sequences are equally long, everything that is read may be seen
+        if cache.bucket > 1 or min(cache.lengths) < max(cache.lengths):
+            seen = torch.arange(self.used, device=self.pos.device) <= self.pos[:, None]            # (B, used)
+            self.mask = seen[:, None, None]                                        # (B, 1, 1, used)
+
+
+class Graph:
+    """A decoding step recorded by CUDA: one launch for all kernels. Good until another 256 positions are read."""
+
+    def __init__(self, model: LLaVAPhi, ids: Tensor, cache: KVCache):
+        self.ids = ids.clone()      # the recording reads its input from here, and writes to self.logits
+        self.used = cache.used
+        self.graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                       # libraries set themselves up outside the recording
+            model.step(self.ids, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.logits = model.step(self.ids, cache)                              # (B, V)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits
+
+
+class Prefix(NamedTuple):           # a beginning of a prompt that has been computed
+    ids: list[int]                  # IMAGE_ID at patch positions
+    images: Tensor                  # (N, 3, H, W) uint8, compared by identity
+    k: Tensor                       # (n_layer, len(ids), nh, hs)
+    v: Tensor
+
+
+def longest_prefix(prompt: list[int], images: Tensor, memory: list[Prefix]) -> Prefix | None:
+    """The longest beginning of `prompt` in memory, at least one token short of all of it (whose logits are wanted)."""
+    best = None
+    for prefix in memory:
+        n = common_length(prompt, prefix.ids)
+        if prefix.images is not images and IMAGE_ID in prefix.ids[:n]:
+            n = prefix.ids.index(IMAGE_ID)                  # another picture: only the words before it are the same
+        n = min(n, len(prompt) - 1)
+        while n > 0 and prompt[n - 1] == prompt[n] == IMAGE_ID:
+            n -= 1                                          # a picture is kept whole or not at all
+        if n > (len(best.ids) if best else 0):
+            best = Prefix(prefix.ids[:n], prefix.images, prefix.k[:, :n], prefix.v[:, :n])
+    return best
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def known_prefixes(model: LLaVAPhi, prompts: list[list[int]], images: list[Tensor],
+                   memory: list[Prefix]) -> list[Prefix | None]:
+    """For each prompt the longest beginning that is computed: from `memory`, or here for several prompts at once.
+
+    Everything up to the end of a picture is the same for all questions about it: it runs once, and is copied to each.
+    """
+    prefixes = [longest_prefix(prompt, pictures, memory) for prompt, pictures in zip(prompts, images)]
+    groups: dict[tuple, list[int]] = {}                     # the picture, and the ids up to its end -> rows
+    for row, prompt in enumerate(prompts):
+        end = len(prompt) - prompt[::-1].index(IMAGE_ID) if IMAGE_ID in prompt else 0
+        known = len(prefixes[row].ids) if prefixes[row] else 0
+        if known < end < len(prompt):
+            groups.setdefault((id(images[row]), tuple(prompt[:end])), []).append(row)
+    shared = [(list(head), rows) for (_, head), rows in groups.items() if len(rows) > 1]
+    if shared:
+        heads = [head for head, _ in shared]
+        cache = model.new_cache(len(heads), max(len(head) for head in heads))
+        model.prefill(heads, [images[rows[0]] for _, rows in shared], cache)
+        for i, (head, rows) in enumerate(shared):
+            prefix = cache.prefix(i, head, images[rows[0]])
+            for row in rows:
+                prefixes[row] = prefix
+    return prefixes
 
 # ---------------------------------------------------------------------------------------------------
 # Surgery

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
+import model as model_file
 from load_weights import load_model
 from model import (IMAGE_ID, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, cross_entropy_sum,
                    init_weights, pick, quantize_int8)
@@ -156,6 +158,34 @@ def test_loss_and_gradients_equal_the_original(original, golden):
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
+def test_one_image_id():
+    """data.py may not import the model, so the number stands in both."""
+    assert IMAGE_ID == data.IMAGE_ID
+
+
+def test_attention_knows_the_models_length(tiny, monkeypatch):
+    """GPU kernels size their grid by it: with less, the positions behind it would be garbage."""
+    lengths = []
+    monkeypatch.setattr(model_file, "attend", lambda q, k, v, layout: lengths.append(layout.max_length) or q)
+    tiny.llm(torch.zeros(2, 48), Layout(torch.tensor([2]), tiny.device))
+    assert set(lengths) == {2048}
+    lengths.clear()
+    all_targets = torch.tensor([3, 4])
+    tiny(torch.tensor([3, 4]), torch.tensor([2]), NONE, torch.zeros(0, dtype=torch.int64), torch.arange(2), all_targets)
+    next(tiny.generate([[1, 2, 3]], [NONE], max_new_tokens=1, eos_id=EOS))
+    assert set(lengths) == {64}
+
+
+def test_without_varlen_attention_there_is_the_loop(monkeypatch):
+    """Releases of PyTorch that lack it, and GPUs before Ampere."""
+    layout = Layout(torch.tensor([3]), torch.device("cpu"))
+    layout.on_ampere = True
+    q = torch.zeros(3, 2, 80, dtype=torch.bfloat16)
+    assert model_file.has_varlen(q, layout)
+    monkeypatch.setattr(model_file, "varlen_attn", None)
+    assert not model_file.has_varlen(q, layout)
+
+
 def test_the_published_model_has_the_published_size():
     with torch.device("meta"):
         model = LLaVAPhi(LLaVAConfig())
@@ -288,6 +318,21 @@ def test_answers_stop_where_the_positions_end(tiny, room):
     assert len(expected[0]) <= room
     again = full[:30] + [1, 2, 3]
     assert fast(tiny, [again], [NONE], 5, memory=memory) == [slow_greedy(tiny, again, NONE, 5)]
+
+
+def test_all_rows_can_be_remembered(tiny):
+    """A batch of conversations that all go on: the next turn of each computes only what is new."""
+    model = copy.deepcopy(tiny)
+    seen = count_images(model)
+    rng, memory = random.Random(7), []
+    prompts, pictures = map(list, zip(*(draw_prompt(rng, 1) for _ in range(3))))
+    said = fast(model, prompts, pictures, 5, memory=memory, remember_all=True)
+    assert len(memory) == 3 and sum(seen) == 3
+    assert len({prefix.k.untyped_storage().data_ptr() for prefix in memory}) == 3   # copies, not views of one cache
+    prompts = [prompt + answer + [EOS] + draw_words(rng, 3) for prompt, answer in zip(prompts, said)]
+    expected = [slow_greedy(tiny, prompt, pics, 5) for prompt, pics in zip(prompts, pictures)]
+    assert fast(model, prompts, pictures, 5, memory=memory, remember_all=True) == expected
+    assert sum(seen) == 3
 
 
 def test_a_prompt_without_room_is_the_users_error(tiny):
