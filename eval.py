@@ -36,9 +36,9 @@ import numpy as np
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
 from benchmarks.files import checksum, first_existing, read_answers, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import BLANK, PUBLISHED, Example, Mark, Score, Task, mean, paired_test
-from common import (Parser, choose_device, dtype_name, find_model, read_json, read_jsonl, run_command, torch_dtype,
-                    visible, write_whole)
+from benchmarks.scoring import BLANK, Example, Mark, Score, Task, mean, paired_test, published_columns
+from common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, read_json, read_jsonl, run_command,
+                    torch_dtype, visible, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
@@ -180,15 +180,29 @@ def question_settings(data: Data, args: Namespace) -> dict:
     return settings
 
 
-def generation_settings(data: Data, model: str, model_mode: str, args: Namespace) -> dict:
-    """All that an answer depends on. Processes and batch size are not in it: in fp32 they change nothing."""
+def reference_model(config) -> str:
+    """Which published model a LLaVAConfig is built like (a key of PUBLISHED). Mipha's SigLIP has no class token."""
+    return "llava_phi" if config.vision.class_token else "mipha"
+
+
+def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -> dict:
+    """All that an answer depends on. Processes and batch size are not in it: in fp32 they change nothing.
+
+    fingerprint, config: of the model, a LLaVAConfig.
+    """
+    reference = reference_model(config)
+    image_mode = args.image_mode
+    if image_mode == "model":
+        image_mode = config.image_mode
+    elif image_mode == "paper":
+        image_mode = data.task.mipha_mode if reference == "mipha" else data.task.paper_mode
     questions = []
     for example in data.examples:
         picture = example.image.name if isinstance(example.image, Path) else example.image is not None
         questions.append([example.question_id, example.prompt, picture])
-    image_mode = {"model": model_mode, "paper": data.task.paper_mode}.get(args.image_mode, args.image_mode)
-    return {**question_settings(data, args), "model": model, "image_mode": image_mode, "dtype": args.dtype,
-            "max_new_tokens": data.task.max_new_tokens, "questions": checksum(to_json(questions).encode())}
+    return {**question_settings(data, args), "model": fingerprint, "reference": reference, "image_mode": image_mode,
+            "dtype": args.dtype, "max_new_tokens": data.task.max_new_tokens,
+            "questions": checksum(to_json(questions).encode())}
 
 
 def begin(out: Path, settings: dict) -> None:
@@ -242,19 +256,22 @@ def plan_batches(examples: list[Example], lengths: dict[int, int], rank: int, wo
     return [in_order[start:start + batch] for start in range(0, len(in_order), batch)]
 
 
-def open_picture(image: Path | bytes | str | None, size: int, mode: str):
-    """uint8 (1, 3, size, size), or (0, 3, size, size) for a question without a picture."""
+def open_picture(image: Path | bytes | str | None, vision, mode: str):
+    """A question's picture as the tower of this VisionConfig wants it -> uint8 (1, 3, size, size), or
+    (0, 3, size, size) for a question without a picture."""
     import torch
-    from data import PAD_COLOR, load_image
+    from data import load_image, mean_color
+    size = vision.image_size
+    pad_color = mean_color(vision.mean)
     if image is None:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
     if image == BLANK:
-        return torch.tensor(PAD_COLOR, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
+        return torch.tensor(pad_color, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
     source = io.BytesIO(image) if isinstance(image, bytes) else image
-    return load_image(source, size, mode)[None]
+    return load_image(source, size, mode, pad_color)[None]
 
 
-def pictures_ahead(examples: list[Example], batches: list[list[int]], size: int, mode: str) -> Iterator[list]:
+def pictures_ahead(examples: list[Example], batches: list[list[int]], vision, mode: str) -> Iterator[list]:
     """The pictures of each batch, decoded while the batches before it run.
 
     One picture is one tensor: by its identity the model knows which questions can share the tower's work.
@@ -263,7 +280,7 @@ def pictures_ahead(examples: list[Example], batches: list[list[int]], size: int,
         decoding = {}
         for i, batch in enumerate(batches):
             soon = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
-            decoding = {image: decoding.get(image) or pool.submit(open_picture, image, size, mode) for image in soon}
+            decoding = {image: decoding.get(image) or pool.submit(open_picture, image, vision, mode) for image in soon}
             yield [decoding[examples[row].image].result() for row in batch]
 
 
@@ -308,7 +325,7 @@ def generate(data: Data, settings: dict, loaded: LoadedModel, todo: set[int], ra
     prompts = {row: encode_question(examples[row], loaded) for row in todo}
     lengths = {row: len(ids) for row, ids in prompts.items()}
     batches = plan_batches(examples, lengths, rank, world, args.batch)
-    pictures = pictures_ahead(examples, batches, config.vision.image_size, settings["image_mode"])
+    pictures = pictures_ahead(examples, batches, config.vision, settings["image_mode"])
     # What the model keeps of the last picture, so that the next batch can go on with it.
     memory = None if args.exact else []
     path = out / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
@@ -377,6 +394,15 @@ def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | No
     return f"{args.judge_model}, asked in this project's words"
 
 
+def published_scores(task: Task, settings: dict) -> dict[str, float]:
+    """Name of a model -> its score; first the model that this one is to be compared with."""
+    scores = {}
+    for model, name in published_columns(settings.get("reference")).items():
+        if model in task.published:
+            scores[name] = task.published[model]
+    return scores
+
+
 def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
           run: dict | None = None) -> dict:
     """Mark, summarise, write result.json, report.html and the submission; nothing is written before all is known."""
@@ -399,7 +425,7 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
         "interval": [total.low, total.high] if total else None,
         "interval_method": f"95 %, {total.interval}" if total else None,
         "numbers": total.others if total else {},
-        "published": {name: task.published[model] for model, name in PUBLISHED.items() if model in task.published},
+        "published": published_scores(task, settings),
         "unparsed": sum(mark.unparsed for mark in marks),
         "empty": texts.count(""),
         "truncated": sum(bool(answer.get("truncated")) for answer in given),
@@ -473,16 +499,19 @@ def compare(data: Data, args: Namespace) -> None:
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(description=__doc__)
     on_or_off = argparse.BooleanOptionalAction
-    cropped = ", ".join(name for name, task in TASKS.items() if task.paper_mode == "crop")
+    special = []
+    for name, task in TASKS.items():
+        if (task.paper_mode, task.mipha_mode) != ("pad", "pad"):
+            special.append(f"{name} {task.paper_mode} (Mipha {task.mipha_mode})")
     add = parser.add_argument
     add("--task", help=f"one or several with commas: {', '.join(TASKS)}; paper: {', '.join(PAPER)}")
     add("--root", default="data/eval", help="folder of the benchmarks, in the layout of LLaVA's playground/data/eval")
     add("--split", help="another split than the one that the published score is on")
-    add("--model", help="model folder; None: out/finetune if it is there, else checkpoints/llava-phi")
+    add("--model", help=f"model folder; None: the first of {', '.join(map(str, USUAL_MODELS))} that is there")
     add("--out", help="folder of answers and results, of several tasks a folder each; None: out/eval/TASK")
-    add("--image-mode", default="model", choices=("model", "paper", "pad", "crop"),
-        help=f"model: as it was trained; paper: as the published scores were made, which is crop for {cropped}, "
-             "else pad")
+    add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
+        help="model: as it was trained; paper: as the published scores were made, which is pad except for "
+             + ", ".join(special))
     add("--dtype", type=dtype_name, help="fp32 or bf16; None: bf16 on a GPU, fp32 on a CPU")
     add("--device", help="cpu or cuda; None: cuda where there is one")
     add("--batch", type=int, default=16, help="questions answered at a time")
@@ -570,7 +599,7 @@ def generate_and_score(args: Namespace) -> None:
     folder = find_model(args.model)
     from load_weights import load_config
     choose_arithmetic(args)
-    model_mode = load_config(folder).image_mode
+    config = load_config(folder)
     fingerprint = model_fingerprint(folder)
     processes = join_processes()
     loaded = None
@@ -579,7 +608,7 @@ def generate_and_score(args: Namespace) -> None:
         out = Path(args.out or "out/eval")
         if len(tasks) > 1 or not args.out:
             out = out / data.name
-        settings = generation_settings(data, fingerprint, model_mode, args)
+        settings = generation_settings(data, fingerprint, config, args)
         if processes.rank == 0:
             begin(out, settings)
         processes.barrier()

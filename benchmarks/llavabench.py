@@ -103,4 +103,5 @@ TASK = Task(
     published={"llava": 65.4},
     max_new_tokens=1024,
     paper_mode="crop",
+    mipha_mode="squash",
 )

@@ -105,4 +105,5 @@ TASK = Task(
     published={"llava_phi": 28.9, "mipha": 32.1, "llava": 31.1, "tinyllava": 31.7},
     max_new_tokens=1024,
     paper_mode="crop",
+    mipha_mode="squash",
 )

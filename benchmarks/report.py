@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from benchmarks import TASKS
-from benchmarks.scoring import BLANK, PUBLISHED, Example, Mark
+from benchmarks.scoring import BLANK, Example, Mark, published_columns
 from common import html_page, visible
 
 WRONG_ANSWERS = 60          # shown in the report
@@ -56,8 +56,12 @@ def remarks(result: dict) -> list[str]:
         lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
     if result["split"] in task.split_notes:
         lines.append(task.split_notes[result["split"]])
+    is_mipha = settings.get("reference") == "mipha"
+    if is_mipha and "mipha" in task.published:
+        lines.append("This model has Mipha's tower (SigLIP): the score to compare with is Mipha-3B's.")
     if "tinyllava" in task.published:
-        lines.append("* CLIP-L/336 and Phi-2 with TinyLLaVA-Factory's base recipe: this architecture, well trained.")
+        whose = "LLaVA-Phi's" if is_mipha else "this"
+        lines.append(f"* CLIP-L/336 and Phi-2 with TinyLLaVA-Factory's base recipe: {whose} architecture, well trained.")
     if result["submission"]:
         lines.append(f"Submission file: {result['submission']}")
     for note in result["notes"]:
@@ -86,7 +90,7 @@ def print_result(result: dict, out: Path) -> None:
 
 def print_all(results: list[dict]) -> None:
     """A line for each task."""
-    names = PUBLISHED.values()
+    names = published_columns(results[0]["settings"].get("reference")).values()
     table = [["all tasks", "here", "95 % interval", *names]]
     for result in results:
         published = [str(result["published"].get(name, "")) for name in names]

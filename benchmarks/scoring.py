@@ -29,6 +29,13 @@ PUBLISHED = {
     "tinyllava": "TinyLLaVA *",     # *: CLIP-L/336 + Phi-2 with TinyLLaVA-Factory's base recipe
 }
 
+
+def published_columns(reference: str | None) -> dict[str, str]:
+    """PUBLISHED with the model first that one's own is to be compared with; None: it is not known which."""
+    if reference is None:
+        return PUBLISHED
+    return {reference: PUBLISHED[reference]} | PUBLISHED
+
 # ---------------------------------------------------------------------------------------------------
 # Types
 
@@ -85,7 +92,8 @@ class Task:
     files: dict[str, str] = field(default_factory=dict)         # file -> start of the official sha256 ("": not known)
     published: dict[str, float] = field(default_factory=dict)   # key of PUBLISHED -> score
     max_new_tokens: int = 128
-    paper_mode: str = "pad"                             # image mode behind the published tables
+    paper_mode: str = "pad"                             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
+    mipha_mode: str = "pad"                             # and behind Mipha's, whose scripts repaired one of the three
     repeated_ids: bool = False                          # question_id names the image, not the question
     images_only: int = 0                                # official number of questions that --img-only leaves
     prompt_note: Callable[[dict], str] | None = None    # settings -> a remark on the prompt, for the report

@@ -23,6 +23,7 @@ from PIL import Image
 
 import eval as ev
 from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa, vizwiz)
+from vision import VisionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests/golden/tiny-llava-phi"
@@ -1086,3 +1087,51 @@ def test_several_tasks_share_a_model_and_end_in_one_table(tmp_path, short, capsy
     assert "shapes (all)" in table and "scienceqa (test)" in table and "68.4" in table and loads == [1]
     assert json.loads((tmp_path / "out/scienceqa/result.json").read_text())["limit"] == 2
     assert ev.chosen_tasks(ev.parse(["--task", "paper,gqa"])) == [*ev.PAPER, "gqa"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Mipha
+
+
+def mipha_config():
+    from model import LLaVAConfig
+    from vision import SIGLIP_SO400M_384
+    return LLaVAConfig(vision=SIGLIP_SO400M_384)
+
+
+def test_paper_mode_is_the_one_behind_each_models_own_table(tmp_path):
+    """LLaVA-Phi's scripts crop for three benchmarks. Mipha's pad ScienceQA, and give MM-Vet's pictures to SigLIP's
+    processor as they are, which squashes them."""
+    from model import LLaVAConfig
+    modes = {}
+    for name in ("scienceqa", "mmvet", "llavabench", "pope", "mmmu"):
+        flags, data = prepare(name, tmp_path / name)
+        args = ev.parse([*flags, "--image-mode", "paper"])
+        modes[name] = [ev.generation_settings(data, "x", config, args)["image_mode"]
+                       for config in (LLaVAConfig(), mipha_config())]
+    assert modes == {"scienceqa": ["crop", "pad"], "mmvet": ["crop", "squash"], "llavabench": ["crop", "squash"],
+                     "pope": ["pad", "pad"], "mmmu": ["pad", "pad"]}
+
+
+def test_padding_and_blank_pictures_have_the_towers_colour(tmp_path):
+    wide = picture(tmp_path / "wide.png", (255, 0, 0))
+    for config, color in [(mipha_config().vision, [127, 127, 127]), (VisionConfig(), [122, 116, 104])]:
+        blank = ev.open_picture(scoring.BLANK, config, "pad")
+        assert blank.shape == (1, 3, config.image_size, config.image_size)
+        assert blank[0, :, 5, 7].tolist() == color
+        padded = ev.open_picture(wide, config, "pad")
+        assert padded[0, :, 0, 0].tolist() == color and padded[0, :, config.image_size // 2, 5].tolist() == [255, 0, 0]
+
+
+def test_a_mipha_models_score_stands_beside_miphas(tmp_path, capsys):
+    """The column of one's own kind comes first, also when answers are scored again later."""
+    flags, data = prepare("pope", tmp_path / "eval")
+    out = tmp_path / "out"
+    settings = ev.generation_settings(data, "x", mipha_config(), ev.parse([*flags, "--dtype", "fp32"]))
+    ev.begin(out, settings)
+    path = llava_file(out / "answers.jsonl", data, ["Yes"] * 6)
+    ev.main([*flags, "--score", str(path)])
+    printed = capsys.readouterr().out
+    assert list(json.loads((out / "result.json").read_text())["published"])[0] == "Mipha-3B"
+    assert printed.index("Mipha-3B") < printed.index("LLaVA-Phi-3B") and "compare with is Mipha-3B's" in printed
+    assert "LLaVA-Phi's architecture, well trained" in printed
