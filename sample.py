@@ -5,6 +5,7 @@ $ python sample.py --image x.jpg --prompt "What is this?"                # one a
 $ python sample.py --image a.jpg b.jpg --prompt "What is this?" --json   # each picture is asked, in one batch
 $ cat x.jpg | python sample.py --image - --prompt "What is this?"
 $ python sample.py --prompt "Who wrote Faust?"                           # no picture
+$ python sample.py --serve                                               # a page, and an API as OpenAI's: serve/
 $ python sample.py --bench --int8
 """
 from __future__ import annotations
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model import LLaVAConfig, LLaVAPhi, Prefix
+    from serve.server import Server
 
 with contextlib.suppress(ImportError):
     # Importing readline is all it takes to give input() arrow keys and a history. Windows does not have it.
@@ -170,7 +172,7 @@ def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list
         for column in columns:          # one token, or None where the answer is over, per chat
             if clock:
                 clock.tick(column)
-            yield ["" if token is None else text.add(token) for text, token in zip(texts, column)]
+            yield [text.finish() if token is None else text.add(token) for text, token in zip(texts, column)]
     yield [text.finish() for text in texts]
 
 
@@ -436,7 +438,12 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
     add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
     add("--verbose", action=BooleanOptionalAction, default=False,
-        help="time to first token, tokens per second, memory")
+        help="time to first token, tokens per second, memory; with --serve: questions and answers in the log")
+    add("--serve", action=BooleanOptionalAction, default=False,
+        help="a page and an OpenAI-compatible API; --max-new-tokens, --temperature, --top-k, --top-p: its defaults")
+    add("--host", default="127.0.0.1", help="with --serve: where to listen; other than this machine needs a key")
+    add("--port", type=int, default=8000, help="with --serve; 0: any free one")
+    add("--api-key", help="with --serve: what clients have to know; none: API_KEY in the environment")
     add("--bench", action=BooleanOptionalAction, default=False, help="measure the speed instead")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
@@ -447,7 +454,10 @@ def parse(argv: list[str] | None) -> Namespace:
         parser.error(f"--top-k {args.top_k}: expected a number from 0")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p {args.top_p}: expected a number above 0 and up to 1")
-    chatting = args.prompt is None and not args.bench
+    if args.serve and (args.prompt is not None or args.image or args.json or args.bench):
+        parser.error("--serve takes its questions and pictures from the page and the API: leave out --prompt, --image, "
+                     "--json and --bench")
+    chatting = args.prompt is None and not args.bench and not args.serve
     if chatting and (len(args.image or []) > 1 or args.json):
         parser.error("a chat is in words and about one picture: --json and several pictures need --prompt")
     if "-" in (args.image or []) and (chatting or args.prompt == "-"):
@@ -455,9 +465,17 @@ def parse(argv: list[str] | None) -> Namespace:
     return args
 
 
+def open_server(args: Namespace) -> Server:
+    """Take the port that --serve will answer at. ValueError, OSError: it may not or cannot be had."""
+    from serve.server import Server
+    key = args.api_key if args.api_key is not None else os.environ.get("API_KEY") or None
+    return Server(args.host, args.port, key, args.verbose)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = find_model(args.model)
+    server = open_server(args) if args.serve else None      # a port that is taken should not be found after the load
 
     import torch
 
@@ -486,7 +504,9 @@ def main(argv: list[str] | None = None) -> None:
         "fast": args.compile,
         "generator": torch.Generator(device).manual_seed(args.seed),
     }
-    if args.bench:
+    if server:
+        server.run(model, tok, folder.resolve().name, options)
+    elif args.bench:
         image = images[0] if args.image else images[0].new_zeros(1, *images[0].shape[1:])       # black will do
         for name, value in bench(model, tok, image, options).items():
             print(f"{name:24}{value:10.2f}")

@@ -1,0 +1,768 @@
+"""The page and the API over real loopback sockets: the same answers as the terminal's, for many at once, for nobody else.
+
+The golden tiny model answers. Its greedy answers run on for hundreds of tokens, which is what the tests of stopping,
+waiting and leaving need.
+"""
+import base64
+import contextlib
+import http.client
+import importlib.util
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import serve.server
+from data import load_image, load_tokenizer
+from load_weights import load_model
+from serve import api
+from serve.engine import MAX_WAITING, Engine, longest_beginning
+from serve.server import Server
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "tests/golden/tiny-llava-phi"
+PHOTO = ROOT / "tests/golden/images/photo.jpg"
+GOLDEN = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"    # as in test_sample.py
+OPTIONS = {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "fast": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(MODEL)
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return load_tokenizer(MODEL)
+
+
+@contextlib.contextmanager
+def running(model, tok, host="127.0.0.1", key=None, verbose=False):
+    server = Server(host, 0, key, verbose)
+    server.start(Engine(model, tok), "tiny", OPTIONS)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(model, tok):
+    with running(model, tok) as server:
+        yield server
+
+
+@pytest.fixture
+def towers(model):
+    """How many pictures went through the vision tower."""
+    seen = []
+    handle = model.vision.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    yield seen
+    handle.remove()
+
+
+def data_url(path: Path | bytes) -> str:
+    data = path if isinstance(path, bytes) else path.read_bytes()
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+
+def user(text: str, picture=None) -> dict:
+    parts = [{"type": "text", "text": text}]
+    if picture is not None:
+        parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture)}})
+    return {"role": "user", "content": parts}
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def request(server, method, path, body=None, headers=None) -> tuple[int, bytes, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
+    try:
+        connection.request(method, path, body, headers or {})
+        end = connection.sock.dup()
+        response = connection.getresponse()
+        reply = response.read()
+        with contextlib.closing(end):
+            end.recv(1)                 # the server closes after it has written its log, which so belongs to this test
+        return response.status, reply, dict(response.headers)
+    finally:
+        connection.close()
+
+
+def ask(server, messages, headers=None, **fields) -> tuple[int, dict]:
+    body = json.dumps({"messages": messages} | fields)
+    status, reply, _ = request(server, "POST", "/v1/chat/completions", body, headers)
+    return status, json.loads(reply)
+
+
+def text_of(server, messages, **fields) -> str:
+    status, reply = ask(server, messages, **fields)
+    assert status == 200, reply
+    return reply["choices"][0]["message"]["content"]
+
+
+def events(body: bytes) -> list[dict]:
+    """The data of a stream; its last line must be [DONE]."""
+    lines = [line for line in body.decode().split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def streamed(server, messages, **fields) -> list[dict]:
+    body = json.dumps({"messages": messages, "stream": True} | fields)
+    status, reply, headers = request(server, "POST", "/v1/chat/completions", body)
+    assert status == 200, reply
+    assert headers["Content-Type"].startswith("text/event-stream")
+    return events(reply)
+
+
+def raw(server, data: bytes, seconds: float = 20) -> bytes:
+    """Send bytes as they are, and read until the server closes the connection."""
+    with socket.create_connection(server.server_address[:2], timeout=seconds) as connection:
+        connection.sendall(data)
+        reply = b""
+        while piece := connection.recv(65536):
+            reply += piece
+        return reply
+
+
+def start_long_answer(server, text="Tell me all.", stream=True) -> socket.socket:
+    """A question whose answer takes seconds, in a connection that the test can close. Returns when tokens come in."""
+    body = json.dumps({"messages": [user(text)], "max_tokens": 2000, "stream": stream}).encode()
+    connection = socket.create_connection(server.server_address[:2], timeout=60)
+    connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+                       % (len(body), body))
+    if stream:
+        reply = b""
+        while reply.count(b"data: ") < 3:
+            reply += connection.recv(4096)
+    return connection
+
+
+def wait_until(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The same answers
+
+
+def test_the_answer_is_the_terminals(server):
+    status, reply = ask(server, [user("What is this?", PHOTO)], max_tokens=24, temperature=0)
+    assert status == 200
+    choice = reply["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": GOLDEN}
+    assert choice["finish_reason"] == "length" and reply["model"] == "tiny"
+    assert reply["usage"]["completion_tokens"] == 24
+    assert reply["usage"]["total_tokens"] == reply["usage"]["prompt_tokens"] + 24
+
+
+def test_streamed_is_whole(server):
+    """In several pieces, none of which ends within a character, with the usage at the end."""
+    chunks = streamed(server, [user("What is this?", PHOTO)], max_tokens=24)
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == GOLDEN and sum(map(bool, pieces)) > 5
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length" and chunks[-1]["usage"]["completion_tokens"] == 24
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_usage_in_a_chunk_of_its_own_when_asked_for(server):
+    chunks = streamed(server, [user("Who?")], stream_options={"include_usage": True}, max_tokens=3)
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 3
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length" and "usage" not in chunks[-2]
+
+
+def test_two_turns_about_a_picture_run_the_tower_once(server, model, tok, towers):
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), (9, 99, 199)).save(picture, "PNG")
+    chat = [user("What is this?", picture.getvalue())]
+    first = text_of(server, chat)
+    chat += [said(first), user("Why?")]
+    second = text_of(server, chat)
+    assert sum(towers) == 1
+    image = load_image(picture, model.config.vision.image_size, model.config.image_mode)[None]
+    alone = sample.answer(model, tok, [["What is this?", first, "Why?"]], [image], max_new_tokens=16)
+    assert second == "".join(piece for (piece,) in alone)
+
+
+def test_chats_of_one_batch_all_keep_their_keys_and_values(model, tok, towers):
+    """Three users with a picture each ask at once, and once more: six answers, three runs of the tower."""
+    with running(model, tok) as server:
+        blocker = start_long_answer(server)
+        pictures = [ROOT / f"tests/golden/images/{name}" for name in ("photo.jpg", "alpha.png", "tall.png")]
+        chats = [[user(f"What is {i}?", picture)] for i, picture in enumerate(pictures)]
+        with ThreadPoolExecutor(3) as pool:
+            first = pool.map(lambda chat: text_of(server, chat), chats)
+            wait_until(lambda: len(server.engine.waiting) == 3)
+            blocker.close()
+            for chat, text in zip(chats, first):
+                chat += [said(text), user("Why?")]
+            together = list(pool.map(lambda chat: text_of(server, chat), chats))
+        assert sum(towers) == 3
+    with running(model, tok) as server:
+        assert together == [text_of(server, chat) for chat in chats]
+
+
+def test_sixteen_clients_at_once_get_what_they_get_alone(server):
+    chats = [[user(f"What is number {i}?", PHOTO if i % 2 else None)] for i in range(16)]
+    alone = [text_of(server, chat, max_tokens=8 + i % 3) for i, chat in enumerate(chats)]
+    with ThreadPoolExecutor(16) as pool:
+        at_once = list(pool.map(lambda i: text_of(server, chats[i], max_tokens=8 + i % 3, stream=False), range(16)))
+    assert at_once == alone
+
+
+def test_the_same_seed_gives_the_same_text(server):
+    texts = [text_of(server, [user("Why?")], temperature=1, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_system_message_goes_before_the_question(server):
+    with_system = [{"role": "system", "content": "Be brief."}, user("Why?")]
+    assert text_of(server, with_system) == text_of(server, [user("Be brief.\nWhy?")])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Where an answer ends
+
+
+@pytest.mark.parametrize("stop", [" tab-", ["nowhere", " tab-", "- tab"], "or!", "s", "squares- tab- tab- tab-", "\ufffd"])
+def test_an_answer_ends_before_a_stop_string(server, stop):
+    stops = [stop] if isinstance(stop, str) else stop
+    expected = GOLDEN[:min(GOLDEN.index(text) for text in stops if text in GOLDEN)]
+    status, reply = ask(server, [user("What is this?", PHOTO)], max_tokens=24, stop=stop)
+    assert reply["choices"][0]["message"]["content"] == expected
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    chunks = streamed(server, [user("What is this?", PHOTO)], max_tokens=24, stop=stop)
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+
+
+def test_half_a_stop_string_at_the_end_is_text(server):
+    reply = text_of(server, [user("What is this?", PHOTO)], max_tokens=24, stop=["squares and more", "es!"])
+    assert reply == GOLDEN
+
+
+def test_longest_beginning():
+    assert longest_beginning("abc", ["cd", "bcd", "x"]) == 2
+    assert longest_beginning("abc", ["abc"]) == 0      # a whole one has been cut off before
+    assert longest_beginning("", ["a"]) == 0 and longest_beginning("aa", []) == 0
+
+
+def test_the_models_own_end_is_a_stop(model, tok):
+    """The golden model never ends by itself, so one of its tokens is made the end token here."""
+    from data import eot_id
+    with running(model, tok) as server:
+        bias = model.llm.lm_head.bias
+        with torch.no_grad():
+            bias[eot_id(tok)] += 1000
+        try:
+            status, reply = ask(server, [user("Who?")])
+        finally:
+            with torch.no_grad():
+                bias[eot_id(tok)] -= 1000
+        assert reply["choices"][0] == {"index": 0, "message": said(""), "logprobs": None, "finish_reason": "stop"}
+        assert reply["usage"]["completion_tokens"] == 0
+
+
+def test_a_full_context_is_an_end_and_a_fuller_one_an_error(server):
+    status, reply = ask(server, [user("a " * 1000)], max_tokens=10**9)
+    assert status == 200 and reply["choices"][0]["finish_reason"] == "length"
+    assert reply["usage"]["total_tokens"] == 2048
+    status, reply = ask(server, [user("a " * 3000)])
+    assert status == 400 and "the model has 2048" in reply["error"]["message"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"messages": "hello"}, "messages"), ({"messages": []}, "messages"), ({"messages": None}, "messages"),
+    ({"messages": [7]}, "messages[0]"), ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [user("a"), user("b")]}, "messages[1].role"),
+    ({"messages": [user("a"), said("b")]}, "messages"),
+    ({"messages": [user("a"), said("b"), {"role": "system", "content": "c"}]}, "messages[2].role"),
+    ({"messages": [user("  ")]}, "messages"), ({"messages": [user("a" * 32_001)]}, "messages"),
+    ({"messages": [user("x", PHOTO), said("y"), user("z", PHOTO)]}, "messages"),
+    ({"messages": [user("x", b"no picture")]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": ["text"]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": "\udcff"}]}, "messages[0].content[0]"),
+    ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": "9"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"temperature": -1}, "temperature"), ({"temperature": 10**400}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"), ({"temperature": [1]}, "temperature"),
+    ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"seed": "x"}, "seed"), ({"seed": 2**64}, "seed"),
+    ({"stop": ""}, "stop"), ({"stop": 5}, "stop"), ({"stop": ["a", 5]}, "stop"), ({"stop": ["a"] * 5}, "stop"),
+    ({"stream": "yes"}, "stream"), ({"stream_options": 1}, "stream_options"), ({"model": 5}, "model"), ({"n": 2}, "n"),
+])
+def test_a_wrong_field_is_named(server, fields, param):
+    status, reply = ask(server, **({"messages": [user("Who?")]} | fields))
+    assert status == 400 and reply["error"]["param"] == param
+    assert reply["error"]["type"] == "invalid_request_error" and reply["error"]["message"]
+
+
+@pytest.mark.parametrize("url, message", [
+    ("https://example.org/cat.jpg", "nothing here fetches"), ("http://127.0.0.1/x", "nothing here fetches"),
+    ("file:///etc/passwd", "nothing here fetches"), ("/etc/passwd", "nothing here fetches"), ("", "nothing here fetches"),
+    ("data:image/png,abc", "base64"), ("data:image/png;base64", "base64"), ("data:;base64,@@@@", "not base64"),
+    ("data:image/png;base64,", "unreadable"), ("data:image/png;base64,aGVsbG8=", "unreadable"),
+    (5, "expected"), (None, "expected"),
+])
+def test_only_a_picture_itself_is_a_picture(server, url, message):
+    content = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": url}}]
+    status, reply = ask(server, [{"role": "user", "content": content}])
+    assert status == 400 and message in reply["error"]["message"]
+
+
+def test_a_picture_that_unpacks_to_too_much_is_refused(server):
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    status, reply = ask(server, [user("?", bomb.getvalue())])
+    assert status == 400 and "exceeds limit" in reply["error"]["message"]
+    strip = io.BytesIO()
+    Image.new("1", (60_000, 1)).save(strip, "PNG")
+    status, reply = ask(server, [user("?", strip.getvalue())])
+    assert status == 400 and "too large" in reply["error"]["message"]
+
+
+def test_unknown_fields_and_null_are_ignored(server):
+    plain = text_of(server, [user("Who?")])
+    assert text_of(server, [user("Who?")], user="me", logit_bias={}, temperature=None, stop=None, seed=None,
+                   stream=None, model="gpt-4o") == plain
+
+
+def test_malformed_json_by_the_hundred(server):
+    """Cut, garbled and absurd bodies: each is answered with an error object, and the server goes on."""
+    good = json.dumps({"messages": [user("What is this?", b"\xff\xd8" + bytes(300))], "max_tokens": 4}).encode()
+    rng = random.Random(0)
+    bodies = [b"", b"null", b"[]", b"7", b'"x"', b"{", b"\xff\xfe", b"\x00" * 50, b"[" * 100_000, b'{"a":' * 50_000,
+              b'{"messages": ' + b"[" * 500 + b"]" * 500 + b"}", b"9" * 10_000, b"NaN"]
+    bodies += [good[:rng.randrange(len(good))] for _ in range(100)]
+    for _ in range(200):
+        garbled = bytearray(good)
+        for _ in range(rng.randrange(1, 6)):
+            garbled[rng.randrange(len(garbled))] = rng.randrange(256)
+        bodies.append(bytes(garbled))
+    for body in bodies:
+        status, reply, _ = request(server, "POST", "/v1/chat/completions", body)
+        assert status == 400 and json.loads(reply)["error"]["message"], body[:80]
+    assert text_of(server, [user("Who?")])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several users
+
+
+def test_a_client_that_goes_away_stops_its_answer(server):
+    for stream in (True, False):
+        connection = start_long_answer(server, stream=stream)
+        wait_until(lambda: server.engine.running)
+        question = server.engine.running[0]
+        connection.close()
+        wait_until(lambda: question.finish is not None)
+        assert question.finish == "left" and question.completion_tokens < 1500
+        wait_until(lambda: not server.engine.running)
+
+
+def test_stop_works_within_a_step(model, tok):
+    """Counted in steps of the model after the connection was closed: at most two, one of which may be under way."""
+    with running(model, tok) as server:
+        connection = start_long_answer(server)
+        question = server.engine.running[0]
+        steps = []
+        handle = model.llm.register_forward_hook(lambda *_: (steps.append(1), time.sleep(0.05)) and None)
+        connection.close()
+        before = len(steps)
+        wait_until(lambda: not server.engine.running)
+        handle.remove()
+        assert question.finish == "left" and len(steps) - before <= 2
+
+
+def test_a_full_line_says_when_to_come_back(model, tok):
+    with running(model, tok) as server:
+        connections = [start_long_answer(server)]
+        for i in range(MAX_WAITING):
+            connections.append(start_long_answer(server, f"{i}?", stream=False))
+        wait_until(lambda: len(server.engine.waiting) == MAX_WAITING)
+        body = json.dumps({"messages": [user("Me too?")]})
+        status, reply, headers = request(server, "POST", "/v1/chat/completions", body)
+        assert status == 429 and int(headers["Retry-After"]) > 0
+        assert json.loads(reply)["error"]["type"] == "rate_limit_error"
+        connections[5].close()                          # whoever leaves makes room
+        connections.append(start_long_answer(server, "And me?", stream=False))
+        wait_until(lambda: len(server.engine.waiting) == MAX_WAITING)
+        for connection in connections:
+            connection.close()
+        wait_until(lambda: not server.engine.running)
+        assert text_of(server, [user("Who?")])
+
+
+def test_the_line_is_visible_in_the_stream(model, tok, monkeypatch):
+    monkeypatch.setattr(serve.server, "BEAT_SECONDS", 0.02)
+    with running(model, tok) as server:
+        first = start_long_answer(server)
+        second = start_long_answer(server, "Another?", stream=False)
+        wait_until(lambda: len(server.engine.waiting) == 1)
+        body = json.dumps({"messages": [user("Who?")], "stream": True, "max_tokens": 3, "temperature": 1}).encode()
+        with socket.create_connection(server.server_address[:2], timeout=60) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+                               % (len(body), body))
+            reply = b""
+            while b": ahead 2\n" not in reply:
+                reply += connection.recv(4096)
+            first.close()
+            second.close()
+            while piece := connection.recv(4096):
+                reply += piece
+        assert events(reply[reply.index(b"data: "):])[-1]["usage"]["completion_tokens"] <= 3
+
+
+def test_a_failing_model_fails_one_answer(model, tok, capfd):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with running(model, tok) as server:
+        handle = model.llm.register_forward_hook(fail)
+        status, reply = ask(server, [user("Who?")])
+        chunk = request(server, "POST", "/v1/chat/completions", json.dumps({"messages": [user("?")], "stream": True}))[1]
+        handle.remove()
+        assert status == 500 and reply["error"]["type"] == "server_error" and "out of memory" not in str(reply)
+        assert b'data: {"error"' in chunk
+        assert text_of(server, [user("Who?")])
+    assert "out of memory" in capfd.readouterr().err
+
+
+def test_memory_does_not_grow(server):
+    """1,000 requests, one in ten of them with a picture that was never seen before. What stays is bounded by number."""
+    def one(i: int) -> None:
+        picture = None
+        if i % 10 == 0:
+            file = io.BytesIO()
+            Image.new("RGB", (64, 64), (i % 256, i // 256, 7)).save(file, "PNG")
+            picture = file.getvalue()
+        assert text_of(server, [user(f"What is {i}?", picture)], max_tokens=2)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(200)))
+        before = resident()
+        list(pool.map(one, range(200, 1200)))
+    engine = server.engine
+    assert len(engine.memory) <= engine.max_batch and len(engine.pictures.known) <= 16
+    assert resident() - before < 60e6
+    wait_until(lambda: threading.active_count() < 10)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Nobody gets in
+
+
+def test_a_foreign_name_is_no_host(server):
+    """DNS rebinding: the page of evil.example, whose name now leads here, is still told apart by its name."""
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8000", "", "localhost@evil"):
+        status, reply, _ = request(server, "GET", "/", headers={"Host": host})
+        assert status == 403 and b"error" in reply, host
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "LOCALHOST:1"):
+        assert request(server, "GET", "/health", headers={"Host": host})[0] == 200, host
+    assert raw(server, b"GET / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert raw(server, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+def test_another_site_cannot_ask(server):
+    for origin in ("http://evil.example", "null", "http://localhost:1"):
+        status, reply = ask(server, [user("Who?")], headers={"Origin": origin})
+        assert status == 403, origin
+    port = server.server_address[1]
+    status, reply, headers = request(server, "GET", "/v1/models", headers={"Origin": f"http://127.0.0.1:{port}"})
+    assert status == 200 and not any("access-control" in name.lower() for name in headers)
+    assert request(server, "OPTIONS", "/v1/chat/completions")[0] in (405, 501)
+
+
+def test_the_key(model, tok):
+    with running(model, tok, key="s3cret \u00fc") as server:
+        for header in (None, "Bearer", "Bearer wrong", "Basic s3cret", "s3cret \u00fc", "Bearer s3cret"):
+            headers = {"Authorization": header.encode()} if header else {}
+            status, reply = ask(server, [user("Who?")], headers=headers)
+            assert status == 401 and reply["error"]["type"] == "authentication_error", header
+            assert request(server, "GET", "/v1/models", headers=headers)[0] == 401
+            assert request(server, "GET", "/examples", headers=headers)[0] == 401
+        assert "s3cret" not in json.dumps(reply)
+        assert ask(server, [user("Who?")], headers={"Authorization": "Bearer s3cret \u00fc".encode()})[0] == 200
+        assert request(server, "GET", "/")[0] == 200 and request(server, "GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("host, key, message", [
+    ("0.0.0.0", None, "--api-key"), ("192.168.1.5", None, "API_KEY"), ("example.org", None, "--api-key"),
+    ("::", None, "--api-key"), ("127.0.0.1", "", "empty"), ("0.0.0.0", " ", "empty"),
+])
+def test_another_address_needs_a_key(host, key, message):
+    with pytest.raises(ValueError, match=message):
+        Server(host, 0, key, False)
+
+
+def test_mistakes_on_the_command_line_are_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for args, message in ((["--host", "0.0.0.0"], "--api-key"), (["--port", port], port), (["--port", "99999"], "99999"),
+                              (["--prompt", "x"], "--prompt"), (["--image", "x.jpg"], "--image")):
+            with pytest.raises((ValueError, OSError), match=message) as error:
+                sample.main(["--model", str(MODEL), "--serve", *args])
+            assert "\n" not in str(error.value)
+
+
+def test_no_path_reaches_the_file_system(server):
+    for path in ("/chat.html", "/../sample.py", "/..%2fsample.py", "//etc/passwd", "/examples/../server.py", "/v1",
+                 "/etc/passwd", "http://localhost/health", "*", "/health/", "/%2e%2e/", "/health%00"):
+        reply = raw(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert reply.startswith(b"HTTP/1.1 404") and b"import " not in reply, path
+
+
+def test_methods(server):
+    status, reply, headers = request(server, "GET", "/v1/chat/completions")
+    assert status == 405 and headers["Allow"] == "POST"
+    assert request(server, "POST", "/health", "x")[0] == 405
+    for method in ("PUT", "DELETE", "TRACE", "HEAD", "PRI", "X" * 100):
+        assert request(server, method, "/v1/models")[0] == 501
+    assert json.loads(request(server, "GET", "/health")[1]) == {"status": "ok"}
+    models = json.loads(request(server, "GET", "/v1/models?x=1")[1])
+    assert models["object"] == "list" and models["data"][0]["id"] == "tiny"
+
+
+def test_the_body_is_limited_and_counted(server):
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    for lines, status in [
+        (b"", b"411"), (b"Transfer-Encoding: chunked\r\n", b"411"),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", b"411"),
+        (b"Content-Length: 5\r\nContent-Length: 5\r\n", b"400"), (b"Content-Length: 5\r\nContent-Length: 50\r\n", b"400"),
+        (b"Content-Length: -1\r\n", b"400"), (b"Content-Length: +5\r\n", b"400"), (b"Content-Length: 0x5\r\n", b"400"),
+        (b"Content-Length: 1_0\r\n", b"400"), (b"Content-Length: \xb2\r\n", b"400"), (b"Content-Length: 5, 5\r\n", b"400"),
+        (b"Content-Length: " + b"9" * 5000 + b"\r\n", b"400"), (b"Content-Length: 25000001\r\n", b"413"),
+        (b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n", b"413"),
+    ]:
+        reply = raw(server, head + lines + b"\r\n" + (b"hello" if status != b"413" else b""))
+        assert reply.split()[1] == status and b'"error"' in reply, lines
+
+
+def test_who_is_refused_while_sending_reads_why(server):
+    """30 MB that are refused at once: the connection stays open long enough for the client to hear of it."""
+    status, reply, _ = request(server, "POST", "/v1/chat/completions", b" " * 30_000_000)
+    assert status == 413 and "smaller picture" in json.loads(reply)["error"]["message"]
+
+
+def test_curl_may_ask_before_it_sends(server):
+    body = json.dumps({"messages": [user("Who?")], "max_tokens": 2}).encode()
+    with socket.create_connection(server.server_address[:2], timeout=20) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+                           b"Content-Length: %d\r\n\r\n" % len(body))
+        assert connection.recv(4096).startswith(b"HTTP/1.1 100")
+        connection.sendall(body)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_slow_and_half_sent_requests_end(server, monkeypatch):
+    """A byte now and then must not keep a connection open for ever."""
+    monkeypatch.setattr(serve.server, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.4)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n"
+    for start, status in ((b"", b""), (b"GET / HT", b""), (b"GET / HTTP/1.1\r\nHost: loc", b""), (head, b"408"),
+                          (head + b'{"mess', b"408")):
+        began = time.monotonic()
+        with socket.create_connection(server.server_address[:2], timeout=20) as connection:
+            connection.sendall(start)
+            reply = b""
+            with contextlib.suppress(ConnectionError):
+                for _ in range(200):
+                    connection.settimeout(0.1)
+                    with contextlib.suppress(TimeoutError):
+                        piece = connection.recv(4096)
+                        reply += piece
+                        if not piece:
+                            break
+                    connection.sendall(b"x")
+        assert time.monotonic() - began < 8
+        assert status in reply and (status or not reply)
+    reply = raw(server, head[:-4] + b"\r\nX: y\r\n\r\n" + b"short")      # the connection stays open: 408
+    assert reply.split()[1] == b"408"
+
+
+def test_a_request_that_stops_short(server):
+    with socket.create_connection(server.server_address[:2], timeout=20) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{}")
+        connection.shutdown(socket.SHUT_WR)
+        reply = b""
+        while piece := connection.recv(65536):
+            reply += piece
+        assert b"2 of 500 bytes" in reply
+
+
+def test_odd_heads(server):
+    for data, status in [
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"414"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"431"),
+        (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", b"505"), (b"GET / FTP\r\n\r\n", b"400"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"400"), (b"\x00\x00\x00 \x00 HTTP/1.1\r\n\r\n", b"501"),
+        (b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"404"), (b"GET / \x00 HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET /health HTTP/1.1\r\nHost: local\x00host\r\n\r\n", b"403"),
+    ]:
+        reply = raw(server, data)
+        assert reply.startswith(b"HTTP/1.1 " + status) and b'"error"' in reply, data[:40]
+    two = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert raw(server, two + two).count(b"HTTP/1.1") == 1          # nothing is read behind the first request
+
+
+def test_connections_are_limited(model, tok, monkeypatch):
+    monkeypatch.setattr(serve.server, "MAX_CONNECTIONS", 3)
+    with running(model, tok) as server:
+        idle = [socket.create_connection(server.server_address[:2]) for _ in range(3)]
+        wait_until(lambda: raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 503"))
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200"))
+
+
+def test_the_page_may_talk_to_this_server_alone(server):
+    status, page, headers = request(server, "GET", "/")
+    policy = headers["Content-Security-Policy"]
+    assert status == 200 and "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    for word in (b"http://", b"https://", b"innerHTML", b"@import", b"url("):
+        assert word not in page.replace(b"https only", b""), word
+
+
+def test_the_log_has_no_prompts(model, tok, capfd):
+    with running(model, tok) as server:
+        text_of(server, [user("a very private question")])
+        request(server, "GET", "/secret?token=abc")
+        request(server, "GET", "/x\u001b[31m".replace("\u001b", "%1b"))
+        raw(server, b"GET /\x1b]0;title\x07 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    err = capfd.readouterr().err
+    assert "POST /v1/chat/completions 200" in err and "16 tokens" in err
+    assert "private" not in err and "abc" not in err and "\x1b" not in err
+    with running(model, tok, verbose=True) as server:
+        text = text_of(server, [user("a less private question")])
+    err = capfd.readouterr().err
+    assert "a less private question" in err and text.split()[0] in err
+
+
+# ---------------------------------------------------------------------------------------------------
+# Start and end
+
+
+def start_process(*args, **environment) -> tuple[subprocess.Popen, str]:
+    command = [sys.executable, ROOT / "sample.py", "--model", MODEL, "--serve", "--port", "0", *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | environment)
+    return process, process.stdout.readline().strip()
+
+
+def post_process(connection: http.client.HTTPConnection, key: str, **fields) -> http.client.HTTPResponse:
+    body = json.dumps({"messages": [user("Who?")]} | fields)
+    connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {key}"})
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_after_the_running_answer(number):
+    """Also that the key is read from the environment, where other users of the machine cannot see it."""
+    process, url = start_process(API_KEY="k")
+    try:
+        assert url.startswith("http://127.0.0.1:")
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+        assert post_process(connection, "wrong").status == 401
+        response = post_process(connection, "k", stream=True, max_tokens=400)
+        response.read(1)
+        process.send_signal(number)
+        began = time.monotonic()
+        chunks = events(b"d" + response.read())
+        assert chunks[-1]["usage"]["completion_tokens"] == 400
+        assert process.wait(20) == 0 and time.monotonic() - began < 10
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+
+
+def test_an_endless_answer_is_cut_at_the_end(model, tok, monkeypatch):
+    monkeypatch.setattr(serve.server, "STOP_SECONDS", 0.3)
+    with running(model, tok) as server:
+        handle = model.llm.register_forward_hook(lambda *_: time.sleep(0.02))
+        connection = start_long_answer(server)
+        waiting = start_long_answer(server, "Next?", stream=False)
+        wait_until(lambda: server.engine.waiting)
+        began = time.monotonic()
+        server.stop()
+        assert time.monotonic() - began < 3
+        reply = b""
+        while piece := connection.recv(65536):
+            reply += piece
+        handle.remove()
+        assert b"the server was stopped" in reply
+        assert waiting.recv(4096).startswith(b"HTTP/1.1 503")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Other programs
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="the openai client is not installed")
+def test_the_official_client(model, tok):
+    import openai
+    with running(model, tok, key="k") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
+        assert [card.id for card in client.models.list()] == ["tiny"]
+        messages = [user("What is this?", PHOTO)]
+        whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, temperature=0)
+        assert whole.choices[0].message.content == GOLDEN and whole.usage.completion_tokens == 24
+        chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, stream=True,
+                                                     stream_options={"include_usage": True}))
+        pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+        assert "".join(pieces) == GOLDEN and chunks[-1].usage.completion_tokens == 24
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.chat.completions.create(model="tiny", messages=messages, temperature=3)
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="x").models.list()
+
+
+def test_the_judge_of_the_benchmarks_can_be_this_server(server):
+    """eval.py's client for --judge-url speaks the same format."""
+    from argparse import Namespace
+
+    from benchmarks.judge import ask_judge
+    options = Namespace(judge_url=f"{server.url}/v1", judge_model="tiny", judge_timeout=60)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    assert ask_judge(options, messages, 0.0, 5) == text_of(server, messages, max_tokens=5)
+
+
+def test_the_demos_model_brings_examples():
+    from demo import shapes
+    examples = serve.server.demo_examples(shapes.SIZE)
+    assert len(examples) == 3 and serve.server.demo_examples(336) == []
+    for example in examples:
+        picture = base64.b64decode(example["url"].partition(",")[2])
+        assert Image.open(io.BytesIO(picture)).size == (shapes.SIZE, shapes.SIZE)
