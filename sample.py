@@ -21,7 +21,7 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
@@ -64,7 +64,7 @@ def print_answer(text: str, end: str = "") -> None:
 # ---------------------------------------------------------------------------------------------------
 # Asking
 
-Picture = str | Path | Image.Image | None           # None: a question without a picture
+Picture = str | Path | BinaryIO | Image.Image | None    # None: a question without a picture
 
 
 class TextStream:
