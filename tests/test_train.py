@@ -395,6 +395,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(data, tmp_path, capfd):
     assert len(list((tmp_path / "out").glob("step_*"))) == 3
 
 
+def test_a_flipped_bit_is_found_and_the_checkpoint_passed_over(data, tmp_path, capfd):
+    """Protects against training on from broken weights: the size of the file is what it was."""
+    more, out = ["--epochs", "2", "--save-every", "3", "--keep", "3"], tmp_path / "out"
+    run(arguments(out, data, *more, "--stop-after", "6"), processes=2)
+    assert len(json.loads((out / "step_000006" / "checkpoint.json").read_text())["crc32"]) == 2
+    shard = sorted((out / "step_000006").glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        load_weights(["export", "--model", str(shard.parent), "--out", str(tmp_path / "exported")])
+    capfd.readouterr()
+    train.main(arguments(out, data, *more, "--stop-after", "7"))
+    said = capfd.readouterr().out
+    assert f"passing over {shard.parent}: {shard.name} is damaged" in said and "step_000003" in said
+    assert [m["step"] for m in metrics(out)] == list(range(7))
+
+
 def test_going_back_to_an_older_checkpoint_drops_the_later_ones_when_it_saves(data, tmp_path):
     """--resume out/step_000002, then auto: it went on from step 6 of the abandoned run; --keep dropped the new ones."""
     more, out = ["--epochs", "2", "--save-every", "2", "--keep", "3"], tmp_path / "out"
