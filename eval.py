@@ -26,6 +26,7 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +38,8 @@ from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
 from benchmarks.files import checksum, first_existing, read_answers, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Mark, Score, Task, mean, paired_test, published_columns
-from common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, read_json, read_jsonl, run_command,
-                    torch_dtype, visible, write_whole)
+from common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, find_model, hold_folder, read_json,
+                    read_jsonl, run_command, torch_dtype, visible, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
@@ -205,20 +206,30 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
             "questions": checksum(to_json(questions).encode())}
 
 
-def begin(out: Path, settings: dict) -> None:
-    """Raises ValueError when the folder holds answers made with other settings, or what is not this program's."""
+@contextmanager
+def begin(out: Path, settings: dict) -> Iterator[None]:
+    """Keep the folder for this run as long as the context lasts.
+
+    Raises ValueError when another run has it, or when it holds answers made with other settings, or what is not this
+    program's.
+    """
     path = out / "settings.json"
-    if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not path.exists():
+        # A run that was killed at once leaves its lock, and perhaps a file that was not yet renamed.
+        ours = {LOCK, f".writing_{path.name}"}
+        if not out.is_dir() or {file.name for file in out.iterdir()} - ours:
             raise ValueError(f"{out} is not empty and was not made by eval.py: give another --out")
-        write_whole(path, to_json(settings))
-    before = read_json(path)
-    changed = []
-    for key in {**before, **settings}:
-        if before.get(key) != settings.get(key):
-            changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
-    if changed:
-        raise ValueError(f"{out} holds results of other settings: {'; '.join(changed)}; give another --out")
+    with hold_folder(out):
+        if not path.exists():
+            write_whole(path, to_json(settings))
+        before = read_json(path)
+        changed = []
+        for key in {**before, **settings}:
+            if before.get(key) != settings.get(key):
+                changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
+        if changed:
+            raise ValueError(f"{out} holds results of other settings: {'; '.join(changed)}; give another --out")
+        yield
 
 
 def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
@@ -560,9 +571,9 @@ def score_file(args: Namespace) -> None:
         out = path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
     answers = match_answers(path, data, args)
     settings = settings or {**question_settings(data, args), "scored": path.name}
-    if out != path.parent:
-        begin(out, settings)
-    print_result(score(data, answers, args, out, settings), out)
+    # Beside the answers, their settings are those of `settings`; any other folder has to agree with them.
+    with begin(out, settings) if out != path.parent else hold_folder(out):
+        print_result(score(data, answers, args, out, settings), out)
 
 
 class Processes(NamedTuple):
@@ -609,23 +620,24 @@ def generate_and_score(args: Namespace) -> None:
         if len(tasks) > 1 or not args.out:
             out = out / data.name
         settings = generation_settings(data, fingerprint, config, args)
-        if processes.rank == 0:
-            begin(out, settings)
-        processes.barrier()
-        started = time.time()
-        todo = set(range(len(data.first(args.limit).examples))) - answers_so_far(out, data.examples).keys()
-        if todo:
-            loaded = loaded or load(folder, args)       # the same model for all tasks, and none if all is answered
-            generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
-        processes.barrier()
-        if processes.rank == 0:
-            put_in_order(out, data)
-            run = {"device": args.device, "processes": processes.world, "batch": args.batch, "exact": args.exact,
-                   "questions": len(todo), "seconds": round(time.time() - started, 1)}
-            data = data.first(args.limit)
-            answers = match_answers(out / "answers.jsonl", data, args)
-            results.append(score(data, answers, args, out, settings, run))
-            print_result(results[-1], out)
+        # The first process holds the folder for all that torchrun started.
+        with begin(out, settings) if processes.rank == 0 else nullcontext():
+            processes.barrier()
+            started = time.time()
+            asked = range(len(data.first(args.limit).examples))
+            todo = set(asked) - answers_so_far(out, data.examples).keys()
+            if todo:
+                loaded = loaded or load(folder, args)       # one model for all tasks, and none if all is answered
+                generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
+            processes.barrier()
+            if processes.rank == 0:
+                put_in_order(out, data)
+                run = {"device": args.device, "processes": processes.world, "batch": args.batch, "exact": args.exact,
+                       "questions": len(todo), "seconds": round(time.time() - started, 1)}
+                data = data.first(args.limit)
+                answers = match_answers(out / "answers.jsonl", data, args)
+                results.append(score(data, answers, args, out, settings, run))
+                print_result(results[-1], out)
     if len(results) > 1:
         print_all(results)
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from PIL import Image
 
 import eval as ev
 from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa, vizwiz)
+from common import LOCK
 from vision import VisionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1029,6 +1031,26 @@ def test_kill_9(tmp_path):
     assert (out / "answers.jsonl").read_bytes() == (tmp_path / "whole/answers.jsonl").read_bytes()
 
 
+def test_one_run_per_folder(tmp_path):
+    """A second run in the folder ends at once, in one line that names the first; after a kill the folder is free."""
+    flags = [*many_shapes(tmp_path), "--batch", "1"]
+    out = tmp_path / "out"
+    first = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *flags, "--out", str(out)],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not (out / "answers.jsonl").exists():
+        threading.Event().wait(0.01)
+    first.send_signal(signal.SIGSTOP)                   # it must not end before the second has tried
+    second = run(*flags, "--out", str(out))
+    scored = run(*flags, "--score", str(out / "answers.jsonl"), "--allow-missing")
+    first.kill()
+    first.wait()
+    for done in (second, scored):
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"is in use by process {first.pid} on" in done.stderr
+    ev.main([*flags, "--out", str(out), "--limit", "2"])
+    assert not (out / LOCK).exists()
+
+
 def test_other_settings_are_refused(tmp_path, short):
     flags, out = many_shapes(tmp_path, pictures=1, questions=1), str(tmp_path / "out")
     ev.main([*flags, "--out", out])
@@ -1128,7 +1150,8 @@ def test_a_mipha_models_score_stands_beside_miphas(tmp_path, capsys):
     flags, data = prepare("pope", tmp_path / "eval")
     out = tmp_path / "out"
     settings = ev.generation_settings(data, "x", mipha_config(), ev.parse([*flags, "--dtype", "fp32"]))
-    ev.begin(out, settings)
+    with ev.begin(out, settings):
+        pass
     path = llava_file(out / "answers.jsonl", data, ["Yes"] * 6)
     ev.main([*flags, "--score", str(path)])
     printed = capsys.readouterr().out
