@@ -1,4 +1,4 @@
-"""Every way weights enter or leave: published Phi-2, CLIP and LLaVA-Phi folders in, one saved format out.
+"""Every way weights enter or leave: published folders of Phi-2, CLIP, SigLIP, LLaVA-Phi and Mipha in, one format out.
 
 A folder is recognised by the names of its tensors. Its config.json gives sizes only, and its own name means nothing.
 Reading is strict in both directions: a tensor that is missing, unknown or of the wrong shape is an error, and what is
@@ -7,7 +7,8 @@ memory of the model and of one tensor. What we save is a folder that is complete
 LlavaForConditionalGeneration and vLLM read as well.
 
     python load_weights.py merge --llm checkpoints/phi-2 --vision checkpoints/clip-vit-large-patch14-336 --out out/base
-    python load_weights.py inspect out/base
+    python load_weights.py merge --vision checkpoints/siglip-so400m-patch14-384 --out out/mipha-base
+    python load_weights.py inspect out/base --try
     python load_weights.py export --model out/finetune --out out/llava-phi --dtype bf16
     python load_weights.py export --model out/finetune --out out/parts --to parts
 """
@@ -28,21 +29,23 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from common import Parser, dtype_name, read_json, run_command, sync_folder, torch_dtype
+from common import Parser, choose_device, dtype_name, read_json, run_command, sync_folder, torch_dtype
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line of `python load_weights.py`. ValueError describes a mistake in it."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    merging = commands.add_parser("merge", help="make one base model from a Phi-2 folder and a CLIP folder")
+    merging = commands.add_parser("merge", help="make one base model from a Phi-2 folder and a CLIP or SigLIP folder")
     merging.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
     merging.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"),
-                         help="folder of the vision tower")
+                         help="folder of the vision tower, CLIP or SigLIP")
     merging.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
     merging.add_argument("--seed", type=int, default=42, help="seed of the new projector's weights")
     inspecting = commands.add_parser("inspect", help="say what a folder holds")
     inspecting.add_argument("folder", type=Path)
+    inspecting.add_argument("--try", dest="try_out", action=argparse.BooleanOptionalAction, default=False,
+                            help="also run the model for a minute, and say whether what it does makes sense")
     exporting = commands.add_parser("export", help="write any readable model in the format we save")
     exporting.add_argument("--model", type=Path, default=Path("out/finetune"),
                            help="folder to read: a model, or a training checkpoint (out/step_NNNNNN)")
@@ -69,9 +72,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from data import EOT, IMAGE, eot_id, load_tokenizer
-from model import Int8Linear, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, merge_lora, quantize_int8
-from vision import CLIP_MEAN, CLIP_STD, VisionConfig
+from data import EOT, IMAGE, IMAGE_MODES, eot_id, load_tokenizer
+from model import Int8Linear, LLaVAConfig, LLaVAPhi, Phi, PhiConfig, init_weights, merge_lora, quantize_int8
+from vision import SIGLIP_SO400M_384, VisionConfig
 
 # ---------------------------------------------------------------------------------------------------
 # Names
@@ -99,7 +102,14 @@ SAVED = {       # our name -> the name behind PREFIX in the folders we save, whi
     "vision.h.{layer}.ln_2": "encoder.layers.{layer}.layer_norm2",
     "vision.h.{layer}.mlp.fc": "encoder.layers.{layer}.mlp.fc1",
     "vision.h.{layer}.mlp.proj": "encoder.layers.{layer}.mlp.fc2",
-    "vision.ln_post": "post_layernorm",                             # not in our model, only passed on
+    "vision.ln_post": "post_layernorm",                             # this and what follows is not in our model: it
+    "vision.head.probe": "head.probe",                              # is only passed on when a folder is saved
+    "vision.head.attn.in_proj_weight": "head.attention.in_proj_weight",
+    "vision.head.attn.in_proj_bias": "head.attention.in_proj_bias",
+    "vision.head.attn.proj": "head.attention.out_proj",
+    "vision.head.ln": "head.layernorm",
+    "vision.head.mlp.fc": "head.mlp.fc1",
+    "vision.head.mlp.proj": "head.mlp.fc2",
     "projector.fc": "linear_1",
     "projector.proj": "linear_2",
 }
@@ -107,18 +117,19 @@ PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "pro
 
 BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, what SAVED and OTHER have there
     ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
-    ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi
+    ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi, Mipha
     ("model.vision_tower.vision_tower.", "vision", ""),
     ("model.vision_tower.", "vision", ""),                                  # transformers 5, in memory
     ("vision_tower.vision_tower.vision_model.", "vision", ""),
     ("vision_tower.vision_model.", "vision", ""),                           # what we save
     ("vision_tower.", "vision", ""),                                        # transformers 5, saved
-    ("vision_model.", "vision", ""),                                        # CLIP
-    ("embeddings.", "vision", "embeddings."),                               # CLIP's vision tower without a prefix
+    ("vision_model.", "vision", ""),                                        # CLIP, SigLIP
+    ("embeddings.", "vision", "embeddings."),                               # a vision tower without a prefix
     ("encoder.", "vision", "encoder."),
     ("pre_layrnorm.", "vision", "pre_layrnorm."),
     ("post_layernorm.", "vision", "post_layernorm."),
-    ("model.mm_projector.", "projector", ""),                               # LLaVA, LLaVA-Phi
+    ("head.", "vision", "head."),
+    ("model.mm_projector.", "projector", ""),                               # LLaVA, LLaVA-Phi, Mipha
     ("mm_projector.", "projector", ""),
     ("model.multi_modal_projector.", "projector", ""),                      # transformers 5, in memory
     ("multi_modal_projector.", "projector", ""),                            # what we save
@@ -148,9 +159,21 @@ PACKED_BY_HEAD = "query_key_value"
 DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason that `inspect` gives
     (r".*rotary_emb", "rotary angles are computed in every forward"),
     (r".*position_ids", "they are 0, 1, 2, ..."),
-    (r"text_model\.|text_projection|visual_projection|logit_scale", "CLIP's text tower and contrastive heads"),
+    (r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias",
+     "the text tower and contrastive heads, with which the vision tower was trained"),
 )
-UNUSED = "layers after the hidden state that is read: not loaded, but kept when a model is saved"
+KEPT = "not loaded, but kept when a model is saved"
+UNUSED_LAYERS = f"layers and LayerNorm after the hidden state that is read: {KEPT}"
+UNUSED_HEAD = f"attention-pooling head, which makes one vector of a picture where LLaVA wants all patches: {KEPT}"
+
+# Relatives that are not implemented here: a piece of a tensor's name that gives them away, and what they are. Without
+# this they would be refused just as well, but by a list of names.
+FOREIGN = (
+    ("mlp.gate_up_proj", "Phi-3"),
+    ("mlp.gate_proj", "Gemma, or another language model in the manner of Llama"),
+    ("layer_scale1.", "DINOv2"),
+    ("embeddings.patch_embeddings.", "DINOv2, or another vision tower in the manner of transformers' ViT"),
+)
 
 
 def known_names() -> dict[tuple[str, str], tuple[str, str]]:
@@ -250,9 +273,25 @@ def blueprint(config: LLaVAConfig) -> dict[str, torch.Size]:
     """
     whole = meta_model(replace(config, vision=replace(config.vision, feature_layer=-1)))
     shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
-    for leaf in ("weight", "bias"):
-        shapes[f"vision.ln_post.{leaf}"] = torch.Size([config.vision.n_embd])
+    width, inner = config.vision.n_embd, config.vision.n_inner
+    unused = {"ln_post.weight": [width], "ln_post.bias": [width]}
+    if is_siglip(config.vision):
+        unused |= {
+            "head.probe": [1, 1, width],
+            "head.attn.in_proj_weight": [3 * width, width], "head.attn.in_proj_bias": [3 * width],
+            "head.attn.proj.weight": [width, width], "head.attn.proj.bias": [width],
+            "head.ln.weight": [width], "head.ln.bias": [width],
+            "head.mlp.fc.weight": [inner, width], "head.mlp.fc.bias": [inner],
+            "head.mlp.proj.weight": [width, inner], "head.mlp.proj.bias": [width],
+        }
+    for name, shape in unused.items():
+        shapes[f"vision.{name}"] = torch.Size(shape)
     return shapes
+
+
+def is_siglip(config: VisionConfig) -> bool:
+    """Which of the two towers it is. CLIP has a class token, SigLIP pools its patches by attention instead."""
+    return not config.class_token
 
 # ---------------------------------------------------------------------------------------------------
 # Files
@@ -293,21 +332,32 @@ class Folder(NamedTuple):
         return tuple(part for part in PREFIX if part in present)
 
     @property
+    def has_siglip(self) -> bool:
+        """Whether the tower is SigLIP: its patch convolution has a bias, and there is no class token."""
+        return "vision.patch.bias" in self.found and "vision.cls" not in self.found
+
+    @property
     def kind(self) -> str:
         """What the folder is, in words."""
         others = ", ".join(stored.name for stored in self.unexpected[:3])
-        return KINDS.get(self.parts, f"a folder of other tensors ({others}, ...)")
+        kinds = KINDS_WITH_SIGLIP if self.has_siglip else KINDS
+        return kinds.get(self.parts, f"a folder of other tensors ({others}, ...)")
 
 
 PHI = "a Phi-2 language model"
 CLIP = "a CLIP vision tower"
+SIGLIP = "a SigLIP vision tower"
 LLAVA = "a LLaVA-Phi model"
+MIPHA = "a Mipha model"
 KINDS = {("llm",): PHI, ("vision",): CLIP, ("llm", "vision", "projector"): LLAVA,
          ("llm", "vision"): "a LLaVA-Phi model without projector"}
+KINDS_WITH_SIGLIP = {("vision",): SIGLIP, ("llm", "vision", "projector"): MIPHA,
+                     ("llm", "vision"): "a Mipha model without projector"}
 HINTS = {
     PHI: "get it with: hf download microsoft/phi-2 --local-dir {}",
     CLIP: "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {}",
-    LLAVA: "train one (python train.py --stage pretrain) or get the published one with: "
+    LLAVA: "train one (python train.py --stage pretrain) or get a published one with: "
+           "hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b, or "
            "hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi",
 }
 
@@ -439,7 +489,16 @@ def read_folder(folder: Path, expected: str = LLAVA) -> Folder:
             result.unexpected.append(stored)
         else:
             add_piece(result, *known, stored)
+    refuse_foreign(result)
     return result
+
+
+def refuse_foreign(folder: Folder) -> None:
+    for stored in folder.unexpected:
+        for piece, model in FOREIGN:
+            if piece in stored.name:
+                raise ValueError(f"{folder.path}: {stored.name[:80]} is a tensor of {model}; implemented here are Phi-2 "
+                                 "as language model, CLIP and SigLIP as vision towers")
 
 
 def reason_to_drop(name: str) -> str | None:
@@ -505,6 +564,7 @@ VISION_KEYS = {
     "n_inner": (("intermediate_size",), 3072),
     "eps": (("layer_norm_eps",), 1e-5),
 }
+SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
 
 
 def is_number(value: object, default: int | float | None) -> bool:
@@ -564,47 +624,63 @@ def phi_config(config: dict, path: Path) -> PhiConfig:
     require(path, "the number of key and value heads", kv_heads, None, fields["n_head"])
     if fields["n_embd"] % fields["n_head"]:
         raise ValueError(f"{path}: hidden_size {fields['n_embd']} is not a multiple of {fields['n_head']} heads")
+    # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. Nobody has compared their numbers with the original's
+    # here, so they are refused instead of half supported.
+    if (fields["n_layer"], fields["n_embd"]) == (24, 2048):
+        raise ValueError(f"{path}: 24 layers of width 2048 are Phi-1 or Phi-1.5, and only Phi-2 is implemented here")
     if rotary_dim is None:
         rotary_dim = int(fields["n_embd"] // fields["n_head"] * rotary_factor)
     return PhiConfig(**fields, rotary_dim=rotary_dim)
 
 
-def vision_config(config: dict, feature_layer: object, path: Path) -> VisionConfig:
-    require(path, "the vision tower's activation", config.get("hidden_act", "quick_gelu"), "quick_gelu")
+def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path) -> VisionConfig:
+    """The tower's sizes come from config.json; which of the two towers it is, its tensors have told."""
     require(path, "num_channels", config.get("num_channels", 3), 3)
-    fields = config_fields(config, VISION_KEYS, path)
+    activation = config.get("hidden_act")
+    if siglip:
+        require(path, "the SigLIP tower's activation", activation, "gelu_pytorch_tanh", "gelu_new", None)
+        fields = config_fields(config, SIGLIP_KEYS, path)
+    else:
+        require(path, "the vision tower's activation", activation, "quick_gelu", None)
+        fields = config_fields(config, VISION_KEYS, path)
     if type(feature_layer) is not int or not -fields["n_layer"] <= feature_layer < 0:
         raise ValueError(f"{path}: the vision layer to read is {feature_layer!r}, expected one counted from the end")
-    return VisionConfig(**fields, feature_layer=feature_layer)
+    published = SIGLIP_SO400M_384 if siglip else VisionConfig()
+    return replace(published, **fields, feature_layer=feature_layer)
 
 
-def image_mode(config: dict, folder: Path) -> str:
-    """How a folder's model saw its pictures: LLaVA says so in config.json, transformers in its processor's file."""
+def image_mode(config: dict, folder: Path, unpadded: str) -> str:
+    """How a folder's model saw its pictures: LLaVA says so in config.json, transformers in its processor's file.
+
+    `unpadded` is the tower's own way, where neither says anything that we know.
+    """
     if "image_aspect_ratio" in config:
-        return "pad" if config["image_aspect_ratio"] == "pad" else "crop"
+        mode = config["image_aspect_ratio"]
+        return mode if mode in IMAGE_MODES else unpadded
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             processor = read_json(folder / name)
             if subconfig(processor, "image_processor", processor, folder / name).get("do_pad"):
                 return "pad"
-    return "crop"
+    return unpadded
 
 
 def read_folders(paths: Iterable[Path]) -> list[Folder]:
-    """One LLaVA-like folder, or a Phi folder and a CLIP folder, in this order. ValueError: they are something else."""
+    """One LLaVA-like folder, or a Phi folder and a tower's folder, in this order. ValueError: they are something else."""
     paths = [Path(path) for path in paths]
-    kinds = [PHI, CLIP] if len(paths) == 2 else [LLAVA]
+    expected = [(PHI,), (CLIP, SIGLIP)] if len(paths) == 2 else [(LLAVA, MIPHA)]
     folders = []
-    for path, kind in zip(paths, kinds, strict=True):
-        folder = read_folder(path, kind)
-        if folder.kind != kind:
-            raise ValueError(f"{path}: this looks like {folder.kind}, expected {kind}; {HINTS[kind].format(path)}")
+    for path, kinds in zip(paths, expected, strict=True):
+        folder = read_folder(path, kinds[0])
+        if folder.kind not in kinds:
+            raise ValueError(f"{path}: this looks like {folder.kind}, expected {' or '.join(kinds)}; "
+                             + HINTS[kinds[0]].format(path))
         folders.append(folder)
     return folders
 
 
 def config_of(*folders: Folder) -> LLaVAConfig:
-    """The config of one folder, or of a Phi and a CLIP folder. A part that is in neither keeps our defaults."""
+    """The config of one folder, or of a Phi folder and a tower's. A part that is in neither keeps our defaults."""
     llm, vision = folders[0], folders[-1]
     path, vision_path = llm.path / "config.json", vision.path / "config.json"
     llm_json, vision_json = read_json(path), read_json(vision_path)
@@ -612,22 +688,31 @@ def config_of(*folders: Folder) -> LLaVAConfig:
     tower = subconfig(vision_json, "vision_config", vision_json, vision_path)
     projector = subconfig(tower, "mm_projector", {}, vision_path)       # LLaVA-Phi has these two in vision_config
     tower = subconfig(tower, "vision_tower", tower, vision_path)
-    strategy = vision_json.get("vision_feature_select_strategy", "default")
+    siglip = vision.has_siglip
+    every_patch = feature_strategy(siglip)
+    strategy = vision_json.get("vision_feature_select_strategy", every_patch)
     require(path, "tie_word_embeddings", llm_json.get("tie_word_embeddings", False), False)
     require(vision_path, "the projector", projector.get("mm_projector_type", "mlp2x_gelu"), "mlp2x_gelu")
     require(vision_path, "the projector's activation", vision_json.get("projector_hidden_act", "gelu"), "gelu")
-    require(vision_path, "vision_feature_select_strategy", strategy, "default")
+    require(vision_path, "vision_feature_select_strategy", strategy, every_patch)
     require(vision_path, "the features taken", tower.get("mm_vision_select_feature", "patch"), "patch")
     feature_layer = vision_json.get("vision_feature_layer", tower.get("mm_vision_select_layer", -2))
+    # Two bases have seen no padded picture yet. Stage 1, which is next for them, leaves pictures to the tower's own
+    # processor: CLIP's cuts the edges off, SigLIP's squeezes the whole picture into a square.
+    unpadded = "squash" if siglip else "crop"
     config = LLaVAConfig(
         llm=phi_config(text, path) if "llm" in llm.parts else PhiConfig(),
-        vision=vision_config(tower, feature_layer, vision_path) if "vision" in vision.parts else VisionConfig(),
-        # Two bases have seen no padded picture yet; stage 1, which is next for them, crops.
-        image_mode=image_mode(llm_json, llm.path) if len(folders) == 1 else "crop",
+        vision=vision_config(tower, siglip, feature_layer, vision_path) if "vision" in vision.parts else VisionConfig(),
+        image_mode=image_mode(llm_json, llm.path, unpadded) if len(folders) == 1 else unpadded,
     )
     require_layers("llm", llm, config.llm.n_layer)
     require_layers("vision", vision, config.vision.n_layer)
     return config
+
+
+def feature_strategy(siglip: bool) -> str:
+    """transformers' word for "the patches": all positions but the first, or all, since SigLIP has no class token."""
+    return "full" if siglip else "default"
 
 
 def require_layers(part: str, folder: Folder, n_layer: int) -> None:
@@ -642,7 +727,7 @@ def require_layers(part: str, folder: Folder, n_layer: int) -> None:
 
 
 def load_config(*folders: Path) -> LLaVAConfig:
-    """The config of one LLaVA-like folder, or of a Phi folder and a CLIP folder together, in any era's spelling."""
+    """The config of one LLaVA-like folder, or of a Phi folder and a tower's together, in any era's spelling."""
     return config_of(*read_folders(folders))
 
 # ---------------------------------------------------------------------------------------------------
@@ -713,7 +798,7 @@ def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, all
 
 def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, Tensor], object] | None = None,
               allow_missing: tuple[str, ...] = ()) -> None:
-    """Fill a model from one LLaVA-like folder, or from a Phi folder and a CLIP folder, one tensor at a time.
+    """Fill a model from one LLaVA-like folder, or from a Phi folder and a tower's, one tensor at a time.
 
     copy(parameter, tensor): called once per parameter; it must cast, and be done with `tensor` (on the CPU, in the
     file's dtype) when it returns. Not given: parameter.copy_(tensor).
@@ -759,6 +844,21 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
 
     load_into(model, [folder], copy)
     return model
+
+
+
+def load_phi(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Phi:
+    """The same for a plain Phi-2 folder: the language model alone."""
+    source = read_folder(folder, PHI)
+    if source.kind != PHI:
+        raise ValueError(f"{folder}: this looks like {source.kind}, expected {PHI}")
+    config = config_of(source)
+    llm = meta_model(config).llm.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    parameters = {f"llm.{name}": parameter for name, parameter in llm.named_parameters()}
+    found = check([source], parameters, config)
+    for name, tensor in read_all(found, config):
+        parameters[name].copy_(tensor)
+    return llm
 
 # ---------------------------------------------------------------------------------------------------
 # Saving: the tensors
@@ -977,14 +1077,18 @@ def image_token_id(tokenizer: Tokenizer) -> int:
 def image_processor(config: LLaVAConfig) -> dict:
     """What transformers needs to make the pixels that data.load_image and VisionTower make."""
     size = config.vision.image_size
-    return {
+    processor = {
         "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
         "do_pad": config.image_mode == "pad",
         "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
         "do_center_crop": True, "crop_size": {"height": size, "width": size},
         "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD),
+        "do_normalize": True, "image_mean": list(config.vision.mean), "image_std": list(config.vision.std),
     }
+    if config.image_mode == "squash":
+        processor |= {"image_processor_type": "SiglipImageProcessor", "size": {"height": size, "width": size},
+                      "do_center_crop": False}
+    return processor
 
 
 def named_as_published(config: PhiConfig | VisionConfig, keys: dict) -> dict:
@@ -1011,6 +1115,15 @@ def clip_json(config: VisionConfig) -> dict:
         "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
         **named_as_published(config, VISION_KEYS),
         "num_channels": 3, "attention_dropout": 0.0, "projection_dim": config.n_embd * 3 // 4,
+    }
+
+
+def siglip_json(config: VisionConfig) -> dict:
+    """config.json of a SiglipVisionModel."""
+    return {
+        "architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh",
+        **named_as_published(config, SIGLIP_KEYS),
+        "num_channels": 3, "attention_dropout": 0.0, "vision_use_head": True,
     }
 
 
@@ -1042,15 +1155,18 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
 
 
 def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """All of a saved folder but its tensors: of the whole model (part ""), or of a plain Phi or CLIP.
+    """All of a saved folder but its tensors: of the whole model (part ""), or of a plain Phi, CLIP or SigLIP.
 
     dtype: the first tensor's, for config.json. It never says fp16, which this model must not be computed in.
     """
     name = str(torch.float32 if dtype == torch.float16 else dtype).removeprefix("torch.")
+    siglip = is_siglip(config.vision)
+    tower = siglip_json(config.vision) if siglip else clip_json(config.vision)
     if part == "vision":
-        write_json(folder / "config.json", clip_json(config.vision) | {"torch_dtype": name})
-        processor = image_processor(config) | {"image_processor_type": "CLIPImageProcessor"}
-        write_json(folder / "preprocessor_config.json", processor)
+        own_mode = replace(config, image_mode="squash" if siglip else "crop")
+        own_type = "SiglipImageProcessor" if siglip else "CLIPImageProcessor"
+        write_json(folder / "config.json", tower | {"torch_dtype": name})
+        write_json(folder / "preprocessor_config.json", image_processor(own_mode) | {"image_processor_type": own_type})
         return
     write_tokenizer(folder, tokenizer, image=not part)
     eot = eot_id(tokenizer)
@@ -1064,14 +1180,16 @@ def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: Tokeniz
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": image_token_id(tokenizer), "image_seq_length": config.vision.n_patches,
         "image_aspect_ratio": config.image_mode,                        # LLaVA's key, which we read
-        "vision_feature_layer": config.vision.feature_layer, "vision_feature_select_strategy": "default",
+        "vision_feature_layer": config.vision.feature_layer,
+        "vision_feature_select_strategy": feature_strategy(siglip),
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
-        **special_ids, "torch_dtype": name, "text_config": text, "vision_config": clip_json(config.vision),
+        **special_ids, "torch_dtype": name, "text_config": text, "vision_config": tower,
     })
     write_json(folder / "preprocessor_config.json", image_processor(config))
     write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": config.vision.patch_size,
-        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": config.vision.n_positions - config.vision.n_patches,
+        "vision_feature_select_strategy": feature_strategy(siglip),
     })
     for file in ("chat_template.jinja", "load_hf.py", "README.md"):
         shutil.copyfile(SAVED_MODEL / file, folder / file)
@@ -1081,7 +1199,7 @@ def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: Tokeniz
 
 
 def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | None) -> None:
-    """Write one base model from a Phi-2 folder and a CLIP folder; the projector between them is new."""
+    """Write one base model from a Phi-2 folder and a CLIP or SigLIP folder; the projector between them is new."""
     folders = read_folders([llm, vision])
     config = config_of(*folders)
     found = check(folders, [name for name in blueprint(config) if not name.startswith("projector")], config)
@@ -1112,14 +1230,14 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
 
 
 def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """A plain Phi folder, a plain CLIP folder and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
+    """A plain Phi folder, a tower's and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
     folders = read_folders([model])
     config = config_of(*folders)
     found = check(folders, blueprint(config), config)
     projector = [name for name in blueprint(config) if name.startswith("projector")]
     with finished_folder(out) as made:
         save("llm", made / "phi-2", {}, config, folders, dtype)
-        save("vision", made / "clip", {}, config, folders, dtype)
+        save("vision", made / ("siglip" if is_siglip(config.vision) else "clip"), {}, config, folders, dtype)
         write_tensors("projector", made, saved_dtypes(projector, {}, found, dtype), {}, found, config, "mm_projector")
         write_checksums(made)
 
@@ -1151,9 +1269,11 @@ LAYOUTS = (     # a piece of a language model's tensor names -> which of the pub
     ("layers.", "one list, layers.N (the earliest Phi files)"),
 )
 NEXT = {
-    PHI: "python load_weights.py merge --llm {}    (with a CLIP folder as --vision)",
+    PHI: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
     CLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
+    SIGLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
     LLAVA: "python sample.py --model {} --image x.jpg",
+    MIPHA: "python sample.py --model {} --image x.jpg",
 }
 
 
@@ -1161,10 +1281,10 @@ def print_row(label: str, text: object) -> None:
     print(f"  {label:10} {text}")
 
 
-def inspect(path: Path) -> int:
+def inspect(path: Path, try_out: bool = False) -> int:
     """Print a page about a folder: what it is, what would be left out, what is missing, and what to run next.
 
-    -> the exit code: 2 if there is a problem.
+    try_out: run the model as well. -> the exit code: 2 if there is a problem.
     """
     folder = read_folder(path)
     files = tensor_files(path)
@@ -1192,8 +1312,35 @@ def inspect(path: Path) -> int:
         print_row("problem", e)
         return 2
     print_row("missing", missing)
+    sound = try_folder(folder) if try_out else True
     print_row("next", NEXT.get(folder.kind, "nothing").format(path))
-    return 0
+    return 0 if sound else 2
+
+
+def try_folder(folder: Folder) -> bool:
+    """Run a folder's model on a few texts and pictures and print what it shows. -> False if it was read wrong."""
+    from trial.run import try_model
+    if "llm" not in folder.parts or folder.kind not in NEXT:
+        print_row("try", f"nothing: {folder.kind} does not speak; merge it with a language model first")
+        return True
+    parameters = sum(prod(stored.shape) for pieces in folder.found.values() for stored in pieces.values())
+    # fp32 shows the fine differences. A model of billions of parameters would take all memory in it, and minutes.
+    dtype = torch.float32 if parameters < 1e9 else torch.bfloat16
+    device = choose_device(None)
+    model = None
+    if folder.kind == PHI:
+        llm = load_phi(folder.path, dtype, device)
+    else:
+        model = load_model(folder.path, dtype, device)
+        llm = model.llm
+    sound = True
+    for finding in try_model(llm, load_tokenizer(folder.path), model):
+        print_row("try", f"{finding.what}: {finding.shown} | of a sound model: {finding.expected} | {finding.verdict}")
+        sound = sound and finding.verdict != "misread"
+    if not sound:
+        print_row("problem", "the tensors are all there, but what the model does is not what such a model was trained "
+                             "to do: these are other weights than expected, or they are read in the wrong way")
+    return sound
 
 
 def inspect_part(folder: Folder, part: str) -> None:
@@ -1222,8 +1369,10 @@ def inspect_config(folder: Folder) -> None:
     built = {name for name, parameter in meta_model(config).named_parameters()}
     ignored = Counter(folder.dropped.values())
     for name, pieces in folder.found.items():
-        if name not in built:
-            ignored[UNUSED] += len(pieces)
+        if name.startswith("vision.head."):
+            ignored[UNUSED_HEAD] += len(pieces)
+        elif name not in built:
+            ignored[UNUSED_LAYERS] += len(pieces)
     for reason, count in ignored.items():
         print_row("ignored", f"{count} tensors: {reason}")
     needed = [name for name in blueprint(config) if name.startswith(folder.parts)]
@@ -1233,7 +1382,7 @@ def inspect_config(folder: Folder) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "inspect":
-        return inspect(args.folder)
+        return inspect(args.folder, args.try_out)
     dtype = torch_dtype(args.dtype) if args.dtype else None
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, dtype)

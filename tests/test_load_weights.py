@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from conftest import ROOT
-from data import load_tokenizer
+from common import without_control
+from data import load_image, load_tokenizer, mean_color
 from load_weights import (blueprint, export, export_parts, load_config, load_into, load_model, main, merge, read_bin, read_folder,
                           save_model, to_ours, to_saved)
-from model import Layout, LLaVAConfig, LLaVAPhi
-from vision import VisionConfig
+from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi
+from vision import SIGLIP_SO400M_384, VisionConfig, normalize
 
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_MIPHA = Path(__file__).parent / "golden-mipha"
+MIPHA = GOLDEN_MIPHA / "tiny-mipha"
 PHI, CLIP, LLAVA = GOLDEN / "tiny-phi", GOLDEN / "tiny-clip", GOLDEN / "tiny-llava-phi"
 
 
@@ -221,6 +225,169 @@ def test_names_go_both_ways():
     assert to_ours("transformer.h.7.mixer.Wqkv.bias") == ("llm.h.7.attn.qkv.bias", "")
     assert to_ours("model.layers.7.self_attn.query_key_value.bias") == ("llm.h.7.attn.qkv.bias", "heads")
     assert to_ours("something.else") is None
+
+# ---------------------------------------------------------------------------------------------------
+# Mipha: the same decoder and projector, SigLIP as the tower
+
+
+@pytest.fixture(scope="module")
+def mipha() -> LLaVAPhi:
+    return load_model(MIPHA)
+
+
+@torch.no_grad()
+def test_mipha_golden(mipha):
+    """Features, projector, logits and greedy ids of the original, from the released layout, through the saved one too."""
+    golden = load_file(GOLDEN_MIPHA / "forward.safetensors")
+    tower = mipha.config.vision
+    pictures = [load_image(GOLDEN / "images" / name, tower.image_size, mipha.config.image_mode, mean_color(tower.mean))
+                for name in ("photo.jpg", "square.png")]
+    images = torch.stack(pictures)
+    assert torch.equal(normalize(images, tower.mean, tower.std), golden["vision.pixel_values"])
+    features = mipha.vision(images)
+    torch.testing.assert_close(features, golden["vision.features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mipha.projector(features), golden["projector.out"], atol=1e-5, rtol=0)
+    prefix, suffix = golden["mipha.prefix_ids"].tolist(), golden["mipha.suffix_ids"].tolist()
+    ids = prefix + [IMAGE_ID] * tower.n_patches + suffix
+    row = torch.tensor(ids)
+    x = mipha.embed(row.clamp_min(0), images[:1], (row == IMAGE_ID).nonzero().flatten())
+    logits = mipha.llm.lm_head(mipha.llm(x, Layout(torch.tensor([len(ids)]), x.device)))
+    torch.testing.assert_close(logits, golden["mipha.logits"][0], atol=1e-5, rtol=0)
+    columns = mipha.generate([ids], [images[:1]], max_new_tokens=24, eos_id=-1)
+    assert [column[0] for column in columns] == golden["generate.ids"].tolist()
+
+
+def test_mipha_through_sample(tmp_path):
+    """The command of a user gives the original's greedy text."""
+    golden = load_file(GOLDEN_MIPHA / "forward.safetensors")
+    done = subprocess.run([sys.executable, "sample.py", "--model", str(MIPHA), "--image", str(GOLDEN / "images" / "photo.jpg"),
+                           "--prompt", "What is this?", "--temperature", "0", "--max-new-tokens", "24"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tokenizer = load_tokenizer(MIPHA)
+    assert without_control(tokenizer.decode(golden["generate.ids"].tolist()).strip()) in done.stdout
+
+
+def test_mipha_config(mipha):
+    tower = VisionConfig(33, 14, 3, 2, 36, 116, eps=1e-6, class_token=False, pre_norm=False, patch_bias=True, gelu="tanh",
+                         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    assert mipha.config.vision == tower and mipha.config.image_mode == "pad" and tower.n_patches == 4
+
+
+def test_published_sizes_of_mipha():
+    shapes = blueprint(LLaVAConfig(vision=SIGLIP_SO400M_384))
+    count = lambda part: sum(s.numel() for name, s in shapes.items() if name.startswith(part))
+    assert (count("llm"), count("vision"), count("projector")) == (2_779_683_840, 428_225_600, 9_507_840)
+    assert count("vision.head") == 15_238_352
+
+
+SIGLIPS = {         # of the tower in tiny-mipha: what its names begin with there
+    "whole": "vision_model.",
+    "vision only": "vision_model.",
+    "without prefix": "",
+}
+
+
+def siglip_folder(kind: str, out: Path) -> Path:
+    """google's SiglipModel with its text tower, or the vision tower alone, from the tower in tiny-mipha."""
+    prefix = "model.vision_tower.vision_model."
+    def change(tensors):
+        tower = {SIGLIPS[kind] + k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        text = {"text_model.final_layer_norm.weight": torch.ones(4), "text_model.head.weight": torch.ones(4, 4),
+                "logit_scale": torch.ones(1), "logit_bias": torch.ones(1)}
+        return tower | (text if kind == "whole" else {})
+    def config(c):
+        tower = c["vision_config"]["vision_tower"]
+        tower = {k: v for k, v in tower.items() if not k.startswith("mm_")}
+        # What is at its default is left out of published files.
+        tower = {k: v for k, v in tower.items() if k not in ("hidden_act", "layer_norm_eps", "num_channels")}
+        return {"model_type": "siglip", "vision_config": tower} if kind == "whole" else tower
+    return rewrite(MIPHA, out, change, config, keep=("config.json", "preprocessor_config.json"))
+
+
+@pytest.mark.parametrize("kind", SIGLIPS)
+def test_every_spelling_of_siglip(kind, tmp_path, mipha, capsys):
+    """Recognised by its tensors, and passed through: all that belongs to the vision part is in the merged model."""
+    folder = siglip_folder(kind, tmp_path / "resnet")
+    main(["merge", "--llm", str(PHI), "--vision", str(folder), "--out", str(tmp_path / "base")])
+    assert "a Mipha model" in capsys.readouterr().out
+    base = load_model(tmp_path / "base")
+    assert same(base, mipha, "vision") and base.config.image_mode == "squash"
+    assert replace(base.config, image_mode="pad") == mipha.config
+    saved, original = tensors_of(tmp_path / "base"), tensors_of(MIPHA)
+    for name, tensor in original.items():
+        if "vision_model" in name:
+            assert torch.equal(saved[name.removeprefix("model.")], tensor), name
+    main(["inspect", str(folder)])
+    page = capsys.readouterr().out
+    for words in ("a SigLIP vision tower", "18 tensors: layers and LayerNorm after the hidden state", "11 tensors: attention-pooling head",
+                  "images     squash", "merge --vision"):
+        assert words in page
+    assert ("4 tensors: the text tower" in page) == (kind == "whole")
+
+
+def test_mipha_saved_and_read_again(tmp_path, mipha):
+    export(MIPHA, tmp_path / "a", None)
+    export(tmp_path / "a", tmp_path / "b", None)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    again = load_model(tmp_path / "a")
+    assert same(again, mipha) and again.config == mipha.config
+    assert len(tensors_of(tmp_path / "a")) == len(tensors_of(MIPHA))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["vision_config"]["model_type"] == "siglip_vision_model" and config["vision_feature_select_strategy"] == "full"
+    export_parts(MIPHA, tmp_path / "parts", None)
+    assert load_config(PHI, tmp_path / "parts" / "siglip").vision == mipha.config.vision
+
+
+def test_mipha_in_two_bf16_shards_without_tokenizer_json(tmp_path, mipha):
+    """As zhumj34/Mipha-3B is published."""
+    tensors = {k: v.bfloat16() for k, v in tensors_of(MIPHA).items()}
+    names = sorted(tensors)
+    index = {}
+    for number, part in ((1, names[:50]), (2, names[50:])):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, tmp_path / shard)
+        index |= dict.fromkeys(part, shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    shutil.copy(MIPHA / "config.json", tmp_path)
+    tokenizer = json.loads((MIPHA / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    there = load_model(tmp_path, torch.bfloat16)
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(there.parameters(), mipha.parameters(), strict=True))
+    export(tmp_path, tmp_path / "out", None)
+    assert load_tokenizer(tmp_path / "out").get_vocab() == load_tokenizer(MIPHA).get_vocab()
+
+
+FOREIGN = {         # a tensor that the folder holds -> what is said about it
+    "model.layers.0.mlp.gate_up_proj.weight": "a tensor of Phi-3; implemented here are Phi-2",
+    "language_model.model.layers.0.mlp.gate_proj.weight": "a tensor of Gemma, or another",
+    "model.vision_tower.encoder.layer.0.layer_scale1.lambda1": "a tensor of DINOv2; implemented here",
+    "embeddings.patch_embeddings.projection.weight": "a tensor of DINOv2, or another vision tower",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_relatives_are_refused_in_words(name, tmp_path):
+    folder = rewrite(MIPHA, tmp_path / "x", lambda tensors: tensors | {name: torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=FOREIGN[name]):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("vision", {"hidden_act": "quick_gelu"}, "the SigLIP tower's activation is 'quick_gelu'"),
+    ("llm", {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 32},
+     "24 layers of width 2048 are Phi-1 or Phi-1.5"),
+])
+def test_variants_of_mipha_are_refused_in_words(part, change, words, tmp_path):
+    def config(c):
+        if part == "llm":
+            return c | change
+        vision = c["vision_config"]
+        return c | {"vision_config": vision | {"vision_tower": vision["vision_tower"] | change}}
+    with pytest.raises(ValueError, match=words):
+        load_config(rewrite(MIPHA, tmp_path / "x", config=config))
 
 # ---------------------------------------------------------------------------------------------------
 # Config spellings
@@ -774,7 +941,7 @@ def test_commands(tmp_path, capsys):
         assert words in page
     main(["inspect", str(CLIP)])
     page = capsys.readouterr().out
-    for words in ("a CLIP vision tower", "23 tensors: CLIP's text tower", "18 tensors: layers after the hidden state", "merge --vision"):
+    for words in ("a CLIP vision tower", "23 tensors: the text tower", "18 tensors: layers and LayerNorm after the hidden state", "merge --vision"):
         assert words in page
     with pytest.raises(ValueError, match="looks like a Phi-2 language model, expected a LLaVA-Phi model"):
         main(["export", "--model", str(PHI), "--out", str(tmp_path / "x")])

@@ -6,29 +6,33 @@ $ .hf/bin/python -m pytest tests/test_transformers.py
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from data import expand, encode_prompt, load_image, load_tokenizer
-from load_weights import export, load_model, merge
-from model import IMAGE_ID, Layout, LLaVAPhi
-from vision import normalize
+from data import expand, encode_prompt, load_image, load_tokenizer, mean_color
+from load_weights import (blueprint, export, export_parts, load_model, merge, phi_json, saved_pieces, siglip_json, write_json,
+                          write_tokenizer)
+from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
+from vision import SIGLIP_SO400M_384, normalize
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
 GOLDEN = Path(__file__).parent / "golden"
+MIPHA = Path(__file__).parent / "golden-mipha" / "tiny-mipha"
 TURNS = (["What is this?"], ["What is this?", "It is a dog.", "What breed?"], ["How many?", "7", "Where?", " left\n", "Why  is it so?"])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The tiny LLaVA-Phi in the saved format, with a head bias that cannot be overlooked."""
+@pytest.fixture(scope="module", params=[GOLDEN / "tiny-llava-phi", MIPHA], ids=["clip", "siglip"])
+def folder(request, tmp_path_factory) -> Path:
+    """The tiny LLaVA-Phi, or Mipha, in the saved format, with a head bias that cannot be overlooked."""
     out = tmp_path_factory.mktemp("hf") / "model"
-    export(GOLDEN / "tiny-llava-phi", out, None)
+    export(request.param, out, None)
     return out
 
 
@@ -39,6 +43,11 @@ def ours(folder: Path) -> LLaVAPhi:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path):
+    return load_with_their_help(folder)
+
+
+def load_with_their_help(folder: Path):
+    """As a user of transformers would: by the load_hf.py in the folder."""
     spec = importlib.util.spec_from_file_location("load_hf", folder / "load_hf.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,6 +66,12 @@ def messages(turns: list[str]) -> list[dict]:
     return chat
 
 
+def pixels_of(model: LLaVAPhi, name: str) -> torch.Tensor:
+    """Our picture (3, S, S) for this model, not normalised yet."""
+    config = model.config
+    return load_image(GOLDEN / "images" / name, config.vision.image_size, config.image_mode, mean_color(config.vision.mean))
+
+
 def logits(model: LLaVAPhi, ids: list[int], images: torch.Tensor) -> torch.Tensor:
     """(T, V) of one packed prompt."""
     row = torch.tensor(ids)
@@ -70,14 +85,14 @@ def logits(model: LLaVAPhi, ids: list[int], images: torch.Tensor) -> torch.Tenso
 @torch.no_grad()
 def test_everything_equals_ours(folder, ours, theirs, processor, turns, name):
     tokenizer = load_tokenizer(folder)
-    picture = load_image(GOLDEN / "images" / name, 28, "pad")
+    picture = pixels_of(ours, name)
     prompt, _ = expand(encode_prompt(list(turns), tokenizer, True), None, ours.config.vision.n_patches, ours.config.llm.block_size)
 
     text = processor.apply_chat_template(messages(turns), add_generation_prompt=True, tokenize=False)
     inputs = processor(images=Image.open(GOLDEN / "images" / name).convert("RGB"), text=text, return_tensors="pt")
     image_id = theirs.config.image_token_index
     assert [IMAGE_ID if i == image_id else i for i in inputs["input_ids"][0].tolist()] == prompt
-    assert torch.equal(inputs["pixel_values"], normalize(picture[None]))
+    assert torch.equal(inputs["pixel_values"], normalize(picture[None], ours.config.vision.mean, ours.config.vision.std))
 
     torch.testing.assert_close(theirs(**inputs).logits[0], logits(ours, prompt, picture[None]), atol=1e-4, rtol=0)
     made = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
@@ -98,22 +113,97 @@ def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
     assert all("lm_head.bias" in name for name in info["unexpected_keys"])
 
 
-def test_crop_mode_pixels(tmp_path):
-    merge(GOLDEN / "tiny-phi", GOLDEN / "tiny-clip", tmp_path / "base", 0, None)
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "base")
-    picture = Image.open(GOLDEN / "images" / "wide.png").convert("RGB")
-    pixels = processor(images=picture, text="<image>", return_tensors="pt")["pixel_values"]
-    assert torch.equal(pixels, normalize(load_image(GOLDEN / "images" / "wide.png", 28, "crop")[None]))
+def test_pixels_of_two_bases(tmp_path):
+    """Before stage 1 a model sees pictures as its tower's own processor makes them: CLIP's crops, SigLIP's squashes."""
+    export_parts(MIPHA, tmp_path / "parts", None)
+    for vision, mode in ((GOLDEN / "tiny-clip", "crop"), (tmp_path / "parts" / "siglip", "squash")):
+        out = tmp_path / mode
+        merge(GOLDEN / "tiny-phi", vision, out, 0, None)
+        model, processor = load_model(out), transformers.AutoProcessor.from_pretrained(out)
+        picture = Image.open(GOLDEN / "images" / "wide.png").convert("RGB")
+        pixels = processor(images=picture, text="<image>", return_tensors="pt")["pixel_values"]
+        tower = model.config.vision
+        assert model.config.image_mode == mode
+        assert torch.equal(pixels, normalize(pixels_of(model, "wide.png")[None], tower.mean, tower.std))
 
 
-def test_parts_are_plain_folders(tmp_path, ours):
-    from load_weights import export_parts
+def test_parts_are_plain_folders(tmp_path):
+    ours = load_model(GOLDEN / "tiny-llava-phi")
     export_parts(GOLDEN / "tiny-llava-phi", tmp_path / "parts", None)
     phi = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "phi-2")
-    clip = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip")
+    clip, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ids = torch.arange(1, 60)
     x = ours.llm(ours.llm.wte(ids), Layout(torch.tensor([59]), ids.device))
     torch.testing.assert_close(phi(ids[None]).logits[0], ours.llm.lm_head(x), atol=1e-4, rtol=0)
     image = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
     theirs = clip(normalize(image), output_hidden_states=True).hidden_states[-2][:, 1:]
     torch.testing.assert_close(theirs, ours.vision(image), atol=1e-4, rtol=0)
+
+
+def test_siglip_as_a_plain_folder(tmp_path):
+    """What export --to parts writes, transformers reads as SiglipVisionModel, its pooling head included."""
+    export_parts(MIPHA, tmp_path / "parts", None)
+    theirs, info = transformers.SiglipVisionModel.from_pretrained(tmp_path / "parts" / "siglip", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ours = load_model(MIPHA)
+    pixels = normalize(pixels_of(ours, "photo.jpg")[None], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    features = theirs(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(features, ours.vision(pixels_of(ours, "photo.jpg")[None]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_siglip_as_transformers_saves_it(whole, tmp_path):
+    """The whole SiglipModel with its text tower, as google publishes it, and the vision tower alone, without a prefix."""
+    vision = {"hidden_size": 36, "intermediate_size": 116, "num_hidden_layers": 3, "num_attention_heads": 2,
+              "image_size": 33, "patch_size": 14}
+    if whole:
+        text = {"hidden_size": 36, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+        theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
+        tower = theirs.vision_model
+    else:
+        theirs = tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
+    theirs.eval().save_pretrained(tmp_path / "siglip")
+    merge(GOLDEN / "tiny-phi", tmp_path / "siglip", tmp_path / "base", 0, None)
+    ours = load_model(tmp_path / "base")
+    picture = pixels_of(ours, "photo.jpg")[None]
+    pixels = normalize(picture, ours.config.vision.mean, ours.config.vision.std)
+    features = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(features, ours.vision(picture), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_mipha_at_full_width(tmp_path):
+    """Two layers of random weights at the published widths: 1152 and 2560, 384 pixels, 729 patches, 16 heads of 72."""
+    tower = replace(SIGLIP_SO400M_384, n_layer=3)           # two of them are computed
+    tokenizer = load_tokenizer(MIPHA)
+    config = LLaVAConfig(llm=PhiConfig(vocab_size=512, n_layer=2), vision=tower)
+    model = LLaVAPhi(config)
+    init_weights(model, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") or name.endswith(".pos"):
+            torch.nn.init.normal_(parameter, std=0.02)      # zeros would hide a bias that is dropped
+    save_at_full_width(tmp_path / "source", model, tokenizer)
+    export(tmp_path / "source", tmp_path / "model", None)
+    ours, theirs = load_model(tmp_path / "model"), load_with_their_help(tmp_path / "model").eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
+    picture = pixels_of(ours, "photo.jpg")
+    turns = ["What is this?"]
+    prompt, _ = expand(encode_prompt(turns, tokenizer, True), None, tower.n_patches, config.llm.block_size)
+    text = processor.apply_chat_template(messages(turns), add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=Image.open(GOLDEN / "images" / "photo.jpg").convert("RGB"), text=text, return_tensors="pt")
+    assert tower.n_patches == 729 and torch.equal(inputs["pixel_values"], normalize(picture[None], tower.mean, tower.std))
+    torch.testing.assert_close(theirs(**inputs).logits[0], logits(ours, prompt, picture[None]), atol=1e-4, rtol=0)
+
+
+def save_at_full_width(folder: Path, model: LLaVAPhi, tokenizer) -> None:
+    """A Mipha folder with these weights; what the model does not hold (the last layer, the pooling head) is zero."""
+    folder.mkdir()
+    parameters, tensors = dict(model.named_parameters()), {}
+    for name, shape in blueprint(model.config).items():
+        tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
+        tensors |= saved_pieces("", name, tensor)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_json(folder / "config.json", {"image_aspect_ratio": "pad", "text_config": phi_json(model.config.llm, 0, "float32"),
+                                        "vision_config": siglip_json(model.config.vision)})
+    write_tokenizer(folder, tokenizer, image=False)
