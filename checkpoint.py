@@ -29,7 +29,7 @@ from common import LOCK, dtype_name, hold_folder, read_json, sync_folder, write_
 # Data and images may have moved; whether the data is the same is decided by its checksum.
 MAY_CHANGE = {
     "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every", "resume",
-    "stop_after", "workers", "micro_tokens", "recompute", "compile",
+    "stop_after", "workers", "micro_tokens", "recompute", "gather", "compile",
 }
 
 # ---------------------------------------------------------------------------------------------------
@@ -85,6 +85,7 @@ class State:
     sources: list[Path]             # folders that the run started from
     data_checksum: str
     model: nn.Module
+    weights: dict[str, Tensor]      # name -> what the optimizer trains, in fp32
     optimizer: torch.optim.Optimizer
     step: int = 0                   # steps done
     updates: int = 0                # of them, those that changed the weights
@@ -97,9 +98,7 @@ class State:
         be loaded into an optimizer that has not taken a step yet.
         """
         tensors = {}
-        for name, p in self.model.named_parameters():
-            if not p.requires_grad:
-                continue
+        for name, p in self.weights.items():
             moments = self.optimizer.state[p]
             if not moments:
                 moments["step"] = torch.zeros((), device=p.device)

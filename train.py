@@ -88,6 +88,9 @@ class TrainConfig:
     recompute: str = flag("auto", "in the backward pass: none (fastest), selective (half the memory, 3 %% more work), "
                                   "full (least memory, 22 %% more); auto: the first that fits",
                           "auto", "none", "selective", "full")
+    gather: str = flag("auto", "sharded weights are gathered, and gradients shared out, for every micro-batch or once a "
+                               "step (less traffic, more memory); auto: once a step where it fits",
+                       "auto", "micro", "step")
     compile: bool = flag(False, "compile each block: one graph for all lengths; it starts a minute later")
     workers: int = flag(4, "data processes per training process")
     # what is written, and when
@@ -169,7 +172,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
@@ -291,17 +294,18 @@ def trained_parts(model: LLaVAPhi) -> list[str]:
     return [name for name, part in model.named_children() if next(part.parameters()).requires_grad]
 
 
-def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather_once: bool = False) -> None:
     """Apply FSDP2: a unit per decoder block, one for the tower, and the rest (projector, embeddings, head) in the root.
 
     Frozen parts are held whole in the compute dtype on every process: nothing about them has to be synchronised, so
-    gathering them again and again would cost much and save little.
+    gathering them again and again would cost much and save little. With gather_once, what trains is gathered once in a
+    step, too (see train_step). One process by itself has nothing to share out; keep_masters is for it.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
         p.data = p.data.to(dtype)
-    if mesh.size() == 1 and dtype == torch.float32:
-        return                                  # nothing to share out, nothing to cast
+    if mesh.size() == 1:
+        return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # FSDP would cast every floating-point argument of a block. The rotary angles among them have to stay fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -311,9 +315,46 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     if "vision" in trained_parts(model):
         units.append(model.vision)
     for unit in units:
-        # One process "gathers" by copying, so it may as well keep the copy until the backward pass.
-        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=mesh.size() > 1)
+        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=not gather_once)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
+    model.gather_once = gather_once
+
+
+def keep_masters(model: LLaVAPhi, dtype: torch.dtype) -> None:
+    """On one process: compute in `dtype`, train fp32 masters. Each trained weight's master is its attribute `master`.
+
+    It is what FSDP does on several processes, with the same result bit for bit. But FSDP on one process still casts
+    all weights anew for every micro-batch and copies all gradients twice: 110 GB through an H200's memory for the full
+    model, 26 ms of a micro-batch's 490.
+    """
+    for p in model.parameters():
+        if p.requires_grad:
+            p.master = nn.Parameter(p.data)
+            p.data = p.data.to(dtype)
+            p.register_post_accumulate_grad_hook(move_gradient_to_master)
+
+
+def move_gradient_to_master(p: Tensor) -> None:
+    """Called by autograd for each weight in each backward pass: micro-batches are summed in fp32."""
+    if p.master.grad is None:
+        p.master.grad = p.grad.float()
+    else:
+        p.master.grad += p.grad
+    p.grad = None
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> the fp32 tensor that the optimizer trains: a parameter or a shard of it, or its master."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.master if hasattr(p, "master") else p for name, p in trained.items()}
+
+
+@torch.no_grad()
+def copy_masters(model: nn.Module) -> None:
+    """Bring the compute weights up to date, after their masters have changed."""
+    weights = [p for p in model.parameters() if hasattr(p, "master")]
+    if weights:
+        torch._foreach_copy_(weights, [p.master for p in weights])
 
 
 def build(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
@@ -325,10 +366,15 @@ def build(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch
     model.llm.recompute = recompute
     if model.vision:
         model.vision.recompute = recompute != "none"
-    shard(model, mesh, torch_dtype(cfg.dtype))
+    gather_once = cfg.gather == "step"
+    if cfg.gather == "auto":
+        gather_once = fits_in(memory_of(device), cfg, model, mesh.size(-1), recompute, gather_once=True)
+    shard(model, mesh, torch_dtype(cfg.dtype), gather_once)
     model.to_empty(device=device)
     read_weights(model, cfg, config)
     draw_new_weights(model, cfg, config)
+    if mesh.size() == 1 and cfg.dtype != "fp32":
+        keep_masters(model, torch_dtype(cfg.dtype))
     if cfg.compile:
         compile_blocks(model, device)
     print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
@@ -388,7 +434,7 @@ def make_optimizer(model: LLaVAPhi, cfg: TrainConfig) -> torch.optim.AdamW:
     peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
     for part, module in model.named_children():
-        trained = [p for p in module.parameters() if p.requires_grad]
+        trained = trained_weights(module).values()
         matrices = [p for p in trained if p.dim() > 1]
         vectors = [p for p in trained if p.dim() <= 1]
         for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
@@ -436,6 +482,34 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     return ids, batch.lengths, images, slots, rows, targets
 
 
+def prefetch(batches: list[Batch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The batches on the device, each copied while the one before is computed.
+
+    On CUDA the copies have a stream of their own. The loader pins its batches, so the host does not wait for them.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield to_device(batch, device)
+        return
+    copies = torch.cuda.Stream(device)
+    computing = torch.cuda.current_stream(device)
+
+    def copy(batch: Batch) -> tuple[Tensor, ...]:
+        with torch.cuda.stream(copies):
+            return to_device(batch, device)
+
+    ready = copy(batches[0])
+    for following in [*batches[1:], None]:
+        computing.wait_stream(copies)
+        for tensor in ready:
+            if tensor.is_cuda:
+                tensor.record_stream(computing)     # its memory must not be reused before the computation is done
+        current = ready
+        if following is not None:
+            ready = copy(following)
+        yield current
+
+
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """Dropout is a function of these four, so a resumed run draws what an uninterrupted one would have drawn."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
@@ -450,16 +524,23 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     """
     world = dist.get_world_size()
     total = torch.zeros((), device=device)
+    once = isinstance(model, FSDPModule) and model.gather_once
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
-    for i, batch in enumerate(step.batches):
+    for i, batch in enumerate(prefetch(step.batches, device)):
         torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
-        loss = model(*to_device(batch, device)) / max(n_supervised, 1)
+        if once:
+            # The gathered weights stay for the next micro-batch, and gradients pile up where they are, in fp32. The
+            # last micro-batch shares the sums out and gives the weights back, which the optimizer is about to change.
+            last = i + 1 == len(step.batches)
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last)
+        loss = model(*batch) / max(n_supervised, 1)
         # FSDP averages gradients over the processes. We want their sum, as each has divided by the global count.
         (loss * world).backward()
         total += loss.detach()
     dist.all_reduce(total)
 
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -473,6 +554,7 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak_lr"]
         optimizer.step()
+        copy_masters(model)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, skipped
 
@@ -543,9 +625,10 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 
     model = build(cfg, config, mesh, device)
     optimizer = make_optimizer(model, cfg)
-    state = State(asdict(cfg), folders(cfg), data.checksum, model, optimizer)
+    state = State(asdict(cfg), folders(cfg), data.checksum, model, trained_weights(model), optimizer)
     if checkpoint:
         load_checkpoint(checkpoint, state)
+        copy_masters(model)
     steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
@@ -623,8 +706,8 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     total = torch.zeros((), dtype=torch.float64, device=device)
     supervised = 0
     for step, n_supervised, _ in synchronized_steps(loader, []):
-        for batch in step.batches:
-            total += model(*to_device(batch, device)).double()
+        for batch in prefetch(step.batches, device):
+            total += model(*batch).double()
         supervised += n_supervised
     dist.all_reduce(total)
     model.train()
@@ -813,7 +896,8 @@ def count(parameters) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int) -> tuple[dict[str, float], dict[str, float]]:
+def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
+                gather_once: bool = False) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on each of `shards` GPUs -> (always there, by kind; added by a token of a micro-batch, by --recompute)."""
     llm = model.config.llm
     width = torch_dtype(cfg.dtype).itemsize
@@ -824,7 +908,13 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int) -> tuple[dict[st
     block = count(model.llm.h[0].parameters()) if "llm" in parts else 0
     tower = count(model.vision.parameters()) if "vision" in parts else 0
     root = trained - tower - block * llm.n_layer
-    gathered = trained if shards == 1 else root + tower + 2 * block         # one block in use, the next on its way
+    if shards == 1:
+        gathered, waiting = trained, 0                      # the compute copies beside the masters
+    elif gather_once:
+        gathered, waiting = trained, 4 * trained            # fp32 sums of the step's gradients, not yet shared out
+    else:
+        gathered = root + tower + 2 * block                 # one block in use, the next on its way
+        waiting = 4 * max(root, tower, block)
     # A trained weight takes 4 bytes for itself, 8 for AdamW's two moments and 4 for its gradient. A logit takes 12: as
     # bf16 and fp32 in the forward pass, its gradient in both in the backward pass, of which not all live at once. The
     # workspace is what cuBLAS, NCCL and the allocator's fragments need; it is a guess.
@@ -832,7 +922,7 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int) -> tuple[dict[st
         "frozen weights, whole": width * (total - trained),
         "weights, moments and gradients, fp32, shared out": 16 * trained / shards,
         "weights gathered for use": width * gathered,
-        "gradients before they are shared out": (width + 4) * max(root, tower, block),
+        "gradients before they are shared out": width * max(root, tower, block) + waiting,
         "logits": 12 * min(4096, cfg.micro_tokens) * llm.vocab_size,
         "workspace": 1e9,
     }
@@ -866,13 +956,17 @@ def numbers_per_token(model: LLaVAPhi, parts: list[str], mode: str) -> float:
     return in_decoder + vision.n_used * tower_block * class_token
 
 
+def fits_in(memory: float, cfg: TrainConfig, model: LLaVAPhi, shards: int, mode: str, gather_once: bool) -> bool:
+    """Whether a micro-batch with this --recompute fits into so many bytes."""
+    always, per_token = memory_plan(cfg, model, shards, gather_once)
+    return sum(always.values()) + cfg.micro_tokens * per_token[mode] <= memory
+
+
 def choose_recompute(cfg: TrainConfig, model: LLaVAPhi, shards: int, memory: float) -> str:
     """The fastest --recompute with which a micro-batch fits into so many bytes; the leanest if none does."""
-    always, per_token = memory_plan(cfg, model, shards)
-    room = (memory - sum(always.values())) / cfg.micro_tokens
     for mode in ("none", "selective"):
         refused = mode == "selective" and cfg.compile
-        if per_token[mode] <= room and not refused:
+        if not refused and fits_in(memory, cfg, model, shards, mode, gather_once=False):
             return mode
     return "full"
 

@@ -8,16 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import train
@@ -279,6 +281,124 @@ def test_ten_steps_of_adamw_equal_a_plain_loop():
             p -= 0.01 * (m[n] / (1 - 0.9 ** t)) / ((v[n] / (1 - 0.98 ** t)).sqrt() + 1e-7)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), mine[n], rtol=1e-5, atol=1e-6)
+
+# ---------------------------------------------------------------------------------------------------
+# Speed that changes no number
+
+
+def a_step(cfg: train.TrainConfig) -> tuple[LLaVAConfig, Step]:
+    """A step of several micro-batches from the module's data."""
+    config = train.read_config(cfg)
+    data = train.open_data(cfg, config, cfg.data)
+    step = next(iter(train.make_loader(cfg, data, 1, torch.device("cpu"))))
+    assert len(step.batches) > 1
+    return config, step
+
+
+def test_masters_on_one_process_equal_fsdp_bit_for_bit(data, tmp_path):
+    """bf16 over fp32: our own masters against FSDP2's, over steps of several micro-batches, dropout on."""
+    cfg, _ = train.parse_args(arguments(tmp_path, data, "--dtype", "bf16", "--dropout", "0.1", "--global-batch", "6"))
+    mesh, device = train.setup()
+    try:
+        config, step = a_step(cfg)
+        supervised = sum(len(batch.targets) for batch in step.batches)
+        ours = train.build(cfg, config, mesh, device)
+        theirs = train.build(dataclasses.replace(cfg, dtype="fp32"), config, mesh, device)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for unit in [*theirs.llm.h, theirs.vision]:
+            fully_shard(unit, mesh=mesh, mp_policy=dataclasses.replace(policy, cast_forward_inputs=False))
+        fully_shard(theirs, mesh=mesh, mp_policy=policy)
+        theirs.gather_once = False
+        for model in (ours, theirs):
+            optimizer = train.make_optimizer(model, cfg)
+            model.results = [train.train_step(model, optimizer, step._replace(step=i), cfg, supervised, 1.0, device)
+                             for i in range(3)]
+        assert ours.results == theirs.results and not isinstance(ours, FSDPModule)
+        for (name, a), b in zip(train.trained_weights(ours).items(), theirs.parameters(), strict=True):
+            assert a.dtype == torch.float32 and torch.equal(a, b.full_tensor()), name
+        assert all(torch.equal(p, p.master.bfloat16()) for p in ours.parameters())
+    finally:
+        train.dist.destroy_process_group()
+
+
+def test_a_bf16_run_stopped_and_resumed_equals_an_uninterrupted_one(data, tmp_path):
+    """Its checkpoint holds the fp32 masters, not the bf16 weights that it computes with."""
+    more = ["--dtype", "bf16", "--epochs", "3", "--max-steps", "6", "--dropout", "0.1"]
+    train.main(arguments(tmp_path / "whole", data, *more))
+    train.main(arguments(tmp_path / "parts", data, *more, "--stop-after", "3"))
+    train.main(arguments(tmp_path / "parts", data, *more))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_gathering_once_a_step_changes_no_number(data, tmp_path):
+    more = ["--max-steps", "4", "--global-batch", "12", "--micro-tokens", "120"]
+    for gather in ("micro", "step"):
+        run(arguments(tmp_path / gather, data, *more, "--gather", gather), processes=2)
+    for a, b in zip(metrics(tmp_path / "micro"), metrics(tmp_path / "step"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    weights, others = (load_file(tmp_path / out / "model.safetensors") for out in ("micro", "step"))
+    for name in weights:
+        torch.testing.assert_close(weights[name], others[name], rtol=1e-4, atol=1e-5)
+
+
+class Sent(TorchDispatchMode):
+    """How often each operation is called, collectives among them."""
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.name()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gather, gathers, reductions", [("micro", 2 * 2 + 1, 3), ("step", 3, 3)])
+def test_what_a_step_of_several_micro_batches_sends(gather, gathers, reductions, data, tmp_path, monkeypatch):
+    """Of 3 FSDP units (two blocks and the root): how often weights are gathered and gradients shared out.
+
+    By layer: both blocks twice and the root once for every micro-batch, and 3 reductions each. Once a step: 3 and 3.
+    """
+    real = train.dist.init_process_group
+    monkeypatch.setattr(train.dist, "init_process_group",
+                        lambda *a, **k: real("fake", store=FakeStore(), rank=0, world_size=2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    cfg, _ = train.parse_args(arguments(tmp_path, data, "--global-batch", "12", "--freeze", "vision", "--gather", gather))
+    mesh, device = train.setup()
+    try:
+        config, step = a_step(cfg)
+        model = train.build(cfg, config, mesh, device)
+        optimizer = train.make_optimizer(model, cfg)
+        with Sent() as sent:
+            train.train_step(model, optimizer, step, cfg, 100, 1.0, device)
+    finally:
+        train.dist.destroy_process_group()
+    times = len(step.batches) if gather == "micro" else 1
+    assert sent.counts["c10d::_allgather_base_"] == times * gathers
+    assert sent.counts["c10d::_reduce_scatter_base_"] == times * reductions
+
+
+def test_a_frozen_decoder_computes_no_weight_gradients(data, tmp_path):
+    """Stage 1's backward pass costs the decoder one forward pass, not two."""
+    config = LLaVAConfig(PhiConfig(64, 64, 2, 2, 32, 128, 8, dropout=0.0), VisionConfig(28, 14, 2, 2, 32, 64))
+    flops = {}
+    for learn in ("projector", "projector,llm"):
+        cfg = dataclasses.replace(train.parse_args([])[0], train=learn)
+        model = train.skeleton(cfg, config).to_empty(device="cpu")
+        ids = torch.zeros(60, dtype=torch.int64)
+        batch = (ids, torch.tensor([60]), torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.arange(4),
+                 torch.arange(10), ids[:10])
+        with FlopCounterMode(display=False) as forward:
+            loss = model(*batch)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        linear = [counter.get_flop_counts()["Global"].get(torch.ops.aten.mm, 0)
+                  + counter.get_flop_counts()["Global"].get(torch.ops.aten.addmm, 0) for counter in (forward, backward)]
+        flops[learn] = linear
+    decoder = 60 * 2 * 2 * (4 * 32 * 32 + 2 * 32 * 128) + 10 * 2 * 32 * 64
+    projector = 4 * 2 * (32 * 32 + 32 * 32)
+    assert flops["projector,llm"][1] - flops["projector"][1] == decoder
+    assert flops["projector"][1] == decoder + projector + 4 * 2 * 32 * 32       # no gradient for the tower's output
 
 
 # ---------------------------------------------------------------------------------------------------
