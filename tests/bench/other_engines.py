@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from llama_cpp import Llama, mtmd_cpp
 
 from common import Parser, run_command
-from data import encode_prompt, load_image, load_tokenizer
+from data import encode_prompt, load_image, load_tokenizer, mean_color
 from load_weights import load_model
 from model import LLaVAPhi
 
@@ -151,7 +151,8 @@ def main() -> None:
     llm = Llama(str(args.gguf), n_ctx=model.config.llm.block_size, logits_all=True, verbose=False)
     compare_text(model, llm, ids, args.tokens)
     if args.mmproj:
-        image = load_image(args.image, model.config.vision.image_size, model.config.image_mode)
+        vision = model.config.vision
+        image = load_image(args.image, vision.image_size, model.config.image_mode, mean_color(vision.mean))
         compare_picture(model, llm, args.mmproj, image)
 
 
