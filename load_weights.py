@@ -1335,7 +1335,7 @@ def try_folder(folder: Folder) -> bool:
         llm = model.llm
     sound = True
     for finding in try_model(llm, load_tokenizer(folder.path), model):
-        print_row("try", f"{finding.what}: {finding.shown} | of a sound model: {finding.expected} | {finding.verdict}")
+        print_row("try", f"{finding.verdict:8} {finding.what}: {finding.shown} (a sound model: {finding.expected})")
         sound = sound and finding.verdict != "misread"
     if not sound:
         print_row("problem", "the tensors are all there, but what the model does is not what such a model was trained "

@@ -44,8 +44,9 @@ ENGLISH = Language("english.txt", "The capital of France is", "Paris",
                    "What is the color of the circle?\nAnswer the question using a single word or phrase.", 4.0, 6.0)
 
 # The demo's language model speaks of nothing but shapes. Its page gives the picture in words, as its pre-training did,
-# and the caption then follows without doubt: 0.0003 nats a token. The mildest misreading that we know, rotary channels
-# paired in neighbours, is at 0.05, every wrong order of q, k and v above 0.4.
+# and the caption then follows without doubt: 0.0003 nats a token, 0.004 after it has been tuned on pictures. The mildest
+# misreading that we know, rotary channels paired with their neighbours, is at 0.2, every wrong order of q, k and v
+# above 0.7.
 SHAPES = Language("shapes.txt", " . . redcircletopright redcircletopright . . redcircletopright redcircletopright" + " ." * 8,
                   "a red circle at the top right", "What colour is the circle?", 0.01, 0.03)
 
@@ -121,7 +122,7 @@ def judge_page(llm: Phi, tok: Tokenizer, language: Language) -> Finding:
     else:
         verdict = "unclear"
     return Finding("a page of text", f"{loss:.4g} nats a token",
-                   f"below {language.sound}; misread, above {language.misread}", verdict)
+                   f"below {language.sound}; a misread one: above {language.misread}", verdict)
 
 
 def judge_known(llm: Phi, tok: Tokenizer) -> Finding | None:
