@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from common import LOCK, dtype_name, hold_folder, read_json, sync_folder, write_whole
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
-# Data and images may have moved; whether the data is the same is decided by its checksum.
+# Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values
+# count, and they are compared one by one.
 MAY_CHANGE = {
-    "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every", "resume",
-    "stop_after", "workers", "micro_tokens", "recompute", "gather", "compile",
+    "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every",
+    "resume", "stop_after", "workers", "micro_tokens", "recompute", "gather", "compile",
 }
 
 # ---------------------------------------------------------------------------------------------------

@@ -229,9 +229,9 @@ def find_model(asked: str | None) -> Path:
 # ---------------------------------------------------------------------------------------------------
 # The published recipes
 
-# What differs between the stages of training; what they share is a default in train.py. `data.py check` reads the
-# first rows too. Sources: LLaVA-Phi's scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of its paper.
-RECIPES = {
+# What differs between stages or recipes; what all share is a default in train.py. `data.py check` reads rows, too.
+# llava-phi: its scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of its paper (arXiv 2401.02330).
+LLAVA_PHI = {
     "pretrain": {
         "template": "plain",                # picture, caption, newline
         "image_mode": "crop",
@@ -240,6 +240,8 @@ RECIPES = {
         "train": "projector",               # between a frozen tower and a frozen language model
         "lr": 1e-3,
         "schedule": "cosine",
+        "beta2": 0.98,
+        "eps": 1e-7,
         "group": "none",
         "model": "",
         "llm": "checkpoints/phi-2",
@@ -256,6 +258,8 @@ RECIPES = {
         "train": "projector,llm,vision",    # as the script has it; the paper's text leaves the tower frozen
         "lr": 2e-5,
         "schedule": "cosine",
+        "beta2": 0.98,
+        "eps": 1e-7,
         "group": "modality_length",
         "model": "out/pretrain",
         "llm": "",
@@ -272,6 +276,8 @@ RECIPES = {
         "train": "llm",
         "lr": 3e-5,
         "schedule": "linear",
+        "beta2": 0.98,
+        "eps": 1e-7,
         "group": "none",
         "model": "",
         "llm": "checkpoints/phi-2",
@@ -281,6 +287,25 @@ RECIPES = {
         "out": "out/phi-2-sft",
     },
 }
+# mipha: scripts/mipha/{pretrain,finetune}.sh of the same repository (arXiv 2403.06199). They leave AdamW's numbers to
+# transformers' defaults. There is no sft: the paper finds that it does not help.
+MIPHA = {
+    "pretrain": LLAVA_PHI["pretrain"] | {
+        "image_mode": "squash",
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "vision": "checkpoints/siglip-so400m-patch14-384",
+        "out": "out/mipha-pretrain",
+    },
+    "finetune": LLAVA_PHI["finetune"] | {
+        "epochs": 2.0,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "model": "out/mipha-pretrain",
+        "out": "out/mipha-finetune",
+    },
+}
+RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA}
 
 # ---------------------------------------------------------------------------------------------------
 # Text that other people wrote, shown on a terminal or a page

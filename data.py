@@ -781,12 +781,17 @@ def step_samples(step: int, n: int, global_batch: int, order: Callable[[int], np
     return order(epoch)[k * global_batch:(k + 1) * global_batch].tolist()
 
 
-def training_cost(length: int, image: int) -> float:
+TOKEN_COST = 0.0151                 # TFLOP to train Phi-2's linear layers on a token
+PICTURE_COST = 1.1                  # TFLOP to train CLIP-L-336 on a picture
+
+
+def training_cost(length: int, image: int, picture_cost: float = PICTURE_COST) -> float:
     """TFLOP to train on a sample of so many positions: Phi-2's linear layers, its attention, the vision tower."""
-    return 0.0151 * length + 0.5e-6 * length ** 2 + 1.1 * image
+    return TOKEN_COST * length + 0.5e-6 * length ** 2 + picture_cost * image
 
 
-def split_step(lengths: list[int], images: list[int], world: int, budget: int) -> list[list[list[int]]]:
+def split_step(lengths: list[int], images: list[int], world: int, budget: int,
+               picture_cost: float = PICTURE_COST) -> list[list[list[int]]]:
     """Split a step into micro-batches -> [rank][micro-batch] -> positions in `lengths`.
 
     Every rank gets the same number of micro-batches, because ranks wait for each other after each. As few as fit the
@@ -794,7 +799,7 @@ def split_step(lengths: list[int], images: list[int], world: int, budget: int) -
     samples share a micro-batch depends on `world` only where their number has to be rounded up. A sample above the
     budget is alone. Only with fewer samples than ranks is a micro-batch empty.
     """
-    costs = [training_cost(length, image) for length, image in zip(lengths, images)]
+    costs = [training_cost(length, image, picture_cost) for length, image in zip(lengths, images)]
     order = sorted(range(len(lengths)), key=lambda i: -costs[i])
     tokens = sum(min(length, budget) for length in lengths)
     n = world * max(1, math.ceil(tokens / budget / world))
@@ -895,7 +900,8 @@ class Loader:
     """
 
     def __init__(self, dataset: Dataset, *, global_batch: int, micro_tokens: int, rank: int, world: int, seed: int,
-                 steps: int, start_step: int = 0, workers: int = 0, group: str = "none", pin: bool = False):
+                 steps: int, start_step: int = 0, workers: int = 0, group: str = "none", pin: bool = False,
+                 picture_cost: float = PICTURE_COST):
         self.dataset = dataset
         self.global_batch = global_batch
         self.micro_tokens = micro_tokens
@@ -907,6 +913,7 @@ class Loader:
         self.workers = workers
         self.group = group
         self.pin = pin
+        self.picture_cost = picture_cost
         self.bad_samples: set[int] = set()
 
     def __iter__(self) -> Iterator[Step]:
@@ -933,7 +940,8 @@ class Loader:
             sample_ids = step_samples(step, len(self.dataset), self.global_batch, order)
             lengths = index.length[sample_ids].tolist()
             images = index.image[sample_ids].tolist()
-            mine = split_step(lengths, images, self.world, self.micro_tokens)[self.rank]
+            ranks = split_step(lengths, images, self.world, self.micro_tokens, self.picture_cost)
+            mine = ranks[self.rank]
             planned.append((step, sample_ids, len(mine)))
             for micro in mine:
                 yield [sample_ids[i] for i in micro]
@@ -1039,7 +1047,7 @@ def sizes_to_check(args: Namespace) -> tuple[int, int, int]:
 
 def check_data(args: Namespace) -> int:
     """Look at every record as training would -> exit code: 0 all is well, 1 something is wrong."""
-    recipe = RECIPES[args.stage]
+    recipe = RECIPES[args.recipe][args.stage]
     if not args.images.is_dir():
         raise FileNotFoundError(f"no image folder at {args.images} (--images)")
     if args.write_clean and args.write_clean.resolve() == args.data.resolve():
@@ -1134,6 +1142,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
     add("--images", type=Path, required=True, help="the folder that the records' image paths start from")
     add("--stage", choices=["pretrain", "finetune"], default="finetune", help="which stage the data is for")
+    add("--recipe", choices=list(RECIPES), default="llava-phi", help="whose; see train.py --help")
     add("--model", type=Path, nargs="+", metavar="FOLDER",
         help="what is to be trained, for its sizes: a model's folder, or Phi-2's and the vision tower's")
     add("--tokenizer", type=Path, help="its folder; none: the model's, else checkpoints/phi-2; without it, no lengths")

@@ -25,10 +25,11 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from common import RECIPES, Parser, dtype_name, html_page, read_jsonl, run_command, torch_dtype, write_whole
+from common import (LLAVA_PHI, RECIPES, Parser, dtype_name, html_page, read_jsonl, run_command, torch_dtype,
+                    write_whole)
 
 # ---------------------------------------------------------------------------------------------------
-# Configuration: every field of TrainConfig is a flag; --stage selects a row of common.RECIPES
+# Configuration: every field of TrainConfig is a flag; --recipe and --stage select a row of common.RECIPES
 
 
 def flag(default, help: str, *choices: str, least: float = 0, most: float = sys.float_info.max):
@@ -36,17 +37,19 @@ def flag(default, help: str, *choices: str, least: float = 0, most: float = sys.
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most))
 
 
-def by_stage(help: str, *choices: str, least: float = 0):
-    """A field whose default depends on --stage."""
-    return flag(dataclasses.MISSING, help, *choices, least=least)
+def by_stage(help: str, *choices: str, least: float = 0, most: float = sys.float_info.max):
+    """A field whose default is in common.RECIPES: it depends on --stage and --recipe."""
+    return flag(dataclasses.MISSING, help, *choices, least=least, most=most)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    stage: str = flag("pretrain", "which row of recipe values", *RECIPES)
+    stage: str = flag("pretrain", "pretrain: the projector; finetune: all; sft: the language model alone, before both",
+                      "pretrain", "finetune", "sft")
+    recipe: str = flag("llava-phi", "whose defaults: llava-phi's (CLIP) or mipha's (SigLIP)", *RECIPES)
     model: str = by_stage("folder to start from; empty: --llm and --vision with a new projector")
     llm: str = by_stage("Phi-2 folder (pretrain, sft)")
-    vision: str = by_stage("CLIP folder (pretrain)")
+    vision: str = by_stage("CLIP or SigLIP folder (pretrain)")
     data: str = by_stage("LLaVA json or jsonl")
     images: str = by_stage("folder that image paths in the data start from")
     follow_links: bool = flag(False, "let links in that folder lead out of it")
@@ -59,7 +62,8 @@ class TrainConfig:
     lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_r, and merged when the model is saved")
     lora_on: str = flag("both", "which linear layers of each block get adapters", "both", "attn", "mlp")
     template: str = by_stage("prompt: plain (image, caption, newline) or v0 (chat)", "plain", "v0")
-    image_mode: str = by_stage("pictures: crop the centre or pad to a square", "crop", "pad")
+    image_mode: str = by_stage("pictures: crop the centre, pad to a square, or squash into one",
+                               "crop", "pad", "squash")
     max_length: int = flag(2048, "positions per sample, image expanded; longer ones are cut on the right", least=1)
     group: str = by_stage("order within an epoch: none (random) or modality_length (as LLaVA groups its batches)",
                           "none", "modality_length")
@@ -76,8 +80,8 @@ class TrainConfig:
     warmup: float = flag(0.03, "share of the steps over which the rate rises from 0", most=1)
     schedule: str = by_stage("how it falls to 0 afterwards", "cosine", "linear")
     beta1: float = flag(0.9, "AdamW", most=0.9999)
-    beta2: float = flag(0.98, "AdamW", most=0.9999999)
-    eps: float = flag(1e-7, "AdamW", least=1e-30)
+    beta2: float = by_stage("AdamW", most=0.9999999)
+    eps: float = by_stage("AdamW", least=1e-30)
     weight_decay: float = flag(0.0, "AdamW; biases and LayerNorms are never decayed")
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
     dropout: float = flag(-1.0, "residual dropout of the language model; -1: as its config.json says",
@@ -88,8 +92,8 @@ class TrainConfig:
     recompute: str = flag("auto", "in the backward pass: none (fastest), selective (half the memory, 3 %% more work), "
                                   "full (least memory, 22 %% more); auto: the first that fits",
                           "auto", "none", "selective", "full")
-    gather: str = flag("auto", "sharded weights are gathered, and gradients shared out, for every micro-batch or once a "
-                               "step (less traffic, more memory); auto: once a step where it fits",
+    gather: str = flag("auto", "gather sharded weights, and share gradients out, for every micro-batch, or once a step "
+                               "(less traffic, more memory); auto: once a step where it fits",
                        "auto", "micro", "step")
     compile: bool = flag(False, "compile each block: one graph for all lengths; it starts a minute later")
     workers: int = flag(4, "data processes per training process")
@@ -104,21 +108,27 @@ class TrainConfig:
 
 def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, dict]:
     """-> the settings of a run, and what is asked for instead of training (plot, plan). ValueError: a bad flag."""
-    # The defaults depend on the stage, so that flag is looked for first.
-    stage_only = Parser(add_help=False)
-    stage_only.add_argument("--stage", default="pretrain")
-    stage = stage_only.parse_known_args(argv)[0].stage
-    defaults = RECIPES.get(stage, RECIPES["pretrain"])
+    # The defaults depend on stage and recipe, so these two flags are looked for first.
+    row = Parser(add_help=False)
+    row.add_argument("--stage", default="pretrain")
+    row.add_argument("--recipe", default="llava-phi")
+    row = row.parse_known_args(argv)[0]
+    defaults = RECIPES.get(row.recipe, {}).get(row.stage)
+    if defaults is None and row.recipe == "mipha" and row.stage == "sft":
+        raise ValueError("--recipe mipha has no --stage sft: start from Phi-2 as it is published")
 
-    parser = Parser(description=__doc__, epilog=f"Defaults shown are those of --stage {stage}.")
+    parser = Parser(description=__doc__, epilog=f"Defaults in brackets are those of --stage {row.stage}; where a "
+                    f"recipe is named, those that {row.recipe} was published with (common.py says where).")
+    defaults = defaults or LLAVA_PHI["pretrain"]        # a name that is not known is refused below, with the choices
     for f in dataclasses.fields(TrainConfig):
         kind = {"type": f.type, "choices": f.metadata["choices"] or None}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         if f.name == "dtype":
             kind = {"type": dtype_name}
+        source = f"{row.recipe}: " if f.name in defaults else "default: "
         parser.add_argument("--" + f.name.replace("_", "-"), default=defaults.get(f.name, f.default),
-                            help=f.metadata["help"] + " (default: %(default)r)", **kind)
+                            help=f"{f.metadata['help']} ({source}%(default)r)", **kind)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="OUT",
                         help="no training: draw these runs' curves into loss.html")
     parser.add_argument("--plan", action=argparse.BooleanOptionalAction, default=False,
@@ -148,7 +158,7 @@ def check_flags(cfg: TrainConfig) -> None:
             check_range(f.name, getattr(cfg, f.name), f.metadata["least"], f.metadata["most"])
     for name in ("llm", "vision"):
         # A model brings its own parts. A flag that would change nothing is an error, not a default to be ignored.
-        if cfg.model and getattr(cfg, name) != RECIPES[cfg.stage][name]:
+        if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
             raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
                              "new model is made from --llm and --vision")
     if cfg.compile and cfg.recompute == "selective":
@@ -177,11 +187,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
                         save_checkpoint, try_to_save)
-from data import Batch, Dataset, Loader, Step, load_tokenizer, steps_per_epoch
-from load_weights import check, config_of, load_config, load_into, read_all, read_folder, save_model, save_phi
-from model import LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, init_weights, merge_lora
-
-PHI = "a Phi-2 language model"       # what load_weights calls such a folder
+from data import TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, steps_per_epoch
+from load_weights import (PHI, check, config_of, is_siglip, load_config, load_into, read_all, read_folder, save_model,
+                          save_phi)
+from model import MIPHA, LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, init_weights, merge_lora
 
 # ---------------------------------------------------------------------------------------------------
 # Set-up: processes, model, optimizer, data
@@ -450,7 +459,8 @@ def open_data(cfg: TrainConfig, config: LLaVAConfig, path: str) -> Dataset:
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
                    config.vision.image_size, cfg.image_mode, config.vision.n_patches,
                    min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
+                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links,
+                   pad_color=mean_color(config.vision.mean))
 
 
 def check_text_only(data: Dataset) -> None:
@@ -567,7 +577,7 @@ def train(state: State, cfg: TrainConfig, data: Dataset, held_out: Dataset | Non
     """Take the steps from state.step on -> True when all are done, False if stopped, with a checkpoint, before."""
     metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device)
     warmup = math.ceil(cfg.warmup * steps)
-    loader = make_loader(cfg, data, steps, device, start_step=state.step, group=cfg.group)
+    loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     skipped_in_a_row = 0
     if state.step == 0:                         # a resumed run has this number in its metrics already
         measure_held_out(state, cfg, held_out, steps, metrics, device)
@@ -618,6 +628,9 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
     checkpoint = prepare_out(asdict(cfg), data.checksum)
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
+    if cfg.stage != "sft" and is_siglip(config.vision) != (cfg.recipe == "mipha"):
+        print0(f"note: the vision tower is {'SigLIP' if is_siglip(config.vision) else 'CLIP'}, and the defaults are "
+               f"those of --recipe {cfg.recipe}")
     if cfg.stage == "sft":
         check_text_only(data)
         if held_out:
@@ -654,11 +667,12 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 # What the loop calls
 
 
-def make_loader(cfg: TrainConfig, data: Dataset, steps: int, device: torch.device, start_step: int = 0,
-                group: str = "none") -> Loader:
+def make_loader(cfg: TrainConfig, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
+                start_step: int = 0, group: str = "none") -> Loader:
+    cost = picture_cost(model.config, trained_parts(model))
     return Loader(data, global_batch=cfg.global_batch, micro_tokens=cfg.micro_tokens, rank=dist.get_rank(),
                   world=dist.get_world_size(), seed=cfg.seed, steps=steps, start_step=start_step, workers=cfg.workers,
-                  group=group, pin=device.type == "cuda")
+                  group=group, pin=device.type == "cuda", picture_cost=cost)
 
 
 def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
@@ -693,7 +707,7 @@ def measure_held_out(state: State, cfg: TrainConfig, held_out: Dataset | None, s
                      device: torch.device) -> None:
     if held_out is None:
         return
-    loader = make_loader(cfg, held_out, steps_per_epoch(len(held_out), cfg.global_batch), device)
+    loader = make_loader(cfg, state.model, held_out, steps_per_epoch(len(held_out), cfg.global_batch), device)
     loss = validate(state.model, loader, device)
     metrics.add({"step": state.step, "val_loss": loss})
     print0(f"step {state.step}/{steps} | validation loss {loss:.4f}")
@@ -865,7 +879,7 @@ def step_flops(config: LLaVAConfig, parts: list[str], tokens: float, squares: fl
     parts: those that are trained. squares: sum over sequences of length ** 2. rows: supervised positions.
     """
     llm, vision = config.llm, config.vision
-    S, C, D = vision.n_patches + 1, llm.n_embd, vision.n_embd
+    S, C, D = vision.n_positions, llm.n_embd, vision.n_embd
     dense = tokens * 2 * llm.n_layer * (4 * C * C + 2 * C * llm.n_inner) + rows * 2 * C * llm.vocab_size
     attention = squares * 2 * llm.n_layer * C               # causal: half of the square is computed
     patches = vision.n_patches * 2 * D * 3 * vision.patch_size ** 2
@@ -878,15 +892,24 @@ def step_flops(config: LLaVAConfig, parts: list[str], tokens: float, squares: fl
     passes["vision"] = 3 if "vision" in parts else 1
     return dense * passes["llm"] + attention * 3 + projector * passes["projector"] + tower * passes["vision"]
 
+
+
+def picture_cost(config: LLaVAConfig, parts: list[str]) -> float:
+    """What a picture's way through tower and projector costs, in the units of data.training_cost."""
+    picture = step_flops(config, parts, 0, 0, 1, 0)
+    token = step_flops(config, parts, 1, 0, 0, 0)
+    return TOKEN_COST * picture / token
+
 # ---------------------------------------------------------------------------------------------------
 # The plan: memory and time, from shapes alone
 
 
-# Samples, and per sample mean length and supervised tokens. Estimates; `data.py check` measures them on the real data.
+# Samples, the share of them with a picture, and per sample mean text tokens and supervised tokens. Estimates; `data.py
+# check` measures them on the real data.
 PUBLISHED = {
-    "pretrain": (558_128, 597, 21),
-    "finetune": (665_298, 848, 132),
-    "sft": (40_688, 1126, 800),
+    "pretrain": (558_128, 1.0, 21, 21),
+    "finetune": (665_298, 0.939, 307, 132),
+    "sft": (40_688, 0.0, 1126, 800),
 }
 GPUS_A_NODE = 8
 H100_PEAK = PEAK_FLOPS["H100"]
@@ -952,8 +975,7 @@ def numbers_per_token(model: LLaVAPhi, parts: list[str], mode: str) -> float:
         return in_decoder
     D = vision.n_embd
     tower_block = 12 * D + 2 * vision.n_inner if mode == "none" else D
-    class_token = 1 + 1 / vision.n_patches
-    return in_decoder + vision.n_used * tower_block * class_token
+    return in_decoder + vision.n_used * tower_block * vision.n_positions / vision.n_patches
 
 
 def fits_in(memory: float, cfg: TrainConfig, model: LLaVAPhi, shards: int, mode: str, gather_once: bool) -> bool:
@@ -994,15 +1016,25 @@ def plan_micro_batch(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float
 
 def print_plan(cfg: TrainConfig, config: LLaVAConfig, gpus: int, gpu_memory: float) -> None:
     """`--plan`: what a run needs on these GPUs, and how long it takes on 1 to 512, from formulas, without weights."""
-    samples, length, supervised = PUBLISHED[cfg.stage]
+    samples, with_picture, text_tokens, supervised = PUBLISHED[cfg.stage]
+    length = round(text_tokens + with_picture * config.vision.n_patches)
     print(f"stage {cfg.stage} on {gpus} x {gpu_memory:.0f} GB\n")
     model = skeleton(cfg, config)
+    print_memory(cfg, model, gpus, gpu_memory * 1e9, cfg.global_batch * length // gpus)
+    steps = math.ceil(cfg.epochs * steps_per_epoch(samples, cfg.global_batch))
+    pictures = f", {with_picture:.0%} with a picture" if with_picture else ""
+    flops = cfg.global_batch * step_flops(config, trained_parts(model), length, length ** 2, with_picture, supervised)
+    print(f"\n{steps:,} steps of {cfg.global_batch} samples of {length} tokens, {supervised} supervised{pictures}: "
+          f"{flops / 1e15:.2f} PFLOP a step")
+    print_hours(cfg, model, gpu_memory * 1e9, steps, flops, cfg.global_batch * length)
+
+
+def print_memory(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float, share: int) -> None:
     always, per_token = memory_plan(cfg, model, min(gpus, GPUS_A_NODE))
     print(f"\nneeded on each GPU (--dtype {cfg.dtype}):")
     for kind, size in always.items():
         print(f"  {kind:50s} {size / 1e9:6.1f} GB")
-    step_tokens = cfg.global_batch * length
-    fits = plan_micro_batch(cfg, model, gpus, gpu_memory * 1e9, step_tokens // gpus)
+    fits = plan_micro_batch(cfg, model, gpus, memory, share)
     for mode, size in per_token.items():
         verdict = f"--micro-tokens {fits[mode]}" if mode in fits else "does not fit"
         print(f"  --recompute {mode:10s} {size / 2 ** 20:5.2f} MiB a token: {verdict}")
@@ -1011,35 +1043,43 @@ def print_plan(cfg: TrainConfig, config: LLaVAConfig, gpus: int, gpu_memory: flo
         print(f"best: --recompute {best} --micro-tokens {fits[best]}")
     else:
         print("best: does not fit; take more GPUs, --lora-r 64 or --freeze")
-    steps = math.ceil(cfg.epochs * steps_per_epoch(samples, cfg.global_batch))
-    images = 0 if cfg.stage == "sft" else cfg.global_batch
-    flops = step_flops(config, trained_parts(model), step_tokens, step_tokens * length, images,
-                       cfg.global_batch * supervised)
-    print(f"\n{steps:,} steps of {cfg.global_batch} samples of {length} tokens, {supervised} supervised"
-          f"{', with a picture' if images else ''}: {flops / 1e15:.2f} PFLOP a step")
+
+
+def print_hours(cfg: TrainConfig, model: LLaVAPhi, memory: float, steps: int, flops: float, step_tokens: int) -> None:
+    """Time and traffic by the number of GPUs. flops and step_tokens are of a whole step."""
+    trained = count(p for p in model.parameters() if p.requires_grad)
     print("\n  GPUs   hours   GB sent by a GPU in a step")
     for n in (1, 2, 4, 8, 64, 512):
-        fits = plan_micro_batch(cfg, model, n, gpu_memory * 1e9, step_tokens // n)
+        fits = plan_micro_batch(cfg, model, n, memory, step_tokens // n)
         if not fits:
             print(f"  {n:4d}   does not fit")
             continue
-        micro_batches = math.ceil(step_tokens / n / next(iter(fits.values())))
-        sent = traffic(count(p for p in model.parameters() if p.requires_grad), n, micro_batches)
+        mode, micro_tokens = next(iter(fits.items()))
+        micro = dataclasses.replace(cfg, micro_tokens=micro_tokens)
+        once = cfg.gather != "micro" and fits_in(memory, micro, model, min(n, GPUS_A_NODE), mode, gather_once=True)
+        sent = traffic(trained, n, math.ceil(step_tokens / n / micro_tokens), once)
         busy = min(n, cfg.global_batch)
         hours = flops * steps / busy / (0.5 * H100_PEAK) / 3600
-        idle = f"    only {busy} of them have a sample" if busy < n else ""
-        print(f"  {n:4d} {hours:7.2f} {sent / 1e9:9.1f}{idle}")
+        note = "    gathered once a step" if once and n > 1 else ""
+        if busy < n:
+            note += f"    only {busy} of them have a sample"
+        print(f"  {n:4d} {hours:7.2f} {sent / 1e9:9.1f}{note}")
     print("\nhours at 50% of 989 TFLOP/s (dense bf16 of an H100 or H200): an assumption, no measurement")
 
 
-def traffic(trained: int, gpus: int, micro_batches: int) -> float:
-    """Bytes that one GPU sends in a step: per micro-batch and weight, bf16 gathered twice and fp32 gradients shared
-    out within a node, and the node's fp32 sums exchanged with the other nodes."""
+def traffic(trained: int, gpus: int, micro_batches: int, gather_once: bool) -> float:
+    """Bytes that one GPU sends in a step, for each weight that is trained.
+
+    Within a node weights are gathered in bf16, for the forward and again for the backward pass, and gradients shared
+    out in fp32; the nodes then exchange the sums. With gather_once all that is done once a step, and weights are
+    gathered once.
+    """
     near = min(gpus, GPUS_A_NODE)
-    bytes_a_weight = 8 * (near - 1)
+    bytes_a_weight = (2 + 4) * (near - 1) if gather_once else (2 + 2 + 4) * (near - 1)
     if gpus > near:
         bytes_a_weight += 8
-    return micro_batches * trained * bytes_a_weight / near
+    times = 1 if gather_once else micro_batches
+    return times * trained * bytes_a_weight / near
 
 # ---------------------------------------------------------------------------------------------------
 # The plot
@@ -1109,8 +1149,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if action["plan"]:
         # A plan needs no downloads: without the folders it is for the published model's sizes.
-        known = all(folder.is_dir() for folder in folders(cfg))
-        print_plan(cfg, read_config(cfg) if known else LLaVAConfig(), action["gpus"], action["gpu_memory"])
+        config = MIPHA if cfg.recipe == "mipha" else LLaVAConfig()
+        if all(folder.is_dir() for folder in folders(cfg)):
+            config = read_config(cfg)
+        print_plan(cfg, config, action["gpus"], action["gpu_memory"])
         return
     config = read_config(cfg)
     mesh, device = setup()

@@ -26,7 +26,7 @@ import train
 from checkpoint import problem_with
 from common import LOCK
 from conftest import ROOT
-from data import Batch, Step
+from data import PICTURE_COST, Batch, Step
 from load_weights import load_model, main as load_weights, read_folder
 from model import Layout, LLaVAConfig, PhiConfig
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
@@ -249,6 +249,43 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(data, tmp_path):
         train.main(arguments(tmp_path / "no", data, stage="sft"))
 
 
+def test_mipha_trains_from_phi_and_siglip_and_is_exported(data, tmp_path):
+    """Both stages by Mipha's recipe: a SigLIP tower, squashed pictures, then padded ones; a checkpoint exported."""
+    load_weights(["export", "--model", str(GOLDEN / "../golden-mipha/tiny-mipha"), "--out", str(tmp_path / "parts"),
+                  "--to", "parts"])
+    captions = some_of(data, tmp_path / "captions.json", image=True, turns=2)
+    where = ["--recipe", "mipha", "--images", str(GOLDEN / "images"), *FLAGS, "--max-steps", "2"]
+    train.main(["--stage", "pretrain", "--llm", str(tmp_path / "parts" / "phi-2"), "--vision",
+                str(tmp_path / "parts" / "siglip"), "--data", str(captions), "--out", str(tmp_path / "one"), *where])
+    train.main(["--stage", "finetune", "--model", str(tmp_path / "one"), "--data", str(data), "--out",
+                str(tmp_path / "two"), *where, "--stop-after", "1"])
+    settings = json.loads((tmp_path / "two" / "config.json").read_text())["training"]
+    assert [settings[k] for k in ("epochs", "beta2", "eps", "image_mode")] == [2, 0.999, 1e-8, "pad"]
+    load_weights(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early")])
+    train.main(["--stage", "finetune", "--model", str(tmp_path / "one"), "--data", str(data), "--out",
+                str(tmp_path / "two"), *where])
+    first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [m["step"] for m in first + second] == [0, 1, 0, 1] and first[0]["images"] == 4
+    before, early, after = (load_model(tmp_path / name) for name in ("one", "early", "two"))
+    assert not after.config.vision.class_token and after.config.image_mode == "pad"
+    assert before.config.image_mode == "squash"
+    for name, p in after.named_parameters():                # the very first step has rate 0
+        assert torch.equal(early.get_parameter(name), before.get_parameter(name)), name
+    assert not torch.equal(after.vision.patch.bias, before.vision.patch.bias)
+    assert torch.equal(before.vision.patch.bias, load_model(GOLDEN / "../golden-mipha/tiny-mipha").vision.patch.bias)
+
+
+def test_mipha_is_planned_with_its_own_sizes(capsys):
+    """729 positions a picture, two epochs; a picture costs more than CLIP's."""
+    train.main(["--recipe", "mipha", "--stage", "finetune", "--plan"])
+    assert "10,396 steps of 128 samples of 992 tokens" in capsys.readouterr().out
+    parts = ["vision", "projector", "llm"]
+    assert train.picture_cost(LLaVAConfig(), parts) == pytest.approx(PICTURE_COST, rel=0.05)
+    assert train.picture_cost(train.MIPHA, parts) > 1.5 * PICTURE_COST
+    with pytest.raises(ValueError, match="no --stage sft"):
+        train.main(["--recipe", "mipha", "--stage", "sft"])
+
+
 @pytest.mark.parametrize("on, moved", [("both", {"mlp.fc1", "self_attn.q_proj"}), ("attn", {"self_attn.q_proj"})])
 def test_adapters_learn_and_are_merged_into_what_they_sit_on(on, moved, data, tmp_path):
     more = ["--lora-r", "2", "--lora-on", on, "--freeze", "vision", "--max-steps", "4"]
@@ -290,7 +327,8 @@ def a_step(cfg: train.TrainConfig) -> tuple[LLaVAConfig, Step]:
     """A step of several micro-batches from the module's data."""
     config = train.read_config(cfg)
     data = train.open_data(cfg, config, cfg.data)
-    step = next(iter(train.make_loader(cfg, data, 1, torch.device("cpu"))))
+    loader = train.make_loader(cfg, train.skeleton(cfg, config), data, 1, torch.device("cpu"))
+    step = next(iter(loader))
     assert len(step.batches) > 1
     return config, step
 
