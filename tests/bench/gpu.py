@@ -242,7 +242,8 @@ class Draw:
         if patches > most - 2:                  # no room for a picture: the end of a micro-batch
             patches, with_image = 0, False
         text = max(2, min(text, self.config.llm.block_size - patches, most - patches))
-        ids = [IMAGE_ID] * patches + self.random.integers(1, self.config.llm.vocab_size, text).tolist()
+        # The last id is left out: it stands for a patch in the comparison with transformers.
+        ids = [IMAGE_ID] * patches + self.random.integers(1, self.config.llm.vocab_size - 1, text).tolist()
         supervised = max(1, int(share * text))
         labels = [IGNORE] * (len(ids) - supervised) + ids[len(ids) - supervised:]
         return Sample("", ids, labels, self.image if with_image else None)
@@ -473,12 +474,12 @@ def questions(bench: Bench, n: int, a_picture: int) -> tuple[list[list[int]], li
     """n prompts of 35 tokens, a picture, 40 tokens; every `a_picture` of them are about the same picture."""
     g = torch.Generator().manual_seed(1)
     S, V = bench.config.vision.image_size, bench.config.llm.vocab_size
-    head = torch.randint(1, V, (35,), generator=g).tolist() + [IMAGE_ID] * bench.config.vision.n_patches
+    head = torch.randint(1, V - 1, (35,), generator=g).tolist() + [IMAGE_ID] * bench.config.vision.n_patches
     prompts, pictures = [], []
     for i in range(n):
         if i % a_picture == 0:
             picture = torch.randint(0, 256, (1, 3, S, S), dtype=torch.uint8, generator=g)
-        prompts.append(head + torch.randint(1, V, (40,), generator=g).tolist())
+        prompts.append(head + torch.randint(1, V - 1, (40,), generator=g).tolist())
         pictures.append(picture)
     return prompts, pictures
 
