@@ -105,11 +105,21 @@ class Layout:
         offset = torch.tensor(self.past, dtype=torch.int64) - starts[:-1]          # (B,)
         pos = torch.arange(int(starts[-1])) + offset.repeat_interleave(lengths)    # (T,) restarts with each sequence
         # Everything is computed on the CPU and sent once: the host never waits for the device.
-        self.pos = pos.to(device, non_blocking=True)
-        self.starts = starts.to(device, torch.int32, non_blocking=True)            # (B + 1,)
-        self.last = (starts[1:] - 1).to(device, non_blocking=True)                 # (B,) rows of the last tokens
+        self.pos = send(pos, device)
+        self.starts = send(starts.int(), device)                                   # (B + 1,)
+        self.last = send(starts[1:] - 1, device)                                   # (B,) rows of the last tokens
         # Asked here and not in `attend`, which torch.compile could not trace past the question.
         self.on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy from the CPU to the device without waiting for it.
+
+    Pinned memory is what makes a copy asynchronous: for other memory the driver may first wait for all queued work.
+    """
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def has_varlen(q: Tensor, layout: Layout) -> bool:
@@ -546,7 +556,8 @@ class Graph:
         with torch.cuda.stream(side):                       # libraries set themselves up outside the recording
             model.step(self.ids, cache)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
+        # In other threads CUDA may be busy with something that must not be recorded (a server, a loader that pins).
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = model.step(self.ids, cache)                              # (B, V)
 
     def __call__(self, ids: Tensor) -> Tensor:

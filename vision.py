@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# fp32 means fp32. Left alone, cuDNN would round the inputs of the convolution to the ten bits of TF32 on NVIDIA's GPUs;
+# matrix products are not rounded unless asked for. bf16 is not concerned.
+torch.backends.cudnn.allow_tf32 = False
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # of RGB in 0..1, over CLIP's training pictures
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -67,8 +71,9 @@ def normalize(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[fl
     The operations are those of CLIPImageProcessor and SiglipImageProcessor in the same order, so the result is equal
     to theirs bit for bit.
     """
-    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(std, device=images.device).view(3, 1, 1)
+    # Made on the device at once, they would hold up the host until a GPU has finished all that it was given before.
+    mean = torch.tensor(mean).view(3, 1, 1).to(images.device, non_blocking=True)
+    std = torch.tensor(std).view(3, 1, 1).to(images.device, non_blocking=True)
     return (images.float() / 255 - mean) / std
 
 
