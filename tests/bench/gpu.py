@@ -2,7 +2,7 @@
 
 $ python tests/bench/gpu.py                          # everything; writes out/gpu/gpu.json and gpu.md
 $ python tests/bench/gpu.py --parts a,c --minutes 4
-$ python tests/bench/gpu.py --dry                    # the same walk on a CPU with a tiny model; its numbers mean nothing
+$ python tests/bench/gpu.py --dry                    # the same on a CPU with a tiny model; the numbers mean nothing
 
 Nothing is downloaded: the model has its published size and random weights that are drawn on the device, and samples
 have the lengths of LLaVA's 665K mix. The parts, what matters most first:
@@ -390,7 +390,8 @@ def part_a(bench: Bench, trainers: dict[str, Trainer]) -> None:
             elif done["mfu_989_%"] > best.get(stage, {"mfu_989_%": 0})["mfu_989_%"]:
                 best[stage] = done
         if stage in best:
-            attempt(bench, "a", {"stage": stage + ", the recipe's step"}, partial(recipe_step, bench, trainer, best[stage]))
+            row = {"stage": stage + ", the recipe's step"}
+            attempt(bench, "a", row, partial(recipe_step, bench, trainer, best[stage]))
             if "b" in bench.args.parts:
                 attempt(bench, "b", {"stage": stage}, partial(part_b, bench, trainer, best[stage]))
         trainer.drop()
@@ -416,14 +417,15 @@ def recipe_step(bench: Bench, trainer: Trainer, best: dict) -> dict:
     measured = measure_step(bench, trainer, samples, best["budget"], repeats=2)
     published = train.PUBLISHED[trainer.stage][0]
     hours = published / trainer.cfg.global_batch * measured["step_ms"] / 3.6e6
-    return {"mode": best["mode"], "recompute": best["recompute"], "budget": best["budget"]} | measured | {"hours": hours}
+    how = {key: best[key] for key in ("mode", "recompute", "budget")}
+    return how | measured | {"hours": hours}
 
 
 # Names of kernels (and, on a CPU, of operators) -> family, the first that matches.
 FAMILIES = {
     "optimizer": ("adam", "lerp"),
     "attention": ("flash", "fmha", "attention", "attn", "sdpa"),
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "gemv", "splitk", "::mm", "::addmm", "::bmm", "convolution"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "gemv", "splitk", "::mm", "::addmm", "convolution"),
     "communication": ("nccl",),
     "copies": ("memcpy", "memset", "copy", "catarray", "::cat"),
 }
@@ -438,7 +440,7 @@ def family_of(kernel: str) -> str:
 
 
 def part_b(bench: Bench, trainer: Trainer, best: dict) -> dict:
-    """Milliseconds of one step with one micro-batch, by family of kernels; idle is when the device had nothing to do."""
+    """Milliseconds of a step with one micro-batch, by family of kernels; idle is when the device had nothing to do."""
     trainer.prepare(best["mode"] == "compile", best["recompute"])
     samples = Draw(bench, trainer.stage).samples(best["budget"])
     step = trainer.step([collate(samples, bench.config.vision.image_size)])
