@@ -62,9 +62,11 @@ def check_command_line() -> None:
     parse()
 
 
-# Importing torch takes seconds. `--help` and a mistake in a flag are answered before that.
-if __name__ == "__main__" and (exit_code := run_command(check_command_line)):
-    sys.exit(exit_code)
+if __name__ == "__main__":
+    # The imports below take seconds. `--help` and a mistake in a flag are answered before them.
+    exit_code = run_command(check_command_line)
+    if exit_code:
+        sys.exit(exit_code)
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -192,7 +194,7 @@ def known_names() -> dict[tuple[str, str], tuple[str, str]]:
     return names
 
 
-KNOWN = known_names()
+KNOWN_NAMES = known_names()
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -230,12 +232,12 @@ def to_ours(name: str) -> tuple[str, str] | None:
         return None
     template, layer = without_layer(standard + name.removeprefix(beginning))
     leaf = ""
-    if (part, template) not in KNOWN:
+    if (part, template) not in KNOWN_NAMES:
         template, _, leaf = template.rpartition(".")
         leaf = "." + leaf
-    if (part, template) not in KNOWN:
+    if (part, template) not in KNOWN_NAMES:
         return None
-    ours, piece = KNOWN[part, template]
+    ours, piece = KNOWN_NAMES[part, template]
     return ours.replace("{layer}", layer) + leaf, piece
 
 
@@ -296,8 +298,10 @@ def is_siglip(config: VisionConfig) -> bool:
 # ---------------------------------------------------------------------------------------------------
 # Files
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}
 # Bytes of a table of tensors. The whole model's has 90 thousand; a file that claims far more wants our memory.
 HEADER_LIMIT = 2_000_000
 
@@ -355,7 +359,8 @@ KINDS_WITH_SIGLIP = {("vision",): SIGLIP, ("llm", "vision", "projector"): MIPHA,
                      ("llm", "vision"): "a Mipha model without projector"}
 HINTS = {
     PHI: "get it with: hf download microsoft/phi-2 --local-dir {}",
-    CLIP: "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {}",
+    CLIP: "get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {} "
+          "(or google/siglip-so400m-patch14-384)",
     LLAVA: "train one (python train.py --stage pretrain) or get a published one with: "
            "hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b, or "
            "hf download zxmonent/llava-phi --local-dir checkpoints/llava-phi",
@@ -411,9 +416,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         file = safe_open(path, "pt", backend="pread")
         for name in file.offset_keys():
             entry = file.get_slice(name)
-            if entry.get_dtype() not in DTYPES:
+            if entry.get_dtype() not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{path}: {name[:80]} is of dtype {entry.get_dtype()}, which is not read here")
-            dtype, shape = DTYPES[entry.get_dtype()], tuple(entry.get_shape())
+            dtype, shape = SAFETENSORS_DTYPES[entry.get_dtype()], tuple(entry.get_shape())
             stored[name] = Stored(name, path, dtype, shape, partial(file.get_tensor, name))
     except SafetensorError as e:
         raise ValueError(f"{path}: not a safetensors file, or not all of one: incomplete download? "
@@ -523,7 +528,7 @@ def in_order(pieces: Pieces) -> list[Stored]:
     return [pieces[piece] for piece in ("", "heads", "q", "k", "v") if piece in pieces]
 
 
-def read(name: str, pieces: Pieces, config: LLaVAConfig) -> Tensor:
+def read_tensor(name: str, pieces: Pieces, config: LLaVAConfig) -> Tensor:
     """One of our tensors, in the file's dtype, from its pieces. OSError or ValueError: its file has changed since."""
     tensors = []
     for stored in in_order(pieces):
@@ -819,7 +824,7 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
 def read_all(found: dict[str, Pieces], config: LLaVAConfig) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) in the order of the files, which a disk likes best. None is kept when the next is read."""
     for name, pieces in found.items():
-        yield name, read(name, pieces, config)
+        yield name, read_tensor(name, pieces, config)
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -910,7 +915,7 @@ def write_tensors(part: str, folder: Path, dtypes: dict[str, torch.dtype], tenso
     for number, names in enumerate(shards, 1):
         shard = {}
         for name in names:
-            tensor = tensors[name] if name in tensors else read(name, found[name], config)
+            tensor = tensors[name] if name in tensors else read_tensor(name, found[name], config)
             if callable(tensor):
                 tensor = tensor()
             assert tensor.shape == shapes[name], f"{name}: {tuple(tensor.shape)} is not {tuple(shapes[name])}"
@@ -1252,7 +1257,7 @@ def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVACon
 
     def merged(stem: str) -> Tensor:
         name = stem + "weight"
-        weight = {name: read(name, found[name], config).float()}
+        weight = {name: read_tensor(name, found[name], config).float()}
         adapters = {stem + leaf: trained[stem + leaf]() for leaf in ("lora_a", "lora_b")}
         return merge_lora(weight | adapters, lora_alpha)[name]
 
@@ -1268,6 +1273,11 @@ LAYOUTS = (     # a piece of a language model's tensor names -> which of the pub
     ("transformer.h.", "mixer.Wqkv (phi-msft)"),
     ("layers.", "one list, layers.N (the earliest Phi files)"),
 )
+IMAGE_WORDS = {
+    "crop": "the square in the middle of a picture",
+    "pad": "the whole picture, padded to a square",
+    "squash": "the whole picture, squeezed into a square",
+}
 NEXT = {
     PHI: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
     CLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
@@ -1320,7 +1330,7 @@ def inspect(path: Path, try_out: bool = False) -> int:
 def try_folder(folder: Folder) -> bool:
     """Run a folder's model on a few texts and pictures and print what it shows. -> False if it was read wrong."""
     from trial.run import try_model
-    if "llm" not in folder.parts or folder.kind not in NEXT:
+    if folder.kind not in (PHI, LLAVA, MIPHA):
         print_row("try", f"nothing: {folder.kind} does not speak; merge it with a language model first")
         return True
     parameters = sum(prod(stored.shape) for pieces in folder.found.values() for stored in pieces.values())
@@ -1354,18 +1364,25 @@ def inspect_part(folder: Folder, part: str) -> None:
     size = sum(stored.nbytes for stored in tensors) / 1e6
     print_row(part, f"{len(tensors)} tensors, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
     if part == "llm":
-        layouts = [text for mark, text in LAYOUTS if any(mark in stored.name for stored in tensors)]
-        print_row("", layouts[0])
+        for mark, text in LAYOUTS:
+            if any(mark in stored.name for stored in tensors):
+                print_row("", text)
+                break
 
 
 def inspect_config(folder: Folder) -> None:
     """Print a folder's sizes and what would be left out. ValueError names everything that does not fit."""
     config = config_of(folder)
     if "llm" in folder.parts:
-        print_row("config", config.llm)
+        llm = config.llm
+        print_row("config", f"{llm.n_layer} layers of width {llm.n_embd}, {llm.n_head} heads, {llm.block_size} positions, "
+                            f"{llm.vocab_size} rows of vocabulary, dropout {llm.dropout:g}")
     if "vision" in folder.parts:
-        print_row("config", config.vision)
-    print_row("images", config.image_mode)
+        vision = config.vision
+        print_row("config", f"{vision.image_size} x {vision.image_size} pixels make {vision.n_patches} patches, "
+                            f"{vision.n_used} of {vision.n_layer} layers are used, of width {vision.n_embd}, "
+                            f"{vision.n_head} heads")
+        print_row("images", f"{config.image_mode}: {IMAGE_WORDS[config.image_mode]}")
     built = {name for name, parameter in meta_model(config).named_parameters()}
     ignored = Counter(folder.dropped.values())
     for name, pieces in folder.found.items():

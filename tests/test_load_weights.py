@@ -950,6 +950,34 @@ def test_commands(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+PAGES = {           # folder -> what a person wants to know of it
+    PHI: ("a Phi-2 language model", "3 x safetensors", "fused query_key_value, packed head by head",
+          "2 layers of width 40, 2 heads, 2048 positions, 512 rows of vocabulary", "tokenizer.json: 444 tokens"),
+    GOLDEN / "tiny-phi-split": ("a Phi-2 language model", "split q, k, v", "missing    a tokenizer"),
+    GOLDEN / "tiny-phi-mixer": ("a Phi-2 language model", "mixer.Wqkv", "missing    a tokenizer"),
+    CLIP: ("a CLIP vision tower", "1 x bin", "28 x 28 pixels make 4 patches, 2 of 3 layers are used, of width 32",
+           "crop: the square in the middle", "checksums  none"),
+    LLAVA: ("a LLaVA-Phi model", "fused query_key_value", "pad: the whole picture, padded", "projector  4 tensors", "sample.py --model"),
+    MIPHA: ("a Mipha model", "split q, k, v", "33 x 33 pixels make 4 patches, 2 of 3 layers are used, of width 36",
+            "pad: the whole picture, padded", "11 tensors: attention-pooling head", "sample.py --model"),
+}
+
+
+@pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
+def test_inspect_on_every_layout(folder, capsys):
+    assert main(["inspect", str(folder)]) == 0
+    page = capsys.readouterr().out
+    for words in PAGES[folder]:
+        assert words in page, words
+
+
+def test_inspect_of_a_fragment(tmp_path, capsys):
+    """A head without layers is in no layout."""
+    folder = rewrite(PHI, tmp_path / "x", lambda t: {"lm_head.bias": t["lm_head.bias"]})
+    assert main(["inspect", str(folder)]) == 2
+    assert "problem    " in capsys.readouterr().out
+
+
 def test_an_error_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, "load_weights.py", "merge", "--llm", "nowhere"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
