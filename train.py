@@ -15,9 +15,11 @@ import html
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -92,9 +94,9 @@ class TrainConfig:
     recompute: str = flag("auto", "in the backward pass: none (fastest), selective (half the memory, 3 %% more work), "
                                   "full (least memory, 22 %% more); auto: the first that fits",
                           "auto", "none", "selective", "full")
-    gather: str = flag("auto", "gather sharded weights, and share gradients out, for every micro-batch, or once a step "
-                               "(less traffic, more memory); auto: once a step where it fits",
-                       "auto", "micro", "step")
+    gather: str = flag("auto", "what several processes exchange only once a step (less traffic, more memory): none, "
+                               "weights, or both weights and gradients; auto: as much as fits",
+                       "auto", "none", "weights", "both")
     compile: bool = flag(False, "compile each block: one graph for all lengths; it starts a minute later")
     workers: int = flag(4, "data processes per training process")
     # what is written, and when
@@ -205,6 +207,9 @@ def setup() -> tuple[DeviceMesh, torch.device]:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give torchrun "
+                             "one for each (--nproc_per_node)")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between the hosts do not wait for the GPUs' queues
@@ -222,6 +227,13 @@ def setup() -> tuple[DeviceMesh, torch.device]:
     else:
         shape, names = (world,), ("shard",)
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
+
+
+def check_arithmetic(dtype: str, device: torch.device) -> None:
+    """ValueError where a GPU could only imitate bf16, many times slower than it computes in fp32 (V100, T4)."""
+    if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; give --dtype fp32, which takes "
+                         "twice the memory and no flash attention")
 
 
 def folders(cfg: TrainConfig) -> list[Path]:
@@ -303,12 +315,12 @@ def trained_parts(model: LLaVAPhi) -> list[str]:
     return [name for name, part in model.named_children() if next(part.parameters()).requires_grad]
 
 
-def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather_once: bool = False) -> None:
+def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "none") -> None:
     """Apply FSDP2: a unit per decoder block, one for the tower, and the rest (projector, embeddings, head) in the root.
 
     Frozen parts are held whole in the compute dtype on every process: nothing about them has to be synchronised, so
-    gathering them again and again would cost much and save little. With gather_once, what trains is gathered once in a
-    step, too (see train_step). One process by itself has nothing to share out; keep_masters is for it.
+    gathering them again and again would cost much and save little. What trains is gathered for every micro-batch, or
+    once a step (`gather`, see train_step). One process by itself has nothing to share out; keep_masters is for it.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
@@ -324,9 +336,9 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather_once: bo
     if "vision" in trained_parts(model):
         units.append(model.vision)
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=not gather_once)
+        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "none")
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
-    model.gather_once = gather_once
+    model.gather = gather
 
 
 def keep_masters(model: LLaVAPhi, dtype: torch.dtype) -> None:
@@ -375,10 +387,10 @@ def build(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch
     model.llm.recompute = recompute
     if model.vision:
         model.vision.recompute = recompute != "none"
-    gather_once = cfg.gather == "step"
-    if cfg.gather == "auto":
-        gather_once = fits_in(memory_of(device), cfg, model, mesh.size(-1), recompute, gather_once=True)
-    shard(model, mesh, torch_dtype(cfg.dtype), gather_once)
+    gather = cfg.gather
+    if gather == "auto":
+        gather = choose_gather(cfg, model, mesh.size(-1), memory_of(device), recompute)
+    shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
     read_weights(model, cfg, config)
     draw_new_weights(model, cfg, config)
@@ -534,16 +546,17 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     """
     world = dist.get_world_size()
     total = torch.zeros((), device=device)
-    once = isinstance(model, FSDPModule) and model.gather_once
+    sharded = isinstance(model, FSDPModule)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(prefetch(step.batches, device)):
         torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
-        if once:
-            # The gathered weights stay for the next micro-batch, and gradients pile up where they are, in fp32. The
-            # last micro-batch shares the sums out and gives the weights back, which the optimizer is about to change.
+        if sharded:
+            # What is exchanged once a step: gathered weights stay for the next micro-batch, and gradients pile up
+            # where they are, in fp32. The last micro-batch shares the sums out and frees the gathered weights, since
+            # the optimizer is about to change them.
             last = i + 1 == len(step.batches)
-            model.set_requires_gradient_sync(last)
-            model.set_reshard_after_backward(last)
+            model.set_reshard_after_backward(last or model.gather == "none")
+            model.set_requires_gradient_sync(last or model.gather != "both")
         loss = model(*batch) / max(n_supervised, 1)
         # FSDP averages gradients over the processes. We want their sum, as each has divided by the global count.
         (loss * world).backward()
@@ -920,7 +933,7 @@ def count(parameters) -> int:
 
 
 def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
-                gather_once: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+                gather: str = "none") -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on each of `shards` GPUs -> (always there, by kind; added by a token of a micro-batch, by --recompute)."""
     llm = model.config.llm
     width = torch_dtype(cfg.dtype).itemsize
@@ -933,11 +946,10 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
     root = trained - tower - block * llm.n_layer
     if shards == 1:
         gathered, waiting = trained, 0                      # the compute copies beside the masters
-    elif gather_once:
-        gathered, waiting = trained, 4 * trained            # fp32 sums of the step's gradients, not yet shared out
     else:
-        gathered = root + tower + 2 * block                 # one block in use, the next on its way
-        waiting = 4 * max(root, tower, block)
+        one_unit = max(root, tower, block)
+        gathered = root + tower + 2 * block if gather == "none" else trained    # one block in use, the next on its way
+        waiting = 4 * trained if gather == "both" else 4 * one_unit             # fp32 gradients, not yet shared out
     # A trained weight takes 4 bytes for itself, 8 for AdamW's two moments and 4 for its gradient. A logit takes 12: as
     # bf16 and fp32 in the forward pass, its gradient in both in the backward pass, of which not all live at once. The
     # workspace is what cuBLAS, NCCL and the allocator's fragments need; it is a guess.
@@ -978,19 +990,30 @@ def numbers_per_token(model: LLaVAPhi, parts: list[str], mode: str) -> float:
     return in_decoder + vision.n_used * tower_block * vision.n_positions / vision.n_patches
 
 
-def fits_in(memory: float, cfg: TrainConfig, model: LLaVAPhi, shards: int, mode: str, gather_once: bool) -> bool:
-    """Whether a micro-batch with this --recompute fits into so many bytes."""
-    always, per_token = memory_plan(cfg, model, shards, gather_once)
-    return sum(always.values()) + cfg.micro_tokens * per_token[mode] <= memory
+def fits_in(memory: float, cfg: TrainConfig, model: LLaVAPhi, shards: int, recompute: str, gather: str) -> bool:
+    """Whether a micro-batch fits into so many bytes."""
+    always, per_token = memory_plan(cfg, model, shards, gather)
+    return sum(always.values()) + cfg.micro_tokens * per_token[recompute] <= memory
 
 
 def choose_recompute(cfg: TrainConfig, model: LLaVAPhi, shards: int, memory: float) -> str:
     """The fastest --recompute with which a micro-batch fits into so many bytes; the leanest if none does."""
     for mode in ("none", "selective"):
         refused = mode == "selective" and cfg.compile
-        if not refused and fits_in(memory, cfg, model, shards, mode, gather_once=False):
+        if not refused and fits_in(memory, cfg, model, shards, mode, "none"):
             return mode
     return "full"
+
+
+def choose_gather(cfg: TrainConfig, model: LLaVAPhi, shards: int, memory: float, recompute: str) -> str:
+    """The --gather with the least traffic for which there is memory left, once --recompute has been chosen.
+
+    Recomputing costs more than sending: within a node, FSDP sends while it computes.
+    """
+    for gather in ("both", "weights"):
+        if fits_in(memory, cfg, model, shards, recompute, gather):
+            return gather
+    return "none"
 
 
 def memory_of(device: torch.device) -> float:
@@ -1055,31 +1078,31 @@ def print_hours(cfg: TrainConfig, model: LLaVAPhi, memory: float, steps: int, fl
             print(f"  {n:4d}   does not fit")
             continue
         mode, micro_tokens = next(iter(fits.items()))
-        micro = dataclasses.replace(cfg, micro_tokens=micro_tokens)
-        once = cfg.gather != "micro" and fits_in(memory, micro, model, min(n, GPUS_A_NODE), mode, gather_once=True)
-        sent = traffic(trained, n, math.ceil(step_tokens / n / micro_tokens), once)
+        gather = cfg.gather
+        if gather == "auto":
+            micro = dataclasses.replace(cfg, micro_tokens=micro_tokens)
+            gather = choose_gather(micro, model, min(n, GPUS_A_NODE), memory, mode)
+        sent = traffic(trained, n, math.ceil(step_tokens / n / micro_tokens), gather)
         busy = min(n, cfg.global_batch)
         hours = flops * steps / busy / (0.5 * H100_PEAK) / 3600
-        note = "    gathered once a step" if once and n > 1 else ""
+        note = f"    --gather {gather}" if n > 1 else ""
         if busy < n:
             note += f"    only {busy} of them have a sample"
         print(f"  {n:4d} {hours:7.2f} {sent / 1e9:9.1f}{note}")
     print("\nhours at 50% of 989 TFLOP/s (dense bf16 of an H100 or H200): an assumption, no measurement")
 
 
-def traffic(trained: int, gpus: int, micro_batches: int, gather_once: bool) -> float:
-    """Bytes that one GPU sends in a step, for each weight that is trained.
+def traffic(trained: int, gpus: int, micro_batches: int, gather: str) -> float:
+    """Bytes that one GPU sends in a step with so many trained weights.
 
-    Within a node weights are gathered in bf16, for the forward and again for the backward pass, and gradients shared
-    out in fp32; the nodes then exchange the sums. With gather_once all that is done once a step, and weights are
-    gathered once.
+    Within a node weights are gathered in bf16, for the forward and again for the backward pass unless they stay, and
+    gradients are shared out in fp32. Then the nodes exchange their sums, in fp32 and both ways.
     """
     near = min(gpus, GPUS_A_NODE)
-    bytes_a_weight = (2 + 4) * (near - 1) if gather_once else (2 + 2 + 4) * (near - 1)
-    if gpus > near:
-        bytes_a_weight += 8
-    times = 1 if gather_once else micro_batches
-    return times * trained * bytes_a_weight / near
+    weights = 2 if gather != "none" else (2 + 2) * micro_batches
+    reductions = 1 if gather == "both" else micro_batches
+    between_nodes = 8 * reductions if gpus > near else 0
+    return trained * ((weights + 4 * reductions) * (near - 1) + between_nodes) / near
 
 # ---------------------------------------------------------------------------------------------------
 # The plot
@@ -1157,10 +1180,33 @@ def main(argv: list[str] | None = None) -> None:
     config = read_config(cfg)
     mesh, device = setup()
     try:
+        check_arithmetic(cfg.dtype, device)
         with hold_out(Path(cfg.out)):
             run(cfg, config, mesh, device)
+    except torch.OutOfMemoryError as e:
+        raise ValueError(out_of_memory(str(e), cfg)) from None
+    except RuntimeError as e:
+        # Gloo and NCCL have no exception of their own for this. Whoever died first has said why, or torchrun will.
+        if dist.get_world_size() == 1 or not is_lost_connection(str(e)):
+            raise
+        raise OSError(f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} lost another "
+                      f"one ({str(e).splitlines()[0][:200]}); start again to go on from the newest checkpoint") from None
     finally:
         dist.destroy_process_group()
+
+
+def is_lost_connection(message: str) -> bool:
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "imed out")
+    return any(sign in message for sign in signs)
+
+
+def out_of_memory(message: str, cfg: TrainConfig) -> str:
+    """One line of torch's paragraph -> what was asked for, what there is, and which flag to lower."""
+    facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", message)
+    advice = f"give --micro-tokens less than {cfg.micro_tokens}"
+    if cfg.recompute != "full":
+        advice += " or --recompute full"
+    return f"process {dist.get_rank()} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"
 
 
 if __name__ == "__main__":

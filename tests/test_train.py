@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -346,7 +347,7 @@ def test_masters_on_one_process_equal_fsdp_bit_for_bit(data, tmp_path):
         for unit in [*theirs.llm.h, theirs.vision]:
             fully_shard(unit, mesh=mesh, mp_policy=dataclasses.replace(policy, cast_forward_inputs=False))
         fully_shard(theirs, mesh=mesh, mp_policy=policy)
-        theirs.gather_once = False
+        theirs.gather = "none"
         for model in (ours, theirs):
             optimizer = train.make_optimizer(model, cfg)
             model.results = [train.train_step(model, optimizer, step._replace(step=i), cfg, supervised, 1.0, device)
@@ -370,12 +371,12 @@ def test_a_bf16_run_stopped_and_resumed_equals_an_uninterrupted_one(data, tmp_pa
 
 def test_gathering_once_a_step_changes_no_number(data, tmp_path):
     more = ["--max-steps", "4", "--global-batch", "12", "--micro-tokens", "120"]
-    for gather in ("micro", "step"):
+    for gather in ("none", "both"):
         run(arguments(tmp_path / gather, data, *more, "--gather", gather), processes=2)
-    for a, b in zip(metrics(tmp_path / "micro"), metrics(tmp_path / "step"), strict=True):
+    for a, b in zip(metrics(tmp_path / "none"), metrics(tmp_path / "both"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
-    weights, others = (load_file(tmp_path / out / "model.safetensors") for out in ("micro", "step"))
+    weights, others = (load_file(tmp_path / out / "model.safetensors") for out in ("none", "both"))
     for name in weights:
         torch.testing.assert_close(weights[name], others[name], rtol=1e-4, atol=1e-5)
 
@@ -391,17 +392,18 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("gather, gathers, reductions", [("micro", 2 * 2 + 1, 3), ("step", 3, 3)])
-def test_what_a_step_of_several_micro_batches_sends(gather, gathers, reductions, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gather", ["none", "weights", "both"])
+def test_what_a_step_of_several_micro_batches_sends(gather, data, tmp_path, monkeypatch):
     """Of 3 FSDP units (two blocks and the root): how often weights are gathered and gradients shared out.
 
-    By layer: both blocks twice and the root once for every micro-batch, and 3 reductions each. Once a step: 3 and 3.
+    For every micro-batch: both blocks twice and the root once, and three reductions. Once a step: three and three.
     """
     real = train.dist.init_process_group
     monkeypatch.setattr(train.dist, "init_process_group",
                         lambda *a, **k: real("fake", store=FakeStore(), rank=0, world_size=2))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    cfg, _ = train.parse_args(arguments(tmp_path, data, "--global-batch", "12", "--freeze", "vision", "--gather", gather))
+    more = ["--global-batch", "12", "--freeze", "vision", "--gather", gather]
+    cfg, _ = train.parse_args(arguments(tmp_path, data, *more))
     mesh, device = train.setup()
     try:
         config, step = a_step(cfg)
@@ -411,9 +413,9 @@ def test_what_a_step_of_several_micro_batches_sends(gather, gathers, reductions,
             train.train_step(model, optimizer, step, cfg, 100, 1.0, device)
     finally:
         train.dist.destroy_process_group()
-    times = len(step.batches) if gather == "micro" else 1
-    assert sent.counts["c10d::_allgather_base_"] == times * gathers
-    assert sent.counts["c10d::_reduce_scatter_base_"] == times * reductions
+    n = len(step.batches)
+    assert sent.counts["c10d::_allgather_base_"] == (5 * n if gather == "none" else 3)
+    assert sent.counts["c10d::_reduce_scatter_base_"] == (3 if gather == "both" else 3 * n)
 
 
 def test_a_frozen_decoder_computes_no_weight_gradients(data, tmp_path):
@@ -630,6 +632,53 @@ def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(data, tm
     train.main(arguments(out, data, *more[:-2], "--stop-after", "1", "--resume", "never"))
     assert [m["step"] for m in metrics(out)] == [0] and not (out / LOCK).exists()
     first.communicate(timeout=120)
+
+
+def test_a_rank_that_dies_ends_all_within_a_minute_and_is_named(data, tmp_path):
+    """Protects the hours that the others would wait for it."""
+    out = tmp_path / "out"
+    process = launch(arguments(out, data, "--epochs", "1000"), processes=2)
+    wait_until = time.time() + 120
+    while time.time() < wait_until and not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    began = time.time()
+    doomed = children(process.pid)[-1]
+    os.kill(doomed, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.time() - began < 60
+    assert "on " + socket.gethostname() + " lost another one" in stderr
+    assert re.search(rf"rank\s*:\s*\d.*\n.*\n?.*(exitcode|pid).*({doomed}|-9)", stderr), stderr[-3000:]
+
+
+PARAGRAPH = ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.25 "
+             "GiB is free. Including non-PyTorch memory, this process has 77.80 GiB memory in use. See documentation.")
+
+
+def test_out_of_memory_ends_with_one_line_and_the_flag_to_lower(data, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError(PARAGRAPH)
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(ValueError) as refused:
+        train.main(arguments(tmp_path / "out", data, "--recompute", "none"))
+    said = str(refused.value)
+    assert "\n" not in said and "--micro-tokens less than 300 or --recompute full" in said
+    assert "Tried to allocate 2.50 GiB, total capacity of 79.10 GiB, 1.25 GiB is free" in said
+
+
+def test_gpus_that_we_do_not_know_or_that_have_no_bf16(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
+    assert train.mfu(1e14, cuda) is None
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(ValueError, match="V100-SXM2-32GB has no bf16 arithmetic; give --dtype fp32"):
+        train.check_arithmetic("bf16", cuda)
+    train.check_arithmetic("fp32", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert train.mfu(989e12 / 2, cuda) == pytest.approx(0.5)
+    record = dict(step=0, loss=1.0, grad_norm=1.0, lr=1.0, seconds=1.0, tokens_per_second=9870.0, memory_gb=1.0,
+                  skipped=False)
+    assert "mfu" not in train.progress_line(record | {"mfu": None}, 1, 0) and "9,870 tok/s" in train.progress_line(
+        record | {"mfu": None}, 1, 0)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_alive(data, tmp_path, monkeypatch, capfd):
