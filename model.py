@@ -108,6 +108,9 @@ class Layout:
         self.pos = send(pos, device)
         self.starts = send(starts.int(), device)                                   # (B + 1,)
         self.last = send(starts[1:] - 1, device)                                   # (B,) rows of the last tokens
+        keys = lengths + torch.tensor(self.past, dtype=torch.int64)                # (B,) the past's and the new ones
+        self.key_starts = send(F.pad(keys.cumsum(0), (1, 0)).int(), device)        # (B + 1,)
+        self.rows: Tensor | None = None             # (T,) of the cache's B * S, if there is one: see KVCache.locate
         # Asked here and not in `attend`, which torch.compile could not trace past the question.
         self.on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -117,13 +120,13 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
     Pinned memory is what makes a copy asynchronous: for other memory the driver may first wait for all queued work.
     """
-    if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def has_varlen(q: Tensor, layout: Layout) -> bool:
-    """Whether flash attention over ragged sequences can take q (T, nh, hs); if not, a loop over sequences does the same.
+    """Whether flash attention over ragged sequences can take q (T, nh, hs); if not, a loop over them does the same.
 
     The kernels are for 16-bit floats and for heads of a multiple of 8 channels, on GPUs since Ampere. They refuse to
     compute nothing at all, which is what a process without a sample asks for.
@@ -136,10 +139,7 @@ def has_varlen(q: Tensor, layout: Layout) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each sequence of a packed row. q, k, v (T, nh, hs) -> (T, nh, hs)."""
     if has_varlen(q, layout):
-        starts = layout.starts
-        longest = layout.max_length
-        backwards = (-1, 0)         # how far a token looks: any distance back, and not ahead
-        return varlen_attn(q, k, v, starts, starts, longest, longest, window_size=backwards)
+        return ragged_attention(q, k, v, layout)
     # Neighbours of one length share a call: the cost of a call is felt when many short sequences are packed.
     runs = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
     sizes = [length * count for length, count in runs]
@@ -149,6 +149,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
                                            is_causal=True)                         # (b, nh, length, hs)
         out.append(y.transpose(1, 2).flatten(0, 1))                                # (b * length, nh, hs)
     return torch.cat(out)                                                          # (T, nh, hs)
+
+
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Flash attention. k, v hold each sequence's past and new tokens, q only the new ones, which stand at the end."""
+    longest = layout.max_length
+    backwards = (-1, 0)             # how far a token looks: any distance back, and not ahead
+    return varlen_attn(q, k, v, layout.starts, layout.key_starts, longest, longest, window_size=backwards)
 
 
 def as_batch(x: Tensor, length: int) -> Tensor:
@@ -338,6 +345,7 @@ class LLaVAPhi(nn.Module):
         slots = (ids == IMAGE_ID).nonzero().flatten()                              # (N * P,)
         lengths = torch.tensor([len(prompt) for prompt in prompts])                # (B,)
         layout = Layout(lengths - torch.tensor(cache.lengths), self.device, cache.lengths, self.config.llm.block_size)
+        cache.locate(layout)
         pixels = torch.cat(new_images).to(self.device)                             # (N, 3, H, W)
         x = self.embed(ids.clamp_min(0).to(self.device), pixels, slots.to(self.device))
         h = self.llm(x, layout, cache)                                             # (T, C)
@@ -501,24 +509,29 @@ class KVCache:
                 self.k[:, row, :n] = prefix.k
                 self.v[:, row, :n] = prefix.v
 
+    def locate(self, layout: Layout) -> None:
+        """Tell a prefill's layout where its tokens go. Stored row by row, they would cost a GPU B calls a layer."""
+        sequence = torch.arange(len(layout.lengths)).repeat_interleave(torch.tensor(layout.lengths))       # (T,)
+        layout.rows = layout.pos + self.first[send(sequence, layout.pos.device)]                           # (T,)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: "Layout | DecodeLayout") -> Tensor:
         """Store the new k, v (T, nh, hs), then let q (T, nh, hs) see each sequence's past and itself -> (T, nh, hs)."""
         keys = self.k[layer]                                                       # (B, S, nh, hs)
         values = self.v[layer]
+        keys.flatten(0, 1).index_copy_(0, layout.rows, k)
+        values.flatten(0, 1).index_copy_(0, layout.rows, v)
         if isinstance(layout, DecodeLayout):
-            keys.flatten(0, 1).index_copy_(0, layout.rows, k)
-            values.flatten(0, 1).index_copy_(0, layout.rows, v)
             k = keys[:, :layout.used].transpose(1, 2)                              # (B, nh, used, hs)
             v = values[:, :layout.used].transpose(1, 2)
             y = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=layout.mask)        # (B, nh, 1, hs)
             return y.squeeze(2)                                                    # (T, nh, hs), T = B
-        new_k = k.split(layout.lengths)
-        new_v = v.split(layout.lengths)
-        for row, (past, n) in enumerate(zip(layout.past, layout.lengths)):
-            keys[row, past:past + n] = new_k[row]
-            values[row, past:past + n] = new_v[row]
         if not any(layout.past):
             return attend(q, k, v, layout)
+        if has_varlen(q, layout):
+            totals = [past + n for past, n in zip(layout.past, layout.lengths)]
+            k = torch.cat([keys[row, :total] for row, total in enumerate(totals)])
+            v = torch.cat([values[row, :total] for row, total in enumerate(totals)])
+            return ragged_attention(q, k, v, layout)
         out = []
         for row, q_row in enumerate(q.split(layout.lengths)):
             n = len(q_row)
@@ -540,8 +553,10 @@ class DecodeLayout:
         self.rows = cache.pos + cache.first                                        # (B,) of the cache's B * S
         self.mask = None            # where all sequences are equally long, everything that is read may be seen
         if cache.bucket > 1 or min(cache.lengths) < max(cache.lengths):
-            seen = torch.arange(self.used, device=self.pos.device) <= self.pos[:, None]            # (B, used)
-            self.mask = seen[:, None, None]                                        # (B, 1, 1, used)
+            unseen = torch.arange(self.used, device=self.pos.device) > self.pos[:, None]           # (B, used)
+            # To be added to the scores. From a mask of booleans every layer would make this one again.
+            mask = torch.zeros(unseen.shape, dtype=cache.k.dtype, device=self.pos.device)
+            self.mask = mask.masked_fill(unseen, float("-inf"))[:, None, None]     # (B, 1, 1, used)
 
 
 class Graph:

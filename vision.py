@@ -72,8 +72,8 @@ def normalize(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[fl
     to theirs bit for bit.
     """
     # Made on the device at once, they would hold up the host until a GPU has finished all that it was given before.
-    mean = torch.tensor(mean).view(3, 1, 1).to(images.device, non_blocking=True)
-    std = torch.tensor(std).view(3, 1, 1).to(images.device, non_blocking=True)
+    mean = torch.tensor(mean).view(3, 1, 1).to(images.device, non_blocking=images.is_cuda)
+    std = torch.tensor(std).view(3, 1, 1).to(images.device, non_blocking=images.is_cuda)
     return (images.float() / 255 - mean) / std
 
 
