@@ -925,6 +925,9 @@ def write_tensors(part: str, folder: Path, dtypes: dict[str, torch.dtype], tenso
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         path = folder / f"{file}{suffix}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})               # transformers refuses files without "format"
+        # safetensors makes a file that only its owner may read. Give it the rights of any new file: the folder's own,
+        # which the umask has shaped, without those to enter it.
+        path.chmod(folder.stat().st_mode & 0o666)
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -710,6 +710,12 @@ def test_the_saved_tensors_are_what_others_read(saved):
         assert file.metadata() == {"format": "pt"}
 
 
+def test_saved_files_are_readable_like_any_new_file(saved, tmp_path):
+    """Group and others too, as the umask has it: models are shared."""
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_saved_config(saved):
     config = json.loads((saved / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
