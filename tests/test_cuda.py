@@ -231,7 +231,7 @@ def test_int8_is_close_to_fp32(wide, device, dtype):
 
 def settings(*flags: str) -> train.TrainConfig:
     # The bias of the keys has no gradient but rounding, which AdamW would blow up to full steps with its usual eps.
-    return train.parse_args(["--stage", "finetune", "--lr", "1e-3", "--eps", "1e-3", *flags])[0]
+    return train.parse_args(["--stage", "finetune", "--lr", "1e-3", "--eps", "1e-3", "--no-compile", *flags])[0]
 
 
 def pinned(batch, device: torch.device):
