@@ -11,6 +11,7 @@ $ python train.py --stage finetune --model out/demo/pretrain --data my.json --im
 """
 import argparse
 import dataclasses
+import functools
 import html
 import json
 import math
@@ -504,6 +505,12 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
     return ids, batch.lengths, images, slots, rows, targets
 
 
+@functools.cache
+def copy_stream(device: torch.device) -> "torch.cuda.Stream":
+    """One for all steps: the allocator keeps each stream's memory apart, so every new stream would need its own."""
+    return torch.cuda.Stream(device)
+
+
 def prefetch(batches: list[Batch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """The batches on the device, each copied while the one before is computed.
 
@@ -513,7 +520,7 @@ def prefetch(batches: list[Batch], device: torch.device) -> Iterator[tuple[Tenso
         for batch in batches:
             yield to_device(batch, device)
         return
-    copies = torch.cuda.Stream(device)
+    copies = copy_stream(device)
     computing = torch.cuda.current_stream(device)
 
     def copy(batch: Batch) -> tuple[Tensor, ...]:

@@ -245,23 +245,23 @@ def two_batches(device: torch.device) -> list:
     return [pinned(collate(samples()[:3], 28), device), pinned(collate(samples()[3:], 28), device)]
 
 
-def apply_fsdp(model: LLaVAPhi, mesh, dtype: torch.dtype, gather_once: bool) -> None:
+def apply_fsdp(model: LLaVAPhi, mesh, dtype: torch.dtype, gather: str) -> None:
     """What train.shard does on several processes. On one it has nothing to share out, and does nothing."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     for unit in [*model.llm.h, model.vision]:
-        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=not gather_once)
+        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "none")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    model.gather_once = gather_once
+    model.gather = gather
 
 
 def prepared(wide: LLaVAPhi, cfg: train.TrainConfig, mesh, device: torch.device, batches: list | None = None,
-             fsdp: str = "") -> tuple:
+             gather: str = "") -> tuple:
     """A copy of the model on the device, ready for training, and train.py's step on it, ready to be taken."""
     model = copy.deepcopy(wide).requires_grad_().to(device).train()
     dtype = train.torch_dtype(cfg.dtype)
-    if fsdp:
-        apply_fsdp(model, mesh, dtype, gather_once=fsdp == "step")
+    if gather:
+        apply_fsdp(model, mesh, dtype, gather)
     elif dtype != torch.float32:
         train.keep_masters(model, dtype)
     optimizer = train.make_optimizer(model, cfg)
@@ -295,14 +295,14 @@ def plain_step(wide: LLaVAPhi, cfg: train.TrainConfig, device: torch.device) -> 
     return total, masters
 
 
-@pytest.mark.parametrize("fsdp", ["", "micro", "step"])
-def test_a_step_equals_plain_adamw(wide, device, dtype, group, fsdp):
-    """With masters, as one process trains; and with FSDP over NCCL (gloo on a CPU), as several do, both ways to gather.
+@pytest.mark.parametrize("gather", ["", "none", "weights", "both"])
+def test_a_step_equals_plain_adamw(wide, device, dtype, group, gather):
+    """With masters, as one process trains; and with FSDP over NCCL (gloo on a CPU), as several do, with any --gather.
 
     Sharding, casting, copying ahead and summing add nothing of their own.
     """
     cfg = settings("--dtype", "fp32" if dtype == torch.float32 else "bf16")
-    model, step = prepared(wide, cfg, group, device, fsdp=fsdp)
+    model, step = prepared(wide, cfg, group, device, gather=gather)
     loss, norm, skipped = step()
     plain_loss, masters = plain_step(wide, cfg, device)
     assert not skipped and norm > 0
