@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow fuzz clean
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -19,6 +19,9 @@ test: .venv/installed
 
 slow: .venv/installed              # the long campaigns: minutes to an hour
 	$(RUN) -m pytest tests -q -m slow
+
+fuzz: .venv/installed              # files and requests mutated by the thousand: some minutes
+	$(RUN) -m pytest tests -q -m fuzz
 
 clean:
 	rm -rf .venv out

@@ -9,9 +9,10 @@ import json
 import shutil
 import warnings
 import zlib
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from common import LOCK, dtype_name, hold_folder, read_json, sync_folder, write_whole
+from data import IMAGE_MODES
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values
@@ -222,10 +224,47 @@ def try_to_save(state: State) -> None:
 # Finding and resuming
 
 
+# What checkpoint.json must hold, and what of the run's settings is used and not only compared.
+MANIFEST = {"step": int, "updates": int, "data": str, "files": dict, "config": dict, "sources": list}
+SETTINGS = {"stage": str, "dtype": str, "image_mode": str, "dropout": (int, float), "lora_alpha": (int, float)}
+
+
+def wrong_field(values: dict, kinds: dict[str, type | tuple[type, ...]]) -> str:
+    """The first of these fields that is missing or of another type, in words, or ""."""
+    for name, kind in kinds.items():
+        if name not in values:
+            return f"lacks {name!r}"
+        if not isinstance(values[name], kind):
+            return f"has {str(values[name])[:40]!r} for {name!r}"
+    return ""
+
+
+def read_for_export(checkpoint: Path) -> tuple[dict, list[Path]]:
+    """The run's settings and the folders that it started from. ValueError if checkpoint.json is damaged."""
+    path = checkpoint / "checkpoint.json"
+    saved = read_json(path)
+    wrong = wrong_field(saved, {"config": dict, "sources": list}) or wrong_field(saved["config"], SETTINGS)
+    if wrong:
+        raise ValueError(f"{path} {wrong}: it is damaged")
+    settings = dict(saved["config"])
+    try:
+        settings["dtype"] = dtype_name(settings["dtype"])
+    except ArgumentTypeError as e:
+        raise ValueError(f"{path}: dtype {str(e)[:80]}") from None
+    if settings["image_mode"] not in IMAGE_MODES:
+        raise ValueError(f"{path}: image_mode is {settings['image_mode'][:40]!r}, expected {', '.join(IMAGE_MODES)}")
+    if not all(isinstance(source, str) for source in saved["sources"]):
+        raise ValueError(f"{path}: 'sources' are not the names of folders: it is damaged")
+    return settings, [Path(source) for source in saved["sources"]]
+
+
 def problem_with(checkpoint: Path) -> str:
     """Why this folder is not a complete and intact checkpoint, or "" if it is one. Reads all of its files."""
     try:
         saved = json.loads((checkpoint / "checkpoint.json").read_text())
+        wrong = wrong_field(saved, MANIFEST) or wrong_field(saved["config"], SETTINGS)
+        if wrong:
+            return f"checkpoint.json {wrong}"
         for name, size in saved["files"].items():
             path = checkpoint / name
             if not path.is_file():
@@ -343,7 +382,8 @@ def refuse_foreign(out: Path) -> None:
 def check_same_settings(then: dict, now: dict, may_change: set[str], problem: str) -> None:
     """ValueError with `problem` and every setting that changes the maths and differs."""
     if "dtype" in then:
-        then = then | {"dtype": dtype_name(then["dtype"])}      # older runs wrote "bfloat16" for "bf16"
+        with suppress(ArgumentTypeError):                       # what is no dtype is shown below as it stands
+            then = then | {"dtype": dtype_name(then["dtype"])}  # older runs wrote "bfloat16" for "bf16"
     different = []
     for name, value in now.items():
         if name not in may_change and then.get(name) != value:

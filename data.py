@@ -23,6 +23,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -75,6 +76,7 @@ IMAGE_MODES = ("crop", "pad", "squash")
 PAD_COLOR = (122, 116, 104)         # int(255 * CLIP's mean), what LLaVA pads with
 MAX_PIXELS = 89_478_485             # refused before decoding, like Pillow's own limit: 268 MB as RGB
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of telephones
+warnings.filterwarnings("ignore", module="PIL")             # odd EXIF data and the like: a picture opens or it does not
 
 
 def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -838,6 +838,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     model = meta_model(load_config(folder)).to(dtype)
     if int8:
         quantize_int8(model)                # on the meta device this only changes classes
+    # Before memory is taken: a config.json can promise tensors of any size.
+    check(read_folders([folder]), dict(model.named_parameters()), model.config)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     quantized = {module.weight: module for module in model.modules() if isinstance(module, Int8Linear)}
 
@@ -858,9 +860,10 @@ def load_phi(folder: Path, dtype: torch.dtype = torch.float32, device: torch.dev
     if source.kind != PHI:
         raise ValueError(f"{folder}: this looks like {source.kind}, expected {PHI}")
     config = config_of(source)
-    llm = meta_model(config).llm.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    llm = meta_model(config).llm.to(dtype)
+    found = check([source], [f"llm.{name}" for name, _ in llm.named_parameters()], config)
+    llm = llm.to_empty(device=device).eval().requires_grad_(False)
     parameters = {f"llm.{name}": parameter for name, parameter in llm.named_parameters()}
-    found = check([source], parameters, config)
     for name, tensor in read_all(found, config):
         parameters[name].copy_(tensor)
     return llm
@@ -1223,9 +1226,8 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     if not (model / "checkpoint.json").is_file():
         save_model(out, {}, load_config(model), [model], dtype)
         return
-    manifest = read_json(model / "checkpoint.json")
-    settings = manifest["config"]
-    sources = [Path(source) for source in manifest["sources"]]
+    from checkpoint import read_for_export      # brings torch.distributed, which takes a moment
+    settings, sources = read_for_export(model)
     only_llm = settings["stage"] == "sft"
     folders = [read_folder(*sources, PHI)] if only_llm else read_folders(sources)
     config = config_of(*folders)
@@ -1234,7 +1236,7 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     config = replace(config, image_mode=settings["image_mode"], llm=replace(config.llm, dropout=dropout))
     tensors = checkpoint_tensors(model, folders, config, settings["lora_alpha"])
     part = "llm" if only_llm else ""
-    save(part, out, tensors, config, folders, dtype or torch_dtype(dtype_name(settings["dtype"])))
+    save(part, out, tensors, config, folders, dtype or torch_dtype(settings["dtype"]))
 
 
 def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:

@@ -1039,3 +1039,28 @@ def test_loading_needs_the_model_and_one_tensor(suffix, tmp_path):
     assert anonymous < limit, f"{anonymous:,} bytes for {size:,} of weights, the largest {largest:,}"
     # A .bin is mapped: its pages are counted too while there is room for them, but the kernel takes them back at will.
     assert suffix == "bin" or everything < limit, f"{everything:,} bytes for {size:,} of weights, the largest {largest:,}"
+
+
+def test_memory_is_taken_only_for_what_the_files_hold(tmp_path):
+    """A config.json that promises a tensor of 75 GB is compared with the files before anything is allocated."""
+    def enlarge(config: dict) -> dict:
+        config["vision_config"]["vision_tower"]["patch_size"] = 14_000
+        return config
+
+    folder = rewrite(LLAVA, tmp_path / "model", config=enlarge)
+    with pytest.raises(ValueError, match="misshapen.*14000"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("change", [{"config": None}, {"sources": "x"}, {"sources": [3]}])
+def test_a_damaged_checkpoint_json_is_not_exported(tmp_path, change):
+    settings = {"stage": "finetune", "dropout": 0.0, "image_mode": "pad", "lora_alpha": 16.0, "dtype": "fp32"}
+    saved = {"config": settings, "sources": [str(LLAVA)]} | change
+    (tmp_path / "checkpoint.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="checkpoint.json"):
+        export(tmp_path, tmp_path / "out", None)
+    for name, value in (("dtype", "fp16"), ("image_mode", "x"), ("dropout", "0"), ("stage", None)):
+        saved = {"config": settings | {name: value}, "sources": [str(LLAVA)]}
+        (tmp_path / "checkpoint.json").write_text(json.dumps(saved))
+        with pytest.raises(ValueError, match="checkpoint.json"):
+            export(tmp_path, tmp_path / "out", None)

@@ -592,6 +592,19 @@ def test_other_settings_are_refused_with_their_names(data, tmp_path):
         train.main(arguments(tmp_path / "out", changed))
 
 
+@pytest.mark.parametrize("change", [{"data": None}, {"config": 0}, {"sources": {}}, {"step": "2"}])
+def test_a_checkpoint_json_that_lacks_something_is_not_believed(tmp_path, change):
+    settings = {"stage": "finetune", "dropout": 0.0, "image_mode": "pad", "lora_alpha": 16.0, "dtype": "fp32"}
+    saved = {"step": 2, "updates": 2, "data": "x", "files": {}, "config": settings, "sources": []}
+    (tmp_path / "checkpoint.json").write_text(json.dumps(saved))
+    assert problem_with(tmp_path) == ""
+    (tmp_path / "checkpoint.json").write_text(json.dumps(saved | change))
+    assert f"for {[*change][0]!r}" in problem_with(tmp_path)
+    del saved[[*change][0]]
+    (tmp_path / "checkpoint.json").write_text(json.dumps(saved))
+    assert f"lacks {[*change][0]!r}" in problem_with(tmp_path)
+
+
 def test_a_checkpoint_that_spells_its_dtype_as_before_is_resumed(data, tmp_path):
     """Checkpoints of earlier versions say "float32" and "bfloat16" where we now say fp32 and bf16."""
     train.main(arguments(tmp_path / "out", data, "--stop-after", "2"))
