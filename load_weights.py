@@ -674,14 +674,16 @@ def read_folders(paths: Iterable[Path]) -> list[Folder]:
     """One LLaVA-like folder, or a Phi folder and a tower's folder, in this order. ValueError: they are something else."""
     paths = [Path(path) for path in paths]
     expected = [(PHI,), (CLIP, SIGLIP)] if len(paths) == 2 else [(LLAVA, MIPHA)]
-    folders = []
-    for path, kinds in zip(paths, expected, strict=True):
-        folder = read_folder(path, kinds[0])
-        if folder.kind not in kinds:
-            raise ValueError(f"{path}: this looks like {folder.kind}, expected {' or '.join(kinds)}; "
-                             + HINTS[kinds[0]].format(path))
-        folders.append(folder)
-    return folders
+    return [read_kind(path, *kinds) for path, kinds in zip(paths, expected, strict=True)]
+
+
+def read_kind(path: Path, *kinds: str) -> Folder:
+    """A folder that has to hold one of these. ValueError: it is something else."""
+    folder = read_folder(path, kinds[0])
+    if folder.kind not in kinds:
+        raise ValueError(f"{path}: this looks like {folder.kind}, expected {' or '.join(kinds)}; "
+                         + HINTS[kinds[0]].format(path))
+    return folder
 
 
 def config_of(*folders: Folder) -> LLaVAConfig:
@@ -713,6 +715,17 @@ def config_of(*folders: Folder) -> LLaVAConfig:
     require_layers("llm", llm, config.llm.n_layer)
     require_layers("vision", vision, config.vision.n_layer)
     return config
+
+
+def config_of_run(folders: list[Folder], dropout: float, image_mode: str) -> LLaVAConfig:
+    """The config of a training run: that of the folders it starts from, with what the run sets itself.
+
+    A negative dropout stands for "as the language model's config.json says".
+    """
+    config = config_of(*folders)
+    if dropout >= 0:
+        config = replace(config, llm=replace(config.llm, dropout=dropout))
+    return replace(config, image_mode=image_mode)
 
 
 def feature_strategy(siglip: bool) -> str:
@@ -856,9 +869,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
 
 def load_phi(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Phi:
     """The same for a plain Phi-2 folder: the language model alone."""
-    source = read_folder(folder, PHI)
-    if source.kind != PHI:
-        raise ValueError(f"{folder}: this looks like {source.kind}, expected {PHI}")
+    source = read_kind(folder, PHI)
     config = config_of(source)
     llm = meta_model(config).llm.to(dtype)
     found = check([source], [f"llm.{name}" for name, _ in llm.named_parameters()], config)
@@ -1055,7 +1066,7 @@ def save_model(out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, sour
 
 def save_phi(out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, source: Path) -> None:
     """The same for a plain Phi-2 folder, as transformers' PhiForCausalLM and `merge --llm` take it."""
-    save("llm", out, tensors, config, [read_folder(source, PHI)], None)
+    save("llm", out, tensors, config, [read_kind(source, PHI)], None)
 
 
 def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig, sources: list[Folder],
@@ -1229,11 +1240,8 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     from checkpoint import read_for_export      # brings torch.distributed, which takes a moment
     settings, sources = read_for_export(model)
     only_llm = settings["stage"] == "sft"
-    folders = [read_folder(*sources, PHI)] if only_llm else read_folders(sources)
-    config = config_of(*folders)
-    # A negative dropout in a run's settings stands for "as in the language model's config.json".
-    dropout = config.llm.dropout if settings["dropout"] < 0 else settings["dropout"]
-    config = replace(config, image_mode=settings["image_mode"], llm=replace(config.llm, dropout=dropout))
+    folders = [read_kind(*sources, PHI)] if only_llm else read_folders(sources)
+    config = config_of_run(folders, settings["dropout"], settings["image_mode"])
     tensors = checkpoint_tensors(model, folders, config, settings["lora_alpha"])
     part = "llm" if only_llm else ""
     save(part, out, tensors, config, folders, dtype or torch_dtype(settings["dtype"]))

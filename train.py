@@ -191,7 +191,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
                         save_checkpoint, try_to_save)
 from data import TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, steps_per_epoch
-from load_weights import (PHI, check, config_of, is_siglip, load_config, load_into, read_all, read_folder, save_model,
+from load_weights import (PHI, check, config_of_run, is_siglip, load_into, read_all, read_folders, read_kind, save_model,
                           save_phi)
 from model import MIPHA, LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, init_weights, merge_lora
 
@@ -249,15 +249,10 @@ def folders(cfg: TrainConfig) -> list[Path]:
 def read_config(cfg: TrainConfig) -> LLaVAConfig:
     """The config that the folders give, with --image-mode and --dropout instead of theirs."""
     if cfg.stage == "sft":
-        folder = read_folder(*folders(cfg), PHI)
-        if folder.kind != PHI:
-            raise ValueError(f"--llm {cfg.llm}: this looks like {folder.kind}, expected {PHI}")
-        config = config_of(folder)
+        sources = [read_kind(*folders(cfg), PHI)]
     else:
-        config = load_config(*folders(cfg))
-    dropout = config.llm.dropout if cfg.dropout < 0 else cfg.dropout
-    llm = dataclasses.replace(config.llm, dropout=dropout)
-    return dataclasses.replace(config, llm=llm, image_mode=cfg.image_mode)
+        sources = read_folders(folders(cfg))
+    return config_of_run(sources, cfg.dropout, cfg.image_mode)
 
 
 class PhiAlone(LLaVAPhi):
@@ -407,7 +402,7 @@ def read_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
     if cfg.stage == "sft":
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-        found = check([read_folder(Path(cfg.llm), PHI)], parameters, config)
+        found = check([read_kind(Path(cfg.llm), PHI)], parameters, config)
         for name, tensor in read_all(found, config):
             fill(parameters[name], tensor)
     else:
