@@ -75,7 +75,8 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from data import EOT, IMAGE, IMAGE_MODES, eot_id, load_tokenizer
-from model import Int8Linear, LLaVAConfig, LLaVAPhi, Phi, PhiConfig, init_weights, merge_lora, quantize_int8
+from model import (LLaVAConfig, LLaVAPhi, Phi, PhiConfig, check_int4_product, copy_weight, init_weights, merge_lora,
+                   quantize_linears)
 from vision import SIGLIP_SO400M_384, VisionConfig
 
 # ---------------------------------------------------------------------------------------------------
@@ -841,30 +842,24 @@ def read_all(found: dict[str, Pieces], config: LLaVAConfig) -> Iterator[tuple[st
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-               int8: bool = False) -> LLaVAPhi:
+               int8: bool = False, bits: int = 16) -> LLaVAPhi:
     """A LLaVA-like folder of any layout as a frozen model in eval mode, straight on its device.
 
-    int8: each Linear's weight is quantised as it arrives, so the model never exists in a larger type.
+    bits: 8 or 4 for Linears in so many bits. Each weight is quantised as it arrives, so the model never exists in a
+    larger type. int8 is the older name of bits=8. Raises ValueError where 4 bits cannot be had.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype}: expected bfloat16 or float32; Phi-2's attention scores overflow in fp16")
-    model = meta_model(load_config(folder)).to(dtype)
-    if int8:
-        quantize_int8(model)                # on the meta device this only changes classes
+    if bits == 4:
+        check_int4_product(torch.device(device))
+    model = meta_model(load_config(folder)).to(dtype).eval()
+    if bits < 16 or int8:
+        quantize_linears(model, 8 if int8 else bits)    # on the meta device this only changes classes
     # Before memory is taken: a config.json can promise tensors of any size.
     check(read_folders([folder]), dict(model.named_parameters()), model.config)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
-    quantized = {module.weight: module for module in model.modules() if isinstance(module, Int8Linear)}
-
-    def copy(parameter: Tensor, tensor: Tensor) -> None:
-        if parameter in quantized:
-            quantized[parameter].quantize(tensor)
-        else:
-            parameter.data.copy_(tensor)
-
-    load_into(model, [folder], copy)
+    model = model.to_empty(device=device).requires_grad_(False)
+    load_into(model, [folder], copy_weight(model))
     return model
-
 
 
 def load_phi(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Phi:

@@ -32,7 +32,7 @@ import train
 from conftest import ROOT
 from data import IGNORE, Sample, Step, collate
 from load_weights import load_model
-from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights, quantize_int8
+from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights, quantize_linears
 from test_model import GOLDEN, draw_prompt, draw_words, expanded, fast
 from test_train import arguments, data, keep_signal_handlers, metrics      # noqa: F401 (two of them are fixtures)
 from test_varlen import HS, LENGTHS, NH, WIDE, samples
@@ -218,7 +218,7 @@ def test_int8_is_close_to_fp32(wide, device, dtype):
             return model.prefill(prompts, pictures, model.new_cache(len(prompts), 64))
     expected = logits(copy.deepcopy(wide))
     quantized = copy.deepcopy(wide)
-    quantize_int8(quantized)
+    quantize_linears(quantized, 8)
     for module in quantized.modules():                      # the type of everything that is not in 8 bits
         for p in module.parameters(recurse=False):
             if p.dtype == torch.float32:

@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig as TheirPhiConfig
 
-from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, quantize_int8
+from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, quantize_linears
 from vision import VisionConfig, normalize
 
 TINY = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=128, n_inner=512, rotary_dim=12, dropout=0.0),
@@ -130,7 +130,7 @@ def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
     assert ask_ours(ours, prompts, images, 4) == ask_theirs(theirs, prompts, images, 4), "they differ in fp32"
     models = {"ours fp32": ours, "transformers fp32": theirs, "ours bf16": deepcopy(ours).bfloat16(),
               "transformers bf16": deepcopy(theirs).bfloat16(), "ours int8": deepcopy(ours)}
-    quantize_int8(models["ours int8"])
+    quantize_linears(models["ours int8"], 8)
     return models
 
 
