@@ -38,8 +38,8 @@ from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
 from benchmarks.files import checksum, first_existing, read_answers, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Mark, Score, Task, mean, paired_test, published_columns
-from common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, find_model, hold_folder, read_json,
-                    read_jsonl, run_command, torch_dtype, visible, write_whole)
+from common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, faster_dtype, find_model, hold_folder,
+                    read_json, read_jsonl, run_command, torch_dtype, visible, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
@@ -158,7 +158,7 @@ class LoadedModel(NamedTuple):
 def load(folder: Path, args: Namespace) -> LoadedModel:
     from data import eot_id, load_tokenizer
     from load_weights import load_model
-    model = load_model(folder, torch_dtype(args.dtype), args.device)
+    model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
     tok = load_tokenizer(folder)
     return LoadedModel(model, tok, eot_id(tok))
 
@@ -201,8 +201,11 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
     for example in data.examples:
         picture = example.image.name if isinstance(example.image, Path) else example.image is not None
         questions.append([example.question_id, example.prompt, picture])
+    arithmetic = {"dtype": args.dtype}
+    if args.bits < 16:
+        arithmetic["bits"] = args.bits
     return {**question_settings(data, args), "model": fingerprint, "reference": reference, "image_mode": image_mode,
-            "dtype": args.dtype, "max_new_tokens": data.task.max_new_tokens,
+            **arithmetic, "max_new_tokens": data.task.max_new_tokens,
             "questions": checksum(to_json(questions).encode())}
 
 
@@ -523,6 +526,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
         help="model: as it was trained; paper: as the published scores were made, which is pad except for "
              + ", ".join(special))
+    add("--bits", type=int, choices=(4, 8, 16), default=16, help="of a weight; 16: as --dtype says")
     add("--dtype", type=dtype_name, help="fp32 or bf16; None: bf16 on a GPU, fp32 on a CPU")
     add("--device", help="cpu or cuda; None: cuda where there is one")
     add("--batch", type=int, default=16, help="questions answered at a time")
@@ -599,6 +603,11 @@ def choose_arithmetic(args: Namespace) -> None:
     args.device = choose_device(args.device)
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.dtype is None and args.device == "cpu":
+        args.dtype = "fp32"
+        hint = faster_dtype("fp32")
+        if hint:
+            print(f"{hint}, but the batch size could then change an answer", file=sys.stderr)
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
 
 

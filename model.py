@@ -55,7 +55,6 @@ class LLaVAConfig:                  # defaults: LLaVA-Phi
     image_mode: str = "pad"         # how this model saw its pictures: "pad" to a square, "crop" the centre, or "squash"
 
 
-LLAVA_PHI = LLaVAConfig()
 MIPHA = LLaVAConfig(vision=SIGLIP_SO400M_384)
 
 # ---------------------------------------------------------------------------------------------------

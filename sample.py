@@ -6,7 +6,7 @@ $ python sample.py --image a.jpg b.jpg --prompt "What is this?" --json   # each 
 $ cat x.jpg | python sample.py --image - --prompt "What is this?"
 $ python sample.py --prompt "Who wrote Faust?"                           # no picture
 $ python sample.py --serve                                               # a page, and an API as OpenAI's: serve/
-$ python sample.py --bench --int8
+$ python sample.py --bench --bits 8
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, run_command, torch_dtype,
+from common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, run_command, time_dtypes, torch_dtype,
                     without_control)
 from data import encode_prompt, eot_id, expand, load_image, load_tokenizer, mean_color
 
@@ -398,22 +398,31 @@ def free_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, int8: bool) -> str:
-    """The dtype that was asked for, else the one that suits the device: bf16 on a GPU, fp32 on a CPU if it fits.
+def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int) -> tuple[str, str]:
+    """The dtype that was asked for, else the one that suits the device -> its name, and what to say about it.
 
-    Many CPUs have no bf16 arithmetic and emulate it slowly. int8 weights fit anywhere, and keep the rest in fp32.
+    On a GPU that is bf16. On a CPU it is the faster one of those that fit into memory, by a short measurement. 8-bit
+    weights fit anywhere, and a CPU that is fast with them keeps the rest in fp32. So does a small model: it is fast
+    enough in any dtype, and fp32 gives the same text on every machine.
     """
     import torch
 
     from model import LLaVAPhi
     if asked:
-        return asked
+        return asked, f"{device} in {asked}"
     if device != "cpu":
-        return "bf16"
+        return "bf16", f"{device} in bf16"
     with torch.device("meta"):                          # shapes without memory, only to count the parameters
         n_parameters = sum(p.numel() for p in LLaVAPhi(config).parameters())
-    need = 4.4 * n_parameters                           # four bytes each, and a tenth for activations and the cache
-    return "fp32" if int8 or need < free_memory() else "bf16"
+    if bits == 8 or n_parameters < 100e6:
+        return "fp32", "cpu in fp32"
+    need = 1.1 * bits / 8 * n_parameters                # with a tenth for activations and the cache
+    if bits == 16 and 2 * need > free_memory():         # two bytes each are bf16, four are fp32
+        return "bf16", "cpu in bf16, since fp32 does not fit into memory"
+    seconds = time_dtypes()
+    best = min(seconds, key=seconds.get)
+    other = max(seconds, key=seconds.get)
+    return best, f"cpu, {best}: {seconds[other] / seconds[best]:.1f} times {other} here"
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -432,9 +441,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens with this probability in total")
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", type=dtype_name, metavar="{fp32,bf16}",
-        help="none: bf16 on a GPU, fp32 on a CPU if it fits into memory, else bf16")
+        help="none: bf16 on a GPU; on a CPU the faster one of those that fit into memory, by a short measurement")
     add("--device", help="cpu, cuda or mps; none: the best there is")
-    add("--int8", action=BooleanOptionalAction, default=False, help="weights in 8 bits, a quarter of the memory")
+    add("--bits", type=int, choices=(4, 8, 16), default=16,
+        help="of a weight: 8 take half of bf16's memory, 4 a quarter; 16: as --dtype says")
+    add("--int8", action=BooleanOptionalAction, default=False, help="the same as --bits 8")
     add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
     add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
     add("--verbose", action=BooleanOptionalAction, default=False,
@@ -448,6 +459,10 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
+    if args.int8 and args.bits == 4:
+        parser.error("--int8 is --bits 8, and --bits 4 was given as well: choose one")
+    if args.int8:
+        args.bits = 8
     if not 0 <= args.temperature < math.inf:
         parser.error(f"--temperature {args.temperature}: expected a number from 0")
     if args.top_k < 0:
@@ -485,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     config = load_config(folder)
     tok = load_tokenizer(folder)
-    dtype = choose_dtype(args.dtype, config, device, args.int8)
+    dtype, where = choose_dtype(args.dtype, config, device, args.bits)
 
     # Everything that can be wrong with the question is looked at before the weights, which take a while to load.
     if args.prompt == "-":
@@ -494,8 +509,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.prompt is not None:
         encode_chat(config, tok, [args.prompt], images[0])
 
-    print_note(f"{folder} on {device} in {'int8 and ' if args.int8 else ''}{dtype}")
-    model = load_model(folder, torch_dtype(dtype), device, args.int8)
+    weights = f", weights in int{args.bits}" if args.bits < 16 else ""
+    print_note(f"{folder} on {where}{weights}")
+    model = load_model(folder, torch_dtype(dtype), device, bits=args.bits)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import sample
 from common import without_control
 from data import load_tokenizer
-from load_weights import load_model
+from load_weights import load_config, load_model
+from model import LLaVAConfig
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests/golden/tiny-llava-phi"
@@ -236,3 +238,47 @@ def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, model, t
     turns = ["What is this?", names["text"], "Why do you think so?"]
     [last] = ["".join(pieces) for pieces in zip(*sample.answer(model, tok, [turns], [cat]))]
     assert capsys.readouterr().out == last
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which arithmetic
+
+
+@pytest.mark.parametrize("bf16_takes, bits, expected", [
+    (0.5, 16, ("bf16", "cpu, bf16: 2.0 times fp32 here")),
+    (4.0, 16, ("fp32", "cpu, fp32: 4.0 times bf16 here")),
+    (0.5, 4, ("bf16", "cpu, bf16: 2.0 times fp32 here")),
+    (0.5, 8, ("fp32", "cpu in fp32")),                      # its products are in int8 anyway
+])
+def test_the_faster_dtype_is_measured(monkeypatch, bf16_takes, bits, expected):
+    monkeypatch.setattr(sample, "time_dtypes", lambda: {"fp32": 1.0, "bf16": bf16_takes})
+    monkeypatch.setattr(sample, "free_memory", lambda: 16e9)
+    assert sample.choose_dtype(None, LLaVAConfig(), "cpu", bits) == expected
+    assert sample.choose_dtype("fp32", LLaVAConfig(), "cpu", bits) == ("fp32", "cpu in fp32")
+    assert sample.choose_dtype(None, LLaVAConfig(), "cuda", bits)[0] == "bf16"
+
+
+def test_memory_and_size_come_before_speed(monkeypatch):
+    """What does not fit is no candidate; a small model is fast anyway, and says the same on every machine in fp32."""
+    monkeypatch.setattr(sample, "time_dtypes", lambda: {"fp32": 1.0, "bf16": 4.0})
+    monkeypatch.setattr(sample, "free_memory", lambda: 8e9)
+    assert sample.choose_dtype(None, LLaVAConfig(), "cpu", 16)[0] == "bf16"
+    monkeypatch.setattr(sample, "time_dtypes", lambda: pytest.fail("measured for a small model"))
+    assert sample.choose_dtype(None, load_config(MODEL), "cpu", 16) == ("fp32", "cpu in fp32")
+
+
+def test_both_dtypes_are_measured(monkeypatch):
+    threads = torch.get_num_threads()
+    seconds = common.time_dtypes()
+    assert seconds.keys() == {"fp32", "bf16"} and min(seconds.values()) > 0 and torch.get_num_threads() == threads
+    monkeypatch.setattr(common, "time_dtypes", lambda: {"fp32": 3.0, "bf16": 1.0})
+    assert common.faster_dtype("bf16") == ""
+    assert common.faster_dtype("fp32") == "cpu, fp32: --dtype bf16 would be 3.0 times as fast here"
+
+
+def test_bits_are_refused_in_one_line():
+    done = run("--model", MODEL, "--prompt", "Who?", "--bits", 4)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: 4 bits")
+    assert "take 8 bits" in done.stderr and "Traceback" not in done.stderr
+    done = run("--prompt", "Who?", "--bits", 4, "--int8")
+    assert done.returncode == 2 and "--int8 is --bits 8" in done.stderr
