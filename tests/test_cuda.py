@@ -152,6 +152,7 @@ def test_varlen_attention_equals_the_loop(name, device, monkeypatch):
 @pytest.mark.parametrize("which", ["one", "two"])
 def test_greedy_text_of_the_goldens(which, device):
     golden = load_file(GOLDEN / "forward.safetensors")
+    # Its heads have 20 channels, so this is the loop on a GPU, too, and decoding with a graph.
     model = load_model(GOLDEN / "tiny-llava-phi", torch.float32, device)
     prompt = expanded(json.loads((GOLDEN / "text.json").read_text())["prompts"][which]["input_ids_tiny"])
     images = to_uint8(golden["llava.pixel_values"])
@@ -164,6 +165,7 @@ def test_greedy_text_of_the_goldens(which, device):
 
 
 def ragged(rng: random.Random) -> tuple[list, list]:
+    """16 prompts with no, one or two pictures; twelve of them are questions about one picture, which share a prefix."""
     head, images = draw_prompt(rng, 1)
     batch = [draw_prompt(rng, n) for n in (0, 1, 2, 1)] + [(head + draw_words(rng, n), images) for n in range(1, 13)]
     return [prompt for prompt, _ in batch], [pictures for _, pictures in batch]
@@ -176,6 +178,7 @@ def test_batch_1_and_batch_16_give_the_same_answers_in_fp32(wide, device):
     together = fast(model, prompts, pictures, 12)
     alone = [fast(model, [prompt], [images], 12)[0] for prompt, images in zip(prompts, pictures)]
     assert together == alone
+    # A list that is handed on: each prompt finds there what the one before it has computed.
     memory = []
     remembered = [fast(model, [prompt], [images], 12, memory=memory)[0] for prompt, images in zip(prompts, pictures)]
     assert remembered == alone
@@ -275,6 +278,9 @@ def whole(p: Tensor) -> Tensor:
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
+# The gradients of both micro-batches are clipped together, as the step's are.
+
+
 def plain_step(wide: LLaVAPhi, cfg: train.TrainConfig, device: torch.device) -> tuple[float, list[Tensor]]:
     """The same step without any of train.py: masters in fp32, a copy in the compute dtype, gradients summed in fp32."""
     masters = [p.detach().clone().to(device) for p in wide.parameters()]
@@ -344,6 +350,7 @@ def test_compiled_training_equals_eager(wide, device, group, recompute, monkeypa
     if device.type == "cpu":
         # Traced, and then run as it is: a C++ compiler would take most of a minute.
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # Each side has a model of its own, so that neither finds the other's compiled code or optimizer.
     results = []
     for compiled in (False, True):
         model, step = prepared(wide, settings("--dtype", "bf16"), group, device)
@@ -374,6 +381,22 @@ def test_a_run_stopped_and_resumed_goes_on_where_it_was(data, device, tmp_path):
         torch.testing.assert_close(x[name], y[name], atol=2e-3, rtol=1e-2)
 
 
+OUT_OF_MEMORY = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.52 GiB of which "
+                 "1.10 GiB is free. Including non-PyTorch memory, this process has 22.40 GiB memory in use.")
+
+
+def test_out_of_memory_is_told_with_what_was_asked_and_what_is_free(device, group):
+    """From the message that this very PyTorch writes: its wording is all there is to read the numbers from."""
+    message = OUT_OF_MEMORY
+    if device.type == "cuda":
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            torch.empty(2 ** 45, dtype=torch.uint8, device=device)
+        message = str(error.value)
+    line = train.out_of_memory(message, settings("--recompute", "none"))
+    for part in ("Tried to allocate", "total capacity of", "is free", "--micro-tokens", "--recompute full"):
+        assert part in line
+
+
 LARGE = LLaVAConfig(llm=PhiConfig(n_layer=6), vision=VisionConfig(n_layer=6))       # a fifth of the published model
 
 
@@ -383,6 +406,7 @@ def test_peak_memory_is_what_the_plan_says(stage, recompute, device, group, monk
 
     So the batch here is near that: 4,096 tokens supervised, and as many pictures as the other half takes.
     """
+    # On a CPU there is no allocator to ask for its peak; the walk through the test is all that remains.
     on_gpu = device.type == "cuda"
     config, tokens = (LARGE, 8192) if on_gpu else (LONG, 256)
     cfg = settings("--stage", stage, "--recompute", recompute, "--micro-tokens", str(tokens))
@@ -405,6 +429,7 @@ def test_peak_memory_is_what_the_plan_says(stage, recompute, device, group, monk
 
 
 def zero_all(model: LLaVAPhi) -> None:
+    """In place of reading weights: memory does not depend on them, and the published model is not here."""
     with torch.no_grad():
         for p in model.parameters():
             (p.to_local() if hasattr(p, "to_local") else p).zero_()

@@ -22,12 +22,16 @@ def fake():
 
 @pytest.fixture
 def model(fake) -> LLaVAPhi:
+    """In bf16 from the start: fake parameters cannot be cast in place."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
             return LLaVAPhi(LLaVAConfig())
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+# Ids, positions, rows: what they are does not matter here, since nothing is computed.
 
 
 def numbers(n: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -70,6 +74,7 @@ def test_prefill_with_and_without_a_prefix_then_a_step(model, batch):
     assert h.shape == (batch * 640, 2560)
     behind = torch.empty(batch * 40, 2560, dtype=torch.bfloat16, device="cuda")
     assert model.llm(behind, layout(40, batch, past=600), cache).shape == behind.shape
+    # 640 tokens and the new one: the third bucket of 256 positions is the last that the step reads.
     cache.lengths = [640] * batch
     assert DecodeLayout(cache).mask.shape == (batch, 1, 1, 768)
     logits = model.step(numbers(batch), cache)

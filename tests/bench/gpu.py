@@ -123,6 +123,8 @@ class Bench:
         self.write()
 
     def write(self) -> None:
+        # Without forcing the files to the disk: a process that is killed loses nothing that it has written, and the
+        # minutes are for the GPU.
         results = {"machine": self.machine, "parts": self.rows, "notes": self.notes}
         self.args.out.mkdir(parents=True, exist_ok=True)
         (self.args.out / "gpu.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -131,12 +133,19 @@ class Bench:
 
 def describe_machine(bench: Bench) -> dict:
     """What a number needs beside it to mean something, and what this very GPU can do at most."""
-    machine = {"date": date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version(),
-               "dry": bench.dry}
+    machine = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dry": bench.dry,
+    }
     if bench.dry:
         return machine | {"device": "cpu"}
     properties = torch.cuda.get_device_properties(0)
-    machine |= {"device": properties.name, "memory_gb": properties.total_memory / 1e9, "cuda": torch.version.cuda}
+    machine["device"] = properties.name
+    machine["memory_gb"] = properties.total_memory / 1e9
+    machine["cuda"] = torch.version.cuda
+    # Random numbers: on zeros a GPU draws less power and clocks higher, which no real work does.
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     machine["matmul_tflops"] = 2 * 8192 ** 3 / seconds_of(lambda: a @ a, bench) / 1e12
     source = torch.zeros(2 ** 30, device="cuda")
@@ -146,7 +155,10 @@ def describe_machine(bench: Bench) -> dict:
 
 
 def seconds_of(work: Callable[[], object], bench: Bench, repeats: int = 10, warmups: int = 3) -> float:
-    """Median time of a piece of work, with the queue of the device empty before and after each."""
+    """Median time of a piece of work, with the queue of the device empty before and after each.
+
+    The host's clock is enough: everything that is measured here takes milliseconds.
+    """
     if bench.dry:
         repeats, warmups = 1, 0
     times = []
@@ -168,15 +180,22 @@ def show(value: object) -> str:
 
 def markdown(results: dict) -> str:
     """One table a part; its columns are the keys of its rows, in the order in which they first come."""
-    text = ["# Speed on one GPU", "", ", ".join(f"{k} {show(v)}" for k, v in results["machine"].items()), ""]
+    machine = [f"{key} {show(value)}" for key, value in results["machine"].items()]
+    text = ["# Speed on one GPU", "", ", ".join(machine), ""]
     for part, rows in results["parts"].items():
+        # A dict keeps the order of its keys and drops those that are there already.
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        text += [f"## Part {part}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        text.append(f"## Part {part}\n")
+        text.append("| " + " | ".join(columns) + " |")
+        text.append("|" + "---|" * len(columns))
         for row in rows:
-            text.append("| " + " | ".join(show(row.get(key, "")) for key in columns) + " |")
+            cells = [show(row.get(key, "")) for key in columns]
+            text.append("| " + " | ".join(cells) + " |")
         text.append("")
-    text += ["## Notes", "", *(f"- {note}" for note in results["notes"]), ""]
-    return "\n".join(text)
+    text.append("## Notes\n")
+    for note in results["notes"]:
+        text.append(f"- {note}")
+    return "\n".join(text) + "\n"
 
 
 def free(bench: Bench) -> None:
@@ -194,7 +213,8 @@ def attempt(bench: Bench, part: str, row: dict, work: Callable[[], dict]) -> dic
     except torch.OutOfMemoryError:
         done = row | {"failed": "out of memory"}
     except Exception as e:                      # whatever it is: the other configurations are worth their minutes
-        done = row | {"failed": f"{type(e).__name__}: {str(e).strip().splitlines()[:1]}"[:160]}
+        reason = (str(e).strip().splitlines() or [""])[0]
+        done = row | {"failed": f"{type(e).__name__}: {reason[:160]}"}
     bench.add(part, done)
     return None if "failed" in done else done
 
@@ -219,7 +239,10 @@ CAPTION = 21                                    # words of a stage-1 sample behi
 
 
 class Draw:
-    """Samples of either stage, one after the other, the same for every configuration."""
+    """Samples of either stage, one after the other, the same for every configuration.
+
+    The words and the one picture are random. No kernel's time depends on what they are, only on how many there are.
+    """
 
     def __init__(self, bench: Bench, stage: str):
         self.config, self.stage = bench.config, stage
@@ -230,15 +253,17 @@ class Draw:
         self.shares = counts / counts.sum()
 
     def sample(self, most: int) -> Sample:
-        """A sample of at most so many tokens. Its words are random: no kernel's time depends on them."""
+        """The next sample, of at most so many tokens."""
         text, share, with_image = CAPTION, 1.0, True
         if self.stage == "finetune":
             source = list(MIX.values())[self.random.choice(len(MIX), p=self.shares)]
             _, mean, spread, with_image, share = source
+            # Log-normal with the mean that the table gives.
             text = int(self.random.lognormal(np.log(mean) - spread ** 2 / 2, spread))
         patches = self.config.vision.n_patches if with_image else 0
         if patches > most - 2:                  # no room for a picture: the end of a micro-batch
             patches, with_image = 0, False
+        # Longer ones are cut, as in training. One word to be seen and one to be predicted is the least.
         text = max(2, min(text, self.config.llm.block_size - patches, most - patches))
         # The last id is left out: it stands for a patch in the comparison with transformers.
         ids = [IMAGE_ID] * patches + self.random.integers(1, self.config.llm.vocab_size - 1, text).tolist()
@@ -306,18 +331,25 @@ class Trainer:
         self.model.vision.recompute = recompute != "none"
 
     def drop(self) -> None:
-        """After a failure in the middle of a pass, FSDP's state cannot be trusted."""
+        """Make room. Also after a failure: a backward pass that broke off leaves gradients behind, and maybe worse."""
         self.model = self.optimizer = None
         free(self.bench)
 
     def step(self, batches: list) -> Callable[[], object]:
-        """A step of train.py on these micro-batches, ready to be called again and again."""
+        """A step of train.py on these micro-batches, ready to be called again and again.
+
+        The learning rate is the recipe's peak. With random words and a fresh optimizer the loss means nothing, but it
+        stays finite, and a step whose gradient is not finite would skip the optimizer and be too fast.
+        """
         if self.bench.device.type == "cuda":                # as the loader hands them over
             batches = [type(batch)(*(x.pin_memory() for x in batch)) for batch in batches]
         step = Step(0, [], batches)
         supervised = sum(len(batch.targets) for batch in batches)
         return partial(train.train_step, self.model, self.optimizer, step, self.cfg, supervised, 1.0,
                        self.bench.device)
+
+
+# FLOPs are train.py's count, the same that its own MFU is from.
 
 
 def flops_of(bench: Bench, trainer: Trainer, samples: list[Sample]) -> float:
@@ -333,25 +365,40 @@ def measure_step(bench: Bench, trainer: Trainer, samples: list[Sample], budget: 
 
     The first step is apart: it makes AdamW's moments, and compiles. Peak memory is that of the steps behind it.
     """
-    batches = []
-    waiting = list(samples)
-    while waiting:
-        taken = [waiting.pop(0)]
-        while waiting and sum(len(s.ids) for s in taken) + len(waiting[0].ids) <= budget:
-            taken.append(waiting.pop(0))
-        batches.append(collate(taken, bench.config.vision.image_size))
-    step = trainer.step(batches)
+    step = trainer.step(micro_batches(bench, samples, budget))
     first = seconds_of(step, bench, repeats=1, warmups=0)
-    free(bench)
+    free(bench)                                 # forget the first step's peak, with all that the compiler needed
     seconds = seconds_of(step, bench, repeats, warmups=1)
-    flops = flops_of(bench, trainer, samples)
+    rate = flops_of(bench, trainer, samples) / seconds
     tokens = sum(len(s.ids) for s in samples)
-    result = {"samples": len(samples), "tokens": tokens, "step_ms": 1e3 * seconds, "tokens_per_s": tokens / seconds,
-              "mfu_989_%": 100 * flops / seconds / DATASHEET, "mfu_790_%": 100 * flops / seconds / MATMUL,
-              "first_step_s": first}
+    result = {
+        "samples": len(samples),
+        "tokens": tokens,
+        "step_ms": 1e3 * seconds,
+        "tokens_per_s": tokens / seconds,       # there is no padding, so all of them count
+        "mfu_989_%": 100 * rate / DATASHEET,
+        "mfu_790_%": 100 * rate / MATMUL,
+        "first_step_s": first,
+    }
     if bench.device.type == "cuda":
         result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return result
+
+
+def micro_batches(bench: Bench, samples: list[Sample], budget: int) -> list:
+    """Fill one micro-batch after the other.
+
+    train.py's own planner evens them out as well, which for one process changes little.
+    """
+    filled = [[]]
+    room = budget
+    for sample in samples:
+        if len(sample.ids) > room and filled[-1]:
+            filled.append([])
+            room = budget
+        filled[-1].append(sample)
+        room -= len(sample.ids)
+    return [collate(chosen, bench.config.vision.image_size) for chosen in filled]
 
 
 def planned_gb(trainer: Trainer, recompute: str, tokens: int) -> float:
@@ -371,10 +418,11 @@ def configurations(bench: Bench) -> Iterator[tuple[bool, str, int]]:
 
 def part_a(bench: Bench, trainers: dict[str, Trainer]) -> None:
     """The grid with one micro-batch a step, so with AdamW after each; then the recipe's step at its best point."""
+    # A quarter of the time is kept for the recipe's own steps, which are the numbers that are quoted.
     grid_ends = bench.deadline - 0.25 * (bench.deadline - time.perf_counter())
     best: dict[str, dict] = {}
     left_out = 0
-    # Two models of full size do not fit beside each other with everything that training adds to them.
+    # One stage after the other: two models do not fit beside each other with all that training adds to them.
     for stage, trainer in trainers.items():
         stage_ends = time.perf_counter() + (grid_ends - time.perf_counter()) / (2 if stage == "finetune" else 1)
         for compiled, recompute, tokens in configurations(bench):
@@ -400,6 +448,7 @@ def part_a(bench: Bench, trainers: dict[str, Trainer]) -> None:
 def measure_grid_point(bench: Bench, trainer: Trainer, row: dict) -> dict:
     trainer.prepare(row["mode"] == "compile", row["recompute"])
     planned = planned_gb(trainer, row["recompute"], row["budget"])
+    # The plan may be wrong by some per cent, and whether it is, is worth finding out; beyond that it saves the time.
     if planned > 1.15 * bench.machine.get("memory_gb", planned):
         return {"plan_gb": planned, "failed": "left out: the plan says that it does not fit"}
     samples = Draw(bench, trainer.stage).samples(row["budget"])
@@ -450,6 +499,7 @@ def part_b(bench: Bench, trainer: Trainer, best: dict) -> dict:
         step()
         bench.sync()
         wall = 1e3 * (time.perf_counter() - start)
+    # Everything runs in one stream, so kernels do not overlap and their times can be added up.
     times = dict.fromkeys([*FAMILIES, "elementwise and norms"], 0.0)
     slowest: dict[str, float] = {}
     for event in prof.events():
@@ -496,15 +546,23 @@ def decode(bench: Bench, model: LLaVAPhi, batch: int, captured: bool) -> dict:
         for _ in model.generate(prompts, pictures, max_new_tokens=n, eos_id=-1, fast=captured):
             ends.append(time.perf_counter() - start)
     token = statistics.median(b - a for a, b in zip(ends, ends[1:]))
+    # What a step has to read: every weight but the embedding's other rows, and the keys and values so far.
     llm = bench.config.llm
     weights = sum(p.numel() for p in model.llm.parameters()) - model.llm.wte.weight.numel()
-    cached = 2 * llm.n_layer * llm.n_embd * batch * (len(prompts[0]) + n // 2)
+    mean_length = len(prompts[0]) + n // 2
+    cached = 2 * llm.n_layer * llm.n_embd * batch * mean_length
     moved = bench.dtype.itemsize * (weights + cached)
-    return {"first_token_ms": 1e3 * ends[0], "token_ms": 1e3 * token, "tokens_per_s": batch / token,
-            "tokens_per_s_with_start": batch * n / ends[-1], "bandwidth_%": 100 * moved / token / BANDWIDTH}
+    return {
+        "first_token_ms": 1e3 * ends[0],
+        "token_ms": 1e3 * token,
+        "tokens_per_s": batch / token,
+        "tokens_per_s_with_start": batch * n / ends[-1],
+        "bandwidth_%": 100 * moved / token / BANDWIDTH,
+    }
 
 
 def part_c(bench: Bench, model: LLaVAPhi) -> None:
+    # Captured first: it is what a user of --compile gets, and the eager numbers are only there to compare.
     for batch in (1, 16, 64):
         for captured in (True, False):
             if not bench.has_time(8):
@@ -524,6 +582,7 @@ def answer_all(bench: Bench, model: LLaVAPhi, prompts: list, pictures: list, bat
 
 
 def rate(bench: Bench, model: LLaVAPhi, n: int, a_picture: int, batch: int, fast: bool) -> dict:
+    """Questions that are all there from the start, answered `batch` at a time."""
     prompts, pictures = questions(bench, n, a_picture)
     answer_all(bench, model, prompts[:batch], pictures[:batch], batch, fast)       # warm-up
     seconds = seconds_of(lambda: answer_all(bench, model, prompts, pictures, batch, fast), bench, 1, 0)
@@ -531,6 +590,7 @@ def rate(bench: Bench, model: LLaVAPhi, n: int, a_picture: int, batch: int, fast
 
 
 def part_d(bench: Bench, model: LLaVAPhi) -> None:
+    # What 16 questions have in common, everything up to the end of the picture, is computed once for all of them.
     n = 8 if bench.dry else 512
     batch = 4 if bench.dry else 64
     for name, count, a_picture, size, fast in (
@@ -550,6 +610,7 @@ def part_d(bench: Bench, model: LLaVAPhi) -> None:
 
 
 def peer_config(config: LLaVAConfig):
+    """The same shapes in transformers' words. It builds all 24 layers of the tower and runs them; we stop at 23."""
     from transformers import CLIPVisionConfig, LlavaConfig, PhiConfig as TheirPhiConfig
     llm, vision = config.llm, config.vision
     text = TheirPhiConfig(
@@ -585,7 +646,7 @@ def padded(bench: Bench, samples: list[Sample]) -> dict[str, Tensor]:
     ids[ids == IMAGE_ID] = bench.config.llm.vocab_size - 1
     images = [s.image for s in samples if s.image is not None]
     batch = {"input_ids": ids, "labels": labels}
-    if images:
+    if images:                                  # their processor has normalised these before the clock starts
         batch["pixel_values"] = (torch.stack(images).float() / 127.5 - 1).to(bench.dtype)
     return {name: x.to(bench.device) for name, x in batch.items()}
 
@@ -629,6 +690,7 @@ def peer_generate(bench: Bench, model: nn.Module, batch: int, n: int) -> dict:
         with torch.inference_mode():
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,
                            max_new_tokens=tokens, min_new_tokens=tokens)
+    # Their generate() has no stream of columns to put a clock to.
     one = seconds_of(partial(generate, 1), bench, repeats=2, warmups=1)
     many = seconds_of(partial(generate, n), bench, repeats=1, warmups=0)
     token = (many - one) / (n - 1)
@@ -664,11 +726,12 @@ def part_e(bench: Bench, _) -> None:
 
 
 def write_model(bench: Bench, folder: Path) -> int:
-    """Random weights in the saved format -> their bytes."""
+    """A model in the saved format, without its tokenizer -> its bytes."""
     tensors = {}
     for name, (rows, *rest) in blueprint(bench.config).items():
         pieces = to_saved(name)                 # q, k and v are saved apart
         for piece in pieces:
+            # Zeros: what the numbers are changes nothing about how fast they are read.
             tensors[piece] = torch.zeros(rows // len(pieces), *rest, dtype=bench.dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     text = phi_json(bench.config.llm, 0, "bfloat16")
@@ -738,7 +801,7 @@ def run_part(bench: Bench, part: str, work: Callable[[], None]) -> None:
     later = sum(SHARES[name] for name in bench.args.parts if order.index(name) > order.index(part))
     total = later + SHARES[part]
     left = 60 * bench.args.minutes - bench.spent()
-    if left < 10 and not bench.dry:
+    if left < 20 and not bench.dry:             # the shortest part, loading, takes about as long
         bench.note(f"part {part} left out, the time was up")
         return
     bench.deadline = time.perf_counter() + left * SHARES[part] / total
@@ -750,6 +813,7 @@ def run_part(bench: Bench, part: str, work: Callable[[], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The parts, one after the other, each with a model of its own: two would not fit beside what training needs."""
     args = parse(argv)
     if not args.dry and not torch.cuda.is_available():
         raise ValueError("no CUDA GPU here; --dry walks through the parts on a CPU")
