@@ -212,21 +212,28 @@ def test_sampling_is_repeatable(wide, device):
     assert draw(0, False) == draw(0, True) != draw(1, False)
 
 
-def test_int8_is_close_to_fp32(wide, device, dtype):
-    """Weight-only on a GPU, weights and activations on a CPU. So narrow a model averages little of the rounding out."""
+@pytest.mark.parametrize("bits, bound", [(8, 0.09), (4, 0.4)])
+def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
+    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another order.
+
+    So narrow a model averages little of the rounding out.
+    """
+    if bits == 4 and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("4 bits need an Ampere GPU or a later one")
     prompts, pictures = ragged(random.Random(2))
 
     def logits(model: LLaVAPhi) -> Tensor:
         with torch.inference_mode():
             return model.prefill(prompts, pictures, model.new_cache(len(prompts), 64))
-    expected = logits(copy.deepcopy(wide))
-    quantized = copy.deepcopy(wide)
-    quantize_linears(quantized, 8)
-    for module in quantized.modules():                      # the type of everything that is not in 8 bits
-        for p in module.parameters(recurse=False):
-            if p.dtype == torch.float32:
-                p.data = p.data.to(dtype)
-    assert relative(logits(quantized.to(device)), expected) < (0.06 if dtype == torch.float32 else 0.09)
+
+    def quantized(device: torch.device) -> LLaVAPhi:
+        model = copy.deepcopy(wide).to(device, dtype)
+        model_file.quantize_linears(model, bits)
+        return model
+    got = logits(quantized(device))
+    assert relative(got, logits(wide)) < bound
+    assert relative(got, logits(quantized(torch.device("cpu")))) < 0.09
+
 
 # ---------------------------------------------------------------------------------------------------
 # Training

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import DecodeLayout, Layout, LLaVAConfig, LLaVAPhi, cross_entropy_sum
+from model import DecodeLayout, Int4Linear, Int8Linear, Layout, LLaVAConfig, LLaVAPhi, cross_entropy_sum
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
 P = LLaVAConfig().vision.n_patches
@@ -79,3 +79,12 @@ def test_prefill_with_and_without_a_prefix_then_a_step(model, batch):
     assert DecodeLayout(cache).mask.shape == (batch, 1, 1, 768)
     logits = model.step(numbers(batch), cache)
     assert logits.shape == (batch, 51200) and logits.dtype == torch.float32 and logits.is_cuda
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("n_in, n_out", [(2560, 7680), (10240, 2560), (2560, 51200)])
+def test_quantised_products_take_the_published_widths(fake, kind, n_in, n_out):
+    linear = kind(torch.nn.Linear(n_in, n_out, device="cuda", dtype=torch.bfloat16)).eval()
+    for rows in (1, 640):
+        y = linear(torch.empty(rows, n_in, dtype=torch.bfloat16, device="cuda"))
+        assert y.shape == (rows, n_out) and y.dtype == torch.bfloat16 and y.is_cuda
