@@ -112,10 +112,10 @@ class TrainConfig:
 def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, dict]:
     """-> the settings of a run, and what is asked for instead of training (plot, plan). ValueError: a bad flag."""
     # The defaults depend on stage and recipe, so these two flags are looked for first.
-    row = Parser(add_help=False)
-    row.add_argument("--stage", default="pretrain")
-    row.add_argument("--recipe", default="llava-phi")
-    row = row.parse_known_args(argv)[0]
+    row_parser = Parser(add_help=False)
+    row_parser.add_argument("--stage", default="pretrain")
+    row_parser.add_argument("--recipe", default="llava-phi")
+    row = row_parser.parse_known_args(argv)[0]
     defaults = RECIPES.get(row.recipe, {}).get(row.stage)
     if defaults is None and row.recipe == "mipha" and row.stage == "sft":
         raise ValueError("--recipe mipha has no --stage sft: start from Phi-2 as it is published")
@@ -209,8 +209,8 @@ def setup() -> tuple[DeviceMesh, torch.device]:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give torchrun "
-                             "one for each (--nproc_per_node)")
+            raise ValueError(f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+                             "torchrun one for each (--nproc_per_node)")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between the hosts do not wait for the GPUs' queues
@@ -947,7 +947,8 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
     tower = count(model.vision.parameters()) if "vision" in parts else 0
     root = trained - tower - block * llm.n_layer
     if shards == 1:
-        gathered, waiting = trained, 0                      # the compute copies beside the masters
+        gathered = 0 if cfg.dtype == "fp32" else trained    # the compute weights beside their masters
+        waiting = 0
     else:
         one_unit = max(root, tower, block)
         gathered = root + tower + 2 * block if gather == "none" else trained    # one block in use, the next on its way
@@ -1191,8 +1192,10 @@ def main(argv: list[str] | None = None) -> None:
         # Gloo and NCCL have no exception of their own for this. Whoever died first has said why, or torchrun will.
         if dist.get_world_size() == 1 or not is_lost_connection(str(e)):
             raise
-        raise OSError(f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()} lost another "
-                      f"one ({str(e).splitlines()[0][:200]}); start again to go on from the newest checkpoint") from None
+        process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
+        reason = str(e).splitlines()[0][:200]
+        raise OSError(f"{process} lost another one ({reason}); "
+                      "start again to go on from the newest checkpoint") from None
     finally:
         dist.destroy_process_group()
 

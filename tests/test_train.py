@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import train
+from bench.plan import measure, planned
 from checkpoint import problem_with
 from common import LOCK
 from conftest import ROOT
@@ -487,6 +488,23 @@ def test_the_memory_plan_counts_what_forward_really_keeps(mode, learn):
         return [(text, decoder.bytes()), (pictures, tower.bytes())]
     for (planned, found), (planned_more, found_more) in zip(plan_and_truth(2), plan_and_truth(4)):
         assert found_more - found == pytest.approx(planned_more - planned, rel=0.1, abs=1)
+
+
+@pytest.mark.parametrize("gpus, learn, gather", [
+    (1, "projector,llm,vision", "none"), (4, "projector,llm,vision", "none"), (4, "projector,llm,vision", "both"),
+    (4, "projector", "none"),
+])
+def test_the_memory_plan_is_what_a_tracker_counts(gpus, learn, gather):
+    """Weights, moments, gradients and activations of whole steps, on fake tensors. tests/bench/plan.py: full size.
+
+    The plan adds up what each kind needs at most, and not all do at the same moment: it may be above, not below.
+    """
+    config = LLaVAConfig(PhiConfig(512, 512, 6, 8, 256, 1024, 16, dropout=0.0),
+                         VisionConfig(224, 14, 7, 8, 256, 1024))
+    cfg = train.parse_args(["--recompute", "none", "--gather", gather])[0]
+    cfg = dataclasses.replace(cfg, train=learn, micro_tokens=8 * 300)
+    counted, _ = measure(cfg, config, gpus, samples=8, length=300, supervised=44)       # 256 of the 300 are a picture
+    assert 0.92 * counted < planned(cfg, config, gpus, 8 * 300) < 1.25 * counted
 
 
 def test_recompute_is_chosen_by_the_memory_there_is():
