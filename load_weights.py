@@ -858,7 +858,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     # Before memory is taken: a config.json can promise tensors of any size.
     check(read_folders([folder]), dict(model.named_parameters()), model.config)
     model = model.to_empty(device=device).requires_grad_(False)
-    load_into(model, [folder], copy_weight(model))
+    load_into(model, [folder], copy_weight(model, fill=Tensor.copy_))
     return model
 
 

@@ -791,8 +791,8 @@ def check_int4_product(device: torch.device) -> None:
         return
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return
-    raise ValueError(f"4 bits need a CPU with AVX2 or an NVIDIA GPU since Ampere; {device} here has no product for them, "
-                     f"take 8 bits")
+    raise ValueError(f"4 bits need a CPU with AVX2 or an NVIDIA GPU since Ampere; {device} here has no product for "
+                     "them, take 8 bits")
 
 
 def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -824,7 +824,7 @@ def pack_int4(weight: Tensor, packed: Tensor, scales: Tensor) -> None:
     """Quantise weight (N, K) of any float dtype into packed (N', K / 2) uint8 and scales (K / group, N', 2) bf16.
 
     N' is N in whole tiles; the rows that fill the last one are zero. Some rows at a time: no second copy in fp32.
-    A tile's bytes lie as (K, tile / 2): the lower four bits are the tile's first half of channels, the upper its second.
+    A tile's bytes lie as (K, tile / 2): the lower four bits are the first half of its channels, the upper the second.
     """
     group = weight.size(1) // len(scales)
     half = tile() // 2
@@ -963,8 +963,8 @@ def quantize_linears(model: LLaVAPhi, bits: int) -> int:
     return count
 
 
-def copy_weight(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
-    """A function that copies a tensor of any float dtype into a parameter of the model, quantising it where it must."""
+def copy_weight(model: nn.Module, fill: Callable[[Tensor, Tensor], object]) -> Callable[[Tensor, Tensor], None]:
+    """fill(parameter, tensor), except that the model's quantised weights quantise the tensor as they take it over."""
     quantized = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
@@ -974,5 +974,5 @@ def copy_weight(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
         if parameter in quantized:
             quantized[parameter].quantize(tensor)
         else:
-            parameter.data.copy_(tensor)
+            fill(parameter, tensor)
     return copy

@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from common import (LLAVA_PHI, RECIPES, Parser, dtype_name, html_page, read_jsonl, run_command, torch_dtype,
-                    write_whole)
+from common import (LLAVA_PHI, RECIPES, Parser, dtype_name, faster_dtype, html_page, read_jsonl, run_command,
+                    torch_dtype, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # Configuration: every field of TrainConfig is a flag; --recipe and --stage select a row of common.RECIPES
@@ -64,6 +64,7 @@ class TrainConfig:
     lora_r: int = flag(0, "rank of low-rank adapters in the language model, which is then frozen itself; 0: none")
     lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_r, and merged when the model is saved")
     lora_on: str = flag("both", "which linear layers of each block get adapters", "both", "attn", "mlp")
+    base_bits: int = flag(16, "4: the language model under the adapters is held in 4 bits, for one small GPU (QLoRA)")
     template: str = by_stage("prompt: plain (image, caption, newline) or v0 (chat)", "plain", "v0")
     image_mode: str = by_stage("pictures: crop the centre, pad to a square, or squash into one",
                                "crop", "pad", "squash")
@@ -166,6 +167,13 @@ def check_flags(cfg: TrainConfig) -> None:
                              "new model is made from --llm and --vision")
     if cfg.compile and cfg.recompute == "selective":
         raise ValueError("--compile does what --recompute selective does by itself; give --recompute none or full")
+    if cfg.base_bits not in (4, 16):
+        raise ValueError(f"--base-bits {cfg.base_bits}: expected 4 or 16")
+    if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):
+        raise ValueError("--base-bits 4 needs --lora-r (64, say) and --lora-on both: weights in 4 bits cannot learn, "
+                         "only adapters on them can")
+    if cfg.base_bits == 4 and cfg.compile:
+        raise ValueError("--base-bits 4 works without --compile only")
     if cfg.stage == "sft" and (cfg.model or cfg.vision):
         raise ValueError("--stage sft trains a language model alone: give --llm, and neither --model nor --vision")
 
@@ -193,7 +201,8 @@ from checkpoint import (State, hold_out, is_finished, load_checkpoint, on_proces
 from data import TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, steps_per_epoch
 from load_weights import (PHI, check, config_of_run, is_siglip, load_into, read_all, read_folders, read_kind, save_model,
                           save_phi)
-from model import MIPHA, LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, init_weights, merge_lora
+from model import (MIPHA, LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, copy_weight, init_weights,
+                   merge_lora)
 
 # ---------------------------------------------------------------------------------------------------
 # Set-up: processes, model, optimizer, data
@@ -274,7 +283,7 @@ def skeleton(cfg: TrainConfig, config: LLaVAConfig) -> LLaVAPhi:
         model = PhiAlone(config) if cfg.stage == "sft" else LLaVAPhi(config)
         if cfg.lora_r:
             layers = ("attn", "mlp") if cfg.lora_on == "both" else (cfg.lora_on,)
-            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha, layers)
+            apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha, layers, cfg.base_bits)
     freeze(model, cfg)
     return model
 
@@ -294,8 +303,7 @@ def freeze(model: LLaVAPhi, cfg: TrainConfig) -> None:
         raise ValueError("nothing would be trained: --train minus --freeze is empty")
     for name, part in parts.items():
         part.requires_grad_(name in trained)
-        count = sum(p.numel() for p in part.parameters())
-        print0(f"{name:10s} {count:>13,} parameters, {'trained' if name in trained else 'frozen'}")
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
     if adapters:
         for p in adapters:
             p.requires_grad_(True)
@@ -320,7 +328,8 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
-        p.data = p.data.to(dtype)
+        if p.is_floating_point():               # and not bytes that hold two weights of 4 bits each
+            p.data = p.data.to(dtype)
     if mesh.size() == 1:
         return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -394,19 +403,31 @@ def build(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch
         keep_masters(model, torch_dtype(cfg.dtype))
     if cfg.compile:
         compile_blocks(model, device)
+    if device.type == "cpu" and dist.get_rank() == 0:
+        hint = faster_dtype(cfg.dtype)
+        if hint:
+            print0(hint)
     print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
     return model.train()
 
 
 def read_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
+    copy = copy_weight(model, fill)
     if cfg.stage == "sft":
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
         found = check([read_kind(Path(cfg.llm), PHI)], parameters, config)
         for name, tensor in read_all(found, config):
-            fill(parameters[name], tensor)
+            copy(parameters[name], tensor)
     else:
-        load_into(model, folders(cfg), copy=fill, allow_missing=() if cfg.model else ("projector.",))
+        load_into(model, folders(cfg), copy, allow_missing=() if cfg.model else ("projector.",))
+
+
+def read_base(cfg: TrainConfig, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the weights that the run holds in 4 bits, as the folders have them."""
+    sources = [read_kind(Path(cfg.llm), PHI)] if cfg.stage == "sft" else read_folders(folders(cfg))
+    found = check(sources, names, config)
+    yield from read_all({name: found[name] for name in names}, config)
 
 
 def draw_new_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None:
@@ -663,7 +684,7 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {math.ceil(cfg.warmup * steps):,} warming up"
            + (f"; going on from {checkpoint}" if checkpoint else ""))
     # Days of training should not end with a model that finds no room.
-    need = sum(p.numel() for p in model.parameters()) * torch_dtype(cfg.dtype).itemsize
+    need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
     free = shutil.disk_usage(out).free
     if need > free:
         raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
@@ -749,7 +770,12 @@ def save_final(cfg: TrainConfig, config: LLaVAConfig, model: LLaVAPhi) -> None:
     for name, p in model.named_parameters():
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         if dist.get_rank() == 0:
-            tensors[name] = whole.detach().to("cpu", torch_dtype(cfg.dtype))
+            tensors[name] = whole.detach().to("cpu", torch_dtype(cfg.dtype) if p.is_floating_point() else None)
+    if dist.get_rank() == 0:
+        # Adapters are merged into the weights that the run started from, not into their 4-bit approximations.
+        in_4_bits = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+        for name, tensor in read_base(cfg, config, in_4_bits):
+            tensors[name] = tensor.to(torch_dtype(cfg.dtype))
     tensors = merge_lora(tensors, cfg.lora_alpha)
 
     def write() -> None:
@@ -931,7 +957,8 @@ H100_PEAK = PEAK_FLOPS["H100"]
 
 
 def count(parameters) -> int:
-    return sum(p.numel() for p in parameters)
+    """How many weights the parameters hold; two of 4 bits share a byte."""
+    return sum(p.numel() if p.is_floating_point() else 2 * p.numel() for p in parameters)
 
 
 def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
@@ -942,6 +969,8 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
     parts = trained_parts(model)
     total = count(model.parameters())
     trained = count(p for p in model.parameters() if p.requires_grad)
+    in_4_bits = count(p for p in model.parameters() if not p.is_floating_point())
+    scales = sum(b.nbytes for b in model.buffers())
     # FSDP's units: a decoder block, the tower, and the root with everything else that is trained.
     block = count(model.llm.h[0].parameters()) if "llm" in parts else 0
     tower = count(model.vision.parameters()) if "vision" in parts else 0
@@ -957,7 +986,7 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
     # bf16 and fp32 in the forward pass, its gradient in both in the backward pass, of which not all live at once. The
     # workspace is what cuBLAS, NCCL and the allocator's fragments need; it is a guess.
     always = {
-        "frozen weights, whole": width * (total - trained),
+        "frozen weights, whole": width * (total - trained - in_4_bits) + in_4_bits / 2 + scales,
         "weights, moments and gradients, fp32, shared out": 16 * trained / shards,
         "weights gathered for use": width * gathered,
         "gradients before they are shared out": width * max(root, tower, block) + waiting,
@@ -1068,7 +1097,21 @@ def print_memory(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float, sh
         best = next(iter(fits))
         print(f"best: --recompute {best} --micro-tokens {fits[best]}")
     else:
-        print("best: does not fit; take more GPUs, --lora-r 64 or --freeze")
+        print("best: does not fit; take more GPUs, --lora-r 64 (--base-bits 4) or --freeze")
+    if cfg.base_bits == 4:
+        print_small_gpus(cfg, model)
+
+
+def print_small_gpus(cfg: TrainConfig, model: LLaVAPhi) -> None:
+    """What QLoRA is for: the largest micro-batch that one small GPU can take, with full recomputation."""
+    print("\none GPU with --base-bits 4 --recompute full:")
+    for gb in (8, 12, 16, 24):
+        verdict = "does not fit" + ("; with --freeze vision it may" if "vision" in trained_parts(model) else "")
+        for micro_tokens in (1024, 2048, 4096, 8192, 16384):
+            smaller = dataclasses.replace(cfg, micro_tokens=micro_tokens)
+            if fits_in(gb * 1e9, smaller, model, shards=1, recompute="full", gather="none"):
+                verdict = f"--micro-tokens {micro_tokens}"
+        print(f"  {gb:2d} GB  {verdict}")
 
 
 def print_hours(cfg: TrainConfig, model: LLaVAPhi, memory: float, steps: int, flops: float, step_tokens: int) -> None:

@@ -581,7 +581,7 @@ def test_int4_model():
         streamed = LLaVAPhi(EVEN).eval()
         quantize_linears(streamed, 4)
     streamed.to_empty(device="cpu").requires_grad_(False)
-    copy_into = copy_weight(streamed)
+    copy_into = copy_weight(streamed, fill=torch.Tensor.copy_)
     for name, parameter in streamed.named_parameters():
         copy_into(parameter, model.get_parameter(name))
     for (name, a), b in zip(streamed.state_dict().items(), turned.state_dict().values()):
