@@ -586,7 +586,8 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
         total += loss.detach()
     dist.all_reduce(total)
 
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # In the model's order, not the optimizer's: in another one the norm's last digit differs, and so does the run.
+    grads = [weight.grad for weight in trained_weights(model).values() if weight.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
