@@ -93,8 +93,9 @@ def demo_examples(image_size: int) -> list[dict]:
         return []
     rng = random.Random(0)
     examples = []
-    for question in ("How many shapes are there?", "What is at the top left?", "Describe the picture."):
+    for _ in range(4):
         scene = shapes.draw_scene(rng, held_out=True)
+        question, _ = shapes.ask(scene, scene[0], rng)
         file = io.BytesIO()
         shapes.paint(scene, rng).save(file, "PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -762,7 +762,7 @@ def test_the_judge_of_the_benchmarks_can_be_this_server(server):
 def test_the_demos_model_brings_examples():
     from demo import shapes
     examples = serve.server.demo_examples(shapes.SIZE)
-    assert len(examples) == 3 and serve.server.demo_examples(336) == []
+    assert len(examples) == 4 and serve.server.demo_examples(336) == []
     for example in examples:
         picture = base64.b64decode(example["url"].partition(",")[2])
         assert Image.open(io.BytesIO(picture)).size == (shapes.SIZE, shapes.SIZE)
