@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_TEXT = 32_000                   # characters of a whole conversation; 2,048 positions hold about 8,000
-MAX_TURNS = 1000                    # each takes several positions, however short it is
+MAX_MESSAGES = 1000                  # each takes several positions, however short it is
 MAX_STOPS = 4
 JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "an integer",
               float: "a number", type(None): "null"}
@@ -123,6 +123,8 @@ def read_messages(messages: list) -> tuple[list[str], bytes | None]:
     The model was trained with one fixed system sentence, so a system message goes in front of the first question. It
     was also trained with the picture at the very beginning, and sees it there wherever in the conversation it came.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(400, f"messages: {len(messages):,} of them, expected at most {MAX_MESSAGES:,}", "messages")
     instructions = []
     turns = []
     pictures = []
@@ -142,8 +144,6 @@ def read_messages(messages: list) -> tuple[list[str], bytes | None]:
         turns.append(text)
     if len(turns) % 2 == 0:
         raise RequestError(400, "messages: the last one must be the user's, with the question to answer", "messages")
-    if len(turns) > MAX_TURNS:
-        raise RequestError(400, f"messages: {len(turns):,} of them, expected at most {MAX_TURNS:,}", "messages")
     if len(pictures) > 1:
         raise RequestError(400, f"messages: {len(pictures)} pictures, but the model sees one in a conversation: "
                                 "start a new one, or leave the others out", "messages")

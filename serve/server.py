@@ -133,7 +133,7 @@ class Server(ThreadingHTTPServer):
         """Takes the port; nothing is answered before `start`. Raises ValueError or OSError in one line."""
         check_address(host, key)
         self.host = host
-        self.key = key
+        self.key = key and key.strip()
         self.verbose = verbose
         self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.n_answering = 0                        # requests between their question and the end of their reply

@@ -302,6 +302,7 @@ def test_a_full_context_is_an_end_and_a_fuller_one_an_error(server):
     ({"messages": [user("a"), user("b")]}, "messages[1].role"),
     ({"messages": [user("a"), said("b")]}, "messages"),
     ({"messages": [user("a"), said("b"), {"role": "system", "content": "c"}]}, "messages[2].role"),
+    ({"messages": [user("a"), said("b")] * 501 + [user("c")]}, "messages"),
     ({"messages": [user("  ")]}, "messages"), ({"messages": [user("a" * 32_001)]}, "messages"),
     ({"messages": [user("x", PHOTO), said("y"), user("z", PHOTO)]}, "messages"),
     ({"messages": [user("x", b"no picture")]}, "messages"),
