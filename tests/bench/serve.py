@@ -1,7 +1,7 @@
 """Load on the server: answers a second for 8 clients against one client's, batches against one at a time, memory.
 
 $ python tests/bench/serve.py --model out/demo/finetune       # after `make demo`; 20 questions a client
-$ python tests/bench/serve.py --wide                          # 2 layers of Phi-2's width, answers of 32 tokens, no pictures
+$ python tests/bench/serve.py --wide --questions 1 --rounds 2   # 2 layers of Phi-2's width, 32 tokens, no pictures
 
 The server runs in a process of its own. Each client asks its next question when it has the answer to the last one;
 each question of the demo is about a picture that the model has not seen. All clients ask the same questions, so their
@@ -103,29 +103,46 @@ def main() -> None:
     parser.add_argument("--wide", action="store_true")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     bodies = make_questions(args.questions, with_pictures=not args.wide)
-    results = []
+    folder = None if args.wide else args.model
+    servers = {}
     for max_batch in (1, 8):
         ours, its = multiprocessing.Pipe()
-        folder = None if args.wide else args.model
         process = multiprocessing.get_context("spawn").Process(target=run_server, args=(folder, max_batch, its))
         process.start()
-        try:
-            url = ours.recv()
-            ask(url, bodies[0])                             # threads and buffers are there
-            before = resident_memory(process.pid)
-            alone, answers = measure(url, bodies, 1)
-            together, same = measure(url, bodies, args.clients)
-            assert answers == same, "a batch changed an answer"
-            after = resident_memory(process.pid)
-        finally:
+        servers[max_batch] = process, ours
+    try:
+        compare(servers, bodies, args.clients, args.rounds)
+    finally:
+        for process, _ in servers.values():
             process.terminate()
-            process.join()
-        results.append(answers)
-        print(f"up to {max_batch} at a time: one client {alone:.2f} answers/s, {args.clients} clients {together:.2f} "
-              f"({together / alone:.2f} times), memory {before:.0f} MB, then {after:.0f} MB", flush=True)
-    assert results[0] == results[1], "a batch changed an answer"
+
+
+def compare(servers: dict, bodies: list[dict], n_clients: int, rounds: int) -> None:
+    """Servers take turns, so that a busy moment of the machine hits both. The best round of each counts."""
+    urls = {}
+    before = {}
+    for max_batch, (process, pipe) in servers.items():
+        urls[max_batch] = pipe.recv()
+        ask(urls[max_batch], bodies[0])                     # threads and buffers are there
+        before[max_batch] = resident_memory(process.pid)
+    alone = dict.fromkeys(servers, 0.0)
+    together = dict.fromkeys(servers, 0.0)
+    expected = None
+    for _ in range(rounds):
+        for max_batch, url in urls.items():
+            rate, answers = measure(url, bodies, 1)
+            alone[max_batch] = max(alone[max_batch], rate)
+            rate, same = measure(url, bodies, n_clients)
+            together[max_batch] = max(together[max_batch], rate)
+            expected = expected or answers
+            assert answers == same == expected, "a batch changed an answer"
+    for max_batch, (process, _) in servers.items():
+        print(f"up to {max_batch} at a time: one client {alone[max_batch]:.2f} answers/s, {n_clients} clients "
+              f"{together[max_batch]:.2f}; memory {before[max_batch]:.0f} MB before, "
+              f"{resident_memory(process.pid):.0f} MB after", flush=True)
 
 
 if __name__ == "__main__":
