@@ -261,6 +261,21 @@ def test_a_pasted_picture(page):
     assert page.js(LAST).startswith(GOLDEN)
 
 
+def test_examples_and_copy(page, server, monkeypatch):
+    from serve.server import demo_examples
+    monkeypatch.setattr(server, "examples", demo_examples(56))
+    page.open(server.url)
+    page.until("document.querySelectorAll('#examples img').length === 4")
+    page.js("document.querySelector('#examples button').click()")
+    page.until("!document.querySelector('#picture').hidden")
+    assert page.js("document.querySelector('#question').value") == server.examples[0]["question"]
+    assert page.js("document.activeElement.id") == "question"
+    page.enter()
+    page.until(f"{DONE} === 1")
+    page.js("document.querySelector('#chat .note button').click()")
+    page.until("document.querySelector('#chat .note button').textContent === 'Copied'")
+
+
 def test_mistakes_are_said_in_words(page, tmp_path):
     wrong = "document.querySelector('#wrong').textContent"
     (tmp_path / "notes.txt").write_text("no picture")
