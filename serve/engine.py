@@ -1,8 +1,8 @@
 """The line of questions, and the one thread that owns the model. It knows nothing of HTTP or json.
 
 Questions are answered in the order in which they came. Whatever waits when the model becomes free and asks for the same
-kind of answer runs together as one batch: reading the weights is most of the work of a step, and a batch reads them
-once for everybody. In fp32, greedy answers do not change by it. Answers that are drawn at random run alone,
+kind of answer runs together as one batch: where memory is slower than arithmetic, reading the weights is most of a step,
+and a batch reads them once for everybody. In fp32, greedy answers do not change by it. Answers that are drawn at random run alone,
 so that a seed gives the same text whoever else is there. A question that comes while a batch runs waits for its end.
 """
 import hashlib

@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import multiprocessing
+import os
 import random
 import sys
 import time
@@ -91,6 +92,12 @@ def measure(url: str, bodies: list[dict], n_clients: int) -> tuple[float, list[s
     return n_clients * len(bodies) / seconds, answers[0]
 
 
+def cpu_seconds(pid: int) -> float:
+    """That the server has used so far: unlike answers a second, hardly changed by what else the machine does."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident_memory(pid: int) -> float:
     """MB; Linux only."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -130,18 +137,22 @@ def compare(servers: dict, bodies: list[dict], n_clients: int, rounds: int) -> N
         before[max_batch] = resident_memory(process.pid)
     alone = dict.fromkeys(servers, 0.0)
     together = dict.fromkeys(servers, 0.0)
+    used = dict.fromkeys(servers, 0.0)                      # CPU seconds with all clients
     expected = None
     for _ in range(rounds):
         for max_batch, url in urls.items():
             rate, answers = measure(url, bodies, 1)
             alone[max_batch] = max(alone[max_batch], rate)
+            start = cpu_seconds(servers[max_batch][0].pid)
             rate, same = measure(url, bodies, n_clients)
+            used[max_batch] += cpu_seconds(servers[max_batch][0].pid) - start
             together[max_batch] = max(together[max_batch], rate)
             expected = expected or answers
             assert answers == same == expected, "a batch changed an answer"
+    n_answers = rounds * n_clients * len(bodies)
     for max_batch, (process, _) in servers.items():
         print(f"up to {max_batch} at a time: one client {alone[max_batch]:.2f} answers/s, {n_clients} clients "
-              f"{together[max_batch]:.2f}; memory {before[max_batch]:.0f} MB before, "
+              f"{together[max_batch]:.2f} ({1000 * used[max_batch] / n_answers:.0f} ms of CPU each); memory {before[max_batch]:.0f} MB before, "
               f"{resident_memory(process.pid):.0f} MB after", flush=True)
 
 
