@@ -540,7 +540,7 @@ def test_packed_weights_are_those_that_torch_multiplies(n_in, n_out):
 
 
 def test_fitting_the_scales_beats_rounding():
-    """Rounding between a group's smallest and largest weight costs 9.0 % of even weights; fitting takes 4 % off that."""
+    """Rounding between a group's smallest and largest weight costs 9.0 % of even weights; fitting takes 6 % off that."""
     torch.manual_seed(0)
     weight = torch.randn(256, 640) * 0.02
     groups = weight.view(256, 10, 64)
@@ -551,7 +551,7 @@ def test_fitting_the_scales_beats_rounding():
     scale, zero = scales.float().transpose(0, 1).unbind(-1)                        # (256, 10)
     fitted = (q.view(256, 10, 64) - 8.0) * scale[..., None] + zero[..., None]
     errors = [(w - groups).norm() / groups.norm() for w in (rounded, fitted)]
-    assert int(q.max()) <= 15 and errors[1] < 0.97 * errors[0] < 0.09
+    assert int(q.max()) <= 15 and errors[1] < 0.95 * errors[0] < 0.09
     flat, scales = quantize_groups(torch.full((64, 64), 0.25), 64)                 # a spread of nothing
     assert torch.equal((flat - 8.0) * scales[0, :, :1].float() + scales[0, :, 1:].float(), torch.full((64, 64), 0.25))
 

@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig as TheirPhiConfig
 
+from common import time_dtypes
 from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, quantize_linears
 from vision import VisionConfig, normalize
 
@@ -131,6 +132,12 @@ def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
     models = {"ours fp32": ours, "transformers fp32": theirs, "ours bf16": deepcopy(ours).bfloat16(),
               "transformers bf16": deepcopy(theirs).bfloat16(), "ours int8": deepcopy(ours)}
     quantize_linears(models["ours int8"], 8)
+    if all(width % 32 == 0 for width in (config.llm.n_embd, config.llm.n_inner)):
+        # The same arithmetic around the packed products as sample.py chooses on this machine.
+        seconds = time_dtypes()
+        base = models[f"ours {min(seconds, key=seconds.get)}"]
+        models["ours 4 bits"] = deepcopy(base)
+        quantize_linears(models["ours 4 bits"], 4)
     return models
 
 
