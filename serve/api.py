@@ -113,7 +113,7 @@ def read_stop(stop: Any) -> list[str]:
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
     is_right = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not is_right or not all(isinstance(text, str) and text for text in stops):
-        raise RequestError(400, f"stop: expected a string, or an array of up to {MAX_STOPS}, none of them empty", "stop")
+        raise RequestError(400, f"stop: expected a string or an array of up to {MAX_STOPS}, none of them empty", "stop")
     return stops
 
 
@@ -185,7 +185,7 @@ def check_unicode(text: str, name: str) -> str:
 
 
 def read_picture(image_url: Any, name: str) -> bytes:
-    """{"url": "data:image/png;base64,..."} -> the file's bytes. What kind of picture it is, the bytes say themselves."""
+    """{"url": "data:image/png;base64,..."} -> the file's bytes, which say themselves what kind of picture they are."""
     url = image_url.get("url") if isinstance(image_url, dict) else None
     if not isinstance(url, str):
         raise RequestError(400, f'{name}: expected {{"url": "data:image/...;base64,..."}}', name)

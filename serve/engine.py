@@ -1,9 +1,10 @@
 """The line of questions, and the one thread that owns the model. It knows nothing of HTTP or json.
 
 Questions are answered in the order in which they came. Whatever waits when the model becomes free and asks for the same
-kind of answer runs together as one batch: where memory is slower than arithmetic, reading the weights is most of a step,
-and a batch reads them once for everybody. In fp32, greedy answers do not change by it. Answers that are drawn at random run alone,
-so that a seed gives the same text whoever else is there. A question that comes while a batch runs waits for its end.
+kind of answer runs together as one batch: where memory is slower than arithmetic, reading the weights is most of a
+step, and a batch reads them once for everybody. In fp32, greedy answers do not change by it. Answers that are drawn at
+random run alone, so that a seed gives the same text whoever else is there. A question that comes while a batch runs
+waits for its end.
 """
 import hashlib
 import io
@@ -229,8 +230,8 @@ class Engine:
         images = [question.image for question in batch]
         steps = answer(
             self.model, self.tok, chats, images, clock, max_new_tokens=settings.max_tokens,
-            temperature=settings.temperature, top_p=settings.top_p, generator=generator, memory=memory, remember_all=True,
-            **self.options)
+            temperature=settings.temperature, top_p=settings.top_p, generator=generator,
+            memory=memory, remember_all=True, **self.options)
         for pieces in steps:
             for question, piece, tokens in zip(batch, pieces, clock.tokens):
                 self.pass_on(question, piece, tokens, is_over=tokens < clock.steps)

@@ -499,8 +499,9 @@ class Handler(BaseHTTPRequestHandler):
     def log(self) -> None:
         seconds = time.monotonic() - self.began
         path = self.path.split("?")[0][:60]
-        line = f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} {path} {self.status} {seconds:.2f} s"
-        print(visible(f"{line} {self.note}".strip()), file=sys.stderr, flush=True)
+        who = f"{time.strftime('%H:%M:%S')} {self.client_address[0]}"
+        line = f"{who} {self.command} {path} {self.status} {seconds:.2f} s {self.note}"
+        print(visible(line.strip()), file=sys.stderr, flush=True)
 
     def version_string(self) -> str:
         """For the Server header, in place of Python's version."""

@@ -1,4 +1,4 @@
-"""The page and the API over real loopback sockets: the same answers as the terminal's, for many at once, for nobody else.
+"""The page and the API over real loopback sockets: the terminal's answers, for many at once, and for nobody else.
 
 The golden tiny model answers. Its greedy answers run on for hundreds of tokens, which is what the tests of stopping,
 waiting and leaving need.
@@ -244,7 +244,8 @@ def test_system_message_goes_before_the_question(server):
 # Where an answer ends
 
 
-@pytest.mark.parametrize("stop", [" tab-", ["nowhere", " tab-", "- tab"], "or!", "s", "squares- tab- tab- tab-", "\ufffd"])
+@pytest.mark.parametrize("stop", [
+    " tab-", ["nowhere", " tab-", "- tab"], "or!", "s", "squares- tab- tab- tab-", "\ufffd"])
 def test_an_answer_ends_before_a_stop_string(server, stop):
     stops = [stop] if isinstance(stop, str) else stop
     expected = GOLDEN[:min(GOLDEN.index(text) for text in stops if text in GOLDEN)]
@@ -325,7 +326,8 @@ def test_a_wrong_field_is_named(server, fields, param):
 
 @pytest.mark.parametrize("url, message", [
     ("https://example.org/cat.jpg", "nothing here fetches"), ("http://127.0.0.1/x", "nothing here fetches"),
-    ("file:///etc/passwd", "nothing here fetches"), ("/etc/passwd", "nothing here fetches"), ("", "nothing here fetches"),
+    ("file:///etc/passwd", "nothing here fetches"), ("/etc/passwd", "nothing here fetches"),
+    ("", "nothing here fetches"),
     ("data:image/png,abc", "base64"), ("data:image/png;base64", "base64"), ("data:;base64,@@@@", "not base64"),
     ("data:image/png;base64,", "unreadable"), ("data:image/png;base64,aGVsbG8=", "unreadable"),
     (5, "expected"), (None, "expected"),
@@ -446,7 +448,8 @@ def test_a_failing_model_fails_one_answer(model, tok, capfd):
     with running(model, tok) as server:
         handle = model.llm.register_forward_hook(fail)
         status, reply = ask(server, [user("Who?")])
-        chunk = request(server, "POST", "/v1/chat/completions", json.dumps({"messages": [user("?")], "stream": True}))[1]
+        body = json.dumps({"messages": [user("?")], "stream": True})
+        _, chunk, _ = request(server, "POST", "/v1/chat/completions", body)
         handle.remove()
         assert status == 500 and reply["error"]["type"] == "server_error" and "out of memory" not in str(reply)
         assert b'data: {"error"' in chunk
@@ -529,7 +532,8 @@ def test_another_address_needs_a_key(host, key, message):
 def test_mistakes_on_the_command_line_are_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for args, message in ((["--host", "0.0.0.0"], "--api-key"), (["--port", port], port), (["--port", "99999"], "99999"),
+        for args, message in ((["--host", "0.0.0.0"], "--api-key"), (["--port", port], port),
+                              (["--port", "99999"], "99999"),
                               (["--prompt", "x"], "--prompt"), (["--image", "x.jpg"], "--image")):
             with pytest.raises((ValueError, OSError), match=message) as error:
                 sample.main(["--model", str(MODEL), "--serve", *args])
@@ -559,9 +563,11 @@ def test_the_body_is_limited_and_counted(server):
     for lines, status in [
         (b"", b"411"), (b"Transfer-Encoding: chunked\r\n", b"411"),
         (b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", b"411"),
-        (b"Content-Length: 5\r\nContent-Length: 5\r\n", b"400"), (b"Content-Length: 5\r\nContent-Length: 50\r\n", b"400"),
+        (b"Content-Length: 5\r\nContent-Length: 5\r\n", b"400"),
+        (b"Content-Length: 5\r\nContent-Length: 50\r\n", b"400"),
         (b"Content-Length: -1\r\n", b"400"), (b"Content-Length: +5\r\n", b"400"), (b"Content-Length: 0x5\r\n", b"400"),
-        (b"Content-Length: 1_0\r\n", b"400"), (b"Content-Length: \xb2\r\n", b"400"), (b"Content-Length: 5, 5\r\n", b"400"),
+        (b"Content-Length: 1_0\r\n", b"400"), (b"Content-Length: \xb2\r\n", b"400"),
+        (b"Content-Length: 5, 5\r\n", b"400"),
         (b"Content-Length: " + b"9" * 5000 + b"\r\n", b"400"), (b"Content-Length: 25000001\r\n", b"413"),
         (b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n", b"413"),
     ]:

@@ -90,7 +90,7 @@ class Browser:
         """Wait until the expression is true, and return it."""
         deadline = time.monotonic() + seconds
         while not (value := self.js(expression)):
-            assert time.monotonic() < deadline, f"{expression} did not become true; {self.js('document.body.innerText')}"
+            assert time.monotonic() < deadline, f"not true: {expression}; {self.js('document.body.innerText')}"
             time.sleep(0.02)
         return value
 

@@ -151,8 +151,9 @@ def compare(servers: dict, bodies: list[dict], n_clients: int, rounds: int) -> N
             assert answers == same == expected, "a batch changed an answer"
     n_answers = rounds * n_clients * len(bodies)
     for max_batch, (process, _) in servers.items():
+        milliseconds = 1000 * used[max_batch] / n_answers
         print(f"up to {max_batch} at a time: one client {alone[max_batch]:.2f} answers/s, {n_clients} clients "
-              f"{together[max_batch]:.2f} ({1000 * used[max_batch] / n_answers:.0f} ms of CPU each); memory {before[max_batch]:.0f} MB before, "
+              f"{together[max_batch]:.2f} ({milliseconds:.0f} ms of CPU each); memory {before[max_batch]:.0f} MB before, "
               f"{resident_memory(process.pid):.0f} MB after", flush=True)
 
 
