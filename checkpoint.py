@@ -136,8 +136,8 @@ def save_checkpoint(state: State) -> Path:
         temporary.mkdir()
 
     def checksums_of_own_files() -> dict[str, str]:
-        # dcp names a process's files by its rank, from 1. They are read back from memory: none has gone to disk yet
-        # that the system does not hold as well.
+        # dcp names a process's files by its rank, starting at 1. Reading them back is cheap, since they are still in
+        # the page cache; it is also why the checksum covers what we wrote and not what the disk will return later.
         own = temporary.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")
         return {file.name: checksum(file) for file in own}
 
@@ -151,6 +151,7 @@ def save_checkpoint(state: State) -> Path:
 
     try:
         on_process_0(begin)
+        # dcp forces its own files to the disk.
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
         checksums = {}
         for of_one_process in on_every_process(checksums_of_own_files):

@@ -796,25 +796,26 @@ def split_step(lengths: list[int], images: list[int], world: int, budget: int,
                picture_cost: float = PICTURE_COST) -> list[list[list[int]]]:
     """Split a step into micro-batches -> [rank][micro-batch] -> positions in `lengths`.
 
-    Every rank gets the same number of micro-batches, because ranks wait for each other after each. As few as fit the
-    budget of tokens; then the most expensive sample goes first, each to the cheapest micro-batch that has room. Which
-    samples share a micro-batch depends on `world` only where their number has to be rounded up. A sample above the
-    budget is alone. Only with fewer samples than ranks is a micro-batch empty.
+    Uses as few micro-batches as the budget of tokens allows, and the same number on every rank, because FSDP's
+    processes wait for each other after each. Samples are placed most expensive first, each in the cheapest micro-batch
+    that has room (greedy bin packing). A sample above the budget gets a micro-batch of its own, and with fewer samples
+    than ranks some are empty. Which samples share one depends on `world` only where their number has to be rounded up.
     """
     costs = [training_cost(length, image, picture_cost) for length, image in zip(lengths, images)]
     order = sorted(range(len(lengths)), key=lambda i: -costs[i])
     tokens = sum(min(length, budget) for length in lengths)
     n = world * max(1, math.ceil(tokens / budget / world))
-    micro_batches = fill(order, lengths, costs, n, budget)
+    micro_batches = pack_greedily(order, lengths, costs, n, budget)
     while micro_batches is None:                            # they did not fit into n: one more for every rank
         n += world
-        micro_batches = fill(order, lengths, costs, n, budget)
+        micro_batches = pack_greedily(order, lengths, costs, n, budget)
     # Equally expensive ones side by side: what ranks compute at the same time should take the same time.
     micro_batches.sort(key=lambda micro: -sum(costs[i] for i in micro))
     return [micro_batches[rank::world] for rank in range(world)]
 
 
-def fill(order: list[int], lengths: list[int], costs: list[float], n: int, budget: int) -> list[list[int]] | None:
+def pack_greedily(order: list[int], lengths: list[int], costs: list[float], n: int,
+                  budget: int) -> list[list[int]] | None:
     """Distribute the samples, in this order, over n micro-batches; None if one fits into none of them."""
     micro_batches = [[] for _ in range(n)]
     tokens = [0] * n

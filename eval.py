@@ -293,8 +293,11 @@ def pictures_ahead(examples: list[Example], batches: list[list[int]], vision, mo
     with ThreadPoolExecutor(4) as pool:
         decoding = {}
         for i, batch in enumerate(batches):
-            soon = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
-            decoding = {image: decoding.get(image) or pool.submit(open_picture, image, vision, mode) for image in soon}
+            upcoming = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
+            decoding = {image: job for image, job in decoding.items() if image in upcoming}    # forget what is done
+            for image in upcoming:
+                if image not in decoding:
+                    decoding[image] = pool.submit(open_picture, image, vision, mode)
             yield [decoding[examples[row].image].result() for row in batch]
 
 

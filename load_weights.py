@@ -672,7 +672,7 @@ def image_mode(config: dict, folder: Path, unpadded: str) -> str:
 
 
 def read_folders(paths: Iterable[Path]) -> list[Folder]:
-    """One LLaVA-like folder, or a Phi folder and a tower's folder, in this order. ValueError: they are something else."""
+    """One LLaVA-like folder, or a Phi folder and a tower's folder, in this order. ValueError: something else."""
     paths = [Path(path) for path in paths]
     expected = [(PHI,), (CLIP, SIGLIP)] if len(paths) == 2 else [(LLAVA, MIPHA)]
     return [read_kind(path, *kinds) for path, kinds in zip(paths, expected, strict=True)]
@@ -771,7 +771,7 @@ def misfits(pieces: Pieces, shape: torch.Size) -> list[str]:
 
 
 def missing_pieces(name: str, pieces: Pieces, shape: torch.Size) -> list[str]:
-    """The saved names of what there is not of one of our tensors: the whole of it, or some of its q, k and v."""
+    """Name the missing pieces of one of our tensors, as they are saved: all of it, or some of its q, k and v."""
     if "" in pieces or "heads" in pieces:
         return []
     saved = to_saved(name)
@@ -781,9 +781,11 @@ def missing_pieces(name: str, pieces: Pieces, shape: torch.Size) -> list[str]:
     return [describe(theirs, third) for theirs, piece in zip(saved, "qkv") if piece not in pieces]
 
 
-def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, allow_missing: tuple[str, ...] = (),
-          limit: int = 8) -> dict[str, Pieces]:
-    """What the folders hold together: our name -> its pieces. Everything in them must fit, and `needed` be there.
+def check_tensors(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig,
+                  allow_missing: tuple[str, ...] = (), limit: int = 8) -> dict[str, Pieces]:
+    """Compare the folders' tensors with the model's -> {our name: its pieces}.
+
+    All of `needed` must be there, and nothing that the model does not know.
 
     `allow_missing` are beginnings of names ("projector.") that may be missing altogether, but not in part.
     ValueError lists all that is missing, unexpected and of the wrong shape at once, `limit` names of each.
@@ -799,7 +801,7 @@ def check(folders: list[Folder], needed: Iterable[str], config: LLaVAConfig, all
         if name not in shapes:
             unexpected += [describe(stored.name, stored.shape) for stored in pieces.values()]
             continue
-        if not name.startswith(absent):
+        if not name.startswith(absent):                     # with an empty tuple no name does
             missing += missing_pieces(name, pieces, shapes[name])
         if pieces:
             misshapen += misfits(pieces, shapes[name])
@@ -825,7 +827,7 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
     """
     # LoRA's adapters are in no folder: a run draws them, and a saved model has them merged.
     parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    found = check(read_folders(folders), parameters, model.config, allow_missing)
+    found = check_tensors(read_folders(folders), parameters, model.config, allow_missing)
     wanted = {name: pieces for name, pieces in found.items() if name in parameters}
     for name, tensor in read_all(wanted, model.config):
         if copy:
@@ -856,7 +858,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     if bits < 16 or int8:
         quantize_linears(model, 8 if int8 else bits)    # on the meta device this only changes classes
     # Before memory is taken: a config.json can promise tensors of any size.
-    check(read_folders([folder]), dict(model.named_parameters()), model.config)
+    check_tensors(read_folders([folder]), dict(model.named_parameters()), model.config)
     model = model.to_empty(device=device).requires_grad_(False)
     load_into(model, [folder], copy_weight(model, fill=Tensor.copy_))
     return model
@@ -867,7 +869,7 @@ def load_phi(folder: Path, dtype: torch.dtype = torch.float32, device: torch.dev
     source = read_kind(folder, PHI)
     config = config_of(source)
     llm = meta_model(config).llm.to(dtype)
-    found = check([source], [f"llm.{name}" for name, _ in llm.named_parameters()], config)
+    found = check_tensors([source], [f"llm.{name}" for name, _ in llm.named_parameters()], config)
     llm = llm.to_empty(device=device).eval().requires_grad_(False)
     parameters = {f"llm.{name}": parameter for name, parameter in llm.named_parameters()}
     for name, tensor in read_all(found, config):
@@ -1068,7 +1070,7 @@ def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig,
          dtype: torch.dtype | None) -> None:
     """The whole model (part ""), or one part as a folder of its own."""
     names = [name for name in blueprint(config) if name.startswith(part)]
-    found = check(sources, [name for name in names if name not in tensors], config)
+    found = check_tensors(sources, [name for name in names if name not in tensors], config)
     assert tensors.keys() <= set(names), f"not in the model: {tensors.keys() - set(names)}"
     dtypes = saved_dtypes(names, tensors, found, dtype)
     tokenizer = load_tokenizer(sources[0].path)
@@ -1219,7 +1221,8 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
     """Write one base model from a Phi-2 folder and a CLIP or SigLIP folder; the projector between them is new."""
     folders = read_folders([llm, vision])
     config = config_of(*folders)
-    found = check(folders, [name for name in blueprint(config) if not name.startswith("projector")], config)
+    needed = [name for name in blueprint(config) if not name.startswith("projector")]
+    found = check_tensors(folders, needed, config)
     projector = meta_model(config).projector.to_empty(device="cpu")
     init_weights(projector, torch.Generator().manual_seed(seed))
     projector.to(dtype or found["llm.wte.weight"][""].dtype)
@@ -1246,7 +1249,7 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     """A plain Phi folder, a tower's and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
     folders = read_folders([model])
     config = config_of(*folders)
-    found = check(folders, blueprint(config), config)
+    found = check_tensors(folders, blueprint(config), config)
     projector = [name for name in blueprint(config) if name.startswith("projector")]
     with finished_folder(out) as made:
         save("llm", made / "phi-2", {}, config, folders, dtype)
@@ -1261,7 +1264,7 @@ def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVACon
     from checkpoint import trained_tensors      # brings torch.distributed, which nothing else here needs
     trained = trained_tensors(checkpoint)
     stems = [name.removesuffix("lora_a") for name in trained if name.endswith("lora_a")]
-    found = check(sources, [stem + "weight" for stem in stems], config)
+    found = check_tensors(sources, [stem + "weight" for stem in stems], config)
 
     def merged(stem: str) -> Tensor:
         name = stem + "weight"
@@ -1401,7 +1404,7 @@ def inspect_config(folder: Folder) -> None:
     for reason, count in ignored.items():
         print_row("ignored", f"{count} tensors: {reason}")
     needed = [name for name in blueprint(config) if name.startswith(folder.parts)]
-    check([folder], needed, config, limit=10 ** 6)
+    check_tensors([folder], needed, config, limit=10 ** 6)
 
 
 def main(argv: list[str] | None = None) -> int:

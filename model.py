@@ -91,6 +91,7 @@ class Layout:
     """Where the sequences of a packed row lie: made once per forward, read by every layer.
 
     lengths (B,) on the CPU: new tokens per sequence. past: how many tokens of each are in the cache already.
+    For example lengths [3, 2] and no past: pos [0 1 2 0 1], starts [0 3 5], last [2 4].
     max_length: no sequence is longer. It is the model's block_size and not the longest of this batch: it only sizes the
     grid of a CUDA kernel, and a number that changes would make torch.compile compile again.
     """
@@ -392,10 +393,12 @@ class LLaVAPhi(nn.Module):
             for n in range(max_new_tokens):
                 is_last = n + 1 == max_new_tokens
                 ids = pick(logits, temperature, top_k, top_p, generator)           # (B,)
-                read = read_later(ids)
+                wait_for_ids = read_later(ids)
+                # fast: the next step is queued before this one's ids are read, so the GPU never idles. The price is
+                # one step for nothing at the end.
                 if fast and not is_last:
                     logits = self.decode(ids, cache, capture=ids.is_cuda)
-                column = [answer.add(token, eos_id) for answer, token in zip(answers, read())]
+                column = [answer.add(token, eos_id) for answer, token in zip(answers, wait_for_ids())]
                 if any(token is not None for token in column):
                     yield column
                 if is_last or all(answer.ended for answer in answers):

@@ -199,8 +199,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
                         save_checkpoint, try_to_save)
 from data import TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, steps_per_epoch
-from load_weights import (PHI, check, config_of_run, is_siglip, load_into, read_all, read_folders, read_kind, save_model,
-                          save_phi)
+from load_weights import (PHI, check_tensors, config_of_run, is_siglip, load_into, read_all, read_folders, read_kind,
+                          save_model, save_phi)
 from model import (MIPHA, LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, copy_weight, init_weights,
                    merge_lora)
 
@@ -416,7 +416,7 @@ def read_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None
     copy = copy_weight(model, fill)
     if cfg.stage == "sft":
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-        found = check([read_kind(Path(cfg.llm), PHI)], parameters, config)
+        found = check_tensors([read_kind(Path(cfg.llm), PHI)], parameters, config)
         for name, tensor in read_all(found, config):
             copy(parameters[name], tensor)
     else:
@@ -426,7 +426,7 @@ def read_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None
 def read_base(cfg: TrainConfig, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights that the run holds in 4 bits, as the folders have them."""
     sources = [read_kind(Path(cfg.llm), PHI)] if cfg.stage == "sft" else read_folders(folders(cfg))
-    found = check(sources, names, config)
+    found = check_tensors(sources, names, config)
     yield from read_all({name: found[name] for name in names}, config)
 
 
@@ -581,7 +581,8 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
             model.set_reshard_after_backward(last or model.gather == "none")
             model.set_requires_gradient_sync(last or model.gather != "both")
         loss = model(*batch) / max(n_supervised, 1)
-        # FSDP averages gradients over the processes. We want their sum, as each has divided by the global count.
+        # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
+        # averages them: multiplying by the number of processes turns its mean into that sum.
         (loss * world).backward()
         total += loss.detach()
     dist.all_reduce(total)
@@ -1233,7 +1234,8 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError as e:
         raise ValueError(out_of_memory(str(e), cfg)) from None
     except RuntimeError as e:
-        # Gloo and NCCL have no exception of their own for this. Whoever died first has said why, or torchrun will.
+        # Gloo and NCCL have no exception of their own for a lost process. The one that died first has printed the
+        # reason, or torchrun will.
         if dist.get_world_size() == 1 or not is_lost_connection(str(e)):
             raise
         process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"

@@ -3,6 +3,9 @@
 One set of modules serves both towers that this project knows, CLIP ViT-L/14-336 (LLaVA-Phi) and SigLIP-so400m/14-384
 (Mipha). They are the same transformer; the few places where they differ are fields of VisionConfig.
 
+A third tower needs its numbers here, its tensors' names in load_weights.SAVED, its config.json in load_weights'
+vision_config and write_texts, and a recipe in common.py.
+
 Shapes: N images, P patches, S positions (P, and one more where there is a class token), D width, nh heads, hs head size.
 Follows https://github.com/openai/CLIP/blob/main/clip/model.py and transformers' modeling_siglip.py.
 """
@@ -95,6 +98,7 @@ class Attention(nn.Module):         # every position sees every position
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
+        assert config.gelu in ("quick", "tanh"), f"gelu {config.gelu!r}: expected quick or tanh"
         self.gelu = config.gelu
         self.fc = nn.Linear(config.n_embd, config.n_inner)
         self.proj = nn.Linear(config.n_inner, config.n_embd)
