@@ -99,6 +99,7 @@ def data_folder(name: str, task: Task, root: Path) -> Path:
 
 
 def check_images(data: Data) -> None:
+    """FileNotFoundError if an image is missing. Only the names are looked up: nothing is decoded yet."""
     paths = dict.fromkeys(example.image for example in data.examples if isinstance(example.image, Path))
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -156,6 +157,7 @@ class LoadedModel(NamedTuple):
 
 
 def load(folder: Path, args: Namespace) -> LoadedModel:
+    """The imports are here because torch takes seconds, and most of this program's work needs none."""
     from data import eot_id, load_tokenizer
     from load_weights import load_model
     model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
@@ -367,6 +369,7 @@ def generate(data: Data, settings: dict, loaded: LoadedModel, todo: set[int], ra
 
 
 def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
+    """The answer to each question of `data`; see read_answers."""
     return read_answers(path, data.examples, data.task.repeated_ids, args.limit, args.allow_missing)
 
 
@@ -404,6 +407,7 @@ def asked_in_other_words(example: Example, answer: dict) -> bool:
 
 
 def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | None:
+    """Whose grades the score is made of; None where no judge was asked."""
     if not data.task.judge or total is None:
         return None
     if args.grades:
@@ -550,6 +554,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def chosen_tasks(args: Namespace) -> list[str]:
+    """--task with its commas and "paper" -> names, each once. ValueError on one that is not in the table."""
     names = []
     for word in (args.task or "").split(","):
         names += PAPER if word.strip() == "paper" else [word.strip()]
@@ -591,6 +596,7 @@ class Processes(NamedTuple):
 
 
 def join_processes() -> Processes:
+    """torchrun says in the environment how many there are and which one this is."""
     import torch.distributed as dist
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -663,6 +669,7 @@ def put_in_order(out: Path, data: Data) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Only the last of the four needs a model."""
     args = parse(argv)
     if args.check_data:
         check_data(chosen_tasks(args), args)

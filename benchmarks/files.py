@@ -116,8 +116,9 @@ def read_answers(path: Path, examples: list[Example], repeated_ids: bool = False
             raise ValueError(f"{path}, line {number}: question {line['question_id']!r} is {problem}")
         answer_of[row] = line
     if None in answer_of and not allow_missing:
-        raise ValueError(f"{path}: {answer_of.count(None):,} of {len(ids):,} answers are missing, the first to question "
-                         f"{ids[answer_of.index(None)]}; --allow-missing counts them as wrong")
+        first_missing = ids[answer_of.index(None)]
+        raise ValueError(f"{path}: {answer_of.count(None):,} of {len(ids):,} answers are missing, the first to "
+                         f"question {first_missing}; --allow-missing counts them as wrong")
     return answer_of
 
 # ---------------------------------------------------------------------------------------------------

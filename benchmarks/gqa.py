@@ -14,9 +14,11 @@ from common import write_whole
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    """LLaVA's question file has these questions in this order and nothing else, so it is not needed."""
     name = "testdev_balanced_questions.json"
     path = required_file(folder / "data", name, f"questions1.2/{name}", f"questions/{name}")
     for question_id, row in read_official_json(path).items():
+        # GQA's own breakdown: a query is open, every other structure is answered with yes, no or one of two choices.
         structural = row["types"]["structural"]
         semantic = row["types"]["semantic"]
         labels = ("open" if structural == "query" else "binary", f"structural {structural}", f"semantic {semantic}")
@@ -35,6 +37,7 @@ def grade(example: Example, text: str) -> Mark:
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    """What GQA's own eval.py reads, for those who want its word for the score."""
     predictions = []
     for example, text in zip(examples, texts):
         predictions.append({"questionId": example.question_id, "prediction": gqa_answer(text)})

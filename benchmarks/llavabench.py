@@ -23,6 +23,7 @@ Write both ratings on the first line, assistant 1 first, with one space between 
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    """The truth is what the judge is shown: a caption in place of the picture, and GPT-4's answer."""
     captions = {row["image"]: row["caption"] for row in read_jsonl(required_file(folder, "context.jsonl"))}
     references = {row["question_id"]: row["text"] for row in read_jsonl(required_file(folder, "answers_gpt4.jsonl"))}
     for row in read_jsonl(required_file(folder, "questions.jsonl")):
@@ -41,8 +42,12 @@ def llavabench_pair(review: str) -> tuple[float, float]:
 
 
 def ask_for_review(example: Example, text: str, options: Namespace) -> dict:
-    sections = {"Context": example.truth["context"], "Question": example.prompt,
-                "Assistant 1": example.truth["reference"], "Assistant 2": text}
+    sections = {
+        "Context": example.truth["context"],
+        "Question": example.prompt,
+        "Assistant 1": example.truth["reference"],
+        "Assistant 2": text,
+    }
     prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in sections.items()) + INSTRUCTION
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
     content = ask_judge(options, messages, temperature=0.2, max_tokens=1024)

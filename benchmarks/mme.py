@@ -23,6 +23,7 @@ SUBTASKS = PERCEPTION + COGNITION
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
+    """Truths come from the release, order and wording from LLaVA's file if it is there."""
     release = required_file(folder, "MME_Benchmark_release_version")
     release = first_existing(release, "MME_Benchmark") or release
     official = {}                               # (subtask, image's name without ending, question) -> example
@@ -55,6 +56,7 @@ def read_subtask(folder: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def in_llavas_order(path: Path, official: dict, release: Path) -> list[Example]:
+    """official: (subtask, image's name without ending, question) -> example. Endings differ between releases."""
     examples = []
     for row in read_jsonl(path):
         image = PurePosixPath(row["question_id"])
@@ -95,6 +97,7 @@ def perception(counts: np.ndarray) -> np.ndarray:
 
 
 def summarise(examples: list[Example], marks: list[Mark]) -> Score:
+    """The bootstrap draws images, because the two questions about one are right or wrong together."""
     points_of_image = defaultdict(list)
     for example, mark in zip(examples, marks):
         points_of_image[example.labels[0], example.image].append(mark.points)

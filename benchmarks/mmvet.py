@@ -31,6 +31,7 @@ TRIES = 5
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    """The bare question, no instruction. Sub-scores: each ability, and each set of abilities, as in the paper."""
     for key, row in read_official_json(required_file(folder, "mm-vet.json")).items():
         labels = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
         image = image_path(folder / "images", row["imagename"])
@@ -76,6 +77,7 @@ def judge(examples: list[Example], texts: list[str], options: Namespace, out: Pa
 
 
 def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    """Beside the mean: the score of each run of the judge and how far they lie apart, if there were several."""
     runs = []
     for grades in zip(*(mark.raw for mark in marks)):
         runs.append(100 * mean(grades))
@@ -88,6 +90,7 @@ def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    """{"v1_0": answer, ...}, what the official notebook and the space read."""
     answers = {f"v1_{example.question_id}": text for example, text in zip(examples, texts)}
     return write_whole(out / "mm-vet.json", to_json(answers))
 

@@ -61,7 +61,8 @@ def remarks(result: dict) -> list[str]:
         lines.append("This model has Mipha's tower (SigLIP): the score to compare with is Mipha-3B's.")
     if "tinyllava" in task.published:
         whose = "LLaVA-Phi's" if is_mipha else "this"
-        lines.append(f"* CLIP-L/336 and Phi-2 with TinyLLaVA-Factory's base recipe: {whose} architecture, well trained.")
+        lines.append("* CLIP-L/336 and Phi-2 with TinyLLaVA-Factory's base recipe: "
+                     f"{whose} architecture, well trained.")
     if result["submission"]:
         lines.append(f"Submission file: {result['submission']}")
     for note in result["notes"]:

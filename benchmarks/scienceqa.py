@@ -17,6 +17,7 @@ SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
+    """problems.json has the truth; LLaVA's file, if it is there, says which questions and in which words."""
     problems = read_official_json(required_file(folder, "problems.json"))
     splits = read_official_json(required_file(folder, "pid_splits.json"))
     texts = {pid: None for pid in splits["test"]}
@@ -71,6 +72,7 @@ def grade(example: Example, text: str) -> Mark:
 
 
 def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    """The headline counts the questions with an image; "all", the subjects, contexts and years stand beside it."""
     return accuracy(examples, marks, only="IMG")
 
 

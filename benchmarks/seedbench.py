@@ -12,6 +12,7 @@ from common import read_jsonl, write_whole
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
+    """The wording is rebuilt from the official file, which is how LLaVA's was made too."""
     official = read_official_json(required_file(folder, "SEED-Bench.json"))
     name_of_type = {number: name for name, number in official["question_type"].items()}
     examples = {}
@@ -40,10 +41,12 @@ def grade(example: Example, text: str) -> Mark:
 
 
 def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    """The headline is the image part's, which papers call SEED-IMG, also where the videos were asked too."""
     return accuracy(examples, marks, only="image")
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    """A line an answer, for the leaderboard."""
     rows = []
     for example, text in zip(examples, texts):
         rows.append({"question_id": str(example.question_id), "prediction": text})

@@ -44,11 +44,13 @@ def grade(example: Example, text: str) -> Mark:
 
 
 def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+    """The two scorers differ by several points; both are shown, because papers use either."""
     official = 100 * mean([mark.raw[0] for mark in marks])
     return accuracy(examples, marks, beside={"official VQA scorer": official})
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+    """Every row of the test set, in the order of the file."""
     upload = []
     for example, text in zip(examples, texts):
         upload.append({"image": example.image.name, "answer": normalize_evalai(text)})

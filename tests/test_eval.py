@@ -1145,6 +1145,18 @@ def test_padding_and_blank_pictures_have_the_towers_colour(tmp_path):
         assert padded[0, :, 0, 0].tolist() == color and padded[0, :, config.image_size // 2, 5].tolist() == [255, 0, 0]
 
 
+def test_mipha_is_asked_like_llava_phi(tmp_path, short, capsys):
+    """End to end with a tiny SigLIP tower, a question about a blank picture included; batches change nothing."""
+    flags = many_shapes(tmp_path, pictures=2)
+    flags[flags.index(str(MODEL))] = str(ROOT / "tests/golden-mipha/tiny-mipha")
+    for batch in ("1", "16"):
+        ev.main([*flags, "--out", str(tmp_path / batch), "--batch", batch])
+    settings = json.loads((tmp_path / "1/settings.json").read_text())
+    assert (settings["reference"], settings["image_mode"]) == ("mipha", "pad")
+    answers = (tmp_path / "1/answers.jsonl").read_bytes()
+    assert answers == (tmp_path / "16/answers.jsonl").read_bytes() and answers.count(b"\n") == 12
+
+
 def test_a_mipha_models_score_stands_beside_miphas(tmp_path, capsys):
     """The column of one's own kind comes first, also when answers are scored again later."""
     flags, data = prepare("pope", tmp_path / "eval")

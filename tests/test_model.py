@@ -279,6 +279,22 @@ def test_cached_batched_and_shared_equal_the_slow_path(tiny, seed):
     assert len({tuple(answer) for answer in expected}) > 3  # the test would be empty if all answers were alike
 
 
+def test_prompts_that_do_not_go_through_together_change_nothing(tiny, monkeypatch):
+    """On a CPU a prefill takes a few prompts at a time, each with its own rows of the cache and its own pictures."""
+    rng = random.Random(1)
+    head, shared = draw_prompt(rng, 1)
+    batch = [draw_prompt(rng, n) for n in (1, 0, 2, 1)] + [(head + draw_words(rng, n), shared) for n in (1, 5)]
+    prompts, pictures = map(list, zip(*batch))
+    lengths = [len(prompt) for prompt in prompts]
+    expected = fast(tiny, prompts, pictures, 9)
+    for most, n_parts in [(1, 6), (max(lengths) + 1, None), (sum(lengths), 1)]:
+        monkeypatch.setattr(model_file, "CPU_PREFILL", most)
+        assert fast(tiny, prompts, pictures, 9) == expected
+        parts = list(model_file.rows_together(prompts, [0] * 6, most))
+        assert n_parts is None or len(parts) == n_parts
+        assert [row for part in parts for row in range(6)[part]] == list(range(6))
+
+
 def test_answers_end_row_by_row(tiny):
     """A row that has ended says None from then on, and the last column still holds a token."""
     rng = random.Random(3)
