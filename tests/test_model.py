@@ -622,7 +622,7 @@ def test_int4_refuses_in_words(monkeypatch):
 
 def test_int4_is_small():
     with torch.device("meta"):
-        model = LLaVAPhi(LLaVAConfig()).bfloat16()
+        model = LLaVAPhi(LLaVAConfig())
         quantize_linears(model, 4)
     assert sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) < 2.1e9
 
