@@ -5,6 +5,8 @@ $ python tests/bench/generate.py --only C1 --threads 1
 
 C1: tiny (decoder 4 x 128, tower 4 x 64), 76-token prompt. C2: full width, 2 decoder and 3 tower layers, 636 tokens.
 C3: 32 questions on 4 pictures, 8 a batch, the C2 model. First the logits must agree; then both sides take turns.
+C4: the C2 model's decoder alone, 640 tokens read and 32 written; beside llama.cpp too where `pip install gguf
+llama-cpp-python` was run.
 """
 import argparse
 import os
@@ -13,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -166,9 +169,69 @@ def many_questions(repeats: int) -> None:
     report("C3, a question of 32 on 4 pictures, 8 tokens each", times, 1e3 / 32)
 
 
+def time_ours(model: LLaVAPhi, prompt: list[int], n_tokens: int) -> tuple[float, float]:
+    """Seconds that the prompt takes, and those of n_tokens greedy tokens behind it."""
+    size = model.config.vision.image_size
+    no_image = torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    start = time.perf_counter()
+    columns = model.generate([prompt], [no_image], max_new_tokens=n_tokens + 1, eos_id=-1)
+    next(columns)                                           # it comes out of the prompt's own forward pass
+    first = time.perf_counter()
+    for _ in columns:
+        pass
+    return first - start, time.perf_counter() - first
+
+
+@torch.inference_mode()
+def time_theirs(model: nn.Module, prompt: list[int], n_tokens: int) -> tuple[float, float]:
+    """The same of transformers, in a loop of our own: its generate() would add what it does besides the model."""
+    start = time.perf_counter()
+    ids = torch.tensor([prompt])
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    first = time.perf_counter()
+    for _ in range(n_tokens):
+        ids = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+    return first - start, time.perf_counter() - first
+
+
+def other_engines(threads: int, repeats: int) -> None:
+    """Tokens a second, read and written, of every dtype here and elsewhere."""
+    models = make_models(WIDE)
+    ours = models["ours fp32"]
+    prompt = torch.randint(1, WIDE.llm.vocab_size - 1, (640,), generator=torch.Generator().manual_seed(1)).tolist()
+    sides = {}
+    for name, model in models.items():
+        timer = time_theirs if name.startswith("transformers") else time_ours
+        sides[name] = partial(timer, model)
+    try:
+        from tests.bench.llama import LlamaCpp
+    except ImportError as e:
+        print(f"no rows of llama.cpp: {e}")
+    else:
+        for kind in ("F16", "BF16", "Q8_0", "Q4_0"):
+            engine = LlamaCpp(ours.llm, kind, threads)
+            sides[f"llama.cpp {kind}"] = partial(engine.time, False)
+            sides[f"llama.cpp {kind} flash"] = partial(engine.time, True)
+
+    reading = {name: [] for name in sides}
+    writing = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            seconds = side(prompt, 32)
+            if repeat > 0:                                  # the first round warms up
+                reading[name].append(seconds[0])
+                writing[name].append(seconds[1])
+    print("\nC4, tokens a second: read, written (by medians); the same by minima")
+    for name in sides:
+        medians = (640 / statistics.median(reading[name]), 32 / statistics.median(writing[name]))
+        minima = (640 / min(reading[name]), 32 / min(writing[name]))
+        print(f"  {name:24}{medians[0]:10.0f}{medians[1]:10.1f}{minima[0]:12.0f}{minima[1]:10.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("C1", "C2", "C3"))
+    parser.add_argument("--only", choices=("C1", "C2", "C3", "C4"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
@@ -181,6 +244,8 @@ def main() -> None:
         one_prompt("C2", WIDE, args.repeats)
     if args.only in (None, "C3"):
         many_questions(max(3, args.repeats // 3))
+    if args.only in (None, "C4"):
+        other_engines(args.threads, max(3, args.repeats // 3))
     print(f"load {os.getloadavg()[0]:.1f}")
 
 
