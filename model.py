@@ -74,13 +74,12 @@ def rope(pos: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate q and k (T, 2, nh, hs) by their position.
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
+    """Rotate the first dim channels of q and k (T, 2, nh, hs) by their position.
 
-    Phi pairs channel i with channel i + dim / 2 of the first dim channels ("half-split"; GPT-J pairs neighbours).
+    Phi pairs channel i with channel i + dim / 2 of them ("half-split"; GPT-J pairs neighbours).
     """
-    half = cos.size(-1)
-    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    a, b, rest = x.split([dim // 2, dim // 2, x.size(-1) - dim], dim=-1)
     a = a.float()                   # in bf16 the sums below would lose the position of far tokens
     b = b.float()
     rotated_a = a * cos - b * sin
@@ -111,7 +110,9 @@ class Layout:
         self.last = send(starts[1:] - 1, device)                                   # (B,) rows of the last tokens
         keys = lengths + torch.tensor(self.past, dtype=torch.int64)                # (B,) the past's and the new ones
         self.key_starts = send(F.pad(keys.cumsum(0), (1, 0)).int(), device)        # (B + 1,)
-        self.rows: Tensor | None = None             # (T,) of the cache's B * S, if there is one: see KVCache.locate
+        self.sequence: Tensor | None = None         # (T,) which sequence a token belongs to; only a cache asks for it
+        if past is not None:
+            self.sequence = send(torch.arange(len(lengths)).repeat_interleave(lengths), device)
         # Asked here and not in `attend`, which torch.compile could not trace past the question.
         self.on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -165,24 +166,24 @@ def as_batch(x: Tensor, length: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: PhiConfig, layer: int):
+    def __init__(self, config: PhiConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.layer = layer          # which of the cache's layers is ours
+        self.rotary_dim = config.rotary_dim     # not read off cos's shape, where torch.compile takes it for a variable
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: "Layout | DecodeLayout",
-                cache: "KVCache | None") -> Tensor:
+                cache: "LayerCache | None") -> Tensor:
         T, C = x.shape
         qkv = self.qkv(x).view(T, 3, self.n_head, C // self.n_head)                # (T, 3, nh, hs)
         qk, v = qkv.split([2, 1], dim=1)
-        q, k = apply_rope(qk, cos, sin).unbind(1)                                  # (T, nh, hs) each
+        q, k = apply_rope(qk, cos, sin, self.rotary_dim).unbind(1)                 # (T, nh, hs) each
         v = v.squeeze(1)                                                           # (T, nh, hs)
         if cache is None:
             y = attend(q, k, v, layout)
         else:
-            y = cache.attend(self.layer, q, k, v, layout)
+            y = attend_with_cache(q, k, v, cache, layout)
         return self.proj(y.reshape(T, C))                                          # (T, C)
 
 
@@ -201,15 +202,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Phi's parallel block: one LayerNorm feeds attention and MLP, and both are added to x at once."""
 
-    def __init__(self, config: PhiConfig, layer: int):
+    def __init__(self, config: PhiConfig):
         super().__init__()
         self.dropout = config.dropout
         self.ln = nn.LayerNorm(config.n_embd, eps=config.eps)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: "Layout | DecodeLayout",
-                cache: "KVCache | None") -> Tensor:
+                cache: "LayerCache | None") -> Tensor:
         h = self.ln(x)
         attn = F.dropout(self.attn(h, cos, sin, layout, cache), self.dropout, self.training)
         mlp = F.dropout(self.mlp(h), self.dropout, self.training)
@@ -222,7 +223,7 @@ class Phi(nn.Module):
         self.config = config
         self.recompute = "none"     # what the backward pass computes again: none, selective or full
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)                 # not tied to wte, and with a bias
 
@@ -240,11 +241,12 @@ class Phi(nn.Module):
         context = noop_context_fn
         if self.recompute == "selective":
             context = partial(create_selective_checkpoint_contexts, keep_products)
-        for block in self.h:
+        layers = cache.layers if cache else [None] * len(self.h)
+        for block, layer_cache in zip(self.h, layers):
             if self.training and self.recompute != "none":
-                x = checkpoint(block, x, cos, sin, layout, cache, use_reentrant=False, context_fn=context)
+                x = checkpoint(block, x, cos, sin, layout, layer_cache, use_reentrant=False, context_fn=context)
             else:
-                x = block(x, cos, sin, layout, cache)                              # (T, C)
+                x = block(x, cos, sin, layout, layer_cache)                        # (T, C)
         return self.ln_f(x)
 
 
@@ -362,7 +364,6 @@ class LLaVAPhi(nn.Module):
         slots = (ids == IMAGE_ID).nonzero().flatten()                              # (N * P,)
         lengths = torch.tensor([len(prompt) for prompt in prompts])                # (B,)
         layout = Layout(lengths - torch.tensor(cache.lengths), self.device, cache.lengths, self.config.llm.block_size)
-        cache.locate(layout)
         pixels = torch.cat(new_images).to(self.device)                             # (N, 3, H, W)
         x = self.embed(ids.clamp_min(0).to(self.device), pixels, slots.to(self.device))
         h = self.llm(x, layout, cache)                                             # (T, C)
@@ -487,21 +488,26 @@ class KVCache:
     """Keys and values of every layer for B sequences of at most S tokens. Preallocated, an argument, knows no model."""
 
     def __init__(self, config: PhiConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, slots, config.n_head, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)                    # (n_layer, B, S, nh, hs)
+        slots = -(-slots // 16) * 16                        # masks of other widths would be copied in every layer
+        shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
+        key_dtype = torch.float32 if device.type == "cpu" else dtype               # see attend_from_one
+        self.k = torch.zeros(shape, device=device, dtype=key_dtype)                # (n_layer, B, nh, S, hs)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch                          # tokens held per sequence, for the host
         self.pos = torch.zeros(batch, dtype=torch.int64, device=device)            # (B,) the same, where the model is
-        self.first = torch.arange(batch, device=device) * slots                    # (B,) where each row of B * S begins
         self.bucket = 256 if self.k.is_cuda else 1          # attention reads multiples of it: graphs need fixed shapes
         self.graph: Graph | None = None
+
+    @property
+    def layers(self) -> "list[LayerCache]":
+        return [LayerCache(k, v) for k, v in zip(self.k, self.v)]
 
     @property
     def used(self) -> int:
         """How many slots of each row the next step reads: the longest sequence and the new token, in whole buckets."""
         needed = max(self.lengths) + 1
         buckets = (needed + self.bucket - 1) // self.bucket
-        return min(buckets * self.bucket, self.k.size(2))
+        return min(buckets * self.bucket, self.k.size(3))
 
     def fill(self, lengths: list[int]) -> None:
         """After a prefill: each sequence now holds so many tokens."""
@@ -515,19 +521,18 @@ class KVCache:
         part.v = self.v[:, rows]
         part.lengths = self.lengths[rows]
         part.pos = self.pos[rows]
-        part.first = self.first[:len(part.lengths)]
         return part
 
     def advance(self) -> None:
         """After a step. The last slot is never needed: sequences that ended idle there while others go on."""
-        last = self.k.size(2) - 1
+        last = self.k.size(3) - 1
         self.lengths = [min(n + 1, last) for n in self.lengths]
         self.pos.add_(1).clamp_(max=last)
 
     def prefix(self, row: int, ids: list[int], images: Tensor) -> "Prefix":
         """What the row holds of `ids`: a view, which keeps the whole cache in memory."""
         ids = ids[:self.lengths[row]]
-        return Prefix(ids, images, self.k[:, row, :len(ids)], self.v[:, row, :len(ids)])
+        return Prefix(ids, images, self.k[:, row, :, :len(ids)], self.v[:, row, :, :len(ids)])
 
     def restore(self, prefixes: "list[Prefix | None]") -> None:
         """Begin each row with what is known of it."""
@@ -535,42 +540,53 @@ class KVCache:
             if prefix is not None:
                 n = len(prefix.ids)
                 self.lengths[row] = n
-                self.k[:, row, :n] = prefix.k
-                self.v[:, row, :n] = prefix.v
+                self.k[:, row, :, :n] = prefix.k
+                self.v[:, row, :, :n] = prefix.v
 
-    def locate(self, layout: Layout) -> None:
-        """Tell a prefill's layout where its tokens go. Stored row by row, they would cost a GPU B calls a layer."""
-        sequence = torch.arange(len(layout.lengths)).repeat_interleave(torch.tensor(layout.lengths))       # (T,)
-        layout.rows = layout.pos + self.first[send(sequence, layout.pos.device)]                           # (T,)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, layout: "Layout | DecodeLayout") -> Tensor:
-        """Store the new k, v (T, nh, hs), then let q (T, nh, hs) see each sequence's past and itself -> (T, nh, hs)."""
-        keys = self.k[layer]                                                       # (B, S, nh, hs)
-        values = self.v[layer]
-        keys.flatten(0, 1).index_copy_(0, layout.rows, k)
-        values.flatten(0, 1).index_copy_(0, layout.rows, v)
-        if isinstance(layout, DecodeLayout):
-            k = keys[:, :layout.used].transpose(1, 2)                              # (B, nh, used, hs)
-            v = values[:, :layout.used].transpose(1, 2)
-            y = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=layout.mask)        # (B, nh, 1, hs)
-            return y.squeeze(2)                                                    # (T, nh, hs), T = B
-        if not any(layout.past):
-            return attend(q, k, v, layout)
-        if has_varlen(q, layout):
-            totals = [past + n for past, n in zip(layout.past, layout.lengths)]
-            k = torch.cat([keys[row, :total] for row, total in enumerate(totals)])
-            v = torch.cat([values[row, :total] for row, total in enumerate(totals)])
-            return ragged_attention(q, k, v, layout)
-        out = []
-        for row, q_row in enumerate(q.split(layout.lengths)):
-            n = len(q_row)
-            total = layout.past[row] + n
-            # Query i stands at position past + i, so the triangle of the causal mask is aligned at its end.
-            y = F.scaled_dot_product_attention(as_batch(q_row, n), as_batch(keys[row, :total], total),
-                                               as_batch(values[row, :total], total),
-                                               attn_mask=causal_lower_right(n, total))             # (1, nh, n, hs)
-            out.append(y[0].transpose(0, 1))                                       # (n, nh, hs)
-        return torch.cat(out)                                                      # (T, nh, hs)
+class LayerCache(NamedTuple):       # what one layer has of a KVCache: all that a block gets to see of it
+    k: Tensor                       # (B, nh, S, hs)
+    v: Tensor
+
+
+def attend_with_cache(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, layout: "Layout | DecodeLayout") -> Tensor:
+    """Store the new k, v (T, nh, hs), then let q (T, nh, hs) see each sequence's past and itself -> (T, nh, hs)."""
+    cache.k[layout.sequence, :, layout.pos] = k.type_as(cache.k)
+    cache.v[layout.sequence, :, layout.pos] = v
+    if isinstance(layout, DecodeLayout):
+        k = cache.k[:, :, :layout.used]                                            # (B, nh, used, hs)
+        v = cache.v[:, :, :layout.used]
+        return attend_from_one(q.unsqueeze(2), k, v, layout.mask).squeeze(2)       # (T, nh, hs), T = B
+    if not any(layout.past):
+        return attend(q, k, v, layout)
+    totals = [past + n for past, n in zip(layout.past, layout.lengths)]
+    if has_varlen(q, layout):
+        k = torch.cat([cache.k[row, :, :total] for row, total in enumerate(totals)], dim=1)        # (nh, all keys, hs)
+        v = torch.cat([cache.v[row, :, :total] for row, total in enumerate(totals)], dim=1)
+        return ragged_attention(q, k.transpose(0, 1), v.transpose(0, 1), layout)
+    out = []
+    for row, (q_row, total) in enumerate(zip(q.split(layout.lengths), totals)):
+        n = len(q_row)
+        # Query i stands at position past + i, so the triangle of the causal mask is aligned at its end.
+        y = F.scaled_dot_product_attention(as_batch(q_row, n), cache.k[row:row + 1, :, :total].type_as(q),
+                                           cache.v[row:row + 1, :, :total],
+                                           attn_mask=causal_lower_right(n, total))                 # (1, nh, n, hs)
+        out.append(y[0].transpose(0, 1))                                           # (n, nh, hs)
+    return torch.cat(out)                                                          # (T, nh, hs)
+
+
+def attend_from_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query for each sequence: q (B, nh, 1, hs); k, v (B, nh, used, hs) -> (B, nh, 1, hs).
+
+    torch's fused attention for CPUs is made for many queries. For a single one, two plain products are faster: six
+    times in bf16, with 700 keys. The scores stay in fp32, as in the fused kernels; hence the keys do, too.
+    """
+    if k.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = q.float() @ k.transpose(2, 3) * q.size(-1) ** -0.5                    # (B, nh, 1, used)
+    if mask is not None:
+        scores += mask
+    return scores.softmax(-1).type_as(v) @ v
 
 
 CPU_PREFILL = 1200                  # tokens, two LLaVA prompts: measured, 16 pictures at a time are a fifth slower
@@ -595,7 +611,7 @@ class DecodeLayout:
     def __init__(self, cache: KVCache):
         self.pos = cache.pos                                                       # (B,)
         self.used = cache.used
-        self.rows = cache.pos + cache.first                                        # (B,) of the cache's B * S
+        self.sequence = torch.arange(len(cache.pos), device=self.pos.device)       # (B,)
         self.mask = None            # where all sequences are equally long, everything that is read may be seen
         if cache.bucket > 1 or min(cache.lengths) < max(cache.lengths):
             unseen = torch.arange(self.used, device=self.pos.device) > self.pos[:, None]           # (B, used)
@@ -629,7 +645,7 @@ class Graph:
 class Prefix(NamedTuple):           # a beginning of a prompt that has been computed
     ids: list[int]                  # IMAGE_ID at patch positions
     images: Tensor                  # (N, 3, H, W) uint8, compared by identity
-    k: Tensor                       # (n_layer, len(ids), nh, hs)
+    k: Tensor                       # (n_layer, nh, len(ids), hs)
     v: Tensor
 
 
@@ -644,7 +660,7 @@ def longest_prefix(prompt: list[int], images: Tensor, memory: list[Prefix]) -> P
         while n > 0 and prompt[n - 1] == prompt[n] == IMAGE_ID:
             n -= 1                                          # a picture is kept whole or not at all
         if n > (len(best.ids) if best else 0):
-            best = Prefix(prefix.ids[:n], prefix.images, prefix.k[:, :n], prefix.v[:, :n])
+            best = Prefix(prefix.ids[:n], prefix.images, prefix.k[:, :, :n], prefix.v[:, :, :n])
     return best
 
 

@@ -100,9 +100,9 @@ def test_every_misreading_is_noticed(name, tmp_path, capsys):
     assert code == 2 and "try        misread " in page and "problem    the tensors are all there" in page
 
 
-def paired_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def paired_neighbours(x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
     """The other convention of rotary embeddings: channel 2 i turns with 2 i + 1, not i with i + dim / 2."""
-    turned, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
+    turned, rest = x.split([dim, x.size(-1) - dim], dim=-1)
     a, b = turned[..., 0::2], turned[..., 1::2]
     return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2), rest], dim=-1)
 
