@@ -160,7 +160,9 @@ def load(folder: Path, args: Namespace) -> LoadedModel:
     """The imports are here because torch takes seconds, and most of this program's work needs none."""
     from data import eot_id, load_tokenizer
     from load_weights import load_model
+    from model import pack_linears
     model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
+    pack_linears(model)
     tok = load_tokenizer(folder)
     return LoadedModel(model, tok, eot_id(tok))
 
@@ -607,17 +609,21 @@ def join_processes() -> Processes:
     return Processes(rank, world, dist.barrier)
 
 
-def choose_arithmetic(args: Namespace) -> None:
-    """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers."""
+def choose_arithmetic(args: Namespace) -> str:
+    """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers.
+
+    -> what to say before the first question, if bf16 would be faster there; else "".
+    """
     args.device = choose_device(args.device)
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if args.dtype is None and args.device == "cpu":
-        args.dtype = "fp32"
-        hint = faster_dtype("fp32")
-        if hint:
-            print(f"{hint}, but the batch size could then change an answer", file=sys.stderr)
-    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    asked = args.dtype
+    args.dtype = asked or ("bf16" if args.device.startswith("cuda") else "fp32")
+    if asked or args.device != "cpu":
+        return ""
+    from model import pack_linears
+    hint = faster_dtype(args.dtype, pack_linears)
+    return hint and f"{hint}, but the batch size could then change an answer"
 
 
 def generate_and_score(args: Namespace) -> None:
@@ -627,7 +633,7 @@ def generate_and_score(args: Namespace) -> None:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
     from load_weights import load_config
-    choose_arithmetic(args)
+    hint = choose_arithmetic(args)
     config = load_config(folder)
     fingerprint = model_fingerprint(folder)
     processes = join_processes()
@@ -644,8 +650,11 @@ def generate_and_score(args: Namespace) -> None:
             started = time.time()
             asked = range(len(data.first(args.limit).examples))
             todo = set(asked) - answers_so_far(out, data.examples).keys()
+            if todo and not loaded:                         # one model for all tasks, and none if all is answered
+                loaded = load(folder, args)
+                if hint:
+                    print(hint, file=sys.stderr)
             if todo:
-                loaded = loaded or load(folder, args)       # one model for all tasks, and none if all is answered
                 generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
             processes.barrier()
             if processes.rank == 0:

@@ -407,7 +407,7 @@ def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int)
     """
     import torch
 
-    from model import LLaVAPhi
+    from model import LLaVAPhi, pack_linears
     if asked:
         return asked, f"{device} in {asked}"
     if device != "cpu":
@@ -419,7 +419,7 @@ def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int)
     need = 1.1 * bits / 8 * n_parameters                # with a tenth for activations and the cache
     if bits == 16 and 2 * need > free_memory():         # two bytes each are bf16, four are fp32
         return "bf16", "cpu in bf16, since fp32 does not fit into memory"
-    seconds = time_dtypes()
+    seconds = time_dtypes(pack_linears)
     best = min(seconds, key=seconds.get)
     other = max(seconds, key=seconds.get)
     return best, f"cpu, {best}: {seconds[other] / seconds[best]:.1f} times {other} here"
@@ -495,6 +495,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from load_weights import load_config, load_model
+    from model import pack_linears
     if args.compile and not torch.cuda.is_available():
         raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
     device = choose_device(args.device)
@@ -512,6 +513,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
     print_note(f"{folder} on {where}{weights}")
     model = load_model(folder, torch_dtype(dtype), device, bits=args.bits)
+    pack_linears(model)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

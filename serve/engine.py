@@ -115,6 +115,12 @@ class Pictures:
         return image
 
 
+def key_value_bytes(model: LLaVAPhi) -> int:
+    """What the keys and values of the longest conversation take."""
+    cache = model.new_cache(1, 16)
+    return (cache.k.nbytes + cache.v.nbytes) // 16 * model.config.llm.block_size
+
+
 class Engine:
     """The line, and the thread that answers it."""
 
@@ -128,9 +134,7 @@ class Engine:
         self.running: list[Question] = []
         self.stopping = False
         self.memory: list[Prefix] = []                      # of the last conversations, oldest first
-        llm = model.config.llm
-        position = 2 * llm.n_layer * llm.n_embd * model.llm.wte.weight.element_size()      # bytes of keys and values
-        self.max_batch = max(1, min(MAX_BATCH, MAX_KEY_VALUE_BYTES // (position * llm.block_size)))
+        self.max_batch = max(1, min(MAX_BATCH, MAX_KEY_VALUE_BYTES // key_value_bytes(model)))
         self.thread = threading.Thread(target=self.run, name="model", daemon=True)
         self.thread.start()
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import data
 import model as model_file
 from load_weights import load_model
-from model import (IMAGE_ID, MANY_ROWS, Int4Linear, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, LoRALinear,
-                   PhiConfig, check_int4_product, copy_weight, cross_entropy_sum, init_weights, pick, quantize_groups,
-                   quantize_linears, unpack_int4)
+from model import (IMAGE_ID, Int4Linear, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, LoRALinear, PackedLinear,
+                   PhiConfig, check_int4_product, copy_weight, cross_entropy_sum, init_weights, pack_linears,
+                   packing_pays, pick, quantize_groups, quantize_linears, unpack_int4)
 from test_vision import to_uint8
 from vision import VisionConfig
 
@@ -469,6 +469,52 @@ def test_same_seed_same_answer(tiny):
     assert said[0] == said[1] and said[2] != said[3]
 
 # ---------------------------------------------------------------------------------------------------
+# Weights in the order in which a CPU multiplies them
+
+needs_packing = pytest.mark.skipif(not packing_pays(), reason="oneDNN's packed products are used with AVX-512 alone")
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("n_in, n_out", [(512, 512), (2560, 1024), (100, 4000)])
+def test_packed_products_are_the_plain_ones(dtype, bound, n_in, n_out):
+    """For no row, one, a few (which are padded) and many; bf16 may round the same sum to a neighbour."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(n_in, n_out, dtype=dtype).requires_grad_(False)
+    packed = PackedLinear(base)
+    for rows in (0, 1, 2, 5, 6, 7, 200):
+        x = torch.randn(rows, n_in, dtype=dtype)
+        torch.testing.assert_close(packed(x), base(x), atol=bound, rtol=bound)
+    x = torch.randn(2, 3, n_in, dtype=dtype)
+    torch.testing.assert_close(packed(x), base(x), atol=bound, rtol=bound)
+
+
+@needs_packing
+def test_a_packed_model_says_the_same(original, golden, monkeypatch):
+    """Its logits are the original code's, and a batch changes no answer, as without packing."""
+    monkeypatch.setattr(model_file, "PACKED_FROM", 1)
+    row, images = expanded(golden["llava.input_ids"][0].tolist()), to_uint8(golden["llava.pixel_values"])
+    packed = copy.deepcopy(original).requires_grad_(False)
+    assert pack_linears(packed) == 2 * 4 + 1 + 2 + 2 * 4     # decoder, head, projector, tower
+    assert pack_linears(packed) == 0
+    torch.testing.assert_close(all_logits(packed, [row], images), golden["llava.logits"][0], atol=1e-5, rtol=1e-5)
+    rng = random.Random(0)
+    prompts, pictures = zip(*[draw_prompt(rng, n % 3) for n in range(9)])
+    together = fast(packed, list(prompts), list(pictures), 8)
+    assert together == [fast(packed, [prompt], [images], 8)[0] for prompt, images in zip(prompts, pictures)]
+    assert together == fast(original, list(prompts), list(pictures), 8)
+
+
+def test_quantised_and_small_layers_are_not_packed(original, monkeypatch):
+    assert pack_linears(copy.deepcopy(original)) == 0        # so small that it would be slower
+    monkeypatch.setattr(model_file, "PACKED_FROM", 1)
+    quantised = copy.deepcopy(original)
+    quantize_linears(quantised, 8)
+    assert pack_linears(quantised) == 0
+    monkeypatch.setattr(model_file, "packing_pays", lambda: False)
+    assert pack_linears(copy.deepcopy(original)) == 0
+
+# ---------------------------------------------------------------------------------------------------
 # int8
 
 
@@ -544,14 +590,14 @@ def test_packed_weights_are_those_that_torch_multiplies(n_in, n_out):
     """
     base, layer = packed_int4(n_in, n_out)
     weight = unpack_int4(layer.weight, layer.scales)[:, :n_out]                    # (in, out)
-    x = torch.randn(MANY_ROWS, n_in)
+    x = torch.randn(192, n_in)
     many = 0.02 if model_file.has_int8_product() else 1e-5
     with torch.no_grad():
         for rows, bound in ((x[:1], 0.006), (x[:5], 0.006), (x, many)):
             expected = rows @ weight + base.bias
             error = (layer(rows) - expected).norm() / expected.norm()
             assert error < bound, f"{len(rows)} rows: {error:.1e}"
-        assert layer(x.view(2, -1, n_in)).shape == (2, MANY_ROWS // 2, n_out) and layer(x[:0]).shape == (0, n_out)
+        assert layer(x.view(2, -1, n_in)).shape == (2, 192 // 2, n_out) and layer(x[:0]).shape == (0, n_out)
         assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -603,7 +649,7 @@ def test_int4_model():
     for (name, a), b in zip(streamed.state_dict().items(), turned.state_dict().values()):
         assert torch.equal(a, b), name
     prompt, images = draw_prompt(random.Random(0), 1)
-    row = prompt + draw_words(random.Random(1), MANY_ROWS)                         # long enough for unpacked weights
+    row = prompt + draw_words(random.Random(1), 192)                         # long enough for unpacked weights
     for ids in (prompt, row):
         error = all_logits(turned, [ids], images) - all_logits(model, [ids], images)
         assert error.norm() / all_logits(model, [ids], images).norm() < 0.2

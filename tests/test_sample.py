@@ -251,7 +251,7 @@ def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, model, t
     (0.5, 8, ("fp32", "cpu in fp32")),                      # its products are in int8 anyway
 ])
 def test_the_faster_dtype_is_measured(monkeypatch, bf16_takes, bits, expected):
-    monkeypatch.setattr(sample, "time_dtypes", lambda: {"fp32": 1.0, "bf16": bf16_takes})
+    monkeypatch.setattr(sample, "time_dtypes", lambda prepare: {"fp32": 1.0, "bf16": bf16_takes})
     monkeypatch.setattr(sample, "free_memory", lambda: 16e9)
     assert sample.choose_dtype(None, LLaVAConfig(), "cpu", bits) == expected
     assert sample.choose_dtype("fp32", LLaVAConfig(), "cpu", bits) == ("fp32", "cpu in fp32")
@@ -260,10 +260,10 @@ def test_the_faster_dtype_is_measured(monkeypatch, bf16_takes, bits, expected):
 
 def test_memory_and_size_come_before_speed(monkeypatch):
     """What does not fit is no candidate; a small model is fast anyway, and says the same on every machine in fp32."""
-    monkeypatch.setattr(sample, "time_dtypes", lambda: {"fp32": 1.0, "bf16": 4.0})
+    monkeypatch.setattr(sample, "time_dtypes", lambda prepare: {"fp32": 1.0, "bf16": 4.0})
     monkeypatch.setattr(sample, "free_memory", lambda: 8e9)
     assert sample.choose_dtype(None, LLaVAConfig(), "cpu", 16)[0] == "bf16"
-    monkeypatch.setattr(sample, "time_dtypes", lambda: pytest.fail("measured for a small model"))
+    monkeypatch.setattr(sample, "time_dtypes", lambda prepare: pytest.fail("measured for a small model"))
     assert sample.choose_dtype(None, load_config(MODEL), "cpu", 16) == ("fp32", "cpu in fp32")
 
 
@@ -271,7 +271,7 @@ def test_both_dtypes_are_measured(monkeypatch):
     threads = torch.get_num_threads()
     seconds = common.time_dtypes()
     assert seconds.keys() == {"fp32", "bf16"} and min(seconds.values()) > 0 and torch.get_num_threads() == threads
-    monkeypatch.setattr(common, "time_dtypes", lambda: {"fp32": 3.0, "bf16": 1.0})
+    monkeypatch.setattr(common, "time_dtypes", lambda prepare: {"fp32": 3.0, "bf16": 1.0})
     assert common.faster_dtype("bf16") == ""
     assert common.faster_dtype("fp32") == "cpu, fp32: --dtype bf16 would be 3.0 times as fast here"
 

@@ -1,13 +1,14 @@
 """
 Questions per second of eval.py against a batch-1 loop of transformers, on the same random weights; and of scoring.
 
-$ python tests/bench/eval.py                 # needs transformers 5 beside requirements.txt; a few minutes on a CPU
+$ python tests/bench/eval.py                 # needs transformers 5 beside requirements.txt; about twenty minutes on a CPU
 $ python tests/bench/eval.py --only tiny --threads 1
 
 tiny: the model of generate.py, where overhead is most of the time. small: tower 4 x 256 at 336 pixels, decoder 4 x 320,
-so that a prompt is mostly picture, as in the real one, and arithmetic is most of the time. Every answer is 3 tokens, about
-what the benchmarks' are. Both sides decode the pictures, tokenise and detokenise; transformers is asked question by
-question, as the benchmarks' own scripts do. First the answers must agree; then all ways take turns.
+so that a prompt is mostly picture, as in the real one, and arithmetic is most of the time. wide: the real widths, with 2
+decoder and 3 tower layers. Every answer is 3 tokens, about what the benchmarks' are. Both sides decode the pictures,
+tokenise and detokenise; transformers is asked question by question, as the benchmarks' own scripts do. First the answers
+must agree in fp32; then all ways take turns.
 """
 import argparse
 import os
@@ -16,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +31,13 @@ import eval as ev
 from benchmarks import textvqa
 from benchmarks.scoring import SHORT, Example, accuracy
 from data import load_image, load_tokenizer
-from generate import TINY, make_ours, make_theirs
-from model import IMAGE_ID, LLaVAConfig, PhiConfig
+from generate import TINY, WIDE, make_ours, make_theirs
+from model import IMAGE_ID, LLaVAConfig, PhiConfig, pack_linears, quantize_linears
 from vision import VisionConfig, normalize
 
 SMALL = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=320, n_inner=1280, dropout=0.0),
                     VisionConfig(n_layer=4, n_head=4, n_embd=256, n_inner=1024))
-MODELS = {"tiny": TINY, "small": SMALL}
+MODELS = {"tiny": TINY, "small": SMALL, "wide": WIDE}
 TOKENS = 3
 
 
@@ -64,7 +67,7 @@ def ask_theirs(theirs, loaded: ev.LoadedModel, examples: list[Example]) -> list[
     """One question after the other, the pixels the same."""
     texts = []
     for example in examples:
-        pixels = normalize(load_image(example.image, loaded.model.config.vision.image_size, "pad")[None])
+        pixels = normalize(load_image(example.image, loaded.model.config.vision.image_size, "pad")[None]).to(theirs.dtype)
         ids = torch.tensor([ev.encode_question(example, loaded)])
         ids[ids == IMAGE_ID] = theirs.config.image_token_index
         out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,
@@ -86,22 +89,34 @@ def rates(ways: dict, n: int, repeats: int) -> dict[str, float]:
 
 def bench_generation(name: str, questions: int, repeats: int) -> None:
     ours = make_ours(MODELS[name])
-    theirs = make_theirs(ours)
+    theirs = {"fp32": make_theirs(ours)}
+    theirs["bf16"] = deepcopy(theirs["fp32"]).bfloat16()
+    models = {"fp32": ours, "bf16": deepcopy(ours).bfloat16(), "8 bits": deepcopy(ours)}
+    quantize_linears(models["8 bits"], 8)
     tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
-    loaded = ev.LoadedModel(ours, tok, -1)                 # no token ends an answer: both sides write TOKENS of them
+    loaded = {}
+    for kind, model in models.items():
+        pack_linears(model)                                # as eval.py does
+        loaded[kind] = ev.LoadedModel(model, tok, -1)      # no token ends an answer: both sides write TOKENS of them
     assert tok.get_vocab_size() < ours.config.llm.vocab_size, f"{tok.get_vocab_size()} ids do not fit the model"
     for per_image in (1, 16):
         with tempfile.TemporaryDirectory() as folder:
             examples = questions_on(Path(folder), questions, per_image)
             first = examples[:per_image]
-            same = sum(a == b for a, b in zip(ask_ours(loaded, first, 16), ask_theirs(theirs, loaded, first)))
+            ours_say = ask_ours(loaded["fp32"], first, 16)
+            theirs_say = ask_theirs(theirs["fp32"], loaded["fp32"], first)
+            same = sum(a == b for a, b in zip(ours_say, theirs_say))
             assert same == len(first), f"{len(first) - same} of {len(first)} answers differ"
-            found = rates({"transformers, one by one": lambda: ask_theirs(theirs, loaded, examples),
-                           "eval.py --batch 1": lambda: ask_ours(loaded, examples, 1),
-                           "eval.py": lambda: ask_ours(loaded, examples, 16)}, questions, repeats)
-            loop = found["transformers, one by one"]
+            ways = {f"transformers {kind}, one by one": partial(ask_theirs, model, loaded["fp32"], examples)
+                    for kind, model in theirs.items()}
+            ways["eval.py --batch 1"] = partial(ask_ours, loaded["fp32"], examples, 1)
+            ways["eval.py"] = partial(ask_ours, loaded["fp32"], examples, 16)
+            ways["eval.py --dtype bf16"] = partial(ask_ours, loaded["bf16"], examples, 16)
+            ways["eval.py --bits 8"] = partial(ask_ours, loaded["8 bits"], examples, 16)
+            found = rates(ways, questions, repeats)
+            loop = found["transformers fp32, one by one"]
             for way, each in found.items():
-                print(f"{name:5}  {per_image:2} questions an image  {way:24}  {each:7.2f} questions/s {each / loop:5.1f} times",
+                print(f"{name:5}  {per_image:2} questions an image  {way:30}  {each:7.2f} questions/s {each / loop:6.2f} times",
                       flush=True)
 
 
@@ -118,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("$")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", choices=[*MODELS], help="one of the models")
-    parser.add_argument("--questions", type=int, default=64, help="a multiple of 16")
+    parser.add_argument("--questions", type=int, default=64, help="a multiple of 16; wide gets 16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -127,7 +142,7 @@ def main() -> None:
     bench_scoring()
     with torch.inference_mode():
         for name in [args.only] if args.only else MODELS:
-            bench_generation(name, args.questions, args.repeats)
+            bench_generation(name, 16 if name == "wide" else args.questions, args.repeats)
 
 
 if __name__ == "__main__":

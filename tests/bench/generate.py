@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig as TheirPhiConfig
 
 from common import time_dtypes
-from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, quantize_linears
+from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, pack_linears, quantize_linears
 from vision import VisionConfig, normalize
 
 TINY = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=128, n_inner=512, rotary_dim=12, dropout=0.0),
@@ -137,10 +137,13 @@ def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
     quantize_linears(models["ours int8"], 8)
     if all(width % 32 == 0 for width in (config.llm.n_embd, config.llm.n_inner)):
         # The same arithmetic around the packed products as sample.py chooses on this machine.
-        seconds = time_dtypes()
+        seconds = time_dtypes(pack_linears)
         base = models[f"ours {min(seconds, key=seconds.get)}"]
         models["ours 4 bits"] = deepcopy(base)
         quantize_linears(models["ours 4 bits"], 4)
+    for name, model in models.items():
+        if name.startswith("ours"):
+            pack_linears(model)                             # as sample.py does
     return models
 
 
@@ -198,7 +201,7 @@ def time_theirs(model: nn.Module, prompt: list[int], n_tokens: int) -> tuple[flo
 def other_engines(threads: int, repeats: int) -> None:
     """Tokens a second, read and written, of every dtype here and elsewhere."""
     models = make_models(WIDE)
-    ours = models["ours fp32"]
+    ours = make_ours(WIDE)                                  # once more: packed weights cannot be written to a file
     prompt = torch.randint(1, WIDE.llm.vocab_size - 1, (640,), generator=torch.Generator().manual_seed(1)).tolist()
     sides = {}
     for name, model in models.items():
