@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -955,6 +956,7 @@ PUBLISHED = {
     "sft": (40_688, 0.0, 1126, 800),
 }
 GPUS_A_NODE = 8
+RECOMPUTE_MODES = ("none", "selective", "full")         # the fastest first
 H100_PEAK = PEAK_FLOPS["H100"]
 
 
@@ -995,8 +997,7 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
         "logits": 12 * min(4096, cfg.micro_tokens) * llm.vocab_size,
         "workspace": 1e9,
     }
-    modes = ("none", "selective", "full")
-    return always, {mode: width * numbers_per_token(model, parts, mode) for mode in modes}
+    return always, {mode: width * numbers_per_token(model, parts, mode) for mode in RECOMPUTE_MODES}
 
 
 def numbers_per_token(model: LLaVAPhi, parts: list[str], mode: str) -> float:
@@ -1063,11 +1064,16 @@ def plan_micro_batch(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float
 
     Below 8192 tokens the matrix products are too small to be fast: better to recompute than to take less at a time.
     """
-    always, per_token = memory_plan(cfg, model, min(gpus, GPUS_A_NODE))
-    room = memory - sum(always.values())
-    most = min(24576, share + 1023)
-    tokens = {mode: int(min(room / size, most)) // 1024 * 1024 for mode, size in per_token.items()}
-    fits = {mode: n for mode, n in tokens.items() if n > 0}
+    sizes = range(1024, min(24576, share + 1023) + 1, 1024)
+    fits = {}
+    for mode in RECOMPUTE_MODES:
+        def is_too_large(micro_tokens: int) -> bool:
+            # Asked for each size anew, since the logits' share depends on it, too.
+            smaller = dataclasses.replace(cfg, micro_tokens=micro_tokens)
+            return not fits_in(memory, smaller, model, min(gpus, GPUS_A_NODE), mode, "none")
+        n_fitting = bisect_left(sizes, True, key=is_too_large)
+        if n_fitting > 0:
+            fits[mode] = sizes[n_fitting - 1]
     return dict(sorted(fits.items(), key=lambda mode_and_n: -min(mode_and_n[1], 8192)))
 
 
@@ -1087,11 +1093,13 @@ def print_plan(cfg: TrainConfig, config: LLaVAConfig, gpus: int, gpu_memory: flo
 
 
 def print_memory(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float, share: int) -> None:
+    fits = plan_micro_batch(cfg, model, gpus, memory, share)
+    if fits:
+        cfg = dataclasses.replace(cfg, micro_tokens=next(iter(fits.values())))
     always, per_token = memory_plan(cfg, model, min(gpus, GPUS_A_NODE))
-    print(f"\nneeded on each GPU (--dtype {cfg.dtype}):")
+    print(f"\nneeded on each GPU (--dtype {cfg.dtype} --micro-tokens {cfg.micro_tokens}):")
     for kind, size in always.items():
         print(f"  {kind:50s} {size / 1e9:6.1f} GB")
-    fits = plan_micro_batch(cfg, model, gpus, memory, share)
     for mode, size in per_token.items():
         verdict = f"--micro-tokens {fits[mode]}" if mode in fits else "does not fit"
         print(f"  --recompute {mode:10s} {size / 2 ** 20:5.2f} MiB a token: {verdict}")

@@ -538,6 +538,26 @@ def test_the_memory_plan_counts_what_forward_really_keeps(mode, learn):
         assert found_more - found == pytest.approx(planned_more - planned, rel=0.1, abs=1)
 
 
+@pytest.mark.parametrize("flags, gb", [
+    (["--lora-r", "64", "--base-bits", "4", "--freeze", "vision"], 8),
+    (["--lora-r", "64", "--base-bits", "4"], 16),
+    ([], 80),
+])
+def test_what_the_plan_proposes_fits_and_is_the_most_that_does(flags, gb):
+    """Whatever --micro-tokens was given: the logits are those of the proposed size."""
+    proposals = []
+    for given in ("1024", "16384"):
+        cfg = train.parse_args(["--stage", "finetune", "--micro-tokens", given, *flags])[0]
+        model = train.skeleton(cfg, LLaVAConfig())
+        proposals.append(train.plan_micro_batch(cfg, model, gpus=1 if flags else 8, memory=gb * 1e9, share=10 ** 6))
+    assert proposals[0] == proposals[1] and proposals[0]
+    for mode, tokens in proposals[0].items():
+        def fits(n: int) -> bool:
+            sized = dataclasses.replace(cfg, micro_tokens=n)
+            return train.fits_in(gb * 1e9, sized, model, 1 if flags else 8, mode, "none")
+        assert fits(tokens) and (tokens == 24576 or not fits(tokens + 1024))
+
+
 @pytest.mark.parametrize("gpus, learn, gather", [
     (1, "projector,llm,vision", "none"), (4, "projector,llm,vision", "none"), (4, "projector,llm,vision", "both"),
     (4, "projector", "none"),
