@@ -1184,6 +1184,8 @@ def write_texts(part: str, folder: Path, config: LLaVAConfig, tokenizer: Tokeniz
     if part == "vision":
         own_mode = replace(config, image_mode="squash" if siglip else "crop")
         own_type = "SiglipImageProcessor" if siglip else "CLIPImageProcessor"
+        # transformers has no use for the layer; llama.cpp's converter would otherwise leave out one too many.
+        tower["vision_feature_layer"] = config.vision.feature_layer
         write_json(folder / "config.json", tower | {"torch_dtype": name})
         write_json(folder / "preprocessor_config.json", image_processor(own_mode) | {"image_processor_type": own_type})
         return
@@ -1253,6 +1255,7 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     projector = [name for name in blueprint(config) if name.startswith("projector")]
     with finished_folder(out) as made:
         save("llm", made / "phi-2", {}, config, folders, dtype)
+        shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
         save("vision", made / ("siglip" if is_siglip(config.vision) else "clip"), {}, config, folders, dtype)
         write_tensors("projector", made, saved_dtypes(projector, {}, found, dtype), {}, found, config, "mm_projector")
         write_checksums(made)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from conftest import ROOT
-from common import without_control
+from common import read_json, without_control
 from data import load_image, load_tokenizer, mean_color
 from load_weights import (blueprint, export, export_parts, load_config, load_into, load_model, main, merge, read_bin, read_folder,
                           save_model, to_ours, to_saved)
@@ -928,6 +928,8 @@ def test_an_odd_processor_file_is_refused_with_words(processor, tmp_path):
 
 def test_export_parts_and_join_them_again(tmp_path, model):
     export_parts(LLAVA, tmp_path / "parts", None)
+    assert read_json(tmp_path / "parts" / "clip" / "config.json")["vision_feature_layer"] == -2    # for llama.cpp
+    assert (tmp_path / "parts" / "phi-2" / "chat_template.jinja").is_file()
     assert same(from_bases(tmp_path / "parts" / "phi-2", tmp_path / "parts" / "clip"), model, "llm")
     assert same(from_bases(tmp_path / "parts" / "phi-2", tmp_path / "parts" / "clip"), model, "vision")
     projector = load_file(tmp_path / "parts" / "mm_projector.safetensors")
