@@ -775,11 +775,11 @@ FEW_ROWS = 6                        # measured: with six rows a product is a ten
 
 
 def packing_pays() -> bool:
-    """Whether oneDNN's packed products beat torch's usual ones here. A fact of the processor, not a measurement, so that
-    the same machine always computes the same numbers.
+    """Whether oneDNN's packed products beat torch's usual ones here.
 
-    With AVX-512 they read the memory up to twice as fast for one row and are a tenth to a quarter faster for many. With
-    AVX2 alone they were slower on the machine where we tried them, and bf16 cannot be packed at all.
+    With AVX-512 they are twice as fast for one row, up to a third faster for many. With AVX2 alone they were slower
+    where we tried them, and bf16 cannot be packed at all. So it is a fact of the processor and not measured at every
+    start: the same machine must always compute the same numbers.
     """
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
@@ -976,13 +976,16 @@ def pack_int4(weight: Tensor, packed: Tensor, scales: Tensor) -> None:
         packed[rows] = (q[..., :half] | q[..., half:] << 4).reshape(len(chunk), -1)
 
 
+def by_tile(packed: Tensor, n_groups: int) -> Tensor:
+    """Some whole tiles of packed (n, K / 2) -> (tiles, K / group, group, tile / 2)."""
+    half = tile() // 2
+    return packed.view(len(packed) // (2 * half), n_groups, -1, half)
+
+
 def unpack_int4(packed: Tensor, scales: Tensor) -> Tensor:
     """Some whole tiles of packed (n, K / 2) uint8 and their scales (K / group, n, 2) -> weights (K, n), fp32."""
-    half = tile() // 2
-    tiles = len(packed) // (2 * half)
-    n_groups = len(scales)
-    group = 2 * packed.size(1) // n_groups
-    packed = packed.view(tiles, n_groups, group, half)
+    packed = by_tile(packed, len(scales))
+    tiles, n_groups, group, half = packed.shape
     w = torch.empty(tiles, n_groups, group, 2 * half, device=packed.device)
     w[..., :half] = packed & 15
     w[..., half:] = packed >> 4
@@ -994,20 +997,17 @@ def unpack_int4(packed: Tensor, scales: Tensor) -> Tensor:
 def unpack_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The same as int8 weights (K, n) with a scale for each output channel (n,) fp32.
 
-    w = (q - 8) scale + zero = (q a + b) row_scale with a and b in 16-bit integers, seven bits of which are a fraction.
-    No product below exceeds them, and it is three times as fast as the way over fp32.
+    w = (q - 8) scale + zero = (q a + b) row_scale. a and b are 16-bit integers, seven bits of which are a fraction: no
+    sum exceeds them, since a weight is at most 127, and it takes a third of the time of the way over fp32.
     """
-    half = tile() // 2
-    tiles = len(packed) // (2 * half)
-    n_groups = len(scales)
-    group = 2 * packed.size(1) // n_groups
     scale, zero = scales.float().unbind(-1)                                        # (K / group, n)
     lowest = zero - 8 * scale
     highest = zero + 7 * scale
     row_scale = torch.maximum(lowest.abs(), highest.abs()).amax(0).clamp_min(1e-12) / 127          # (n,)
     a = (128 * scale / row_scale).round().short()
     b = (128 * lowest / row_scale + 64).round().short()                            # half a unit more: >> rounds down
-    packed = packed.view(tiles, n_groups, group, half).short()
+    packed = by_tile(packed, len(scales)).short()
+    tiles, n_groups, group, half = packed.shape
     w = torch.empty(tiles, n_groups, group, 2 * half, dtype=torch.int16)
     torch.bitwise_and(packed, 15, out=w[..., :half])
     torch.bitwise_right_shift(packed, 4, out=w[..., half:])
@@ -1096,7 +1096,8 @@ class Int4Linear(nn.Linear):
         return y.type_as(x).view(*x.shape[:-1], self.out_features)
 
     def int8_pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        size = max(1, 2 ** 15 // self.in_features) * ROWS_OF_A_TILE                # 2 million weights at a time
+        """The weights for int8_linear, a few at a time, which stay in the processor's cache."""
+        size = max(1, 2 ** 15 // self.in_features) * ROWS_OF_A_TILE                # two million weights
         for first in range(0, self.out_features, size):
             channels = slice(first, min(first + size, self.out_features))
             whole_tiles = slice(first, first + size)
@@ -1106,30 +1107,30 @@ class Int4Linear(nn.Linear):
 
 
 def quantize_linears(model: LLaVAPhi, bits: int) -> int:
-    """Turn the Linears into Int8Linears, or with 4 bits the decoder's and its head's into Int4Linears, in place; with
-    4 bits the embedding into an Int8Embedding, too.
+    """Turn the Linears into Int8Linears, in place. With 4 bits: the decoder's and its head's into Int4Linears, and the
+    embedding, of which a token reads one row, into an Int8Embedding.
 
-    -> how many Linears. None is left out: no kind of layer, kept in fp32, takes more than a third off the error of the logits.
-    On the meta device only the classes change; load_model then quantises each weight as it arrives.
+    -> how many Linears. None is left out: no kind of layer, kept in fp32, takes more than a third off the error of the
+    logits. On the meta device only the classes change; load_model then quantises each weight as it arrives.
     Raises ValueError for a width that 4 bits cannot take.
     """
     assert bits in (4, 8), bits
     count = 0
     if bits == 4:
-        model.llm.wte = quantized(Int8Embedding(model.llm.wte), model.llm.wte.weight)
+        model.llm.wte = with_weight(Int8Embedding(model.llm.wte), model.llm.wte.weight)
     for part_name, part in model.named_children():
         for module in list(part.modules()):
             for name, base in list(module.named_children()):
                 if type(base) is not nn.Linear:
                     continue
                 linear = Int4Linear(base) if bits == 4 and part_name == "llm" else Int8Linear(base)
-                setattr(module, name, quantized(linear, base.weight))
+                setattr(module, name, with_weight(linear, base.weight))
                 count += 1
     return count
 
 
-def quantized(module: "Int4Linear | Int8Linear | Int8Embedding", weight: Tensor) -> nn.Module:
-    """The module, for inference, with this weight if there is one yet."""
+def with_weight(module: Int4Linear | Int8Linear | Int8Embedding, weight: Tensor) -> nn.Module:
+    """The module, ready for inference, with this weight unless it is still to be loaded."""
     module.eval()
     if not weight.is_meta:
         module.quantize(weight.detach())

@@ -17,8 +17,8 @@ import data
 import model as model_file
 from load_weights import load_model
 from model import (IMAGE_ID, Int4Linear, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, LoRALinear, PackedLinear,
-                   PhiConfig, check_int4_product, copy_weight, cross_entropy_sum, init_weights, pack_linears,
-                   packing_pays, pick, quantize_groups, quantize_linears, unpack_int4)
+                   PhiConfig, check_int4_product, copy_weight, cross_entropy_sum, group_of, init_weights, pack_int4,
+                   pack_linears, packing_pays, pick, quantize_groups, quantize_linears, unpack_int4, unpack_to_int8)
 from test_vision import to_uint8
 from vision import VisionConfig
 
@@ -599,6 +599,21 @@ def test_packed_weights_are_those_that_torch_multiplies(n_in, n_out):
             assert error < bound, f"{len(rows)} rows: {error:.1e}"
         assert layer(x.view(2, -1, n_in)).shape == (2, 192 // 2, n_out) and layer(x[:0]).shape == (0, n_out)
         assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("n_in, n_out", [(160, 128), (2560, 256)])
+def test_4_bits_become_8_without_losing_more_than_a_rounding(n_in, n_out):
+    """In 16-bit integers, against the weights in fp32: half a step of 8 bits, and what a and b themselves round off."""
+    for spread in (1.0, 1e-6, 0.0):
+        weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(0)) * spread
+        weight[0, 0] = 30 * spread                          # an outlier takes most of its channel's 8 bits
+        packed = torch.empty(n_out, n_in // 2, dtype=torch.uint8)
+        scales = torch.empty(n_in // group_of(n_in), n_out, 2, dtype=torch.bfloat16)
+        pack_int4(weight, packed, scales)
+        exact = unpack_int4(packed, scales)                                        # (n_in, n_out)
+        numbers, row_scale = unpack_to_int8(packed, scales)
+        assert numbers.dtype == torch.int8 and int(numbers.min()) >= -127
+        assert ((numbers.float() * row_scale - exact).abs() <= 0.57 * row_scale).all()
 
 
 def test_fitting_the_scales_beats_rounding():
