@@ -804,17 +804,26 @@ class PackedLinear(nn.Linear):
 def pack_linears(model: nn.Module) -> int:
     """Turn a finished model's large Linears into PackedLinears, in place, where that makes it faster -> how many.
 
-    It takes a few seconds and no memory. Quantised layers, GPUs and CPUs without AVX-512 are let be.
+    It takes a few seconds, and no memory but one weight's. Quantised layers, GPUs and CPUs without AVX-512 are let be.
     """
     count = 0
     if not packing_pays():
         return count
-    for module in list(model.modules()):
-        for name, base in list(module.named_children()):
-            if type(base) is nn.Linear and base.weight.device.type == "cpu" and base.weight.numel() >= PACKED_FROM:
-                setattr(module, name, PackedLinear(base))
-                count += 1
+    for parent, name, base in plain_linears(model):
+        if base.weight.device.type == "cpu" and base.weight.numel() >= PACKED_FROM:
+            setattr(parent, name, PackedLinear(base))
+            count += 1
     return count
+
+
+def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each plain Linear with its parent and its name there, to be replaced.
+
+    No list of all is kept: it would hold the weights of those that have been replaced.
+    """
+    for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
+        for name in [name for name, child in parent.named_children() if type(child) is nn.Linear]:
+            yield parent, name, getattr(parent, name)
 
 # ---------------------------------------------------------------------------------------------------
 # Weights in 8 bits
@@ -1119,13 +1128,10 @@ def quantize_linears(model: LLaVAPhi, bits: int) -> int:
     if bits == 4:
         model.llm.wte = with_weight(Int8Embedding(model.llm.wte), model.llm.wte.weight)
     for part_name, part in model.named_children():
-        for module in list(part.modules()):
-            for name, base in list(module.named_children()):
-                if type(base) is not nn.Linear:
-                    continue
-                linear = Int4Linear(base) if bits == 4 and part_name == "llm" else Int8Linear(base)
-                setattr(module, name, with_weight(linear, base.weight))
-                count += 1
+        for parent, name, base in plain_linears(part):
+            linear = Int4Linear(base) if bits == 4 and part_name == "llm" else Int8Linear(base)
+            setattr(parent, name, with_weight(linear, base.weight))
+            count += 1
     return count
 
 

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -503,6 +504,19 @@ def test_a_packed_model_says_the_same(original, golden, monkeypatch):
     together = fast(packed, list(prompts), list(pictures), 8)
     assert together == [fast(packed, [prompt], [images], 8)[0] for prompt, images in zip(prompts, pictures)]
     assert together == fast(original, list(prompts), list(pictures), 8)
+
+
+@needs_packing
+def test_packing_frees_each_weight_before_the_next(monkeypatch):
+    """A model that just fits into memory must not need it twice."""
+    model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 512))
+                                  for _ in range(4)]).requires_grad_(False)
+    plain = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
+    alive = []
+    monkeypatch.setattr(model_file, "PackedLinear", lambda base: (
+        alive.append(sum(weight() is not None for weight in plain)), PackedLinear(base))[1])
+    assert pack_linears(model) == 8
+    assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
 def test_quantised_and_small_layers_are_not_packed(original, monkeypatch):
