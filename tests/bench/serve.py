@@ -30,7 +30,7 @@ def run_server(folder: str | None, max_batch: int, pipe) -> None:
     import serve.engine
     from data import load_tokenizer
     from load_weights import load_model
-    from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
+    from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, pack_linears
     from serve.server import Server
     from vision import VisionConfig
 
@@ -43,6 +43,7 @@ def run_server(folder: str | None, max_batch: int, pipe) -> None:
         model = LLaVAPhi(LLaVAConfig(PhiConfig(n_layer=2, dropout=0.0), tiny_tower)).eval().requires_grad_(False)
         init_weights(model, torch.Generator().manual_seed(0))
         tok = load_tokenizer(Path("demo/phi"))
+    pack_linears(model)                                     # as sample.py does
     sys.stderr = open("/dev/null", "w")                     # the log
     server = Server("127.0.0.1", 0, None, False)
     options = {"max_new_tokens": 32, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "fast": False}
