@@ -724,7 +724,8 @@ def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(data, tm
     second = launch(arguments(out, data, *more), processes=2)
     _, stderr = second.communicate(timeout=120)
     refusals = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert second.returncode != 0 and len(refusals) == 2
+    # Both processes say it, unless torchrun, which ends all when one has ended, was faster than the second.
+    assert second.returncode != 0 and len(refusals) in (1, 2)
     assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 20" in refusals[0]
     first.kill()
     first.wait()
