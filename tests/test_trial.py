@@ -54,6 +54,17 @@ def test_another_layout_of_the_same_weights_is_sound(tmp_path, capsys):
     assert code == 0 and "packed head by head" in page and page.count("try        sound ") == 4
 
 
+def test_a_tuned_model_is_not_taken_for_the_one_it_was_made_from(tmp_path, capsys):
+    """As adapters leave it: another MLP behind the same embedding. Its loss is its own, and nobody has measured it."""
+    def tune(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t + 1e-4 * torch.randn(t.shape) if ".mlp." in name and t.dim() == 2 else t
+                for name, t in tensors.items()}
+
+    assert "these very weights" in inspect(DEMO, capsys)[1]
+    code, page = inspect(rewrite(tmp_path / "x", tune), capsys)
+    assert code == 0 and "these very weights" not in page
+
+
 def permuted(order: tuple[int, ...]):
     """As if a reader took q for k, and so on."""
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +129,7 @@ def test_the_limits_alone_find_what_scrambles_attention(name, tmp_path, monkeypa
     """For weights whose exact loss nobody has measured."""
     monkeypatch.setattr(trial.run, "KNOWN", {})
     code, page = inspect(rewrite(tmp_path / "x", **COARSE[name]), capsys)
-    assert code == 2 and "known weights" not in page
+    assert code == 2 and "these very weights" not in page
 
 
 def test_a_missing_head_bias_is_noticed_in_any_model(tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ SHAPES = Language("shapes.txt", " . . redcircletopright redcircletopright . . re
 # them. For weights whose loss was measured once, it is known to four digits, and that does. The keys are fingerprints,
 # the values losses on the English page in fp32. It is gibberish to the demo's model, which makes it the more sensitive
 # page: far from being certain, the model answers to every change (the smallest seen is 0.01, by paired neighbours).
-KNOWN = {"4b7b3d60010847b8": 18.7336}       # demo/phi
+KNOWN = {"5f0ab9e1caed25ff": 18.7336}       # demo/phi
 TOLERANCE = 1e-3                    # machines add up in different orders; that changes the sixth digit
 
 
@@ -105,12 +105,15 @@ def mean_loss(llm: Phi, tok: Tokenizer, page: str) -> float:
 
 
 def fingerprint(llm: Phi) -> str:
-    """A short name for a language model's weights: a checksum of the first rows of its embedding table.
+    """A short name for a language model's weights: a checksum of some rows of its embedding and of its last MLP.
 
-    They are read in one way only in every layout, so a misread model has the same fingerprint.
+    Every layout has these as they are, so a misread model has the same fingerprint. One that has been trained on has
+    another, also where adapters were trained, which leave the embedding alone.
     """
-    rows = llm.wte.weight[:256].detach().float().cpu()
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    checksum = hashlib.sha256()
+    for weight in (llm.wte.weight, llm.h[-1].mlp.proj.weight):
+        checksum.update(weight[:256].detach().float().cpu().numpy().tobytes())
+    return checksum.hexdigest()[:16]
 
 
 def judge_page(llm: Phi, tok: Tokenizer, language: Language) -> Finding:
@@ -132,7 +135,8 @@ def judge_known(llm: Phi, tok: Tokenizer) -> Finding | None:
         return None
     loss = mean_loss(llm, tok, ENGLISH.page)
     verdict = "sound" if abs(loss - KNOWN[key]) < TOLERANCE else "misread"
-    return Finding("known weights", f"{loss:.4f} nats a token", f"{KNOWN[key]:.4f} on the English page", verdict)
+    return Finding("these very weights", f"{loss:.4f} nats a token on the English page",
+                   f"{KNOWN[key]:.4f}, which was measured once", verdict)
 
 
 def judge_head_bias(llm: Phi) -> Finding:
