@@ -2,9 +2,9 @@
 
 Questions are answered in the order in which they came. Whatever waits when the model becomes free and asks for the same
 kind of answer runs together as one batch: where memory is slower than arithmetic, reading the weights is most of a
-step, and a batch reads them once for everybody. In fp32, greedy answers do not change by it. Answers that are drawn at
-random run alone, so that a seed gives the same text whoever else is there. A question that comes while a batch runs
-waits for its end.
+step, and a batch reads them once for everybody. In fp32, greedy answers do not change by it (with --bits 4 one in some
+hundreds does). Answers that are drawn at random run alone, so that a seed gives the same text whoever else is there. A
+question that comes while a batch runs waits for its end.
 """
 import hashlib
 import io
@@ -72,7 +72,7 @@ class Question:
             self.pieces.put(self.held)
 
     def runs_with(self, other: "Question") -> bool:
-        """Whether one call of the model can answer both without changing either answer."""
+        """Whether one call of the model can answer both."""
         greedy = self.request.temperature == 0 and other.request.temperature == 0
         return greedy and self.request.max_tokens == other.request.max_tokens
 
@@ -115,10 +115,16 @@ class Pictures:
         return image
 
 
-def key_value_bytes(model: LLaVAPhi) -> int:
-    """What the keys and values of the longest conversation take."""
-    cache = model.new_cache(1, 16)
-    return (cache.k.nbytes + cache.v.nbytes) // 16 * model.config.llm.block_size
+def max_positions(model: LLaVAPhi) -> int:
+    """How many positions a batch may have in all, so that its keys and values take MAX_KEY_VALUE_BYTES."""
+    cache = model.new_cache(1, 1)
+    bytes_of_one = (cache.k.nbytes + cache.v.nbytes) / cache.k.size(3)
+    return int(MAX_KEY_VALUE_BYTES / bytes_of_one)
+
+
+def held_bytes(prefixes: list[Prefix]) -> int:
+    """What their keys and values take: of a view, all that it keeps in memory."""
+    return sum(prefix.k.untyped_storage().nbytes() + prefix.v.untyped_storage().nbytes() for prefix in prefixes)
 
 
 class Engine:
@@ -134,7 +140,7 @@ class Engine:
         self.running: list[Question] = []
         self.stopping = False
         self.memory: list[Prefix] = []                      # of the last conversations, oldest first
-        self.max_batch = max(1, min(MAX_BATCH, MAX_KEY_VALUE_BYTES // key_value_bytes(model)))
+        self.max_positions = max_positions(model)
         self.thread = threading.Thread(target=self.run, name="model", daemon=True)
         self.thread.start()
 
@@ -213,12 +219,18 @@ class Engine:
         batch = []
         others = []
         for question in self.waiting:
-            if not batch or (len(batch) < self.max_batch and question.runs_with(batch[0])):
+            if not batch or (question.runs_with(batch[0]) and self.has_room_for([*batch, question])):
                 batch.append(question)
             else:
                 others.append(question)
         self.waiting = others
         return batch
+
+    def has_room_for(self, batch: list[Question]) -> bool:
+        """Whether so many may run together. In memory every conversation is as long as the longest may become."""
+        longest = max(question.prompt_tokens + question.request.max_tokens for question in batch)
+        positions = min(longest, self.model.config.llm.block_size)
+        return len(batch) <= MAX_BATCH and len(batch) * positions <= self.max_positions
 
     def answer_batch(self, batch: list[Question]) -> None:
         """Run the model for these questions until the last of them is answered, or nobody listens any more."""
@@ -269,4 +281,6 @@ class Engine:
                 is_continued = new.images is old.images and new.ids[:len(old.ids)] == old.ids
                 if not is_continued:
                     kept.append(old)
-            self.memory = [*kept, new][-self.max_batch:]
+            self.memory = [*kept, new]
+        while len(self.memory) > 1 and (len(self.memory) > MAX_BATCH or held_bytes(self.memory) > MAX_KEY_VALUE_BYTES):
+            self.memory.pop(0)

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 import sample
+import serve.engine
 import serve.server
 from data import load_image, load_tokenizer
 from load_weights import load_model
@@ -228,6 +229,32 @@ def test_sixteen_clients_at_once_get_what_they_get_alone(server):
     with ThreadPoolExecutor(16) as pool:
         at_once = list(pool.map(lambda i: text_of(server, chats[i], max_tokens=8 + i % 3, stream=False), range(16)))
     assert at_once == alone
+
+
+def test_a_batch_takes_as_many_as_their_keys_and_values_leave_room_for(model, tok, monkeypatch):
+    """Counted as the model holds them: all as long as the longest may become. What is remembered keeps within it, too."""
+    monkeypatch.setattr(serve.engine, "MAX_KEY_VALUE_BYTES", 400 * 2 * 4 * model.config.llm.n_layer * model.config.llm.n_embd)
+    caches = []
+    new_cache = model.new_cache
+
+    def count(batch: int, slots: int):
+        caches.append(batch * slots)
+        return new_cache(batch, slots)
+
+    with running(model, tok) as server:
+        engine = server.engine
+        assert engine.max_positions == 400
+        monkeypatch.setattr(model, "new_cache", count)
+        blocker = start_long_answer(server)
+        with ThreadPoolExecutor(8) as pool:
+            texts = pool.map(lambda i: text_of(server, [user(f"What is {i}?")], max_tokens=30), range(8))
+            wait_until(lambda: len(engine.waiting) == 8)
+            blocker.close()
+            texts = list(texts)
+        assert len(caches) > 2 and max(caches[1:]) <= 400   # the first is the blocker's, alone
+        assert 0 < serve.engine.held_bytes(engine.memory) <= serve.engine.MAX_KEY_VALUE_BYTES
+    with running(model, tok) as server:
+        assert texts == [text_of(server, [user(f"What is {i}?")], max_tokens=30) for i in range(8)]
 
 
 def test_the_same_seed_gives_the_same_text(server):
@@ -477,7 +504,7 @@ def test_memory_does_not_grow(server):
         before = resident()
         list(pool.map(one, range(200, 1200)))
     engine = server.engine
-    assert len(engine.memory) <= engine.max_batch and len(engine.pictures.known) <= 16
+    assert len(engine.memory) <= serve.engine.MAX_BATCH and len(engine.pictures.known) <= 16
     assert resident() - before < 60e6
     wait_until(lambda: threading.active_count() < 10)
 
