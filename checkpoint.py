@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from common import LOCK, dtype_name, hold_folder, read_json, sync_folder, write_whole
-from data import IMAGE_MODES
+from data import BAD_SAMPLES, IMAGE_MODES
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values
@@ -422,7 +422,7 @@ def prepare_out(settings: dict, data_checksum: str) -> Path | None:
                                 "give the same, or --resume never and another --out")
         leftovers = [".writing_*"]
         if not checkpoint:
-            leftovers += ["step_[0-9]*", "model*.safetensors*", "bad_samples.jsonl"]
+            leftovers += ["step_[0-9]*", "model*.safetensors*", BAD_SAMPLES]
         for pattern in leftovers:
             for path in out.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

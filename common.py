@@ -200,26 +200,30 @@ def time_dtypes(prepare: Callable | None = None) -> dict[str, float]:
     prepare: what the command does to a model's Linears before it uses them, such as model.pack_linears.
     Measured and not looked up: bf16 is three times as fast as fp32 on one CPU and a tenth on another, depending on
     vector units, library and vendor. The product is one of many rows, where the difference between dtypes is largest.
-    One thread, and the time that it computes: so other programs on the machine do not disturb.
+    One thread, and the best of some short runs: so other programs on the machine hardly disturb.
     """
     import torch
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = {}
-    for name in DTYPES:
-        dtype = torch_dtype(name)
-        x = torch.ones(32, 512, dtype=dtype)
-        linear = torch.nn.Sequential(torch.nn.Linear(512, 512, dtype=dtype))
-        if prepare:
-            prepare(linear)
-        runs = []
-        for _ in range(4):                  # the first one sets the library up
-            start = time.thread_time()
-            linear(x)
-            runs.append(time.thread_time() - start)
-        seconds[name] = min(runs)
-    torch.set_num_threads(n_threads)
-    return seconds
+    try:
+        return {name: time_product(torch_dtype(name), prepare) for name in DTYPES}
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def time_product(dtype, prepare: Callable | None) -> float:
+    """Seconds of one product of `time_dtypes`."""
+    import torch
+    x = torch.ones(32, 512, dtype=dtype)
+    linear = torch.nn.Sequential(torch.nn.Linear(512, 512, dtype=dtype))
+    if prepare:
+        prepare(linear)
+    runs = []
+    for _ in range(10):                     # the first one sets the library up
+        start = time.perf_counter()
+        linear(x)
+        runs.append(time.perf_counter() - start)
+    return min(runs)
 
 
 def faster_dtype(dtype: str, prepare: Callable | None = None) -> str:
@@ -240,7 +244,7 @@ def choose_device(asked: str | None) -> str:
         here.append("cuda")
     device = asked or here[-1]
     if device.split(":")[0] not in here:
-        raise ValueError(f"--device {device}: expected one of {', '.join(here)}")
+        raise ValueError(f"--device {device}: this machine and this torch {torch.__version__} offer {', '.join(here)}")
     try:
         torch.empty(0, device=device)       # "cuda:7" on a machine with two
     except (RuntimeError, AssertionError) as e:
@@ -258,9 +262,10 @@ def find_model(asked: str | None) -> Path:
     for folder in USUAL_MODELS:
         if any(folder.glob("*model*")):
             return folder
+    demo = "; the demo's is --model out/demo/finetune" if Path("out/demo/finetune/config.json").exists() else ""
     raise ValueError("no model: neither out/finetune (made by train.py), checkpoints/llava-phi nor checkpoints/mipha-3b "
                      "is here; get a published one with `hf download zxmonent/llava-phi --local-dir "
-                     "checkpoints/llava-phi` or `hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b`")
+                     "checkpoints/llava-phi` or `hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b`" + demo)
 
 # ---------------------------------------------------------------------------------------------------
 # The published recipes

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE = -100                       # label of a position that is not supervised
+BAD_SAMPLES = "bad_samples.jsonl"   # in the folder of a training run: those that it went on without
 IMAGE_ID = -200                     # the one image slot in ids; after `expand`, every patch's place
 IMAGE = "<image>"                   # how LLaVA's json says "here": a tag in the first question, never a token
 EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
@@ -427,7 +428,12 @@ def parse_record(record: bytes) -> dict:
     try:
         return STRICT_JSON.decode(record.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"not json: {e}") from e
+        raise ValueError(f"not json: {json_problem(e)}") from e
+
+
+def json_problem(e: Exception, start: int = 0) -> str:
+    """What json's parser met, and how far behind `start`, where the record begins. Its lines are not those of the file."""
+    return f"{e.msg} after {e.pos - start} characters" if isinstance(e, json.JSONDecodeError) else str(e)
 
 
 def find_records(path: Path) -> Iterator[tuple[int, int]]:
@@ -443,7 +449,8 @@ def find_records(path: Path) -> Iterator[tuple[int, int]]:
                     yield position, position + len(line)
                 position += len(line)
         else:
-            raise ValueError(f"{path} is not LLaVA's json: expected a list of records, found {head[:20]!r}")
+            raise ValueError(f"{path} is not LLaVA's json: expected a list of records, found "
+                             f"{head[:20].decode('utf-8', 'replace')!r}")
 
 
 def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
@@ -481,7 +488,7 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
             # the file, or that has grown to 16 blocks for one record, settles which.
             if len(text) < width or width > 16 * BLOCK:
                 [line] = lines_of(path, [start + i])
-                raise ValueError(f"not json: {path}, line {line}: {e}; the record that begins there is broken, "
+                raise ValueError(f"not json: {path}, line {line}: {json_problem(e, i)}; the record that begins there is broken, "
                                  "and what follows cannot be found") from e
             width = BLOCK if i else 2 * width
             start += i
@@ -968,17 +975,17 @@ class Loader:
         return collate(samples or [nothing], self.dataset.image_size), problems
 
     def report_bad(self, problems: list[dict]) -> None:
-        """Stop, or list them in bad_samples.jsonl, which all ranks share, and give up when it has too many."""
+        """Stop, or list them in BAD_SAMPLES, which all ranks share, and give up when it has too many."""
+        problems = [problem for problem in problems if problem["sample"] not in self.bad_samples]      # once, not an epoch
         if not problems:
             return
         if self.dataset.on_bad_sample == "stop":
             raise ValueError(problems[0]["problem"])
         if self.dataset.cache_dir:
-            path = self.dataset.cache_dir / "bad_samples.jsonl"
             lines = "".join(json.dumps(problem) + "\n" for problem in problems)
-            with open(path, "ab", buffering=0) as file:     # in one write: lines of several processes do not mix
-                file.write(lines.encode())
-            problems = read_jsonl(path, torn=True)          # and those of the other ranks
+            with open(self.dataset.cache_dir / BAD_SAMPLES, "ab", buffering=0) as file:
+                file.write(lines.encode())                  # in one write: lines of several processes do not mix
+            problems = read_bad_samples(self.dataset.cache_dir)         # and those of the other ranks
         for problem in problems:
             if problem["data"] == str(self.dataset.path):
                 self.bad_samples.add(problem["sample"])
@@ -986,6 +993,12 @@ class Loader:
         if len(self.bad_samples) > limit:
             raise ValueError(f"{len(self.bad_samples)} bad samples, more than {limit} (0.1 % of the data, but at "
                              f"least 10); the last: {problems[-1]['problem']}")
+
+
+def read_bad_samples(folder: Path) -> list[dict]:
+    """All lines of a run's BAD_SAMPLES so far: sample (its number), data (which file), problem."""
+    path = folder / BAD_SAMPLES
+    return read_jsonl(path, torn=True) if path.exists() else []
 
 # ---------------------------------------------------------------------------------------------------
 # python data.py check
@@ -1109,7 +1122,8 @@ def print_lengths(length: np.ndarray, supervised: int) -> None:
     """How long the samples are, as numbers and as a histogram, and how much of them teaches."""
     percentiles = [f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)]
     print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; " + ", ".join(percentiles))
-    counts, edges = np.histogram(length, bins=8 if length.min() < length.max() else 1)
+    spread = int(length.max() - length.min())
+    counts, edges = np.histogram(length, bins=max(1, min(8, spread)))
     for count, low, high in zip(counts, edges, edges[1:]):
         bar = "#" * round(40 * count / counts.max())
         print(f"    {low:6.0f} to {high:6.0f} {count:9,} {bar}")

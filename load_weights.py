@@ -1259,6 +1259,7 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
         save("vision", made / ("siglip" if is_siglip(config.vision) else "clip"), {}, config, folders, dtype)
         write_tensors("projector", made, saved_dtypes(projector, {}, found, dtype), {}, found, config, "mm_projector")
         write_checksums(made)
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,

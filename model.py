@@ -12,7 +12,7 @@ Shapes: B sequences, T tokens in all, C width, nh heads, hs head size, V vocabul
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -229,7 +229,7 @@ class Phi(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the decoder computes in. Its Linears may be quantised, its embedding may be stored in bf16."""
+        """What the decoder computes in. Its Linears and its embedding may be quantised."""
         return self.ln_f.weight.dtype
 
     def forward(self, x: Tensor, layout: "Layout | DecodeLayout", cache: "KVCache | None" = None) -> Tensor:
@@ -774,14 +774,18 @@ PACKED_FROM = 2 ** 18               # weights of a layer; for smaller ones, sett
 FEW_ROWS = 6                        # measured: with six rows a product is a tenth faster than with one
 
 
-def packing_pays() -> bool:
-    """Whether oneDNN's packed products beat torch's usual ones here.
+def packing_pays(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed products of this dtype beat torch's usual ones here.
 
     With AVX-512 they are twice as fast for one row, up to a third faster for many. With AVX2 alone they were slower
     where we tried them, and bf16 cannot be packed at all. So it is a fact of the processor and not measured at every
     start: the same machine must always compute the same numbers.
     """
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    if dtype == torch.bfloat16:     # not where oneDNN is told to use less than the processor has (ONEDNN_MAX_CPU_ISA)
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 class PackedLinear(nn.Linear):
@@ -807,10 +811,9 @@ def pack_linears(model: nn.Module) -> int:
     It takes a few seconds, and no memory but one weight's. Quantised layers, GPUs and CPUs without AVX-512 are let be.
     """
     count = 0
-    if not packing_pays():
-        return count
     for parent, name, base in plain_linears(model):
-        if base.weight.device.type == "cpu" and base.weight.numel() >= PACKED_FROM:
+        weight = base.weight
+        if weight.device.type == "cpu" and weight.numel() >= PACKED_FROM and packing_pays(weight.dtype):
             setattr(parent, name, PackedLinear(base))
             count += 1
     return count
@@ -829,9 +832,17 @@ def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
 # Weights in 8 bits
 
 
+@lru_cache
 def has_int8_product() -> bool:
-    """Whether this CPU multiplies int8 in its vector units (VNNI). Without them torch._int_mm is slower than fp32."""
-    return torch.cpu._is_vnni_supported()
+    """Whether this CPU multiplies int8 in its vector units (VNNI). Without them torch._int_mm is slower than fp32.
+
+    The largest product is tried, too: where oneDNN is told not to use VNNI (ONEDNN_MAX_CPU_ISA), its sums are cut off at
+    16 bits, and nothing says so.
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ with contextlib.suppress(ImportError):
 COMMANDS = """/image PATH   look at another picture; the chat starts anew
 /reset        start anew with the same picture
 /save FILE    write the chat as json
+/quit         leave
 Ctrl-C stops an answer; a second time, or Ctrl-D, leaves."""
 MAX_CHARACTERS = 32_000             # of a question: refused before it is tokenized; 2,048 positions hold about 8,000
 
@@ -166,6 +167,8 @@ def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list
     """
     images = [open_image(image, model.config) for image in images]
     prompts = [encode_chat(model.config, tok, turns, image) for turns, image in zip(chats, images, strict=True)]
+    if not prompts:
+        return
     texts = [TextStream(tok) for _ in chats]
     columns = model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **options)
     with contextlib.closing(columns):
@@ -177,7 +180,12 @@ def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list
 
 
 def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Picture], **options) -> list[str]:
-    """Ask the same question about every picture, in one batch -> the answers. See `answer` for images and options."""
+    """Ask the same question about every picture, in one batch -> the answers. See `answer` for images and options.
+
+    Raises ValueError for a picture that is not in a list, and what `answer` raises.
+    """
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"expected a list of pictures, found {images!r}: put it into brackets")
     texts = [""] * len(images)
     for pieces in answer(model, tok, [[question]] * len(images), images, **options):
         texts = [text + piece for text, piece in zip(texts, pieces)]
@@ -286,7 +294,10 @@ class Chat:
             print_note(str(clock))
 
     def obey(self, line: str) -> None:
-        """Carry out a line that begins with a slash. Raises OSError, ValueError: the chat stays as it was."""
+        """Carry out a line that begins with a slash. Raises OSError, ValueError: the chat stays as it was.
+
+        EOFError: the user wants to leave.
+        """
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/image" and argument:
@@ -295,6 +306,8 @@ class Chat:
             self.turns = []
         elif command == "/reset":
             self.turns = []
+        elif command == "/quit":
+            raise EOFError
         elif command == "/save" and argument:
             with open(argument, "x", encoding="utf-8") as file:         # "x": never over a file that is there
                 json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
@@ -444,7 +457,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="none: bf16 on a GPU; on a CPU the faster one of those that fit into memory, by a short measurement")
     add("--device", help="cpu, cuda or mps; none: the best there is")
     add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="of a weight: 8 take half of bf16's memory, 4 a quarter; 16: as --dtype says")
+        help="of a weight: 8 and 4 take a half and a quarter of the room; 16: as --dtype says")
     add("--int8", action=BooleanOptionalAction, default=False, help="the same as --bits 8")
     add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
     add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
@@ -531,6 +544,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.prompt is not None:
         ask_once(model, tok, images, args, options)
     else:
+        if sys.stdin.isatty():
+            print_note(f"about {args.image[0] if args.image else 'no picture'}; /help says what else can be typed")
         Chat(model, tok, images[0], args, options).run()
 
 

@@ -199,7 +199,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
                         save_checkpoint, try_to_save)
-from data import TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, steps_per_epoch
+from data import (BAD_SAMPLES, TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
+                  steps_per_epoch)
 from load_weights import (PHI, check_tensors, config_of_run, is_siglip, load_into, read_all, read_folders, read_kind,
                           save_model, save_phi)
 from model import (MIPHA, LLaVAConfig, LLaVAPhi, Phi, Projector, apply_lora, copy_weight, init_weights,
@@ -684,15 +685,23 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
-    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {math.ceil(cfg.warmup * steps):,} warming up"
+    warmup = math.ceil(cfg.warmup * steps)
+    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up"
            + (f"; going on from {checkpoint}" if checkpoint else ""))
+    if steps == warmup == 1:
+        print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
+               "--global-batch, more --epochs, or --warmup 0")
     # Days of training should not end with a model that finds no room.
     need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
     free = shutil.disk_usage(out).free
     if need > free:
         raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
 
-    if not train(state, cfg, data, held_out, steps, signals, device):
+    is_complete = train(state, cfg, data, held_out, steps, signals, device)
+    bad = {(problem["data"], problem["sample"]) for problem in read_bad_samples(out)}
+    if bad:
+        print0(f"{len(bad):,} bad samples were skipped; {out / BAD_SAMPLES} says what is wrong with them")
+    if not is_complete:
         print0(f"stopped after step {state.step}; the same command goes on from there")
         return
     try:

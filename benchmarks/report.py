@@ -43,7 +43,8 @@ def remarks(result: dict) -> list[str]:
     lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
              f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
     if "model" in settings:
-        lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}, greedy, at most "
+        bits = f", weights in {settings['bits']} bits" if "bits" in settings else ""
+        lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}{bits}, greedy, at most "
                      f"{settings['max_new_tokens']} new tokens.")
     if task.prompt_note:
         lines.append(task.prompt_note(settings))

@@ -44,6 +44,6 @@ TASK = Task(
     grade=grade_plain,
     summarise=summarise,
     splits={"all": 0},
-    source="make demo, which draws it",
+    source="make demo draws it; then say --root out/demo/data",
     files={"questions.jsonl": ""},
 )

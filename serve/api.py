@@ -103,7 +103,10 @@ def read_number(fields: dict, name: str, kind: type, default: Any, least: float,
     if value is None:
         return None
     if not value >= least or (most is not None and not value <= most):
-        bounds = f"at least {least:g}" if most is None else f"a number from {least:g} to {most:g}"
+        if most is None:
+            bounds = f"at least {least:g}"
+        else:
+            bounds = f"{least:g}" if least == most else f"a number from {least:g} to {most:g}"
         raise RequestError(400, f"{name}: expected {bounds}, found {str(value)[:40]}", name)
     return value
 

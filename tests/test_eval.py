@@ -947,6 +947,19 @@ def test_generate_each_task(name, tmp_path, short):
     assert {**again, "run": 0, "versions": 0} == {**result, "run": 0, "versions": 0}
 
 
+def test_answers_in_8_bits_say_so(tmp_path, short, capsys):
+    """The report names the arithmetic, and answers of another are not mixed with them. 4 bits are refused before any."""
+    flags = [*many_shapes(tmp_path), "--out", str(tmp_path / "out")]
+    ev.main([*flags, "--bits", "8"])
+    printed = capsys.readouterr()
+    assert "Image mode pad, fp32, weights in 8 bits, greedy" in printed.out and "would be" not in printed.err
+    with pytest.raises(ValueError, match="bits"):
+        ev.main(flags)
+    with pytest.raises(ValueError, match="take 8 bits"):
+        ev.main([*flags[:-1], str(tmp_path / "out4"), "--bits", "4"])
+    assert not list((tmp_path / "out4").glob("answers*"))
+
+
 def test_answers_are_sample_pys(tmp_path):
     """The golden prompt's greedy text, by way of a benchmark."""
     golden = json.loads((ROOT / "tests/golden/text.json").read_text())["prompts"]["one"]

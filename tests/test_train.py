@@ -832,13 +832,22 @@ def test_data_that_one_process_cannot_read_ends_all_with_its_name(data, tmp_path
     assert stderr.count("error: sample r13") == 2 and "missing.png" in stderr
 
 
-def test_a_bad_sample_can_be_skipped_and_is_listed(data, tmp_path):
+def test_a_bad_sample_can_be_skipped_and_is_listed(data, tmp_path, capsys):
     records = json.loads(data.read_text())
     records[13]["image"] = "missing.png"
     (tmp_path / "bad.json").write_text(json.dumps(records))
-    train.main(arguments(tmp_path / "out", tmp_path / "bad.json", "--on-bad-sample", "skip"))
-    assert len(metrics(tmp_path / "out")) == 6
-    assert json.loads((tmp_path / "out" / "bad_samples.jsonl").read_text())["sample"] == 13
+    train.main(arguments(tmp_path / "out", tmp_path / "bad.json", "--on-bad-sample", "skip", "--epochs", "2"))
+    assert len(metrics(tmp_path / "out")) == 12
+    assert json.loads((tmp_path / "out" / "bad_samples.jsonl").read_text())["sample"] == 13      # one line in two epochs
+    assert "\n1 bad samples were skipped; " in capsys.readouterr().out
+
+
+def test_a_run_of_one_step_says_that_it_learns_nothing(data, tmp_path, capsys):
+    """Its rate is 0, as in the first step of the original's warm-up."""
+    train.main(arguments(tmp_path / "out", data, "--max-steps", "1"))
+    assert "this run learns nothing" in capsys.readouterr().out and metrics(tmp_path / "out")[0]["lr"] == 0
+    train.main(arguments(tmp_path / "out2", data, "--max-steps", "1", "--warmup", "0"))
+    assert "learns nothing" not in capsys.readouterr().out and metrics(tmp_path / "out2")[0]["lr"] > 0
 
 
 def children(pid: int) -> list[int]:
