@@ -1,7 +1,7 @@
 """Phi-2, the projector, and the LLaVA glue between picture and text. All of the model is here and in vision.py.
 
 Read it from the top: the decoder (Phi), then how a picture becomes rows of the embedding (LLaVAPhi.embed), the loss,
-and generation. The key-value cache and the things that are done to a finished model (LoRA, 8 bits) come last.
+and generation. The key-value cache and what is done to a finished model (LoRA, packed weights, 8 and 4 bits) come last.
 
 Follows Hugging Face's modeling_phi.py (parallel block, partial rotary embedding) and LLaVA's llava_arch.py (what is
 spliced where). Sequences are packed: a micro-batch of B samples is one row of T tokens, without padding.
