@@ -685,12 +685,7 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
-    warmup = math.ceil(cfg.warmup * steps)
-    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up"
-           + (f"; going on from {checkpoint}" if checkpoint else ""))
-    if steps == warmup == 1:
-        print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
-               "--global-batch, more --epochs, or --warmup 0")
+    print_steps(cfg, steps, checkpoint)
     # Days of training should not end with a model that finds no room.
     need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
     free = shutil.disk_usage(out).free
@@ -698,9 +693,7 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
         raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
 
     is_complete = train(state, cfg, data, held_out, steps, signals, device)
-    bad = {(problem["data"], problem["sample"]) for problem in read_bad_samples(out)}
-    if bad:
-        print0(f"{len(bad):,} bad samples were skipped; {out / BAD_SAMPLES} says what is wrong with them")
+    print_skipped(out)
     if not is_complete:
         print0(f"stopped after step {state.step}; the same command goes on from there")
         return
@@ -713,6 +706,22 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 
 # ---------------------------------------------------------------------------------------------------
 # What the loop calls
+
+
+def print_steps(cfg: TrainConfig, steps: int, checkpoint: Path | None) -> None:
+    warmup = math.ceil(cfg.warmup * steps)
+    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up"
+           + (f"; going on from {checkpoint}" if checkpoint else ""))
+    if steps == warmup == 1:
+        print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
+               "--global-batch, more --epochs, or --warmup 0")
+
+
+def print_skipped(out: Path) -> None:
+    """How many bad samples a run went on without. Each process has skipped some; the file has them all."""
+    bad = {(problem["data"], problem["sample"]) for problem in read_bad_samples(out)}
+    if bad:
+        print0(f"{len(bad):,} bad samples were skipped; {out / BAD_SAMPLES} says what is wrong with them")
 
 
 def make_loader(cfg: TrainConfig, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
