@@ -22,7 +22,14 @@ from pathlib import Path
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every flag's default, and leaves the line breaks of a module's docstring alone."""
+    """Shows every flag's default, and leaves the line breaks of a module's docstring alone.
+
+    A default of None or of no text is no value: the flag's own help says what happens then.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_value = action.default is not None and action.default != ""
+        return super()._get_help_string(action) if has_value else action.help
 
 
 class Parser(argparse.ArgumentParser):

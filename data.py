@@ -1111,7 +1111,7 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
         shown = records[:show]
         lines = lines_of(dataset.path, ranges[shown, 0].tolist())
         for i, line in zip(shown, lines):
-            print(f"    line {line}, id {dataset.name(ranges[i])}", survey.problems.get(i, "")[:200])
+            print(f"    line {line}, id {dataset.name(ranges[i])} {survey.problems.get(i, '')[:200]}".rstrip())
     good_ids = survey.id_hash[survey.good]
     print(f"\nids that were used before: {len(good_ids) - len(np.unique(good_ids)):,}")
     folders = [f"{folder} {n:,}" for folder, n in survey.image_folders.most_common(20)]

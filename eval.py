@@ -531,14 +531,14 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--task", help=f"one or several with commas: {', '.join(TASKS)}; paper: {', '.join(PAPER)}")
     add("--root", default="data/eval", help="folder of the benchmarks, in the layout of LLaVA's playground/data/eval")
     add("--split", help="another split than the one that the published score is on")
-    add("--model", help=f"model folder; None: the first of {', '.join(map(str, USUAL_MODELS))} that is there")
-    add("--out", help="folder of answers and results, of several tasks a folder each; None: out/eval/TASK")
+    add("--model", help=f"model folder; none: the first of {', '.join(map(str, USUAL_MODELS))} that is there")
+    add("--out", help="folder of answers and results, of several tasks a folder each; none: out/eval/TASK")
     add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
         help="model: as it was trained; paper: as the published scores were made, which is pad except for "
              + ", ".join(special))
     add("--bits", type=int, choices=(4, 8, 16), default=16, help="of a weight; 16: as --dtype says")
-    add("--dtype", type=dtype_name, help="fp32 or bf16; None: bf16 on a GPU, fp32 on a CPU")
-    add("--device", help="cpu or cuda; None: cuda where there is one")
+    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU, fp32 on a CPU")
+    add("--device", help="cpu or cuda; none: cuda where there is one")
     add("--batch", type=int, default=16, help="questions answered at a time")
     add("--exact", action=on_or_off, default=False,
         help="one question at a time and nothing shared between them, as official runs; changes nothing in fp32, "

@@ -131,9 +131,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, dict]:
             kind = {"action": argparse.BooleanOptionalAction}
         if f.name == "dtype":
             kind = {"type": dtype_name}
-        source = f"{row.recipe}: " if f.name in defaults else "default: "
-        parser.add_argument("--" + f.name.replace("_", "-"), default=defaults.get(f.name, f.default),
-                            help=f"{f.metadata['help']} ({source}%(default)r)", **kind)
+        default = defaults.get(f.name, f.default)
+        source = row.recipe if f.name in defaults else "default"
+        shown = "" if default == "" else f" ({source}: %(default)r)"
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"] + shown, **kind)
     parser.add_argument("--plot", nargs="+", type=Path, metavar="OUT",
                         help="no training: draw these runs' curves into loss.html")
     parser.add_argument("--plan", action=argparse.BooleanOptionalAction, default=False,
