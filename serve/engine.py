@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model import LLaVAConfig, LLaVAPhi, Prefix
-from sample import Clock, answer, encode_chat, open_image
+from sample import Clock, answer, encode_chat, free_memory, open_image
 from serve.api import Busy, Request
 
 MAX_WAITING = 32                    # questions in the line; the next one is told to come back later
 MAX_BATCH = 8                       # questions answered together
-MAX_KEY_VALUE_BYTES = 4 << 30       # of a batch, and once more of the finished conversations that are remembered
+MAX_KEY_VALUE_BYTES = 4 << 30       # of a batch, and once more of finished conversations; less where memory is short
 KEPT_PICTURES = 16                  # decoded pictures remembered, 0.3 MB each
 
 
@@ -115,11 +115,16 @@ class Pictures:
         return image
 
 
-def max_positions(model: LLaVAPhi) -> int:
-    """How many positions a batch may have in all, so that its keys and values take MAX_KEY_VALUE_BYTES."""
+def key_value_limit(device: torch.device) -> int:
+    """How many bytes keys and values may take, twice: MAX_KEY_VALUE_BYTES, or a quarter of what is free now."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return min(MAX_KEY_VALUE_BYTES, free // 4)
+
+
+def position_bytes(model: LLaVAPhi) -> float:
+    """What the keys and values of one position take."""
     cache = model.new_cache(1, 1)
-    bytes_of_one = (cache.k.nbytes + cache.v.nbytes) / cache.k.size(3)
-    return int(MAX_KEY_VALUE_BYTES / bytes_of_one)
+    return (cache.k.nbytes + cache.v.nbytes) / cache.k.size(3)
 
 
 def held_bytes(prefixes: list[Prefix]) -> int:
@@ -140,7 +145,8 @@ class Engine:
         self.running: list[Question] = []
         self.stopping = False
         self.memory: list[Prefix] = []                      # of the last conversations, oldest first
-        self.max_positions = max_positions(model)
+        self.key_value_limit = key_value_limit(model.device)
+        self.max_positions = int(self.key_value_limit / position_bytes(model))      # of a batch, in all
         self.thread = threading.Thread(target=self.run, name="model", daemon=True)
         self.thread.start()
 
@@ -282,5 +288,5 @@ class Engine:
                 if not is_continued:
                     kept.append(old)
             self.memory = [*kept, new]
-        while len(self.memory) > 1 and (len(self.memory) > MAX_BATCH or held_bytes(self.memory) > MAX_KEY_VALUE_BYTES):
+        while len(self.memory) > 1 and (len(self.memory) > MAX_BATCH or held_bytes(self.memory) > self.key_value_limit):
             self.memory.pop(0)

@@ -233,7 +233,8 @@ def test_sixteen_clients_at_once_get_what_they_get_alone(server):
 
 def test_a_batch_takes_as_many_as_their_keys_and_values_leave_room_for(model, tok, monkeypatch):
     """Counted as the model holds them: all as long as the longest may become. What is remembered keeps within it, too."""
-    monkeypatch.setattr(serve.engine, "MAX_KEY_VALUE_BYTES", 400 * 2 * 4 * model.config.llm.n_layer * model.config.llm.n_embd)
+    llm = model.config.llm
+    monkeypatch.setattr(serve.engine, "free_memory", lambda: 4 * 400 * 2 * 4 * llm.n_layer * llm.n_embd)
     caches = []
     new_cache = model.new_cache
 
@@ -252,7 +253,7 @@ def test_a_batch_takes_as_many_as_their_keys_and_values_leave_room_for(model, to
             blocker.close()
             texts = list(texts)
         assert len(caches) > 2 and max(caches[1:]) <= 400   # the first is the blocker's, alone
-        assert 0 < serve.engine.held_bytes(engine.memory) <= serve.engine.MAX_KEY_VALUE_BYTES
+        assert 0 < serve.engine.held_bytes(engine.memory) <= engine.key_value_limit
     with running(model, tok) as server:
         assert texts == [text_of(server, [user(f"What is {i}?")], max_tokens=30) for i in range(8)]
 
