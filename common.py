@@ -270,8 +270,8 @@ def find_model(asked: str | None) -> Path:
         if any(folder.glob("*model*")):
             return folder
     demo = "; the demo's is --model out/demo/finetune" if Path("out/demo/finetune/config.json").exists() else ""
-    raise ValueError("no model: neither out/finetune (made by train.py), checkpoints/llava-phi nor checkpoints/mipha-3b "
-                     "is here; get a published one with `hf download zxmonent/llava-phi --local-dir "
+    raise ValueError("no model: neither out/finetune (made by train.py), checkpoints/llava-phi nor "
+                     "checkpoints/mipha-3b is here; get a published one with `hf download zxmonent/llava-phi --local-dir "
                      "checkpoints/llava-phi` or `hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b`" + demo)
 
 # ---------------------------------------------------------------------------------------------------

@@ -432,7 +432,7 @@ def parse_record(record: bytes) -> dict:
 
 
 def json_problem(e: Exception, start: int = 0) -> str:
-    """What json's parser met, and how far behind `start`, where the record begins. Its lines are not those of the file."""
+    """What json's parser met, and how far behind `start`, where the record begins: its lines are not the file's."""
     return f"{e.msg} after {e.pos - start} characters" if isinstance(e, json.JSONDecodeError) else str(e)
 
 
@@ -488,8 +488,8 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
             # the file, or that has grown to 16 blocks for one record, settles which.
             if len(text) < width or width > 16 * BLOCK:
                 [line] = lines_of(path, [start + i])
-                raise ValueError(f"not json: {path}, line {line}: {json_problem(e, i)}; the record that begins there is broken, "
-                                 "and what follows cannot be found") from e
+                raise ValueError(f"not json: {path}, line {line}: {json_problem(e, i)}; the record that begins there is "
+                                 "broken, and what follows cannot be found") from e
             width = BLOCK if i else 2 * width
             start += i
 
@@ -976,7 +976,7 @@ class Loader:
 
     def report_bad(self, problems: list[dict]) -> None:
         """Stop, or list them in BAD_SAMPLES, which all ranks share, and give up when it has too many."""
-        problems = [problem for problem in problems if problem["sample"] not in self.bad_samples]      # once, not an epoch
+        problems = [problem for problem in problems if problem["sample"] not in self.bad_samples]  # once, not an epoch
         if not problems:
             return
         if self.dataset.on_bad_sample == "stop":

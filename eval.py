@@ -191,8 +191,8 @@ def reference_model(config) -> str:
 
 
 def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -> dict:
-    """All that an answer depends on. Processes and batch size are not in it: in fp32 they change nothing, and one answer
-    in some hundreds in bf16 or with 4-bit weights, whose product for few rows is another than that for many.
+    """All that an answer depends on. Processes and batch size are not in it: in fp32 they change nothing, and in bf16 or
+    with 4-bit weights, whose product for few rows is another than that for many, one answer in some hundreds.
 
     fingerprint, config: of the model, a LLaVAConfig.
     """

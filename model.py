@@ -836,8 +836,8 @@ def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
 def has_int8_product() -> bool:
     """Whether this CPU multiplies int8 in its vector units (VNNI). Without them torch._int_mm is slower than fp32.
 
-    The largest product is tried, too: where oneDNN is told not to use VNNI (ONEDNN_MAX_CPU_ISA), its sums are cut off at
-    16 bits, and nothing says so.
+    The largest product is tried, too: where oneDNN is told not to use VNNI (ONEDNN_MAX_CPU_ISA), its sums are cut off
+    at 16 bits, and nothing says so.
     """
     if not torch.cpu._is_vnni_supported():
         return False
