@@ -976,29 +976,36 @@ class Loader:
 
     def report_bad(self, problems: list[dict]) -> None:
         """Stop, or list them in BAD_SAMPLES, which all ranks share, and give up when it has too many."""
-        problems = [problem for problem in problems if problem["sample"] not in self.bad_samples]  # once, not an epoch
         if not problems:
             return
         if self.dataset.on_bad_sample == "stop":
             raise ValueError(problems[0]["problem"])
-        if self.dataset.cache_dir:
-            lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+        self.read_listed()
+        new = [problem for problem in problems if problem["sample"] not in self.bad_samples]    # once, not in every epoch
+        self.bad_samples.update(problem["sample"] for problem in new)
+        if self.dataset.cache_dir and new:
+            lines = "".join(json.dumps({"checksum": self.dataset.checksum, **problem}) + "\n" for problem in new)
             with open(self.dataset.cache_dir / BAD_SAMPLES, "ab", buffering=0) as file:
                 file.write(lines.encode())                  # in one write: lines of several processes do not mix
-            problems = read_bad_samples(self.dataset.cache_dir)         # and those of the other ranks
-        for problem in problems:
-            if problem["data"] == str(self.dataset.path):
-                self.bad_samples.add(problem["sample"])
+        self.read_listed()
         limit = max(10, len(self.dataset) // 1000)
         if len(self.bad_samples) > limit:
             raise ValueError(f"{len(self.bad_samples)} bad samples, more than {limit} (0.1 % of the data, but at "
                              f"least 10); the last: {problems[-1]['problem']}")
 
+    def read_listed(self) -> None:
+        """Learn which samples of this json other ranks have listed, or this run before it was resumed."""
+        if self.dataset.cache_dir:
+            for checksum, sample in read_bad_samples(self.dataset.cache_dir):
+                if checksum == self.dataset.checksum:
+                    self.bad_samples.add(sample)
 
-def read_bad_samples(folder: Path) -> list[dict]:
-    """All lines of a run's BAD_SAMPLES so far: sample (its number), data (which file), problem."""
+
+def read_bad_samples(folder: Path) -> dict[tuple[str, int], dict]:
+    """A run's BAD_SAMPLES so far, by the checksum of the json (which may move) and the sample's number in it."""
     path = folder / BAD_SAMPLES
-    return read_jsonl(path, torn=True) if path.exists() else []
+    lines = read_jsonl(path, torn=True) if path.exists() else []
+    return {(line["checksum"], line["sample"]): line for line in lines}
 
 # ---------------------------------------------------------------------------------------------------
 # python data.py check
@@ -1124,7 +1131,7 @@ def print_lengths(length: np.ndarray, supervised: int) -> None:
     print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; " + ", ".join(percentiles))
     spread = int(length.max() - length.min())
     counts, edges = np.histogram(length, bins=max(1, min(8, spread)))
-    for count, low, high in zip(counts, edges, edges[1:]):
+    for count, low, high in zip(counts, edges, edges[1:]) if spread else ():
         bar = "#" * round(40 * count / counts.max())
         print(f"    {low:6.0f} to {high:6.0f} {count:9,} {bar}")
     print(f"supervised: {supervised:,} tokens, {100 * supervised / length.sum():.1f} % of all positions")

@@ -484,11 +484,16 @@ def read_later(ids: Tensor) -> Callable[[], list[int]]:
     return wait
 
 
+def whole_slots(slots: int) -> int:
+    """What a cache for so many tokens really has. With other widths, masks would be copied in every layer."""
+    return -(-slots // 16) * 16
+
+
 class KVCache:
     """Keys and values of every layer for B sequences of at most S tokens. Preallocated, an argument, knows no model."""
 
     def __init__(self, config: PhiConfig, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
-        slots = -(-slots // 16) * 16                        # masks of other widths would be copied in every layer
+        slots = whole_slots(slots)
         shape = (config.n_layer, batch, config.n_head, slots, config.n_embd // config.n_head)
         key_dtype = torch.float32 if device.type == "cpu" else dtype               # see attend_from_one
         self.k = torch.zeros(shape, device=device, dtype=key_dtype)                # (n_layer, B, nh, S, hs)

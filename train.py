@@ -720,9 +720,9 @@ def print_steps(cfg: TrainConfig, steps: int, checkpoint: Path | None) -> None:
 
 def print_skipped(out: Path) -> None:
     """How many bad samples a run went on without. Each process has skipped some; the file has them all."""
-    bad = {(problem["data"], problem["sample"]) for problem in read_bad_samples(out)}
+    bad = read_bad_samples(out)
     if bad:
-        print0(f"{len(bad):,} bad samples were skipped; {out / BAD_SAMPLES} says what is wrong with them")
+        print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
 
 
 def make_loader(cfg: TrainConfig, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,

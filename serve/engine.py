@@ -17,13 +17,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import LLaVAConfig, LLaVAPhi, Prefix
+from model import LLaVAConfig, LLaVAPhi, Prefix, whole_slots
 from sample import Clock, answer, encode_chat, free_memory, open_image
 from serve.api import Busy, Request
 
 MAX_WAITING = 32                    # questions in the line; the next one is told to come back later
 MAX_BATCH = 8                       # questions answered together
-MAX_KEY_VALUE_BYTES = 4 << 30       # of a batch, and once more of finished conversations; less where memory is short
+MAX_KEY_VALUE_BYTES = 4 << 30       # of a batch; less where memory is short
 KEPT_PICTURES = 16                  # decoded pictures remembered, 0.3 MB each
 
 
@@ -116,9 +116,13 @@ class Pictures:
 
 
 def key_value_limit(device: torch.device) -> int:
-    """How many bytes keys and values may take, twice: MAX_KEY_VALUE_BYTES, or a quarter of what is free now."""
+    """How many bytes a batch's keys and values may take: MAX_KEY_VALUE_BYTES, or a sixth of what is free now.
+
+    All in all they take up to three times that: the finished conversations that are remembered take as much, and so do
+    the copies that are kept of a batch, at the moment when it ends. Single conversations are let by, however long.
+    """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return min(MAX_KEY_VALUE_BYTES, free // 4)
+    return min(MAX_KEY_VALUE_BYTES, free // 6)
 
 
 def position_bytes(model: LLaVAPhi) -> float:
@@ -235,7 +239,7 @@ class Engine:
     def has_room_for(self, batch: list[Question]) -> bool:
         """Whether so many may run together. In memory every conversation is as long as the longest may become."""
         longest = max(question.prompt_tokens + question.request.max_tokens for question in batch)
-        positions = min(longest, self.model.config.llm.block_size)
+        positions = whole_slots(min(longest, self.model.config.llm.block_size))
         return len(batch) <= MAX_BATCH and len(batch) * positions <= self.max_positions
 
     def answer_batch(self, batch: list[Question]) -> None:

@@ -234,13 +234,14 @@ def test_sixteen_clients_at_once_get_what_they_get_alone(server):
 def test_a_batch_takes_as_many_as_their_keys_and_values_leave_room_for(model, tok, monkeypatch):
     """Counted as the model holds them: all as long as the longest may become. What is remembered keeps within it, too."""
     llm = model.config.llm
-    monkeypatch.setattr(serve.engine, "free_memory", lambda: 4 * 400 * 2 * 4 * llm.n_layer * llm.n_embd)
+    monkeypatch.setattr(serve.engine, "free_memory", lambda: 6 * 400 * 2 * 4 * llm.n_layer * llm.n_embd)
     caches = []
     new_cache = model.new_cache
 
     def count(batch: int, slots: int):
-        caches.append(batch * slots)
-        return new_cache(batch, slots)
+        cache = new_cache(batch, slots)
+        caches.append(batch * cache.k.size(3))
+        return cache
 
     with running(model, tok) as server:
         engine = server.engine

@@ -54,7 +54,7 @@ SHAPES = Language("shapes.txt", " . . redcircletopright redcircletopright . . re
 # them. For weights whose loss was measured once, it is known to four digits, and that does. The keys are fingerprints,
 # the values losses on the English page in fp32. It is gibberish to the demo's model, which makes it the more sensitive
 # page: far from being certain, the model answers to every change (the smallest seen is 0.01, by paired neighbours).
-KNOWN = {"5f0ab9e1caed25ff": 18.7336}       # demo/phi
+KNOWN = {"d04c9ea514c19b90": 18.7336}       # demo/phi
 TOLERANCE = 1e-3                    # machines add up in different orders; that changes the sixth digit
 
 
@@ -105,13 +105,13 @@ def mean_loss(llm: Phi, tok: Tokenizer, page: str) -> float:
 
 
 def fingerprint(llm: Phi) -> str:
-    """A short name for a language model's weights: a checksum of some rows of its embedding and of its last MLP.
+    """A short name for a language model's weights: a checksum of some rows of its embedding and of its last block.
 
     Every layout has these as they are, so a misread model has the same fingerprint. One that has been trained on has
-    another, also where adapters were trained, which leave the embedding alone.
+    another, also where adapters were trained, which leave the embedding and perhaps attention or the MLPs alone.
     """
     checksum = hashlib.sha256()
-    for weight in (llm.wte.weight, llm.h[-1].mlp.proj.weight):
+    for weight in (llm.wte.weight, llm.h[-1].attn.proj.weight, llm.h[-1].mlp.proj.weight):
         checksum.update(weight[:256].detach().float().cpu().numpy().tobytes())
     return checksum.hexdigest()[:16]
 
