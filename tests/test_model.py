@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data
 import model as model_file
 from load_weights import load_model
-from model import (IMAGE_ID, Int4Linear, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, LoRALinear, PackedLinear,
-                   PhiConfig, check_int4_product, copy_weight, cross_entropy_sum, group_of, init_weights, pack_int4,
-                   pack_linears, packing_pays, pick, quantize_groups, quantize_linears, unpack_int4, unpack_to_int8)
+from model import (IMAGE_ID, DecodeLayout, Int4Linear, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, LoRALinear,
+                   PackedLinear, PhiConfig, attend_from_one, check_int4_product, copy_weight, cross_entropy_sum, group_of,
+                   init_weights, pack_int4, pack_linears, packing_pays, pick, quantize_groups, quantize_linears,
+                   unpack_int4, unpack_to_int8)
 from test_vision import to_uint8
 from vision import VisionConfig
 
@@ -468,6 +470,24 @@ def test_same_seed_same_answer(tiny):
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1, 2)]
     said = [fast(tiny, [prompt], [images], 9, generator=generator, **settings) for generator in generators]
     assert said[0] == said[1] and said[2] != said[3]
+
+@pytest.mark.parametrize("lengths", [[37], [5, 5], [40, 1, 17]])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_attention_from_one_token_is_torchs_fused_attention(dtype, bound, lengths):
+    """Of one token for each sequence, which may see what its own sequence holds and itself."""
+    torch.manual_seed(0)
+    config = PhiConfig(n_layer=1, n_head=4, n_embd=64)
+    cache = KVCache(config, len(lengths), 48, torch.device("cpu"), dtype)
+    cache.k.copy_(torch.randn_like(cache.k))
+    cache.v.copy_(torch.randn_like(cache.v))
+    cache.fill(lengths)
+    [layer] = cache.layers
+    q = torch.randn(len(lengths), 4, 16, dtype=dtype)
+    y = attend_from_one(q, layer, DecodeLayout(cache))
+    for row, n in enumerate(lengths):
+        k, v = layer.k[row, :, :n + 1].to(dtype), layer.v[row, :, :n + 1]
+        expected = F.scaled_dot_product_attention(q[row, :, None], k, v)[:, 0]
+        torch.testing.assert_close(y[row], expected, atol=bound, rtol=bound)
 
 # ---------------------------------------------------------------------------------------------------
 # Weights in the order in which a CPU multiplies them
