@@ -1001,11 +1001,14 @@ class Loader:
                     self.bad_samples.add(sample)
 
 
-def read_bad_samples(folder: Path) -> dict[tuple[str, int], dict]:
-    """A run's BAD_SAMPLES so far, by the checksum of the json (which may move) and the sample's number in it."""
+def read_bad_samples(folder: Path) -> set[tuple[str | None, int]]:
+    """A run's BAD_SAMPLES so far: the checksum of the json, which may move, and the sample's number in it.
+
+    Lines written before there were checksums have None.
+    """
     path = folder / BAD_SAMPLES
     lines = read_jsonl(path, torn=True) if path.exists() else []
-    return {(line["checksum"], line["sample"]): line for line in lines}
+    return {(line.get("checksum"), line["sample"]) for line in lines}
 
 # ---------------------------------------------------------------------------------------------------
 # python data.py check
@@ -1130,10 +1133,11 @@ def print_lengths(length: np.ndarray, supervised: int) -> None:
     percentiles = [f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)]
     print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; " + ", ".join(percentiles))
     spread = int(length.max() - length.min())
-    counts, edges = np.histogram(length, bins=max(1, min(8, spread)))
-    for count, low, high in zip(counts, edges, edges[1:]) if spread else ():
-        bar = "#" * round(40 * count / counts.max())
-        print(f"    {low:6.0f} to {high:6.0f} {count:9,} {bar}")
+    if spread > 0:
+        counts, edges = np.histogram(length, bins=min(8, spread))
+        for count, low, high in zip(counts, edges, edges[1:]):
+            bar = "#" * round(40 * count / counts.max())
+            print(f"    {low:6.0f} to {high:6.0f} {count:9,} {bar}")
     print(f"supervised: {supervised:,} tokens, {100 * supervised / length.sum():.1f} % of all positions")
 
 

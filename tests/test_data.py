@@ -693,6 +693,12 @@ def test_strict_training_stops_at_it_and_skipping_survives_it(name, tmp_path, zo
         assert all(torch.equal(a, b) for a, b in zip(step.batches[0], want))
 
 
+def test_bad_samples_listed_before_there_were_checksums_can_be_read(tmp_path):
+    lines = [{"sample": 3, "data": "x.json", "problem": "?"}, {"checksum": "c", "sample": 3, "data": "x", "problem": "?"}]
+    (tmp_path / data.BAD_SAMPLES).write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
+    assert data.read_bad_samples(tmp_path) == {(None, 3), ("c", 3)} and data.read_bad_samples(tmp_path / "none") == set()
+
+
 def test_skipping_gives_up_when_too_much_is_bad(tmp_path, tiny):
     path = write_data(tmp_path, **{f"t{i}": talk("q") for i in range(3, 15)})
     with pytest.raises(ValueError, match="1[12] bad samples, more than 10"):
