@@ -32,14 +32,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-# torch and the model are imported inside the functions that generate, so that scoring needs neither.
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
 from benchmarks.files import checksum, first_existing, read_answers, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Mark, Score, Task, mean, paired_test, published_columns
-from common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, faster_dtype, find_model, hold_folder,
-                    read_json, read_jsonl, run_command, torch_dtype, visible, write_whole)
+from lib.common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, faster_dtype, find_model, hold_folder,
+                        read_json, read_jsonl, run_command, torch_dtype, visible, write_whole)
+
+# torch and the model are imported inside the functions that generate, so that scoring needs neither.
+
 
 # ---------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
@@ -159,8 +161,8 @@ class LoadedModel(NamedTuple):
 def load(folder: Path, args: Namespace) -> LoadedModel:
     """The imports are here because torch takes seconds, and most of this program's work needs none."""
     from data import eot_id, load_tokenizer
+    from lib.quant import pack_linears
     from load_weights import load_model
-    from model import pack_linears
     model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
     pack_linears(model)
     tok = load_tokenizer(folder)
@@ -279,6 +281,7 @@ def open_picture(image: Path | bytes | str | None, vision, mode: str):
     """A question's picture as the tower of this VisionConfig wants it -> uint8 (1, 3, size, size), or
     (0, 3, size, size) for a question without a picture."""
     import torch
+
     from data import load_image, mean_color
     size = vision.image_size
     pad_color = mean_color(vision.mean)
@@ -623,7 +626,7 @@ def choose_arithmetic(args: Namespace) -> str:
     args.dtype = asked or ("bf16" if args.device.startswith("cuda") else "fp32")
     if asked or args.device != "cpu" or args.bits < 16:     # quantised products take about the same time in both
         return ""
-    from model import pack_linears
+    from lib.quant import pack_linears
     hint = faster_dtype(args.dtype, pack_linears)
     return hint and f"{hint}, but the batch size could then change an answer"
 
@@ -634,7 +637,7 @@ def generate_and_score(args: Namespace) -> None:
     for data in tasks:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
-    from load_weights import load_config
+    from lib.folders import load_config
     hint = choose_arithmetic(args)
     config = load_config(folder)
     fingerprint = model_fingerprint(folder)

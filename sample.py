@@ -8,10 +8,7 @@ $ python sample.py --prompt "Who wrote Faust?"                           # no pi
 $ python sample.py --serve                                               # a page, and an API as OpenAI's: serve/
 $ python sample.py --bench --bits 8
 """
-from __future__ import annotations
-
 import contextlib
-import io
 import json
 import math
 import os
@@ -19,27 +16,83 @@ import re
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
-from urllib.parse import unquote, urlsplit
 
-from PIL import Image
+from lib.common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, run_command, time_dtypes,
+                        torch_dtype, without_control)
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line. ValueError in one line for what cannot be."""
+    parser = Parser(prog="sample.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", help=f"model folder; none: the first that is there of {', '.join(map(str, USUAL_MODELS))}")
+    add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, - for stdin; none: only words")
+    add("--prompt", help="ask this once and leave, - for stdin; none: chat")
+    add("--max-new-tokens", type=int, default=256, help="an answer's length at most")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--top-k", type=int, default=0, help="draw among so many likeliest tokens; 0: all")
+    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens with this probability in total")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--dtype", type=dtype_name, metavar="{fp32,bf16}",
+        help="none: bf16 on a GPU; on a CPU the faster one of those that fit into memory, by a short measurement")
+    add("--device", help="cpu, cuda or mps; none: the best there is")
+    add("--bits", type=int, choices=(4, 8, 16), default=16,
+        help="of a weight: 8 and 4 take a half and a quarter of bf16's room; 16: as --dtype says")
+    add("--int8", action=BooleanOptionalAction, default=False, help="the same as --bits 8")
+    add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
+    add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
+    add("--verbose", action=BooleanOptionalAction, default=False,
+        help="time to first token, tokens per second, memory; with --serve: questions and answers in the log")
+    add("--serve", action=BooleanOptionalAction, default=False,
+        help="a page and an OpenAI-compatible API; --max-new-tokens, --temperature, --top-k, --top-p: its defaults")
+    add("--host", default="127.0.0.1", help="with --serve: where to listen; other than this machine needs a key")
+    add("--port", type=int, default=8000, help="with --serve; 0: any free one")
+    add("--api-key", help="with --serve: what clients have to know; none: API_KEY in the environment")
+    add("--bench", action=BooleanOptionalAction, default=False, help="measure the speed instead")
+    args = parser.parse_args(argv)
+    if args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
+    if args.int8 and args.bits == 4:
+        parser.error("--int8 is --bits 8, and --bits 4 was given as well: choose one")
+    if args.int8:
+        args.bits = 8
+    if not 0 <= args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature}: expected a number from 0")
+    if args.top_k < 0:
+        parser.error(f"--top-k {args.top_k}: expected a number from 0")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p {args.top_p}: expected a number above 0 and up to 1")
+    if args.serve and (args.prompt is not None or args.image or args.json or args.bench):
+        parser.error("--serve takes its questions and pictures from the page and the API: leave out --prompt, --image, "
+                     "--json and --bench")
+    chatting = args.prompt is None and not args.bench and not args.serve
+    if chatting and (len(args.image or []) > 1 or args.json):
+        parser.error("a chat is in words and about one picture: --json and several pictures need --prompt")
+    if "-" in (args.image or []) and (chatting or args.prompt == "-"):
+        parser.error("stdin brings the picture, so the question must come as --prompt TEXT")
+    return args
+
+
+def check_command_line() -> None:
+    parse(None)
+
+
+if __name__ == "__main__":
+    # The imports below take seconds. `--help` and a mistake in a flag are answered before them.
+    exit_code = run_command(check_command_line)
+    if exit_code:
+        sys.exit(exit_code)
+
+import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
-from common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, run_command, time_dtypes, torch_dtype,
-                    without_control)
-from data import encode_prompt, eot_id, expand, load_image, load_tokenizer, mean_color
-
-# torch and the model take seconds to import. The functions that need them import them, so that --help and a mistake
-# in a flag answer at once.
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from model import LLaVAConfig, LLaVAPhi, Prefix
-    from serve.server import Server
+from data import load_tokenizer
+from lib.chat import Clock, answer, ask, encode_chat, free_memory, open_image, peak_memory
+from lib.folders import load_config
+from lib.quant import pack_linears
+from load_weights import load_model
+from model import LLaVAConfig, LLaVAPhi, Prefix
 
 with contextlib.suppress(ImportError):
     # Importing readline is all it takes to give input() arrow keys and a history. Windows does not have it.
@@ -50,7 +103,6 @@ COMMANDS = """/image PATH   look at another picture; the chat starts anew
 /save FILE    write the chat as json
 /quit         leave
 Ctrl-C stops an answer; a second time, or Ctrl-D, leaves."""
-MAX_CHARACTERS = 32_000             # of a question: refused before it is tokenized; 2,048 positions hold about 8,000
 
 
 def print_note(text: str) -> None:
@@ -65,167 +117,6 @@ def print_answer(text: str, end: str = "") -> None:
 # ---------------------------------------------------------------------------------------------------
 # Asking
 
-Picture = str | Path | BinaryIO | Image.Image | None    # None: a question without a picture
-
-
-class TextStream:
-    """One answer's token ids in, its text out as soon as it is certain.
-
-    All pieces together are `tok.decode(ids, skip_special_tokens=True).strip()`. Two things delay a piece: a character
-    whose UTF-8 bytes are spread over several tokens (an emoji, most Chinese) waits until it is complete, and white
-    space waits for a word after it, because at the end of an answer it would have to be stripped.
-    """
-
-    def __init__(self, tok: Tokenizer):
-        self.tok = tok
-        self.decoder = DecodeStream(skip_special_tokens=True)
-        self.ids: list[int] = []
-        self.decoded = ""               # what the decoder has released so far, spaces at both ends included
-        self.n_shown = 0                # characters of `decoded.strip()` that were handed out
-
-    def add(self, token: int) -> str:
-        """The next token -> the text that has become certain with it, often empty."""
-        self.ids.append(token)
-        self.decoded += self.decoder.step(self.tok, token) or ""
-        return self.release()
-
-    def finish(self) -> str:
-        """The answer is over -> the rest. Bytes that never became a character are shown as U+FFFD."""
-        self.decoded = self.tok.decode(self.ids, skip_special_tokens=True)
-        return self.release()
-
-    def release(self) -> str:
-        text = self.decoded.strip()
-        piece = text[self.n_shown:]
-        self.n_shown = len(text)
-        return piece
-
-
-class Clock:
-    """Time to the first token, tokens per second, and how many tokens each chat of the batch has received."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-        self.first = 0.0                # seconds from the start to the first token
-        self.last = 0.0                 # seconds from the start to the latest one
-        self.steps = 0
-        self.tokens: list[int] = []     # per chat
-
-    def tick(self, column: list[int | None]) -> None:
-        """Note one step of `LLaVAPhi.generate`, which gives a token, or None, for every chat."""
-        self.last = time.perf_counter() - self.start
-        self.steps += 1
-        if self.steps == 1:
-            self.first = self.last
-            self.tokens = [0] * len(column)
-        for i, token in enumerate(column):
-            if token is not None:
-                self.tokens[i] += 1
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second of one chat, the first token (which waits for the prompt and the picture) left out."""
-        if self.steps < 2:
-            return 0.0
-        return (self.steps - 1) / (self.last - self.first)
-
-    def __str__(self) -> str:
-        return (f"first token {self.first:.2f} s | {self.steps} tokens | {self.rate:.1f} tokens/s | "
-                f"peak memory {peak_memory() / 1e9:.1f} GB")
-
-
-def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
-    """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> prompt ids, image positions expanded.
-
-    Raises ValueError if the last question is empty, too long, or does not fit into the model's context.
-    """
-    question = turns[-1]
-    if not question.strip():
-        raise ValueError("the question is empty")
-    if len(question) > MAX_CHARACTERS:
-        raise ValueError(f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}")
-    question.encode()                   # half a character, which a terminal can send, raises a ValueError here
-    ids = encode_prompt(turns, tok, image=len(image) > 0)
-    ids, _ = expand(ids, None, config.vision.n_patches, config.llm.block_size)
-    return ids
-
-
-def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list[Tensor | Picture],
-           clock: Clock | None = None, *, max_new_tokens: int = 256, **options) -> Iterator[list[str]]:
-    """Answer the last question of every chat, in one batch. Yields, step by step, what each answer newly says.
-
-    This is the one way to ask a model: the terminal, the server and a notebook all use it.
-
-    chats: for each, question, answer, question, ..., question. images: one for each chat, in any form that `open_image`
-    takes, or what it returned. Keys and values in `memory` are found again only for the very same tensor, so whoever
-    asks on about a picture opens it once. clock: is told of every token.
-    options: those of `LLaVAPhi.generate`, which are temperature, top_k, top_p, generator (the seed), memory and fast.
-
-    The text of a chat is the sum of its pieces. To stop early, close the generator: the model stops with it, and
-    `memory` then holds the keys and values of what was said until then.
-    Raises ValueError if a question cannot be asked or leaves no room for an answer.
-    """
-    images = [open_image(image, model.config) for image in images]
-    prompts = [encode_chat(model.config, tok, turns, image) for turns, image in zip(chats, images, strict=True)]
-    if not prompts:
-        return
-    texts = [TextStream(tok) for _ in chats]
-    columns = model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **options)
-    with contextlib.closing(columns):
-        for column in columns:          # one token, or None where the answer is over, per chat
-            if clock:
-                clock.tick(column)
-            yield [text.finish() if token is None else text.add(token) for text, token in zip(texts, column)]
-    yield [text.finish() for text in texts]
-
-
-def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Picture], **options) -> list[str]:
-    """Ask the same question about every picture, in one batch -> the answers. See `answer` for images and options.
-
-    Raises ValueError for a picture that is not in a list, and what `answer` raises.
-    """
-    if not isinstance(images, (list, tuple)):
-        raise ValueError(f"expected a list of pictures, found {images!r}: put it into brackets")
-    texts = [""] * len(images)
-    for pieces in answer(model, tok, [[question]] * len(images), images, **options):
-        texts = [text + piece for text, piece in zip(texts, pieces)]
-    return texts
-
-
-def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
-    """A picture -> uint8 (1, 3, S, S), of the size and in the manner that this model wants. None -> (0, 3, S, S).
-
-    It comes as a path, the way people type, paste or drag it, as "-" for stdin, or opened by Pillow. What is a tensor
-    already stays as it is. Raises ValueError or FileNotFoundError, which name the file.
-    """
-    import torch
-
-    if isinstance(source, torch.Tensor):
-        return source
-    size = config.vision.image_size
-    if source is None:
-        return torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    if source == "-":
-        source = io.BytesIO(sys.stdin.buffer.read())
-    elif isinstance(source, str):
-        source = pasted_path(source)
-    return load_image(source, size, config.image_mode, mean_color(config.vision.mean))[None]
-
-
-def pasted_path(text: str) -> Path:
-    """'/my/cat.jpg', "~/cat.jpg", file:///my/cat.jpg or /my\\ cat.jpg, as terminals and file managers write them."""
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
-    elif re.match(r"[a-z]+://|data:", text, re.IGNORECASE):
-        raise ValueError(f"{text[:80]} is an address, and nothing here uses the network: download it and give the file")
-    path = Path(text).expanduser()
-    unescaped = Path(re.sub(r"\\(.)", r"\1", text)).expanduser()
-    if unescaped.exists() and not path.exists():
-        return unescaped                # a backslash is also a legal character of a file name, hence the check
-    return path
 
 # ---------------------------------------------------------------------------------------------------
 # One question
@@ -383,7 +274,6 @@ def bench(model: LLaVAPhi, tok: Tokenizer, image: Tensor, options: dict, n: int 
 
 def memory_bandwidth(device: torch.device) -> float:
     """Bytes a second at which this device reads 256 MB, the best of five."""
-    import torch
     block = torch.ones(2**26, device=device)
     seconds = []
     for _ in range(5):
@@ -393,24 +283,6 @@ def memory_bandwidth(device: torch.device) -> float:
     return block.nbytes / min(seconds)
 
 
-def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    import torch
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource                                     # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux kilobytes
-
-
-def free_memory() -> int:
-    """Bytes that a new process can have without swapping; where the system does not say (macOS), all of the memory."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int) -> tuple[str, str]:
     """The dtype that was asked for, else the one that suits the device -> its name, and what to say about it.
 
@@ -418,9 +290,6 @@ def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int)
     weights fit anywhere, and a CPU that is fast with them keeps the rest in fp32. So does a small model: it is fast
     enough in any dtype, and fp32 gives the same text on every machine.
     """
-    import torch
-
-    from model import LLaVAPhi, pack_linears
     if asked:
         return asked, f"{device} in {asked}"
     if device != "cpu":
@@ -441,59 +310,7 @@ def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int)
 # The command line
 
 
-def parse(argv: list[str] | None) -> Namespace:
-    """The command line. ValueError in one line for what cannot be."""
-    parser = Parser(prog="sample.py", description=__doc__)
-    add = parser.add_argument
-    add("--model", help=f"model folder; none: the first that is there of {', '.join(map(str, USUAL_MODELS))}")
-    add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, - for stdin; none: only words")
-    add("--prompt", help="ask this once and leave, - for stdin; none: chat")
-    add("--max-new-tokens", type=int, default=256, help="an answer's length at most")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    add("--top-k", type=int, default=0, help="draw among so many likeliest tokens; 0: all")
-    add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens with this probability in total")
-    add("--seed", type=int, default=0, help="of the draws")
-    add("--dtype", type=dtype_name, metavar="{fp32,bf16}",
-        help="none: bf16 on a GPU; on a CPU the faster one of those that fit into memory, by a short measurement")
-    add("--device", help="cpu, cuda or mps; none: the best there is")
-    add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="of a weight: 8 and 4 take a half and a quarter of bf16's room; 16: as --dtype says")
-    add("--int8", action=BooleanOptionalAction, default=False, help="the same as --bits 8")
-    add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
-    add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
-    add("--verbose", action=BooleanOptionalAction, default=False,
-        help="time to first token, tokens per second, memory; with --serve: questions and answers in the log")
-    add("--serve", action=BooleanOptionalAction, default=False,
-        help="a page and an OpenAI-compatible API; --max-new-tokens, --temperature, --top-k, --top-p: its defaults")
-    add("--host", default="127.0.0.1", help="with --serve: where to listen; other than this machine needs a key")
-    add("--port", type=int, default=8000, help="with --serve; 0: any free one")
-    add("--api-key", help="with --serve: what clients have to know; none: API_KEY in the environment")
-    add("--bench", action=BooleanOptionalAction, default=False, help="measure the speed instead")
-    args = parser.parse_args(argv)
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {args.max_new_tokens}: expected at least 1")
-    if args.int8 and args.bits == 4:
-        parser.error("--int8 is --bits 8, and --bits 4 was given as well: choose one")
-    if args.int8:
-        args.bits = 8
-    if not 0 <= args.temperature < math.inf:
-        parser.error(f"--temperature {args.temperature}: expected a number from 0")
-    if args.top_k < 0:
-        parser.error(f"--top-k {args.top_k}: expected a number from 0")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p {args.top_p}: expected a number above 0 and up to 1")
-    if args.serve and (args.prompt is not None or args.image or args.json or args.bench):
-        parser.error("--serve takes its questions and pictures from the page and the API: leave out --prompt, --image, "
-                     "--json and --bench")
-    chatting = args.prompt is None and not args.bench and not args.serve
-    if chatting and (len(args.image or []) > 1 or args.json):
-        parser.error("a chat is in words and about one picture: --json and several pictures need --prompt")
-    if "-" in (args.image or []) and (chatting or args.prompt == "-"):
-        parser.error("stdin brings the picture, so the question must come as --prompt TEXT")
-    return args
-
-
-def open_server(args: Namespace) -> Server:
+def open_server(args: Namespace) -> object:
     """Take the port that --serve will answer at. ValueError, OSError: it may not or cannot be had."""
     from serve.server import Server
     key = args.api_key if args.api_key is not None else os.environ.get("API_KEY") or None
@@ -505,10 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_model(args.model)
     server = open_server(args) if args.serve else None      # a port that is taken should not be found after the load
 
-    import torch
 
-    from load_weights import load_config, load_model
-    from model import pack_linears
+    from lib.quant import pack_linears
     if args.compile and not torch.cuda.is_available():
         raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
     device = choose_device(args.device)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from benchmarks.scoring import LETTERS, Example
-from common import read_json, read_jsonl, write_whole
+from lib.common import read_json, read_jsonl, write_whole
 
 # Two downloads that several benchmarks need.
 EVAL_ZIP = "question files: LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.files import image_path, read_official_json, required_file
 from benchmarks.scoring import SHORT, Example, Mark, Task, accuracy
-from common import write_whole
+from lib.common import write_whole
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:

@@ -15,7 +15,7 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 
 from benchmarks.files import checksum, to_json, to_jsonl
 from benchmarks.scoring import Example
-from common import read_json, read_jsonl, visible, write_whole
+from lib.common import read_json, read_jsonl, visible, write_whole
 
 MAX_REPLY = 1 << 24         # bytes
 DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.files import image_path, required_file
 from benchmarks.judge import ask_judge, collect_grades
 from benchmarks.scoring import Example, Mark, Score, Task, bootstrapped
-from common import read_jsonl
+from lib.common import read_jsonl
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.files import EVAL_ZIP, first_existing, required_file
 from benchmarks.scoring import SHORT, Example, Mark, Score, Task, bootstrapped
-from common import read_jsonl
+from lib.common import read_jsonl
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

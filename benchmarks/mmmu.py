@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.files import first_existing, image_path, read_official_json, required_file, to_json
 from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Mark, Score, Task, accuracy, mean
-from common import read_jsonl, write_whole
+from lib.common import read_jsonl, write_whole
 
 DOMAINS = {
     "Art & Design": "Art Art_Theory Design Music",

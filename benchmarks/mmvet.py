@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.files import image_path, read_official_json, required_file, to_json
 from benchmarks.judge import ask_judge, collect_grades
 from benchmarks.scoring import Example, Mark, Score, Task, accuracy, mean
-from common import write_whole
+from lib.common import write_whole
 
 INSTRUCTION = """Rate how correct a prediction is: 0.0 (all wrong), 0.1, 0.2 and so on to 1.0 (all right).
 <AND> in the ground truth: all of its parts must be there for 1.0. <OR>: any one of its parts is enough.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.files import image_path, required_file
 from benchmarks.scoring import Example, Task, accuracy, grade_plain
-from common import read_jsonl
+from lib.common import read_jsonl
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.files import COCO, EVAL_ZIP, first_existing, image_path, required_file
 from benchmarks.scoring import SHORT, Example, Mark, Score, Task, bootstrapped, mean
-from common import read_jsonl
+from lib.common import read_jsonl
 
 # LLaVA's file makes question_id unique across the three kinds by these offsets.
 OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}

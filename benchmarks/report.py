@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import TASKS
 from benchmarks.scoring import BLANK, Example, Mark, published_columns
-from common import html_page, visible
+from lib.common import html_page, visible
 
 WRONG_ANSWERS = 60          # shown in the report
 MOST_PIXELS = 89_000_000    # of a picture that gets a thumbnail; Pillow warns of larger ones

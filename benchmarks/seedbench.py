@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.files import first_existing, image_path, lettered, read_official_json, required_file, to_jsonl
 from benchmarks.scoring import LETTER, Example, Mark, Score, Task, accuracy
-from common import read_jsonl, write_whole
+from lib.common import read_jsonl, write_whole
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.files import image_path, required_file
 from benchmarks.scoring import BLANK, Example, Mark, Score, Task, accuracy, grade_plain, mean
-from common import read_jsonl
+from lib.common import read_jsonl
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.files import EVAL_ZIP, first_existing, image_path, read_official_json, required_file
 from benchmarks.scoring import SHORT, Example, Mark, Task, accuracy, evalai_accuracy, normalize_evalai
-from common import read_jsonl
+from lib.common import read_jsonl
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:

@@ -14,7 +14,7 @@ from benchmarks.files import (EVAL_ZIP, first_existing, image_path, read_llava_q
                               required_file)
 from benchmarks.scoring import (SHORT, Example, Mark, Score, Task, accuracy, evalai_accuracy, mean, normalize_evalai,
                                 vqa_accuracy)
-from common import write_whole
+from lib.common import write_whole
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 

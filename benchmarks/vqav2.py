@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.files import COCO, EVAL_ZIP, first_existing, read_llava_questions, read_official_json, required_file
 from benchmarks.scoring import SHORT, Example, Mark, Task, accuracy, normalize_evalai, vqa_accuracy
-from common import read_jsonl, write_whole
+from lib.common import read_jsonl, write_whole
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:

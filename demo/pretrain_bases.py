@@ -29,10 +29,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from common import Parser, run_command
 from data import EOT, IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_tokenizer
 from demo.shapes import NAMES, QUARTERS, SIZE, Scene, Shape, caption, converse, draw_scene, paint, to_conversation
-from load_weights import clip_json, phi_json, to_saved, write_json, write_tokenizer
+from lib.common import Parser, run_command
+from lib.layouts import to_saved
+from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
 from model import Layout, Phi, PhiConfig, cross_entropy_sum, init_weights
 from vision import VisionConfig, VisionTower
 

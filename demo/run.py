@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from common import LOCK, hold_folder, html_page, read_jsonl, run_command, write_whole
-from train import loss_curve, loss_svg
+from lib.common import LOCK, hold_folder, html_page, read_jsonl, run_command, write_whole
+from lib.plot import loss_curve, loss_svg
 
 OUT = Path("out/demo")
 DATA = OUT / "data"

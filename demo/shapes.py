@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from common import Parser, run_command
+from lib.common import Parser, run_command
 
 SIZE = 56                                           # pixels per side: 4 x 4 patches of 14, so a quarter is 2 x 2
 COLOURS = {

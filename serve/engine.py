@@ -17,8 +17,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lib.chat import open_image
+from lib.chat import Clock, answer, encode_chat, free_memory
 from model import LLaVAConfig, LLaVAPhi, Prefix, whole_slots
-from sample import Clock, answer, encode_chat, free_memory, open_image
 from serve.api import Busy, Request
 
 MAX_WAITING = 32                    # questions in the line; the next one is told to come back later

@@ -36,7 +36,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import visible
+from lib.common import visible
 from serve import api
 from serve.api import Busy, Reply, RequestError
 

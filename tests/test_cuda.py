@@ -23,20 +23,23 @@ pytest.importorskip("tokenizers", reason="the packages of requirements.txt are n
 pytest.importorskip("safetensors", reason="the packages of requirements.txt are not installed")
 
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
+from test_model import GOLDEN, draw_prompt, draw_words, expanded, fast
+from test_train import arguments, data, keep_signal_handlers, metrics  # noqa: F401 (two of them are fixtures)
+from test_varlen import HS, LENGTHS, NH, WIDE, samples
+from test_vision import to_uint8
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from lib import quant
 import model as model_file
+from lib import plan
 import train
-from conftest import ROOT
 from data import IGNORE, Sample, Step, collate
+from lib.quant import quantize_linears
 from load_weights import load_model
-from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights, quantize_linears
-from test_model import GOLDEN, draw_prompt, draw_words, expanded, fast
-from test_train import arguments, data, keep_signal_handlers, metrics      # noqa: F401 (two of them are fixtures)
-from test_varlen import HS, LENGTHS, NH, WIDE, samples
-from test_vision import to_uint8
+from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
 from vision import VisionConfig
 
 EOS = 0
@@ -228,7 +231,7 @@ def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 
     def quantized(device: torch.device) -> LLaVAPhi:
         model = copy.deepcopy(wide).to(device, dtype)
-        model_file.quantize_linears(model, bits)
+        quant.quantize_linears(model, bits)
         return model
     got = logits(quantized(device))
     assert relative(got, logits(wide)) < bound
@@ -419,7 +422,7 @@ def test_peak_memory_is_what_the_plan_says(stage, recompute, device, group, monk
     cfg = settings("--stage", stage, "--recompute", recompute, "--micro-tokens", str(tokens))
     monkeypatch.setattr(train, "read_weights", lambda model, cfg, config: zero_all(model))
     model = train.build(cfg, config, group, device)
-    always, per_token = train.memory_plan(cfg, model, 1)
+    always, per_token = plan.memory_plan(cfg, model, 1)
     planned = sum(always.values()) - always["workspace"] + per_token[recompute] * tokens
     if on_gpu and planned > 0.8 * torch.cuda.get_device_properties(device).total_memory:
         pytest.skip(f"the test needs a GPU with {planned / 0.8e9:.0f} GB")

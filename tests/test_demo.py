@@ -7,13 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-
 from conftest import ROOT
+
 from data import encode, load_tokenizer
 from demo import run
 from demo.shapes import (COLOURS, NAMES, QUARTERS, QUESTIONS, Shape, caption, converse, draw_scene, is_held_out, paint,
                          write_data)
-from load_weights import load_config, load_into
+from lib.folders import load_config
+from load_weights import load_into
 from model import LLaVAPhi, init_weights
 
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}

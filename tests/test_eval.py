@@ -23,8 +23,8 @@ import pytest
 from PIL import Image
 
 import eval as ev
-from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa, vizwiz)
-from common import LOCK
+from benchmarks import gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa, vizwiz
+from lib.common import LOCK
 from vision import VisionConfig
 
 ROOT = Path(__file__).resolve().parent.parent

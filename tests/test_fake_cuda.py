@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model import DecodeLayout, Int4Linear, Int8Linear, Layout, LLaVAConfig, LLaVAPhi, cross_entropy_sum
+from lib.quant import Int4Linear, Int8Linear
+from model import DecodeLayout, Layout, LLaVAConfig, LLaVAPhi, cross_entropy_sum
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
 P = LLaVAConfig().vision.n_patches

@@ -21,18 +21,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from test_data import drawn, talk
 
 import data
 import load_weights
 import serve.server
 import train
-from common import run_command
-from conftest import ROOT
 from data import Dataset, Loader, load_image, load_tokenizer
+from lib.common import run_command
 from serve.engine import Engine
 from serve.server import Server
-from test_data import drawn, talk
 
 GOLDEN = ROOT / "tests/golden"
 TINY = GOLDEN / "tiny-llava-phi"

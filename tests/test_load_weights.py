@@ -14,16 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from conftest import ROOT
-from common import read_json, without_control
 from data import load_image, load_tokenizer, mean_color
-from load_weights import (blueprint, export, export_parts, load_config, load_into, load_model, main, merge, read_bin, read_folder,
-                          save_model, to_ours, to_saved)
+from lib.common import read_json, without_control
+from lib.folders import blueprint, load_config, read_bin, read_folder
+from lib.layouts import to_ours, to_saved
+from lib.save_weights import save_model
+from load_weights import export, export_parts, load_into, load_model, main, merge
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi
 from vision import SIGLIP_SO400M_384, VisionConfig, normalize
 
@@ -726,7 +728,7 @@ def test_saved_config(saved):
 
 
 def test_shards(saved, tmp_path, monkeypatch, model):
-    monkeypatch.setattr("load_weights.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("lib.save_weights.SHARD_BYTES", 100_000)
     export(LLAVA, tmp_path / "x", None)
     shards = sorted(path.name for path in (tmp_path / "x").glob("*.safetensors"))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
@@ -806,7 +808,7 @@ def test_other_peoples_folders_are_not_touched(tmp_path, model):
 def test_a_save_that_fails_leaves_nothing(tmp_path, model, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
-    monkeypatch.setattr("load_weights.write_texts", full)
+    monkeypatch.setattr("lib.save_weights.write_texts", full)
     with pytest.raises(OSError, match="No space left"):
         export(LLAVA, tmp_path / "x", None)
     assert not any(tmp_path.iterdir())

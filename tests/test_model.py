@@ -14,15 +14,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_vision import to_uint8
 
 import data
+from lib import quant
 import model as model_file
+from lib.lora import LoRALinear
+from lib.quant import (Int4Linear, Int8Linear, PackedLinear, check_int4_product, copy_weight, group_of, pack_int4,
+                       pack_linears, packing_pays, quantize_groups, quantize_linears, unpack_int4, unpack_to_int8)
 from load_weights import load_model
-from model import (IMAGE_ID, DecodeLayout, Int4Linear, Int8Linear, KVCache, Layout, LLaVAConfig, LLaVAPhi, LoRALinear,
-                   PackedLinear, PhiConfig, attend_from_one, check_int4_product, copy_weight, cross_entropy_sum, group_of,
-                   init_weights, pack_int4, pack_linears, packing_pays, pick, quantize_groups, quantize_linears,
-                   unpack_int4, unpack_to_int8)
-from test_vision import to_uint8
+from model import (IMAGE_ID, DecodeLayout, KVCache, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend_from_one,
+                   cross_entropy_sum, init_weights, pick)
 from vision import VisionConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -513,7 +515,7 @@ def test_packed_products_are_the_plain_ones(dtype, bound, n_in, n_out):
 @needs_packing
 def test_a_packed_model_says_the_same(original, golden, monkeypatch):
     """Its logits are the original code's, and a batch changes no answer, as without packing."""
-    monkeypatch.setattr(model_file, "PACKED_FROM", 1)
+    monkeypatch.setattr(quant, "PACKED_FROM", 1)
     row, images = expanded(golden["llava.input_ids"][0].tolist()), to_uint8(golden["llava.pixel_values"])
     packed = copy.deepcopy(original).requires_grad_(False)
     assert pack_linears(packed) == 2 * 4 + 1 + 2 + 2 * 4     # decoder, head, projector, tower
@@ -533,7 +535,7 @@ def test_packing_frees_each_weight_before_the_next(monkeypatch):
                                   for _ in range(4)]).requires_grad_(False)
     plain = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
     alive = []
-    monkeypatch.setattr(model_file, "PackedLinear", lambda base: (
+    monkeypatch.setattr(quant, "PackedLinear", lambda base: (
         alive.append(sum(weight() is not None for weight in plain)), PackedLinear(base))[1])
     assert pack_linears(model) == 8
     assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
@@ -541,11 +543,11 @@ def test_packing_frees_each_weight_before_the_next(monkeypatch):
 
 def test_quantised_and_small_layers_are_not_packed(original, monkeypatch):
     assert pack_linears(copy.deepcopy(original)) == 0        # so small that it would be slower
-    monkeypatch.setattr(model_file, "PACKED_FROM", 1)
+    monkeypatch.setattr(quant, "PACKED_FROM", 1)
     quantised = copy.deepcopy(original)
     quantize_linears(quantised, 8)
     assert pack_linears(quantised) == 0
-    monkeypatch.setattr(model_file, "packing_pays", lambda dtype: False)
+    monkeypatch.setattr(quant, "packing_pays", lambda dtype: False)
     assert pack_linears(copy.deepcopy(original)) == 0
 
 # ---------------------------------------------------------------------------------------------------
@@ -625,7 +627,7 @@ def test_packed_weights_are_those_that_torch_multiplies(n_in, n_out):
     base, layer = packed_int4(n_in, n_out)
     weight = unpack_int4(layer.weight, layer.scales)[:, :n_out]                    # (in, out)
     x = torch.randn(192, n_in)
-    many = 0.02 if model_file.has_int8_product() else 1e-5
+    many = 0.02 if quant.has_int8_product() else 1e-5
     with torch.no_grad():
         for rows, bound in ((x[:1], 0.006), (x[:5], 0.006), (x, many)):
             expected = rows @ weight + base.bias

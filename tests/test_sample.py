@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
+import lib.common as common
+import lib.chat
 import sample
-from common import without_control
 from data import load_tokenizer
-from load_weights import load_config, load_model
+from lib.common import without_control
+from lib.folders import load_config
+from load_weights import load_model
 from model import LLaVAConfig
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +71,13 @@ def test_pieces_join_to_the_whole(tok, seed):
     rng = random.Random(seed)
     ids = [rng.randrange(300 if seed % 2 else 500) for _ in range(40)]
     ids += tok.encode("a \u65e5\u672c\u8a9e \U0001f642\n\n x  ").ids + [0] * (seed % 3)
-    text = sample.TextStream(tok)
+    text = lib.chat.TextStream(tok)
     pieces = [text.add(i) for i in ids] + [text.finish()]
     assert "".join(pieces) == tok.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_a_character_appears_when_it_is_complete(tok):
-    text = sample.TextStream(tok)
+    text = lib.chat.TextStream(tok)
     pieces = [text.add(i) for i in tok.encode("x\u65e5y").ids]
     assert [p for p in pieces if p] == ["x", "\u65e5", "y"]
 
@@ -286,11 +288,11 @@ def test_both_dtypes_are_measured(monkeypatch):
 def test_less_than_the_processor_has_is_enough():
     """oneDNN kept from AVX-512: bf16 cannot be packed then, and sums of its int8 products are cut off without a word."""
     code = """if True:
-        import torch, common, model
-        assert common.time_dtypes(model.pack_linears).keys() == {"fp32", "bf16"}
+        import torch, lib.common as common, lib.quant as quant
+        assert common.time_dtypes(quant.pack_linears).keys() == {"fp32", "bf16"}
         torch.manual_seed(0)
         base = torch.nn.Linear(512, 512)
-        layer = model.Int8Linear(base)
+        layer = quant.Int8Linear(base)
         layer.quantize(torch.full((512, 512), 0.1))
         x = torch.rand(40, 512)
         expected = 0.1 * x.sum(1, keepdim=True) + base.bias

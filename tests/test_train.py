@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.plan import measure, planned
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,15 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
+import lib.checkpoint as checkpoint
+from lib import plan
+import lib.metrics
 import train
-from bench.plan import measure, planned
-from checkpoint import problem_with
-from common import LOCK
-from conftest import ROOT
 from data import PICTURE_COST, Batch, Step
-from load_weights import load_model, main as load_weights, read_folder
-from model import Layout, LLaVAConfig, PhiConfig
+from lib.checkpoint import problem_with
+from lib.common import LOCK
+from lib.folders import read_folder
+from load_weights import load_model
+from load_weights import main as load_weights
+from model import Layout, LLaVAConfig, MIPHA_CONFIG, PhiConfig
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -282,8 +286,8 @@ def test_mipha_is_planned_with_its_own_sizes(capsys):
     train.main(["--recipe", "mipha", "--stage", "finetune", "--plan"])
     assert "10,396 steps of 128 samples of 992 tokens" in capsys.readouterr().out
     parts = ["vision", "projector", "llm"]
-    assert train.picture_cost(LLaVAConfig(), parts) == pytest.approx(PICTURE_COST, rel=0.05)
-    assert train.picture_cost(train.MIPHA, parts) > 1.5 * PICTURE_COST
+    assert plan.picture_cost(LLaVAConfig(), parts) == pytest.approx(PICTURE_COST, rel=0.05)
+    assert plan.picture_cost(MIPHA_CONFIG, parts) > 1.5 * PICTURE_COST
     with pytest.raises(ValueError, match="no --stage sft"):
         train.main(["--recipe", "mipha", "--stage", "sft"])
 
@@ -523,8 +527,8 @@ def test_the_memory_plan_counts_what_forward_really_keeps(mode, learn):
                              VisionConfig(56, 14, 1 + n_layer, 4, 128, 512))
         model = train.skeleton(cfg, config)
         without = train.skeleton(dataclasses.replace(cfg, freeze="vision"), config)
-        text = train.memory_plan(cfg, without, 1)[1][mode] * 256
-        pictures = train.memory_plan(cfg, model, 1)[1][mode] * 256 - text
+        text = plan.memory_plan(cfg, without, 1)[1][mode] * 256
+        pictures = plan.memory_plan(cfg, model, 1)[1][mode] * 256 - text
         model = model.to_empty(device="cpu").bfloat16().train()
         model.llm.recompute, model.vision.recompute = mode, mode != "none"
         x = torch.zeros(256, 128, dtype=torch.bfloat16, requires_grad=True)
@@ -549,12 +553,12 @@ def test_what_the_plan_proposes_fits_and_is_the_most_that_does(flags, gb):
     for given in ("1024", "16384"):
         cfg = train.parse_args(["--stage", "finetune", "--micro-tokens", given, *flags])[0]
         model = train.skeleton(cfg, LLaVAConfig())
-        proposals.append(train.plan_micro_batch(cfg, model, gpus=1 if flags else 8, memory=gb * 1e9, share=10 ** 6))
+        proposals.append(plan.plan_micro_batch(cfg, model, gpus=1 if flags else 8, memory=gb * 1e9, share=10 ** 6))
     assert proposals[0] == proposals[1] and proposals[0]
     for mode, tokens in proposals[0].items():
         def fits(n: int) -> bool:
             sized = dataclasses.replace(cfg, micro_tokens=n)
-            return train.fits_in(gb * 1e9, sized, model, 1 if flags else 8, mode, "none")
+            return plan.fits_in(gb * 1e9, sized, model, 1 if flags else 8, mode, "none")
         assert fits(tokens) and (tokens == 24576 or not fits(tokens + 1024))
 
 
@@ -578,10 +582,10 @@ def test_the_memory_plan_is_what_a_tracker_counts(gpus, learn, gather):
 def test_recompute_is_chosen_by_the_memory_there_is():
     cfg = train.parse_args(["--stage", "finetune", "--model", "x"])[0]
     model = train.skeleton(cfg, LLaVAConfig())
-    chosen = [train.choose_recompute(cfg, model, gpus, gb * 1e9) for gpus, gb in ((1, 140), (1, 90), (8, 24), (8, 80))]
+    chosen = [plan.choose_recompute(cfg, model, gpus, gb * 1e9) for gpus, gb in ((1, 140), (1, 90), (8, 24), (8, 80))]
     assert chosen == ["none", "selective", "full", "none"]
     cfg = dataclasses.replace(cfg, compile=True)
-    assert train.choose_recompute(cfg, model, 1, 90e9) == "full"
+    assert plan.choose_recompute(cfg, model, 1, 90e9) == "full"
 
 
 @pytest.mark.parametrize("stage, most_on_one, words", [
@@ -768,16 +772,16 @@ def test_out_of_memory_ends_with_one_line_and_the_flag_to_lower(data, tmp_path, 
 def test_gpus_that_we_do_not_know_or_that_have_no_bf16(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
-    assert train.mfu(1e14, cuda) is None
+    assert lib.metrics.mfu(1e14, cuda) is None
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     with pytest.raises(ValueError, match="V100-SXM2-32GB has no bf16 arithmetic; give --dtype fp32"):
         train.check_arithmetic("bf16", cuda)
     train.check_arithmetic("fp32", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert train.mfu(989e12 / 2, cuda) == pytest.approx(0.5)
+    assert lib.metrics.mfu(989e12 / 2, cuda) == pytest.approx(0.5)
     record = dict(step=0, loss=1.0, grad_norm=1.0, lr=1.0, seconds=1.0, tokens_per_second=9870.0, memory_gb=1.0,
                   skipped=False)
-    assert "mfu" not in train.progress_line(record | {"mfu": None}, 1, 0) and "9,870 tok/s" in train.progress_line(
+    assert "mfu" not in lib.metrics.progress_line(record | {"mfu": None}, 1, 0) and "9,870 tok/s" in lib.metrics.progress_line(
         record | {"mfu": None}, 1, 0)
 
 

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data import expand, encode_prompt, load_image, load_tokenizer, mean_color
-from load_weights import (blueprint, export, export_parts, load_model, merge, phi_json, saved_pieces, siglip_json, write_json,
-                          write_tokenizer)
+from data import encode_prompt, expand, load_image, load_tokenizer, mean_color
+from lib.folders import blueprint
+from lib.save_weights import phi_json, saved_pieces, siglip_json, write_json, write_tokenizer
+from load_weights import export, export_parts, load_model, merge
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import SIGLIP_SO400M_384, normalize
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import lib.try_model
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from lib.try_model import ENGLISH, KNOWN, SHAPES, fingerprint, judge_picture, language_of, mean_loss
 
 import model
-import trial.run
-from conftest import ROOT
 from data import load_tokenizer
 from load_weights import load_model, load_phi, main
-from trial.run import ENGLISH, KNOWN, SHAPES, fingerprint, judge_picture, language_of, mean_loss
 
 DEMO = ROOT / "demo" / "phi"
 GOLDEN = Path(__file__).parent / "golden"
@@ -128,13 +128,13 @@ def test_an_interleaved_rotary_embedding_is_noticed(monkeypatch, capsys):
 @pytest.mark.parametrize("name", COARSE)
 def test_the_limits_alone_find_what_scrambles_attention(name, tmp_path, monkeypatch, capsys):
     """For weights whose exact loss nobody has measured."""
-    monkeypatch.setattr(trial.run, "KNOWN", {})
+    monkeypatch.setattr(lib.try_model, "KNOWN", {})
     code, page = inspect(rewrite(tmp_path / "x", **COARSE[name]), capsys)
     assert code == 2 and "these very weights" not in page
 
 
 def test_a_missing_head_bias_is_noticed_in_any_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trial.run, "KNOWN", {})
+    monkeypatch.setattr(lib.try_model, "KNOWN", {})
     code, page = inspect(rewrite(tmp_path / "x", without_head_bias), capsys)
     assert code == 2 and "the head's bias: 0 at the most" in page
 
@@ -153,7 +153,7 @@ def test_a_picture_has_to_be_seen(drawn, blank, verdict, monkeypatch):
     """The colour is named where the circle is, and not where there is none."""
     def ask(model, tok, question, picture):
         return drawn if len(picture.getcolors(1000)) > 1 else blank
-    monkeypatch.setattr(trial.run, "ask", ask)
+    monkeypatch.setattr(lib.try_model, "ask", ask)
     tok = load_tokenizer(GOLDEN / "tiny-llava-phi")
     assert judge_picture(load_model(GOLDEN / "tiny-llava-phi"), tok, ENGLISH).verdict == verdict
 

@@ -9,6 +9,7 @@ import random
 
 import pytest
 import torch
+from test_model import GOLDEN, draw_image, draw_prompt, draw_words, fast
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.varlen import varlen_attn
@@ -18,7 +19,6 @@ import train
 from data import IGNORE, Sample, Step, collate
 from load_weights import load_model
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, Phi, PhiConfig, attend, init_weights
-from test_model import GOLDEN, draw_image, draw_prompt, draw_words, fast
 from vision import VisionConfig
 
 # ---------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from load_weights import load_model
-from vision import (CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M_384, VisionConfig, VisionTower,
-                    normalize)
+from vision import CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M_384, VisionConfig, VisionTower, normalize
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -25,14 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]
 
 import torch
+from generate import TINY, WIDE, make_ours, make_theirs
 from PIL import Image
 
 import eval as ev
 from benchmarks import textvqa
 from benchmarks.scoring import SHORT, Example, accuracy
 from data import load_image, load_tokenizer
-from generate import TINY, WIDE, make_ours, make_theirs
-from model import IMAGE_ID, LLaVAConfig, PhiConfig, pack_linears, quantize_linears
+from lib.quant import pack_linears, quantize_linears
+from model import IMAGE_ID, LLaVAConfig, PhiConfig
 from vision import VisionConfig, normalize
 
 SMALL = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=320, n_inner=1280, dropout=0.0),

@@ -24,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PhiConfig as TheirPhiConfig
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import PhiConfig as TheirPhiConfig
 
-from common import time_dtypes
-from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, pack_linears, quantize_linears
+from lib.common import time_dtypes
+from lib.quant import pack_linears, quantize_linears
+from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig, normalize
 
 TINY = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=128, n_inner=512, rotary_dim=12, dropout=0.0),

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from common import Parser, run_command
+from lib.common import Parser, run_command
 
 # What share of the minutes a part may use up. Time that one part leaves over is there for the parts behind it.
 SHARES = {"a": 0.48, "b": 0.06, "c": 0.14, "d": 0.12, "e": 0.14, "f": 0.06}
@@ -71,9 +71,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from lib import plan
 import train
 from data import IGNORE, Sample, Step, collate
-from load_weights import blueprint, clip_json, load_model, phi_json, to_saved
+from lib.folders import blueprint
+from lib.layouts import to_saved
+from lib.save_weights import clip_json, phi_json
+from load_weights import load_model
 from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig
 from vision import VisionConfig
 
@@ -357,7 +361,7 @@ def flops_of(bench: Bench, trainer: Trainer, samples: list[Sample]) -> float:
     supervised = sum(len(s.labels) - s.labels.count(IGNORE) for s in samples)
     images = sum(s.image is not None for s in samples)
     parts = train.trained_parts(trainer.model)
-    return train.step_flops(bench.config, parts, lengths.sum(), (lengths ** 2).sum(), images, supervised)
+    return plan.step_flops(bench.config, parts, lengths.sum(), (lengths ** 2).sum(), images, supervised)
 
 
 def measure_step(bench: Bench, trainer: Trainer, samples: list[Sample], budget: int, repeats: int) -> dict:
@@ -403,7 +407,7 @@ def micro_batches(bench: Bench, samples: list[Sample], budget: int) -> list:
 
 def planned_gb(trainer: Trainer, recompute: str, tokens: int) -> float:
     """What --plan says a micro-batch of so many tokens takes, without the part that is for the allocator."""
-    always, per_token = train.memory_plan(trainer.cfg, trainer.model, 1)
+    always, per_token = plan.memory_plan(trainer.cfg, trainer.model, 1)
     return (sum(always.values()) - always["workspace"] + per_token[recompute] * tokens) / 1e9
 
 
@@ -462,7 +466,7 @@ def recipe_step(bench: Bench, trainer: Trainer, best: dict) -> dict:
     n = 6 if bench.dry else trainer.cfg.global_batch
     samples = [draw.sample(bench.config.llm.block_size) for _ in range(n)]
     measured = measure_step(bench, trainer, samples, best["budget"], repeats=2)
-    published = train.PUBLISHED[trainer.stage][0]
+    published = plan.PUBLISHED[trainer.stage][0]
     hours = published / trainer.cfg.global_batch * measured["step_ms"] / 3.6e6
     how = {key: best[key] for key in ("mode", "recompute", "budget")}
     return how | measured | {"hours": hours}
@@ -611,7 +615,8 @@ def part_d(bench: Bench, model: LLaVAPhi) -> None:
 
 def peer_config(config: LLaVAConfig):
     """The same shapes in transformers' words. It builds all 24 layers of the tower and runs them; we stop at 23."""
-    from transformers import CLIPVisionConfig, LlavaConfig, PhiConfig as TheirPhiConfig
+    from transformers import CLIPVisionConfig, LlavaConfig
+    from transformers import PhiConfig as TheirPhiConfig
     llm, vision = config.llm, config.vision
     text = TheirPhiConfig(
         vocab_size=llm.vocab_size, hidden_size=llm.n_embd, intermediate_size=llm.n_inner, num_hidden_layers=llm.n_layer,

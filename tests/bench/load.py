@@ -23,13 +23,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from common import Parser, dtype_name, run_command
+from lib.common import Parser, dtype_name, run_command
 
 # What a measured process runs: imports, START, the loading itself, END.
 IMPORTS = """
 import json, mmap, sys, time, torch
 from pathlib import Path
-from common import torch_dtype
+from lib.common import torch_dtype
 folder, dtype = Path(sys.argv[1]), torch_dtype(sys.argv[2])
 """
 START = """
@@ -100,7 +100,7 @@ def main() -> None:
                         help="measure with the files out of the page cache")
     parser.add_argument("--repeat", type=int, default=2, help="how many times each way is measured")
     args = parser.parse_args()
-    from load_weights import load_config, meta_model
+    from lib.folders import load_config, meta_model
     parameters = sum(p.numel() for p in meta_model(load_config(args.model)).parameters())
     weights = parameters * {"bf16": 2, "fp32": 4}[args.dtype]
     size = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))

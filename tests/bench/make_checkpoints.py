@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import Parser, run_command
 from data import load_tokenizer
-from load_weights import PREFIX, blueprint, clip_json, phi_json, to_saved, write_json, write_tokenizer
+from lib.common import Parser, run_command
+from lib.folders import blueprint
+from lib.layouts import PREFIX, to_saved
+from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
 from model import LLaVAConfig
 
 EOT = 50256

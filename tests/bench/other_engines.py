@@ -20,8 +20,8 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from llama_cpp import Llama, mtmd_cpp
 
-from common import Parser, run_command
 from data import encode_prompt, load_image, load_tokenizer, mean_color
+from lib.common import Parser, run_command
 from load_weights import load_model
 from model import LLaVAPhi
 

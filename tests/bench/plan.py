@@ -26,10 +26,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lib import plan
 import train
 from model import Layout, LLaVAConfig
 
-LENGTH = {"pretrain": 597, "finetune": 848}     # positions of a sample, as in train.PUBLISHED
+LENGTH = {"pretrain": 597, "finetune": 848}     # positions of a sample, as in plan.PUBLISHED
 SUPERVISED = 256                                # of a sample: 16 samples fill a chunk of logits, as the plan assumes
 
 
@@ -115,7 +116,7 @@ def measure(cfg: train.TrainConfig, config: LLaVAConfig, gpus: int, samples: int
         if gpus == 1:
             return tracker.peak, {}
         kinds = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        trained = train.count(p for p in model.parameters() if p.requires_grad)
+        trained = plan.count(p for p in model.parameters() if p.requires_grad)
         left = 4 * trained if cfg.gather == "both" else 4 * trained / gpus
         return kinds["Total"] + left, kinds
     finally:
@@ -124,7 +125,7 @@ def measure(cfg: train.TrainConfig, config: LLaVAConfig, gpus: int, samples: int
 
 def planned(cfg: train.TrainConfig, config: LLaVAConfig, gpus: int, tokens: int) -> float:
     """The plan's bytes without its allowance for what trackers cannot see."""
-    always, per_token = train.memory_plan(cfg, train.skeleton(cfg, config), gpus, cfg.gather)
+    always, per_token = plan.memory_plan(cfg, train.skeleton(cfg, config), gpus, cfg.gather)
     return sum(always.values()) - always["workspace"] + tokens * per_token[cfg.recompute]
 
 

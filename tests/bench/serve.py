@@ -29,8 +29,9 @@ def run_server(folder: str | None, max_batch: int, pipe) -> None:
 
     import serve.engine
     from data import load_tokenizer
+    from lib.quant import pack_linears
     from load_weights import load_model
-    from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights, pack_linears
+    from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
     from serve.server import Server
     from vision import VisionConfig
 

@@ -25,10 +25,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]      # train is train.py, 
 
 import torch
 import transformers
+from generate import TINY, make_ours, make_theirs, report, take_turns
 
 import train
 from data import IMAGE_ID, Sample, collate
-from generate import TINY, make_ours, make_theirs, report, take_turns
 from vision import normalize
 
 P = TINY.vision.n_patches

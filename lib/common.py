@@ -46,15 +46,27 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see `python {self.prog} --help`")
 
 
-def run_command(main: Callable[[], int | None], interrupted: str = "") -> int:
-    """Run a script's main function -> the exit code of the process.
+def parse_or_exit(parse: Callable):
+    """Read a script's command line with `parse` -> its settings. A mistake, or --help, ends the program here.
+
+    Scripts call it before they import torch, which takes seconds.
+    """
+    settings = []
+    exit_code = run_command(lambda: settings.append(parse(None)))
+    if exit_code:
+        sys.exit(exit_code)
+    return settings[0]
+
+
+def run_command(main: Callable, *args, interrupted: str = "") -> int:
+    """Call a script's main function with `args` -> the exit code of the process.
 
     Anything that a user's file, flag or machine can cause is raised as ValueError or OSError, and ends with one line
     and exit code 2. Every other exception is a defect of ours and keeps its traceback. `interrupted` is what to print
     after Ctrl-C.
     """
     try:
-        return main() or 0
+        return main(*args) or 0
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)
@@ -277,83 +289,6 @@ def find_model(asked: str | None) -> Path:
 # ---------------------------------------------------------------------------------------------------
 # The published recipes
 
-# What differs between stages or recipes; what all share is a default in train.py. `data.py check` reads rows, too.
-# llava-phi: its scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of its paper (arXiv 2401.02330).
-LLAVA_PHI = {
-    "pretrain": {
-        "template": "plain",                # picture, caption, newline
-        "image_mode": "crop",
-        "global_batch": 256,                # samples
-        "epochs": 1.0,
-        "train": "projector",               # between a frozen tower and a frozen language model
-        "lr": 1e-3,
-        "schedule": "cosine",
-        "beta2": 0.98,
-        "eps": 1e-7,
-        "group": "none",
-        "model": "",
-        "llm": "checkpoints/phi-2",
-        "vision": "checkpoints/clip-vit-large-patch14-336",
-        "data": "data/pretrain/blip_laion_cc_sbu_558k.json",
-        "images": "data/pretrain/images",
-        "out": "out/pretrain",
-    },
-    "finetune": {
-        "template": "v0",                   # the chat
-        "image_mode": "pad",
-        "global_batch": 128,
-        "epochs": 1.0,
-        "train": "projector,llm,vision",    # as the script has it; the paper's text leaves the tower frozen
-        "lr": 2e-5,
-        "schedule": "cosine",
-        "beta2": 0.98,
-        "eps": 1e-7,
-        "group": "modality_length",
-        "model": "out/pretrain",
-        "llm": "",
-        "vision": "",
-        "data": "data/finetune/llava_v1_5_mix665k.json",
-        "images": "data/finetune",
-        "out": "out/finetune",
-    },
-    "sft": {
-        "template": "v0",
-        "image_mode": "crop",               # of no account: its data has no pictures
-        "global_batch": 128,
-        "epochs": 2.0,
-        "train": "llm",
-        "lr": 3e-5,
-        "schedule": "linear",
-        "beta2": 0.98,
-        "eps": 1e-7,
-        "group": "none",
-        "model": "",
-        "llm": "checkpoints/phi-2",
-        "vision": "",
-        "data": "data/sft/sharegpt.json",
-        "images": "",
-        "out": "out/phi-2-sft",
-    },
-}
-# mipha: scripts/mipha/{pretrain,finetune}.sh of the same repository (arXiv 2403.06199). They leave AdamW's numbers to
-# transformers' defaults. There is no sft: the paper finds that it does not help.
-MIPHA = {
-    "pretrain": LLAVA_PHI["pretrain"] | {
-        "image_mode": "squash",
-        "beta2": 0.999,
-        "eps": 1e-8,
-        "vision": "checkpoints/siglip-so400m-patch14-384",
-        "out": "out/mipha-pretrain",
-    },
-    "finetune": LLAVA_PHI["finetune"] | {
-        "epochs": 2.0,
-        "beta2": 0.999,
-        "eps": 1e-8,
-        "model": "out/mipha-pretrain",
-        "out": "out/mipha-finetune",
-    },
-}
-RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA}
 
 # ---------------------------------------------------------------------------------------------------
 # Text that other people wrote, shown on a terminal or a page

@@ -5,8 +5,6 @@ and v in another order, or the channels of a rotary embedding paired in another 
 the number of tensors. Such a model runs and talks nonsense. So it is asked to predict a page of text that it has never
 seen, to go on with a sentence, and, if it has eyes, to look at a picture.
 
-This is a folder of its own because it needs three files of text, and because a reader of load_weights.py who wants to
-know how weights are read can do without it.
 """
 import hashlib
 from collections.abc import Iterator

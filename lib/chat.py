@@ -1,0 +1,201 @@
+"""The one way to ask a model: the terminal, the server, the benchmarks and a notebook all use it."""
+import contextlib
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from data import encode_prompt, eot_id, expand, load_image, mean_color
+from model import LLaVAConfig, LLaVAPhi
+
+MAX_CHARACTERS = 32_000             # of a question: refused before it is tokenized; 2,048 positions hold about 8,000
+
+
+Picture = str | Path | BinaryIO | Image.Image | None    # None: a question without a picture
+
+
+class TextStream:
+    """One answer's token ids in, its text out as soon as it is certain.
+
+    All pieces together are `tok.decode(ids, skip_special_tokens=True).strip()`. Two things delay a piece: a character
+    whose UTF-8 bytes are spread over several tokens (an emoji, most Chinese) waits until it is complete, and white
+    space waits for a word after it, because at the end of an answer it would have to be stripped.
+    """
+
+    def __init__(self, tok: Tokenizer):
+        self.tok = tok
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.decoded = ""               # what the decoder has released so far, spaces at both ends included
+        self.n_shown = 0                # characters of `decoded.strip()` that were handed out
+
+    def add(self, token: int) -> str:
+        """The next token -> the text that has become certain with it, often empty."""
+        self.ids.append(token)
+        self.decoded += self.decoder.step(self.tok, token) or ""
+        return self.release()
+
+    def finish(self) -> str:
+        """The answer is over -> the rest. Bytes that never became a character are shown as U+FFFD."""
+        self.decoded = self.tok.decode(self.ids, skip_special_tokens=True)
+        return self.release()
+
+    def release(self) -> str:
+        text = self.decoded.strip()
+        piece = text[self.n_shown:]
+        self.n_shown = len(text)
+        return piece
+
+
+class Clock:
+    """Time to the first token, tokens per second, and how many tokens each chat of the batch has received."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.first = 0.0                # seconds from the start to the first token
+        self.last = 0.0                 # seconds from the start to the latest one
+        self.steps = 0
+        self.tokens: list[int] = []     # per chat
+
+    def tick(self, column: list[int | None]) -> None:
+        """Note one step of `LLaVAPhi.generate`, which gives a token, or None, for every chat."""
+        self.last = time.perf_counter() - self.start
+        self.steps += 1
+        if self.steps == 1:
+            self.first = self.last
+            self.tokens = [0] * len(column)
+        for i, token in enumerate(column):
+            if token is not None:
+                self.tokens[i] += 1
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of one chat, the first token (which waits for the prompt and the picture) left out."""
+        if self.steps < 2:
+            return 0.0
+        return (self.steps - 1) / (self.last - self.first)
+
+    def __str__(self) -> str:
+        return (f"first token {self.first:.2f} s | {self.steps} tokens | {self.rate:.1f} tokens/s | "
+                f"peak memory {peak_memory() / 1e9:.1f} GB")
+
+
+def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
+    """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> prompt ids, image positions expanded.
+
+    Raises ValueError if the last question is empty, too long, or does not fit into the model's context.
+    """
+    question = turns[-1]
+    if not question.strip():
+        raise ValueError("the question is empty")
+    if len(question) > MAX_CHARACTERS:
+        raise ValueError(f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}")
+    question.encode()                   # half a character, which a terminal can send, raises a ValueError here
+    ids = encode_prompt(turns, tok, image=len(image) > 0)
+    ids, _ = expand(ids, None, config.vision.n_patches, config.llm.block_size)
+    return ids
+
+
+def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list[Tensor | Picture],
+           clock: Clock | None = None, *, max_new_tokens: int = 256, **options) -> Iterator[list[str]]:
+    """Answer the last question of every chat, in one batch. Yields, step by step, what each answer newly says.
+
+    This is the one way to ask a model: the terminal, the server and a notebook all use it.
+
+    chats: for each, question, answer, question, ..., question. images: one for each chat, in any form that `open_image`
+    takes, or what it returned. Keys and values in `memory` are found again only for the very same tensor, so whoever
+    asks on about a picture opens it once. clock: is told of every token.
+    options: those of `LLaVAPhi.generate`, which are temperature, top_k, top_p, generator (the seed), memory and fast.
+
+    The text of a chat is the sum of its pieces. To stop early, close the generator: the model stops with it, and
+    `memory` then holds the keys and values of what was said until then.
+    Raises ValueError if a question cannot be asked or leaves no room for an answer.
+    """
+    images = [open_image(image, model.config) for image in images]
+    prompts = [encode_chat(model.config, tok, turns, image) for turns, image in zip(chats, images, strict=True)]
+    if not prompts:
+        return
+    texts = [TextStream(tok) for _ in chats]
+    columns = model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **options)
+    with contextlib.closing(columns):
+        for column in columns:          # one token, or None where the answer is over, per chat
+            if clock:
+                clock.tick(column)
+            yield [text.finish() if token is None else text.add(token) for text, token in zip(texts, column)]
+    yield [text.finish() for text in texts]
+
+
+def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Picture], **options) -> list[str]:
+    """Ask the same question about every picture, in one batch -> the answers. See `answer` for images and options.
+
+    Raises ValueError for a picture that is not in a list, and what `answer` raises.
+    """
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"expected a list of pictures, found {images!r}: put it into brackets")
+    texts = [""] * len(images)
+    for pieces in answer(model, tok, [[question]] * len(images), images, **options):
+        texts = [text + piece for text, piece in zip(texts, pieces)]
+    return texts
+
+
+def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
+    """A picture -> uint8 (1, 3, S, S), of the size and in the manner that this model wants. None -> (0, 3, S, S).
+
+    It comes as a path, the way people type, paste or drag it, as "-" for stdin, or opened by Pillow. What is a tensor
+    already stays as it is. Raises ValueError or FileNotFoundError, which name the file.
+    """
+
+    if isinstance(source, torch.Tensor):
+        return source
+    size = config.vision.image_size
+    if source is None:
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    if source == "-":
+        source = io.BytesIO(sys.stdin.buffer.read())
+    elif isinstance(source, str):
+        source = pasted_path(source)
+    return load_image(source, size, config.image_mode, mean_color(config.vision.mean))[None]
+
+
+def pasted_path(text: str) -> Path:
+    """'/my/cat.jpg', "~/cat.jpg", file:///my/cat.jpg or /my\\ cat.jpg, as terminals and file managers write them."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    if text.startswith("file://"):
+        text = unquote(urlsplit(text).path)
+    elif re.match(r"[a-z]+://|data:", text, re.IGNORECASE):
+        raise ValueError(f"{text[:80]} is an address, and nothing here uses the network: download it and give the file")
+    path = Path(text).expanduser()
+    unescaped = Path(re.sub(r"\\(.)", r"\1", text)).expanduser()
+    if unescaped.exists() and not path.exists():
+        return unescaped                # a backslash is also a legal character of a file name, hence the check
+    return path
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux kilobytes
+
+
+def free_memory() -> int:
+    """Bytes that a new process can have without swapping; where the system does not say (macOS), all of the memory."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,308 @@
+"""What tensors and settings are called in published folders of all eras, and what we call them."""
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from model import PhiConfig
+from vision import SIGLIP_SO400M_384, VisionConfig
+
+SAVED = {       # our name -> the name behind PREFIX in the folders we save, which are transformers' own names
+    "llm.wte": "model.embed_tokens",
+    "llm.h.{layer}.ln": "model.layers.{layer}.input_layernorm",
+    "llm.h.{layer}.attn.qkv": "model.layers.{layer}.self_attn.{qkv}_proj",
+    "llm.h.{layer}.attn.proj": "model.layers.{layer}.self_attn.dense",
+    "llm.h.{layer}.mlp.fc": "model.layers.{layer}.mlp.fc1",
+    "llm.h.{layer}.mlp.proj": "model.layers.{layer}.mlp.fc2",
+    "llm.ln_f": "model.final_layernorm",
+    "llm.lm_head": "lm_head",
+    "vision.cls": "embeddings.class_embedding",
+    "vision.patch": "embeddings.patch_embedding",
+    "vision.pos": "embeddings.position_embedding.weight",
+    "vision.ln_pre": "pre_layrnorm",                                # [sic], in every CLIP there is
+    "vision.h.{layer}.ln_1": "encoder.layers.{layer}.layer_norm1",
+    "vision.h.{layer}.attn.qkv": "encoder.layers.{layer}.self_attn.{qkv}_proj",
+    "vision.h.{layer}.attn.proj": "encoder.layers.{layer}.self_attn.out_proj",
+    "vision.h.{layer}.ln_2": "encoder.layers.{layer}.layer_norm2",
+    "vision.h.{layer}.mlp.fc": "encoder.layers.{layer}.mlp.fc1",
+    "vision.h.{layer}.mlp.proj": "encoder.layers.{layer}.mlp.fc2",
+    "vision.ln_post": "post_layernorm",                             # this and what follows is not in our model: it
+    "vision.head.probe": "head.probe",                              # is only passed on when a folder is saved
+    "vision.head.attn.in_proj_weight": "head.attention.in_proj_weight",
+    "vision.head.attn.in_proj_bias": "head.attention.in_proj_bias",
+    "vision.head.attn.proj": "head.attention.out_proj",
+    "vision.head.ln": "head.layernorm",
+    "vision.head.mlp.fc": "head.mlp.fc1",
+    "vision.head.mlp.proj": "head.mlp.fc2",
+    "projector.fc": "linear_1",
+    "projector.proj": "linear_2",
+}
+PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
+
+
+BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, what SAVED and OTHER have there
+    ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
+    ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi, Mipha
+    ("model.vision_tower.vision_tower.", "vision", ""),
+    ("model.vision_tower.", "vision", ""),                                  # transformers 5, in memory
+    ("vision_tower.vision_tower.vision_model.", "vision", ""),
+    ("vision_tower.vision_model.", "vision", ""),                           # what we save
+    ("vision_tower.", "vision", ""),                                        # transformers 5, saved
+    ("vision_model.", "vision", ""),                                        # CLIP, SigLIP
+    ("embeddings.", "vision", "embeddings."),                               # a vision tower without a prefix
+    ("encoder.", "vision", "encoder."),
+    ("pre_layrnorm.", "vision", "pre_layrnorm."),
+    ("post_layernorm.", "vision", "post_layernorm."),
+    ("head.", "vision", "head."),
+    ("model.mm_projector.", "projector", ""),                               # LLaVA, LLaVA-Phi, Mipha
+    ("mm_projector.", "projector", ""),
+    ("model.multi_modal_projector.", "projector", ""),                      # transformers 5, in memory
+    ("multi_modal_projector.", "projector", ""),                            # what we save
+    ("model.language_model.", "llm", "model."),                             # transformers 5, in memory
+    ("language_model.", "llm", ""),                                         # what we save
+    ("model.", "llm", "model."),                                            # Phi-2
+    ("lm_head.", "llm", "lm_head."),
+    ("transformer.", "llm", "transformer."),                                # Phi-2 as Microsoft first released it
+)
+OTHER = {       # other published names -> ours
+    "model.layers.{layer}.self_attn.query_key_value": "llm.h.{layer}.attn.qkv",     # transformers 4.36, LLaVA-Phi
+    "transformer.embd.wte": "llm.wte",
+    "transformer.h.{layer}.ln": "llm.h.{layer}.ln",
+    "transformer.h.{layer}.mixer.Wqkv": "llm.h.{layer}.attn.qkv",
+    "transformer.h.{layer}.mixer.out_proj": "llm.h.{layer}.attn.proj",
+    "transformer.h.{layer}.mlp.fc1": "llm.h.{layer}.mlp.fc",
+    "transformer.h.{layer}.mlp.fc2": "llm.h.{layer}.mlp.proj",
+    "lm_head.ln": "llm.ln_f",
+    "lm_head.linear": "llm.lm_head",
+    "0": "projector.fc",
+    "2": "projector.proj",
+}
+# The rows of Wqkv are (3, head, size), as ours are; those of query_key_value are (head, 3, size). Both matrices have
+# the same shape, so the name alone says which it is.
+PACKED_BY_HEAD = "query_key_value"
+
+
+DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason that `inspect` gives
+    (r".*rotary_emb", "rotary angles are computed in every forward"),
+    (r".*position_ids", "they are 0, 1, 2, ..."),
+    (r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias",
+     "the text tower and contrastive heads, with which the vision tower was trained"),
+)
+KEPT = "not loaded, but kept when a model is saved"
+UNUSED_LAYERS = f"layers and LayerNorm after the hidden state that is read: {KEPT}"
+UNUSED_HEAD = f"attention-pooling head, which makes one vector of a picture where LLaVA wants all patches: {KEPT}"
+
+
+# Relatives that are not implemented here: a piece of a tensor's name that gives them away, and what they are. Without
+# this they would be refused just as well, but by a list of names.
+FOREIGN = (
+    ("mlp.gate_up_proj", "Phi-3"),
+    ("mlp.gate_proj", "Gemma, or another language model in the manner of Llama"),
+    ("layer_scale1.", "DINOv2"),
+    ("embeddings.patch_embeddings.", "DINOv2, or another vision tower in the manner of transformers' ViT"),
+)
+
+
+def known_names() -> dict[tuple[str, str], tuple[str, str]]:
+    """(part, published name) -> (our name, piece), from the tables. For the pieces see `to_ours`."""
+    names = {}
+    for ours, theirs in SAVED.items():
+        part = ours.split(".")[0]
+        if "{qkv}" in theirs:
+            for letter in "qkv":
+                names[part, theirs.replace("{qkv}", letter)] = (ours, letter)
+        else:
+            names[part, theirs] = (ours, "")
+    for theirs, ours in OTHER.items():
+        part = ours.split(".")[0]
+        names[part, theirs] = (ours, "heads" if theirs.endswith(PACKED_BY_HEAD) else "")
+    return names
+
+
+KNOWN_NAMES = known_names()
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+def without_layer(name: str) -> tuple[str, str]:
+    """"h.3.mlp.fc" -> ("h.{layer}.mlp.fc", "3"). A name outside of the layers stays, with an empty number."""
+    match = LAYER.search(name)
+    if match is None:
+        return name, ""
+    return LAYER.sub(".{layer}.", name, count=1), match[1]
+
+
+def to_saved(name: str) -> list[str]:
+    """Our name -> the names it is saved under: one, or those of q, k and v."""
+    template, layer = without_layer(name)
+    leaf = ""
+    if template not in SAVED:
+        template, _, leaf = template.rpartition(".")
+        leaf = "." + leaf
+    saved = PREFIX[name.split(".")[0]] + SAVED[template].replace("{layer}", layer) + leaf
+    if "{qkv}" in saved:
+        return [saved.replace("{qkv}", letter) for letter in "qkv"]
+    return [saved]
+
+
+def to_ours(name: str) -> tuple[str, str] | None:
+    """A tensor's name in any layout -> (our name, piece), or None for a name that we do not know.
+
+    The piece is "" for the whole of our tensor; "q", "k" or "v" for a third of its rows; "heads" for all of its rows,
+    but packed head by head.
+    """
+    for beginning, part, standard in BEGINNINGS:
+        if name.startswith(beginning):
+            break
+    else:
+        return None
+    template, layer = without_layer(standard + name.removeprefix(beginning))
+    leaf = ""
+    if (part, template) not in KNOWN_NAMES:
+        template, _, leaf = template.rpartition(".")
+        leaf = "." + leaf
+    if (part, template) not in KNOWN_NAMES:
+        return None
+    ours, piece = KNOWN_NAMES[part, template]
+    return ours.replace("{layer}", layer) + leaf, piece
+
+
+def rename_sequential(names: Iterable[str]) -> dict[str, str]:
+    """The earliest Phi files are one list, from layers.0 (the embedding) to the last (the head) -> their later names."""
+    numbers = {}
+    for name in names:
+        match = re.match(r"layers\.(\d+)\.", name)
+        if match:
+            numbers[name] = int(match[1])
+    last = max(numbers.values(), default=0)
+    renamed = {}
+    for name, number in numbers.items():
+        rest = name.removeprefix(f"layers.{number}.")
+        if number == 0:
+            renamed[name] = f"transformer.embd.{rest}"
+        elif number == last:
+            renamed[name] = f"lm_head.{rest}"
+        else:
+            renamed[name] = f"transformer.h.{number - 1}.{rest}"
+    return renamed
+
+
+def is_siglip(config: VisionConfig) -> bool:
+    """Which of the two towers it is. CLIP has a class token, SigLIP pools its patches by attention instead."""
+    return not config.class_token
+
+
+# Our field -> its spellings in config.json through the years, and what transformers takes where none is there.
+PHI_KEYS = {
+    "vocab_size": (("vocab_size",), 51200),
+    "block_size": (("max_position_embeddings", "n_positions"), 2048),
+    "n_layer": (("num_hidden_layers", "n_layer"), 24),
+    "n_head": (("num_attention_heads", "n_head"), 32),
+    "n_embd": (("hidden_size", "n_embd"), 2048),
+    "n_inner": (("intermediate_size", "n_inner"), None),
+    "rope_base": (("rope_theta",), 10000.0),
+    "eps": (("layer_norm_eps", "layer_norm_epsilon"), 1e-5),
+    "dropout": (("resid_pdrop",), 0.0),
+}
+ROTARY_KEYS = {"rotary_dim": (("rotary_dim",), None), "rotary_factor": (("partial_rotary_factor",), 0.5)}
+VISION_KEYS = {
+    "image_size": (("image_size",), 224),
+    "patch_size": (("patch_size",), 32),
+    "n_layer": (("num_hidden_layers",), 12),
+    "n_head": (("num_attention_heads",), 12),
+    "n_embd": (("hidden_size",), 768),
+    "n_inner": (("intermediate_size",), 3072),
+    "eps": (("layer_norm_eps",), 1e-5),
+}
+SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
+
+
+def is_number(value: object, default: int | float | None) -> bool:
+    """Whether a value of somebody's json can stand for a field with this default."""
+    if isinstance(default, float):
+        return type(value) in (int, float) and 0 <= value < 1e9
+    return type(value) is int and 0 < value < 1e9
+
+
+def config_fields(config: dict, keys: dict, path: Path) -> dict:
+    """Our config fields from a config.json of any era. A null there is the same as nothing."""
+    fields = {}
+    for field, (spellings, default) in keys.items():
+        fields[field] = default
+        for key in spellings:
+            value = config.get(key)
+            if value is None:
+                continue
+            if not is_number(value, default):
+                raise ValueError(f"{path}: {key} is {value!r}, expected a number")
+            fields[field] = value
+            break
+    return fields
+
+
+def subconfig(config: dict, key: str, default: dict, path: Path) -> dict:
+    """A config inside a config."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {key} is {value!r}, expected an object")
+    return value
+
+
+def require(path: Path, what: str, value: object, *implemented: object) -> None:
+    """Refuse a variant of the model that is not implemented here, instead of computing something else."""
+    if value not in implemented:
+        choices = " or ".join(repr(choice) for choice in implemented)
+        raise ValueError(f"{path}: {what} is {value!r}, and only {choices} is implemented here")
+
+
+def phi_config(config: dict, path: Path) -> PhiConfig:
+    rope = subconfig(config, "rope_parameters", {}, path)           # transformers 5 keeps the rotary numbers there
+    fields = config_fields(config | rope, PHI_KEYS | ROTARY_KEYS, path)
+    rotary_dim = fields.pop("rotary_dim")
+    rotary_factor = fields.pop("rotary_factor")
+    if fields["n_inner"] is None:
+        fields["n_inner"] = 8192 if "hidden_size" in config else 4 * fields["n_embd"]
+    activation = config.get("hidden_act", config.get("activation_function", "gelu_new"))
+    kv_heads = config.get("num_key_value_heads", config.get("n_head_kv"))
+    require(path, "rope_scaling", config.get("rope_scaling"), None)
+    require(path, "rope_type", rope.get("rope_type", "default"), "default")
+    require(path, "qk_layernorm", config.get("qk_layernorm", False), False)
+    require(path, "tie_word_embeddings", config.get("tie_word_embeddings", False), False)
+    require(path, "activation", activation, "gelu_new", "gelu_pytorch_tanh")
+    require(path, "the number of key and value heads", kv_heads, None, fields["n_head"])
+    if fields["n_embd"] % fields["n_head"]:
+        raise ValueError(f"{path}: hidden_size {fields['n_embd']} is not a multiple of {fields['n_head']} heads")
+    # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. Nobody has compared their numbers with the original's
+    # here, so they are refused instead of half supported.
+    if (fields["n_layer"], fields["n_embd"]) == (24, 2048):
+        raise ValueError(f"{path}: 24 layers of width 2048 are Phi-1 or Phi-1.5, and only Phi-2 is implemented here")
+    if rotary_dim is None:
+        rotary_dim = int(fields["n_embd"] // fields["n_head"] * rotary_factor)
+    return PhiConfig(**fields, rotary_dim=rotary_dim)
+
+
+def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path) -> VisionConfig:
+    """The tower's sizes come from config.json; which of the two towers it is, its tensors have told."""
+    require(path, "num_channels", config.get("num_channels", 3), 3)
+    activation = config.get("hidden_act")
+    if siglip:
+        require(path, "the SigLIP tower's activation", activation, "gelu_pytorch_tanh", "gelu_new", None)
+        fields = config_fields(config, SIGLIP_KEYS, path)
+    else:
+        require(path, "the vision tower's activation", activation, "quick_gelu", None)
+        fields = config_fields(config, VISION_KEYS, path)
+    if type(feature_layer) is not int or not -fields["n_layer"] <= feature_layer < 0:
+        raise ValueError(f"{path}: the vision layer to read is {feature_layer!r}, expected one counted from the end")
+    published = SIGLIP_SO400M_384 if siglip else VisionConfig()
+    return replace(published, **fields, feature_layer=feature_layer)
+
+
+def feature_strategy(siglip: bool) -> str:
+    """transformers' word for "the patches": all positions but the first, or all, since SigLIP has no class token."""
+    return "full" if siglip else "default"
+
+
+def named_as_published(config: PhiConfig | VisionConfig, keys: dict) -> dict:
+    """Our fields under the newest of their spellings in config.json."""
+    return {spellings[0]: getattr(config, field) for field, (spellings, default) in keys.items()}
