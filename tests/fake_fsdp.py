@@ -62,12 +62,12 @@ TINY = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=2, n_head=2, n_embd=128, n_
 PRODUCTS = ("addmm", "mm", "bmm", "convolution", "_varlen_attn", "_scaled_dot_product_flash_attention",
             "_scaled_dot_product_efficient_attention")
 CASES = [f"--stage {stage} --gather {gather} --recompute {recompute}" for stage in ("pretrain", "finetune")
-         for gather in ("none", "weights", "both") for recompute in ("none", "selective", "full")]
+         for gather in ("off", "on") for recompute in ("none", "selective", "full")]
 CASES += [
     "--stage sft",
     "--stage finetune --lora-r 64",
     "--stage finetune --lora-r 64 --base-bits 4 --recompute full",
-    "--stage finetune --dtype fp32 --gather none --recompute none",
+    "--stage finetune --dtype fp32 --gather off --recompute none",
     "--stage finetune --freeze vision",
     "--stage finetune",                 # recomputation and gathering chosen by the memory of all ranks
 ]
@@ -325,7 +325,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
     Machine.local_rank = rank % Machine.local_world
     notes = Machine.notes = Notes()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(Machine.local_rank), LOCAL_WORLD_SIZE=str(Machine.local_world))
-    cfg, _ = train.parse_args(flags)
+    cfg = train.parse(flags)
     config = TINY if tiny else LLaVAConfig()
     mesh, device = train.setup()
     try:

@@ -5,9 +5,9 @@ import sys
 from conftest import ROOT
 
 CASES = [
-    "--stage pretrain --gather none --recompute none",
-    "--stage finetune --gather none --recompute selective",
-    "--stage finetune --gather both --recompute full",
+    "--stage pretrain --gather off --recompute none",
+    "--stage finetune --gather off --recompute selective",
+    "--stage finetune --gather on --recompute full",
     "--stage finetune --lora-r 64 --base-bits 4 --recompute full",
     "--stage finetune --freeze vision",
     "--stage sft",
