@@ -88,7 +88,6 @@ class State:
     sources: list[Path]             # folders that the run started from
     data_checksum: str
     model: nn.Module
-    weights: dict[str, Tensor]      # name -> what the optimizer trains, in fp32
     optimizer: torch.optim.Optimizer
     step: int = 0                   # steps done
     updates: int = 0                # of them, those that changed the weights
@@ -101,7 +100,9 @@ class State:
         be loaded into an optimizer that has not taken a step yet.
         """
         tensors = {}
-        for name, p in self.weights.items():
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad:
+                continue
             moments = self.optimizer.state[p]
             if not moments:
                 moments["step"] = torch.zeros((), device=p.device)
