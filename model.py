@@ -98,6 +98,7 @@ class Layout:
 
     def __init__(self, lengths: Tensor, device: torch.device, past: list[int] | None = None,
                  max_length: int = PhiConfig.block_size):
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)       # also a list of ints, also of none
         self.lengths = lengths.tolist()
         self.past = past or [0] * len(self.lengths)
         self.max_length = max_length

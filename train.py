@@ -10,7 +10,6 @@ $ torchrun --nproc_per_node=8 train.py --stage finetune        # everything, on 
 $ python train.py --stage finetune --model out/demo/pretrain --data my.json --images my_pictures --out out/mine
 """
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -362,48 +361,18 @@ def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float
     return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, ...]:
-    """The arguments of LLaVAPhi.forward. Lengths stay on the CPU, where the attention layout is made."""
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], ...]:
+    """The arguments of LLaVAPhi.forward.
+
+    The loader pins its batches, so the host does not wait for the copies. Lengths are plain numbers: FSDP moves every
+    tensor among the arguments to the GPU, and the attention layout is computed from the lengths on the host.
+    """
     ids = batch.ids.to(device, non_blocking=True)
     images = batch.images.to(device, non_blocking=True)
     slots = batch.slots.to(device, non_blocking=True)
     rows = batch.rows.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths, images, slots, rows, targets
-
-
-@functools.cache
-def copy_stream(device: torch.device) -> "torch.cuda.Stream":
-    """One for all steps: the allocator keeps each stream's memory apart, so every new stream would need its own."""
-    return torch.cuda.Stream(device)
-
-
-def prefetch(batches: list[Batch], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The batches on the device, each copied while the one before is computed.
-
-    On CUDA the copies have a stream of their own. The loader pins its batches, so the host does not wait for them.
-    """
-    if device.type != "cuda":
-        for batch in batches:
-            yield to_device(batch, device)
-        return
-    copies = copy_stream(device)
-    computing = torch.cuda.current_stream(device)
-
-    def copy(batch: Batch) -> tuple[Tensor, ...]:
-        with torch.cuda.stream(copies):
-            return to_device(batch, device)
-
-    ready = copy(batches[0])
-    for following in [*batches[1:], None]:
-        computing.wait_stream(copies)
-        for tensor in ready:
-            if tensor.is_cuda:
-                tensor.record_stream(computing)     # its memory must not be reused before the computation is done
-        current = ready
-        if following is not None:
-            ready = copy(following)
-        yield current
+    return ids, batch.lengths.tolist(), images, slots, rows, targets
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -422,7 +391,7 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     total = torch.zeros((), device=device)
     sharded = isinstance(model, FSDPModule)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
-    for i, batch in enumerate(prefetch(step.batches, device)):
+    for i, batch in enumerate(step.batches):
         torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
         if sharded:
             # What is exchanged once a step: gathered weights stay for the next micro-batch, and gradients pile up
@@ -431,7 +400,7 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
             last = i + 1 == len(step.batches)
             model.set_reshard_after_backward(last or model.gather == "off")
             model.set_requires_gradient_sync(last or model.gather == "off")
-        loss = model(*batch) / max(n_supervised, 1)
+        loss = model(*to_device(batch, device)) / max(n_supervised, 1)
         # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
         # averages them: multiplying by the number of processes turns its mean into that sum.
         (loss * world).backward()
@@ -626,8 +595,8 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     total = torch.zeros((), dtype=torch.float64, device=device)
     supervised = 0
     for step, n_supervised, _ in synchronized_steps(loader, []):
-        for batch in prefetch(step.batches, device):
-            total += model(*batch).double()
+        for batch in step.batches:
+            total += model(*to_device(batch, device)).double()
         supervised += n_supervised
     dist.all_reduce(total)
     model.train()
