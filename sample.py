@@ -37,7 +37,8 @@ def parse(argv: list[str] | None) -> Namespace:
         help="none: bf16 on a GPU; on a CPU the faster one of those that fit into memory, by a short measurement")
     add("--device", help="cpu, cuda or mps; none: the best there is")
     add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="of a weight: 8 and 4 take a half and a quarter of bf16's room; 16: as --dtype says")
+        help="bits of a weight: 8 and 4 take half and a quarter of bf16's memory; on a GPU 8 bits save memory, not time; "
+             "16: as --dtype says")
     add("--int8", action=BooleanOptionalAction, default=False, help="the same as --bits 8")
     add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
     add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
