@@ -161,10 +161,8 @@ class LoadedModel(NamedTuple):
 def load(folder: Path, args: Namespace) -> LoadedModel:
     """The imports are here because torch takes seconds, and most of this program's work needs none."""
     from data import eot_id, load_tokenizer
-    from lib.quant import pack_linears
     from load_weights import load_model
     model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
-    pack_linears(model)
     tok = load_tokenizer(folder)
     return LoadedModel(model, tok, eot_id(tok))
 
@@ -627,8 +625,8 @@ def choose_arithmetic(args: Namespace) -> str:
     args.dtype = asked or ("bf16" if args.device.startswith("cuda") else "fp32")
     if asked or args.device != "cpu" or args.bits < 16:     # quantised products take about the same time in both
         return ""
-    from lib.quant import pack_linears
-    hint = faster_dtype(args.dtype, pack_linears)
+    from lib.quant import prepack_linears
+    hint = faster_dtype(args.dtype, prepack_linears)
     return hint and f"{hint}, but the batch size could then change an answer"
 
 

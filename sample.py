@@ -91,7 +91,7 @@ from torch import Tensor
 from data import load_tokenizer
 from lib.chat import Clock, answer, ask, encode_chat, free_memory, open_image, peak_memory
 from lib.folders import load_config
-from lib.quant import pack_linears
+from lib.quant import prepack_linears
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, Prefix
 
@@ -302,7 +302,7 @@ def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int)
     need = 1.1 * bits / 8 * n_parameters                # with a tenth for activations and the cache
     if bits == 16 and 2 * need > free_memory():         # two bytes each are bf16, four are fp32
         return "bf16", "cpu in bf16, since fp32 does not fit into memory"
-    seconds = time_dtypes(pack_linears)
+    seconds = time_dtypes(prepack_linears)
     best = min(seconds, key=seconds.get)
     other = max(seconds, key=seconds.get)
     return best, f"cpu, {best}: {seconds[other] / seconds[best]:.1f} times {other} here"
@@ -323,8 +323,6 @@ def main(argv: list[str] | None = None) -> None:
     folder = find_model(args.model)
     server = open_server(args) if args.serve else None      # a port that is taken should not be found after the load
 
-
-    from lib.quant import pack_linears
     if args.compile and not torch.cuda.is_available():
         raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
     device = choose_device(args.device)
@@ -342,7 +340,6 @@ def main(argv: list[str] | None = None) -> None:
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
     print_note(f"{folder} on {where}{weights}")
     model = load_model(folder, torch_dtype(dtype), device, bits=args.bits)
-    pack_linears(model)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

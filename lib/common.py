@@ -216,7 +216,7 @@ def torch_dtype(name: str):
 def time_dtypes(prepare: Callable | None = None) -> dict[str, float]:
     """Seconds that one small matrix product takes on this CPU, by dtype. All of it takes a few hundredths of a second.
 
-    prepare: what the command does to a model's Linears before it uses them, such as model.pack_linears.
+    prepare: what the command does to a model's Linears before it uses them, such as lib.quant.prepack_linears.
     Measured and not looked up: bf16 is three times as fast as fp32 on one CPU and a tenth on another, depending on
     vector units, library and vendor. The product is one of many rows, where the difference between dtypes is largest.
     One thread, and the best of some short runs: so other programs on the machine hardly disturb.

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from test_model import GOLDEN, all_logits, draw_prompt, draw_words, expanded, fa
 from test_vision import to_uint8
 
 import eval as ev
+import load_weights
 import sample
 from lib import quant
-from lib.quant import (Int4Linear, Int8Linear, PackedLinear, check_int4_product, copy_weight, group_of, pack_int4,
-                       pack_linears, packing_pays, quantize_groups, quantize_linears, unpack_int4, unpack_to_int8)
+from lib.quant import (Int4Linear, Int8Linear, PrepackedLinear, check_int4_product, copy_weight, group_of, pack_int4,
+                       prepack_linears, prepacking_pays, quantize_groups, quantize_linears, unpack_int4, unpack_to_int8)
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig
@@ -41,63 +43,83 @@ def test_8_bits_promise_memory_and_not_time_on_a_gpu(script, capsys):
     assert "on a GPU 8 bits save memory, not time" in " ".join(capsys.readouterr().out.split())
 
 # ---------------------------------------------------------------------------------------------------
-# Weights in the order in which a CPU multiplies them
+# Prepacked weights
 
-needs_packing = pytest.mark.skipif(not packing_pays(torch.float32), reason="oneDNN's packed products are used with AVX-512 alone")
+needs_prepacking = pytest.mark.skipif(not prepacking_pays(torch.float32), reason="weights are prepacked with AVX-512 only")
 
 
-@needs_packing
+def count_of(kind: type, model: torch.nn.Module) -> int:
+    return sum(type(module) is kind for module in model.modules())
+
+
+@needs_prepacking
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("n_in, n_out", [(512, 512), (2560, 1024), (100, 4000)])
-def test_packed_products_are_the_plain_ones(dtype, bound, n_in, n_out):
-    """For no row, one, a few (which are padded) and many; bf16 may round the same sum to a neighbour."""
+def test_prepacked_products_are_the_plain_ones(dtype, bound, n_in, n_out):
+    """For no row, one, a few (which are padded) and many; bf16 may round the same sum to a neighbor."""
     torch.manual_seed(0)
     base = torch.nn.Linear(n_in, n_out, dtype=dtype).requires_grad_(False)
-    packed = PackedLinear(base)
+    prepacked = PrepackedLinear(base)
     for rows in (0, 1, 2, 5, 6, 7, 200):
         x = torch.randn(rows, n_in, dtype=dtype)
-        torch.testing.assert_close(packed(x), base(x), atol=bound, rtol=bound)
+        torch.testing.assert_close(prepacked(x), base(x), atol=bound, rtol=bound)
     x = torch.randn(2, 3, n_in, dtype=dtype)
-    torch.testing.assert_close(packed(x), base(x), atol=bound, rtol=bound)
+    torch.testing.assert_close(prepacked(x), base(x), atol=bound, rtol=bound)
 
 
-@needs_packing
-def test_a_packed_model_says_the_same(original, golden, monkeypatch):
-    """Its logits are the original code's, and a batch changes no answer, as without packing."""
-    monkeypatch.setattr(quant, "PACKED_FROM", 1)
+@needs_prepacking
+def test_a_prepacked_model_says_the_same(original, golden):
+    """Its logits are the original code's, and a batch changes no answer, as with plain weights."""
     row, images = expanded(golden["llava.input_ids"][0].tolist()), to_uint8(golden["llava.pixel_values"])
-    packed = copy.deepcopy(original).requires_grad_(False)
-    assert pack_linears(packed) == 2 * 4 + 1 + 2 + 2 * 4     # decoder, head, projector, tower
-    assert pack_linears(packed) == 0
-    torch.testing.assert_close(all_logits(packed, [row], images), golden["llava.logits"][0], atol=1e-5, rtol=1e-5)
+    prepacked = copy.deepcopy(original)
+    prepack_linears(prepacked, min_size=1)
+    assert count_of(PrepackedLinear, prepacked) == 2 * 4 + 1 + 2 + 2 * 4           # decoder, head, projector, tower
+    torch.testing.assert_close(all_logits(prepacked, [row], images), golden["llava.logits"][0], atol=1e-5, rtol=1e-5)
     rng = random.Random(0)
     prompts, pictures = zip(*[draw_prompt(rng, n % 3) for n in range(9)])
-    together = fast(packed, list(prompts), list(pictures), 8)
-    assert together == [fast(packed, [prompt], [images], 8)[0] for prompt, images in zip(prompts, pictures)]
+    together = fast(prepacked, list(prompts), list(pictures), 8)
+    assert together == [fast(prepacked, [prompt], [images], 8)[0] for prompt, images in zip(prompts, pictures)]
     assert together == fast(original, list(prompts), list(pictures), 8)
 
 
-@needs_packing
-def test_packing_frees_each_weight_before_the_next(monkeypatch):
+@needs_prepacking
+def test_prepacking_frees_each_weight_before_the_next(monkeypatch):
     """A model that just fits into memory must not need it twice."""
     model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 512))
                                   for _ in range(4)]).requires_grad_(False)
     plain = [weakref.ref(p) for p in model.parameters() if p.dim() == 2]
     alive = []
-    monkeypatch.setattr(quant, "PackedLinear", lambda base: (
-        alive.append(sum(weight() is not None for weight in plain)), PackedLinear(base))[1])
-    assert pack_linears(model) == 8
+
+    def count_and_prepack(base: torch.nn.Linear) -> PrepackedLinear:
+        alive.append(sum(weight() is not None for weight in plain))
+        return PrepackedLinear(base)
+    monkeypatch.setattr(quant, "PrepackedLinear", count_and_prepack)
+    prepack_linears(model)
     assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
-def test_quantised_and_small_layers_are_not_packed(original, monkeypatch):
-    assert pack_linears(copy.deepcopy(original)) == 0        # so small that it would be slower
-    monkeypatch.setattr(quant, "PACKED_FROM", 1)
-    quantised = copy.deepcopy(original)
-    quantize_linears(quantised, 8)
-    assert pack_linears(quantised) == 0
-    monkeypatch.setattr(quant, "packing_pays", lambda dtype: False)
-    assert pack_linears(copy.deepcopy(original)) == 0
+def test_small_and_quantized_layers_stay_as_they_are(original):
+    """Small ones would become slower; and nothing is prepacked where it would not pay."""
+    model = copy.deepcopy(original)
+    prepack_linears(model)
+    assert count_of(PrepackedLinear, model) == 0
+    quantize_linears(model, 8)
+    prepack_linears(model, min_size=1)
+    assert count_of(PrepackedLinear, model) == 0
+
+
+def test_nothing_is_prepacked_where_that_does_not_pay(original, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = copy.deepcopy(original)
+    prepack_linears(model, min_size=1)
+    assert count_of(PrepackedLinear, model) == 0
+
+
+@needs_prepacking
+def test_load_model_prepacks(monkeypatch):
+    """Its callers need not know: the model is ready to answer. (The tiny one's layers are too small by themselves.)"""
+    monkeypatch.setattr(load_weights, "prepack_linears", partial(prepack_linears, min_size=1))
+    assert count_of(PrepackedLinear, load_model(GOLDEN / "tiny-llava-phi")) == 2 * 4 + 1 + 2 + 2 * 4
 
 # ---------------------------------------------------------------------------------------------------
 # int8
@@ -125,7 +147,7 @@ def test_int8_error_of_a_linear_at_full_size(n_in, n_out):
 def test_int8_model_says_nearly_the_same(original, golden):
     """Streamed into int8 from the folder, or turned into it in memory: one and the same, and close to fp32."""
     row, images = expanded(golden["llava.input_ids"][0].tolist()), to_uint8(golden["llava.pixel_values"])
-    streamed, turned = load_model(GOLDEN / "tiny-llava-phi", int8=True), copy.deepcopy(original)
+    streamed, turned = load_model(GOLDEN / "tiny-llava-phi", bits=8), copy.deepcopy(original)
     assert quantize_linears(turned, 8) == 2 * 4 + 1 + 2 + 2 * 4  # decoder, head, projector, tower
     for a, b in zip(streamed.state_dict().values(), turned.state_dict().values()):
         assert torch.equal(a, b)
@@ -277,7 +299,7 @@ def test_less_than_the_processor_has_is_enough():
     """oneDNN kept from AVX-512: bf16 cannot be packed then, and sums of its int8 products are cut off without a word."""
     code = """if True:
         import torch, lib.common as common, lib.quant as quant
-        assert common.time_dtypes(quant.pack_linears).keys() == {"fp32", "bf16"}
+        assert common.time_dtypes(quant.prepack_linears).keys() == {"fp32", "bf16"}
         torch.manual_seed(0)
         base = torch.nn.Linear(512, 512)
         layer = quant.Int8Linear(base)
