@@ -161,10 +161,8 @@ class LoadedModel(NamedTuple):
 def load(folder: Path, args: Namespace) -> LoadedModel:
     """The imports are here because torch takes seconds, and most of this program's work needs none."""
     from data import eot_id, load_tokenizer
-    from lib.quant import pack_linears
     from load_weights import load_model
     model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
-    pack_linears(model)
     tok = load_tokenizer(folder)
     return LoadedModel(model, tok, eot_id(tok))
 
@@ -539,7 +537,8 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
         help="model: as it was trained; paper: as the published scores were made, which is pad except for "
              + ", ".join(special))
-    add("--bits", type=int, choices=(4, 8, 16), default=16, help="of a weight; 16: as --dtype says")
+    add("--bits", type=int, choices=(4, 8, 16), default=16,
+        help="bits of a weight; on a GPU 8 bits save memory, not time; 16: as --dtype says")
     add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU that has it, fp32 on a CPU")
     add("--device", help="cpu or cuda; none: cuda where there is one")
     add("--batch", type=int, default=16, help="questions answered at a time")

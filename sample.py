@@ -37,7 +37,8 @@ def parse(argv: list[str] | None) -> Namespace:
         help="none: bf16 where the device has instructions for it or fp32 does not fit into memory, else fp32")
     add("--device", help="cpu, cuda or mps; none: the best there is")
     add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="of a weight: 8 and 4 take a half and a quarter of bf16's room; 16: as --dtype says")
+        help="bits of a weight: 8 and 4 take half and a quarter of bf16's memory; on a GPU 8 bits save memory, not time; "
+             "16: as --dtype says")
     add("--int8", action=BooleanOptionalAction, default=False, help="the same as --bits 8")
     add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
     add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
@@ -90,7 +91,6 @@ from torch import Tensor
 from data import load_tokenizer
 from lib.chat import Clock, answer, ask, encode_chat, free_memory, open_image, peak_memory
 from lib.folders import load_config
-from lib.quant import pack_linears
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, Prefix
 
@@ -333,7 +333,6 @@ def main(argv: list[str] | None = None) -> None:
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
     print_note(f"{folder} on {where}{weights}")
     model = load_model(folder, torch_dtype(dtype), device, bits=args.bits)
-    pack_linears(model)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

@@ -28,7 +28,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from transformers import PhiConfig as TheirPhiConfig
 
 from lib.common import choose_dtype
-from lib.quant import pack_linears, quantize_linears
+from lib.quant import prepack_linears, quantize_linears
 from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig, normalize
 
@@ -144,7 +144,7 @@ def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
         quantize_linears(models["ours 4 bits"], 4)
     for name, model in models.items():
         if name.startswith("ours"):
-            pack_linears(model)                             # as sample.py does
+            prepack_linears(model)                             # as load_model does
     return models
 
 
@@ -202,7 +202,7 @@ def time_theirs(model: nn.Module, prompt: list[int], n_tokens: int) -> tuple[flo
 def other_engines(threads: int, repeats: int) -> None:
     """Tokens a second, read and written, of every dtype here and elsewhere."""
     models = make_models(WIDE)
-    ours = make_ours(WIDE)                                  # once more: packed weights cannot be written to a file
+    ours = make_ours(WIDE)                                  # once more: prepacked weights cannot be written to a file
     prompt = torch.randint(1, WIDE.llm.vocab_size - 1, (640,), generator=torch.Generator().manual_seed(1)).tolist()
     sides = {}
     for name, model in models.items():
