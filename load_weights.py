@@ -67,7 +67,7 @@ from lib.inspect import inspect
 from lib.layouts import is_siglip
 from lib.lora import merge_lora
 from lib.quant import check_int4_product, copy_weight, prepack_linears, quantize_linears
-from lib.save_weights import (SAVED_MODEL, Lazy, finished_folder, save, save_model, saved_dtypes, write_checksums,
+from lib.save_weights import (SAVED_MODEL, Lazy, replacing_model, save, save_model, saved_dtypes, write_checksums,
                               write_tensors)
 from model import LLaVAConfig, LLaVAPhi, Phi, init_weights
 
@@ -191,7 +191,7 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     config = config_of(*folders)
     found = check_tensors(folders, blueprint(config), config)
     projector = [name for name in blueprint(config) if name.startswith("projector")]
-    with finished_folder(out) as made:
+    with replacing_model(out) as made:
         save("llm", made / "phi-2", {}, config, folders, dtype)
         shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
         save("vision", made / ("siglip" if is_siglip(config.vision) else "clip"), {}, config, folders, dtype)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -107,27 +108,50 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
 # Files
 
 
-def write_whole(path: Path, data: str | bytes) -> Path:
-    """Write a file so that a crash or a full disk leaves either the old content or all of the new one.
-
-    The bytes go to a temporary file in the same folder, are forced to the disk, and only then take the name `path`.
-    Characters that are not valid unicode (a model can produce half a surrogate pair) are written as escapes.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path next to `path`, for a file or a folder. On success it is forced to the disk and takes the name
+    `path`; on failure it is removed. So a crash or a full disk leaves either the old content or all of the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing_{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return path
+    part = path.with_name(f".writing_{path.name}")
+    remove(part)
+    try:
+        yield part
+        for written in [*part.rglob("*"), part]:
+            sync_folder(written)
+        if path.is_dir():
+            remove(path)            # a rename replaces a file, but no folder that holds anything
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with everything in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
-    """Force a folder's entries to the disk: without it a rename can be lost in a power failure."""
+    """fsync a folder's entries: without it a rename can be lost in a power failure. It takes a file as well."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def write_whole(path: Path, data: str | bytes) -> Path:
+    """Write a small file by `replacing` it.
+
+    Characters that are not valid unicode (a model can produce half a surrogate pair) are written as escapes.
+    """
+    with replacing(path) as part:
+        part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+    return path
 
 
 LOCK = ".in_use"            # a file in an output folder: who is writing there

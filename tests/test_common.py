@@ -1,8 +1,10 @@
-"""Which process, device and dtype: what torchrun says, GPUs that this torch or bf16 is not made for, CPUs with bf16."""
+"""What every command leans on: files written whole or not at all; which process, device and dtype it is run with."""
+import os
+
 import pytest
 import torch
 
-from lib.common import choose_device, choose_dtype, torchrun_env
+from lib.common import choose_device, choose_dtype, replacing, torchrun_env, write_whole
 
 
 def test_a_process_that_torchrun_did_not_start_is_the_only_one(monkeypatch):
@@ -63,3 +65,35 @@ def test_bf16_is_chosen_where_it_need_not_be_emulated(card, monkeypatch):
     for capability, dtype in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("bf16", "bf16"), ("avx512_f", "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "some", capability: True})
         assert choose_dtype(None, "cpu") == dtype
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "note.txt"
+    for text in ("first", "second \ud83d"):                     # half a surrogate pair, as a model may produce it
+        assert write_whole(path, text) == path
+    assert path.read_text() == "second \\ud83d" and os.listdir(path.parent) == ["note.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name in ("a", "b"):
+        with replacing(tmp_path / "model") as part:
+            (part / "sub").mkdir(parents=True)
+            (part / "sub" / name).write_text(name)
+            assert not (tmp_path / "model" / "sub" / name).exists()
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model" / "sub") == ["b"]
+
+
+@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_after_a_failure_the_old_content_is_there_and_nothing_else(failure, tmp_path):
+    write_whole(tmp_path / "note.txt", "old")
+    with pytest.raises(type(failure)):
+        with replacing(tmp_path / "note.txt") as part:
+            part.write_text("half of the n")
+            raise failure
+    assert os.listdir(tmp_path) == ["note.txt"] and (tmp_path / "note.txt").read_text() == "old"
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".writing_model" / "sub").mkdir(parents=True)
+    with replacing(tmp_path / "model") as part:
+        part.mkdir()
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model") == []
