@@ -38,7 +38,7 @@ from benchmarks.files import checksum, first_existing, read_answers, to_json, to
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Mark, Score, Task, mean, paired_test, published_columns
 from lib.common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, faster_dtype, find_model, hold_folder,
-                        read_json, read_jsonl, run_command, torch_dtype, visible, write_whole)
+                        read_json, read_jsonl, run_command, torch_dtype, use_device, visible, write_whole)
 
 # torch and the model are imported inside the functions that generate, so that scoring needs neither.
 
@@ -614,14 +614,27 @@ def join_processes() -> Processes:
     return Processes(rank, world, dist.barrier)
 
 
+def own_gpu(asked: str | None) -> str | None:
+    """--device, where it is "cuda" or nothing on a machine with GPUs: the GPU of this process, now the current one."""
+    import torch
+    if asked not in (None, "cuda") or not torch.cuda.is_available():
+        use_device(asked or "cpu")
+        return asked
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if n_processes > torch.cuda.device_count():
+        raise ValueError(f"{n_processes} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+                         "torchrun one for each (--nproc_per_node)")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    use_device(device)
+    return device
+
+
 def choose_arithmetic(args: Namespace) -> str:
     """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers.
 
     -> what to say before the first question, if bf16 would be faster there; else "".
     """
-    args.device = choose_device(args.device)
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = choose_device(own_gpu(args.device))
     asked = args.dtype
     args.dtype = asked or ("bf16" if args.device.startswith("cuda") else "fp32")
     if asked or args.device != "cpu" or args.bits < 16:     # quantised products take about the same time in both

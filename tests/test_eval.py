@@ -20,6 +20,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from PIL import Image
 
 import eval as ev
@@ -1122,6 +1123,38 @@ def test_several_tasks_share_a_model_and_end_in_one_table(tmp_path, short, capsy
     assert "shapes (all)" in table and "scienceqa (test)" in table and "68.4" in table and loads == [1]
     assert json.loads((tmp_path / "out/scienceqa/result.json").read_text())["limit"] == 2
     assert ev.chosen_tasks(ev.parse(["--task", "paper,gqa"])) == [*ev.PAPER, "gqa"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# GPUs
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that says it has two GPUs -> what the program then asks of them, in order."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(f"current {device}"))
+    monkeypatch.setattr(ev, "choose_device", lambda device: asked.append(f"touch {device}") or device)
+    return asked
+
+
+def test_a_process_makes_its_gpu_the_current_one_before_it_touches_any(monkeypatch, two_gpus):
+    """Events are recorded on the current GPU: without this, processes 1 to 7 would read answers before they are there."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    args = ev.parse(["--task", "pope"])
+    ev.choose_arithmetic(args)
+    assert (args.device, two_gpus) == ("cuda:1", ["current cuda:1", "touch cuda:1"])
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch, two_gpus):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes on a machine with 2 GPUs: give torchrun one for each"):
+        ev.choose_arithmetic(ev.parse(["--task", "pope"]))
+    assert two_gpus == []
 
 
 # ----------------------------------------------------------------------------------------------------
