@@ -19,20 +19,20 @@ import signal
 import socket
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 from lib.common import faster_dtype, run_command, torch_dtype
-from lib.recipes import TrainConfig, parse_args
+from lib.recipes import parse, settings
 
 # ---------------------------------------------------------------------------------------------------
-# Configuration: every field of TrainConfig is a flag; --recipe and --stage select a row of RECIPES
+# Configuration: lib/recipes.py has every flag; --recipe and --stage select a row of RECIPES
 
 
 def check_command_line() -> None:
-    parse_args()
+    parse(None)
 
 
 if __name__ == "__main__":
@@ -106,7 +106,7 @@ def check_arithmetic(dtype: str, device: torch.device) -> None:
                          "twice the memory and no flash attention")
 
 
-def folders(cfg: TrainConfig) -> list[Path]:
+def folders(cfg: Namespace) -> list[Path]:
     """The folders that the run starts from: a whole model, or a language model and a tower."""
     names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision]
     sources = [Path(name) for name in names if name]
@@ -115,7 +115,7 @@ def folders(cfg: TrainConfig) -> list[Path]:
     return sources
 
 
-def read_config(cfg: TrainConfig) -> LLaVAConfig:
+def read_config(cfg: Namespace) -> LLaVAConfig:
     """The config that the folders give, with --image-mode and --dropout instead of theirs."""
     if cfg.stage == "sft":
         sources = [read_kind(*folders(cfg), PHI)]
@@ -137,7 +137,7 @@ class PhiAlone(LLaVAPhi):
         return self.llm.wte(ids)
 
 
-def skeleton(cfg: TrainConfig, config: LLaVAConfig) -> LLaVAPhi:
+def skeleton(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
     """The model on the meta device, which costs no memory, with what is frozen marked as such."""
     with torch.device("meta"):
         model = PhiAlone(config) if cfg.stage == "sft" else LLaVAPhi(config)
@@ -148,7 +148,7 @@ def skeleton(cfg: TrainConfig, config: LLaVAConfig) -> LLaVAPhi:
     return model
 
 
-def freeze(model: LLaVAPhi, cfg: TrainConfig) -> None:
+def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
     """Freeze all but --train minus --freeze, and print what learns. ValueError: a name that is no part of the model."""
     parts = dict(model.named_children())
     trained, frozen = split_names(cfg.train), split_names(cfg.freeze)
@@ -174,7 +174,7 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "none") -> None:
+def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "off") -> None:
     """Apply FSDP2: a unit per decoder block, one for the tower, and the rest (projector, embeddings, head) in the root.
 
     Frozen parts are held whole in the compute dtype on every process: nothing about them has to be synchronised, so
@@ -196,7 +196,7 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
     if "vision" in trained_parts(model):
         units.append(model.vision)
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "none")
+        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "off")
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=False)
     model.gather = gather
 
@@ -238,7 +238,7 @@ def copy_masters(model: nn.Module) -> None:
         torch._foreach_copy_(weights, [p.master for p in weights])
 
 
-def build(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
+def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
     model = skeleton(cfg, config)
     recompute = cfg.recompute
@@ -266,7 +266,7 @@ def build(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch
     return model.train()
 
 
-def read_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None:
+def read_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
     copy = copy_weight(model, fill)
     if cfg.stage == "sft":
@@ -278,14 +278,14 @@ def read_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None
         load_into(model, folders(cfg), copy, allow_missing=() if cfg.model else ("projector.",))
 
 
-def read_base(cfg: TrainConfig, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def read_base(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights that the run holds in 4 bits, as the folders have them."""
     sources = [read_kind(Path(cfg.llm), PHI)] if cfg.stage == "sft" else read_folders(folders(cfg))
     found = check_tensors(sources, names, config)
     yield from read_all({name: found[name] for name in names}, config)
 
 
-def draw_new_weights(model: LLaVAPhi, cfg: TrainConfig, config: LLaVAConfig) -> None:
+def draw_new_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
     """Start a new projector and adapters. Whole tensors are drawn, so any number of processes gets the same ones."""
     generator = torch.Generator().manual_seed(cfg.seed)
     if model.projector and not cfg.model:
@@ -322,7 +322,7 @@ def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 
 
-def make_optimizer(model: LLaVAPhi, cfg: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     """AdamW. Of each part, matrices form a group that decays, biases and LayerNorms one that does not."""
     peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
@@ -336,7 +336,7 @@ def make_optimizer(model: LLaVAPhi, cfg: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
-def open_data(cfg: TrainConfig, config: LLaVAConfig, path: str) -> Dataset:
+def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
     if cfg.stage != "sft" and not Path(cfg.images).is_dir():
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
@@ -415,7 +415,7 @@ def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
 
 
-def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cfg: TrainConfig, n_supervised: int,
+def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cfg: Namespace, n_supervised: int,
                rate: float, device: torch.device) -> tuple[float, float, bool]:
     """Forward, backward, update -> loss, gradient norm, skipped: the same three on every process.
 
@@ -433,8 +433,8 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
             # where they are, in fp32. The last micro-batch shares the sums out and frees the gathered weights, since
             # the optimizer is about to change them.
             last = i + 1 == len(step.batches)
-            model.set_reshard_after_backward(last or model.gather == "none")
-            model.set_requires_gradient_sync(last or model.gather != "both")
+            model.set_reshard_after_backward(last or model.gather == "off")
+            model.set_requires_gradient_sync(last or model.gather == "off")
         loss = model(*batch) / max(n_supervised, 1)
         # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
         # averages them: multiplying by the number of processes turns its mean into that sum.
@@ -465,7 +465,7 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
 # The loop
 
 
-def train(state: State, cfg: TrainConfig, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
+def train(state: State, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
           device: torch.device) -> bool:
     """Take the steps from state.step on -> True when all are done, False if stopped, with a checkpoint, before."""
     metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device)
@@ -508,18 +508,18 @@ def train(state: State, cfg: TrainConfig, data: Dataset, held_out: Dataset | Non
     return True
 
 
-def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> None:
+def run(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> None:
     """One run from data to saved model. All of it happens on every process, in the same order."""
     began = time.perf_counter()
     out = Path(cfg.out)
-    if is_finished(asdict(cfg)):
+    if is_finished(settings(cfg)):
         print0(f"already finished: {out} holds the trained model (--resume never trains afresh)")
         return
     # From here on a signal is noted, and obeyed after the next step.
     signals = watch_signals()
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
-    checkpoint = prepare_out(asdict(cfg), data.checksum)
+    checkpoint = prepare_out(settings(cfg), data.checksum)
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
     if cfg.stage != "sft" and is_siglip(config.vision) != (cfg.recipe == "mipha"):
         print0(f"note: the vision tower is {'SigLIP' if is_siglip(config.vision) else 'CLIP'}, and the defaults are "
@@ -531,7 +531,7 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 
     model = build(cfg, config, mesh, device)
     optimizer = make_optimizer(model, cfg)
-    state = State(asdict(cfg), folders(cfg), data.checksum, model, trained_weights(model), optimizer)
+    state = State(settings(cfg), folders(cfg), data.checksum, model, trained_weights(model), optimizer)
     if checkpoint:
         load_checkpoint(checkpoint, state)
         copy_masters(model)
@@ -561,7 +561,7 @@ def run(cfg: TrainConfig, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 # What the loop calls
 
 
-def print_steps(cfg: TrainConfig, steps: int, checkpoint: Path | None) -> None:
+def print_steps(cfg: Namespace, steps: int, checkpoint: Path | None) -> None:
     warmup = math.ceil(cfg.warmup * steps)
     print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up"
            + (f"; going on from {checkpoint}" if checkpoint else ""))
@@ -577,7 +577,7 @@ def print_skipped(out: Path) -> None:
         print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
 
 
-def make_loader(cfg: TrainConfig, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
+def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
                 start_step: int = 0, group: str = "none") -> Loader:
     cost = picture_cost(model.config, trained_parts(model))
     return Loader(data, global_batch=cfg.global_batch, micro_tokens=cfg.micro_tokens, rank=dist.get_rank(),
@@ -613,7 +613,7 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         yield step, supervised, n_signals > 0
 
 
-def measure_held_out(state: State, cfg: TrainConfig, held_out: Dataset | None, steps: int, metrics: "Metrics",
+def measure_held_out(state: State, cfg: Namespace, held_out: Dataset | None, steps: int, metrics: "Metrics",
                      device: torch.device) -> None:
     if held_out is None:
         return
@@ -638,7 +638,7 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     return float(total / max(supervised, 1))
 
 
-def save_final(cfg: TrainConfig, config: LLaVAConfig, model: LLaVAPhi) -> None:
+def save_final(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
     """The model at the top of --out, in the saved format. Every process takes part in gathering; process 0 writes."""
     tensors = {}
     for name, p in model.named_parameters():
@@ -688,16 +688,16 @@ def watch_signals() -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg, action = parse_args(argv)
-    if action["plot"]:
-        plot(action["plot"], action["plot"][0] / "loss.html")
+    cfg = parse(argv)
+    if cfg.plot:
+        plot(cfg.plot, cfg.plot[0] / "loss.html")
         return
-    if action["plan"]:
+    if cfg.plan:
         # A plan needs no downloads: without the folders it is for the published model's sizes.
         config = MIPHA_CONFIG if cfg.recipe == "mipha" else LLaVAConfig()
         if all(folder.is_dir() for folder in folders(cfg)):
             config = read_config(cfg)
-        print_plan(cfg, config, skeleton(cfg, config), action["gpus"], action["gpu_memory"])
+        print_plan(cfg, config, skeleton(cfg, config), cfg.gpus, cfg.gpu_memory)
         return
     config = read_config(cfg)
     mesh, device = setup()
@@ -725,7 +725,7 @@ def is_lost_connection(message: str) -> bool:
     return any(sign in message for sign in signs)
 
 
-def out_of_memory(message: str, cfg: TrainConfig) -> str:
+def out_of_memory(message: str, cfg: Namespace) -> str:
     """One line of torch's paragraph -> what was asked for, what there is, and which flag to lower."""
     facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", message)
     advice = f"give --micro-tokens less than {cfg.micro_tokens}"

@@ -84,7 +84,7 @@ def on_every_process(work: Callable) -> list:
 
 @dataclass
 class State:
-    settings: dict                  # the run's TrainConfig as a dict
+    settings: dict                  # those of the run, see lib/recipes.py
     sources: list[Path]             # folders that the run started from
     data_checksum: str
     model: nn.Module

@@ -7,6 +7,7 @@ import argparse
 import fcntl
 import html
 import json
+import math
 import os
 import re
 import socket
@@ -44,6 +45,27 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; see `python {self.prog} --help`")
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """The argparse type of a number in a range; of a whole number where `least` is one. NaN is in no range."""
+    number = type(least)
+    limit = f" and at most {most}" if most < sys.float_info.max else ""
+    kind = "whole number" if number is int else "number"
+
+    def read(text: str) -> float:
+        try:
+            value = number(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a {kind} of at least {least}{limit}, found {text}")
+        return value
+    return read
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    return between(least, sys.float_info.max)           # the largest number, so that infinity is refused, too
 
 
 def parse_or_exit(parse: Callable):

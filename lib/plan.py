@@ -1,14 +1,14 @@
 """What a training run will need: memory, floating-point operations and time, from shapes alone."""
-import dataclasses
 import math
 import os
+from argparse import Namespace
 from bisect import bisect_left
 
 import torch
 
 from data import TOKEN_COST, steps_per_epoch
 from lib.common import torch_dtype
-from lib.recipes import TrainConfig
+from lib.recipes import replace
 from model import LLaVAConfig, LLaVAPhi, trained_parts
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}    # dense bf16, datasheets
@@ -59,8 +59,8 @@ def count(parameters) -> int:
     return sum(p.numel() if p.is_floating_point() else 2 * p.numel() for p in parameters)
 
 
-def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
-                gather: str = "none") -> tuple[dict[str, float], dict[str, float]]:
+def memory_plan(cfg: Namespace, model: LLaVAPhi, shards: int,
+                gather: str = "off") -> tuple[dict[str, float], dict[str, float]]:
     """Bytes on each of `shards` GPUs -> (always there, by kind; added by a token of a micro-batch, by --recompute)."""
     llm = model.config.llm
     width = torch_dtype(cfg.dtype).itemsize
@@ -78,8 +78,8 @@ def memory_plan(cfg: TrainConfig, model: LLaVAPhi, shards: int,
         waiting = 0
     else:
         one_unit = max(root, tower, block)
-        gathered = root + tower + 2 * block if gather == "none" else trained    # one block in use, the next on its way
-        waiting = 4 * trained if gather == "both" else 4 * one_unit             # fp32 gradients, not yet shared out
+        gathered = root + tower + 2 * block if gather == "off" else trained     # one block in use, the next on its way
+        waiting = 4 * trained if gather == "on" else 4 * one_unit               # fp32 gradients, not yet shared out
     # A trained weight takes 4 bytes for itself, 8 for AdamW's two moments and 4 for its gradient. A logit takes 12: as
     # bf16 and fp32 in the forward pass, its gradient in both in the backward pass, of which not all live at once. The
     # workspace is what cuBLAS, NCCL and the allocator's fragments need; it is a guess.
@@ -119,30 +119,27 @@ def numbers_per_token(model: LLaVAPhi, parts: list[str], mode: str) -> float:
     return in_decoder + vision.n_used * tower_block * vision.n_positions / vision.n_patches
 
 
-def fits_in(memory: float, cfg: TrainConfig, model: LLaVAPhi, shards: int, recompute: str, gather: str) -> bool:
+def fits_in(memory: float, cfg: Namespace, model: LLaVAPhi, shards: int, recompute: str, gather: str) -> bool:
     """Whether a micro-batch fits into so many bytes."""
     always, per_token = memory_plan(cfg, model, shards, gather)
     return sum(always.values()) + cfg.micro_tokens * per_token[recompute] <= memory
 
 
-def choose_recompute(cfg: TrainConfig, model: LLaVAPhi, shards: int, memory: float) -> str:
+def choose_recompute(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float) -> str:
     """The fastest --recompute with which a micro-batch fits into so many bytes; the leanest if none does."""
     for mode in ("none", "selective"):
         refused = mode == "selective" and cfg.compile
-        if not refused and fits_in(memory, cfg, model, shards, mode, "none"):
+        if not refused and fits_in(memory, cfg, model, shards, mode, "off"):
             return mode
     return "full"
 
 
-def choose_gather(cfg: TrainConfig, model: LLaVAPhi, shards: int, memory: float, recompute: str) -> str:
-    """The --gather with the least traffic for which there is memory left, once --recompute has been chosen.
+def choose_gather(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute: str) -> str:
+    """--gather on, if there is memory left for it once --recompute has been chosen.
 
     Recomputing costs more than sending: within a node, FSDP sends while it computes.
     """
-    for gather in ("both", "weights"):
-        if fits_in(memory, cfg, model, shards, recompute, gather):
-            return gather
-    return "none"
+    return "on" if fits_in(memory, cfg, model, shards, recompute, "on") else "off"
 
 
 def memory_of(device: torch.device) -> float:
@@ -153,7 +150,7 @@ def memory_of(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
 
 
-def plan_micro_batch(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float, share: int) -> dict[str, int]:
+def plan_micro_batch(cfg: Namespace, model: LLaVAPhi, gpus: int, memory: float, share: int) -> dict[str, int]:
     """--micro-tokens by --recompute, the best first: what fits, not above a GPU's `share` of a step, in steps of 1024.
 
     Below 8192 tokens the matrix products are too small to be fast: better to recompute than to take less at a time.
@@ -163,15 +160,15 @@ def plan_micro_batch(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float
     for mode in RECOMPUTE_MODES:
         def is_too_large(micro_tokens: int) -> bool:
             # Asked for each size anew, since the logits' share depends on it, too.
-            smaller = dataclasses.replace(cfg, micro_tokens=micro_tokens)
-            return not fits_in(memory, smaller, model, min(gpus, GPUS_A_NODE), mode, "none")
+            smaller = replace(cfg, micro_tokens=micro_tokens)
+            return not fits_in(memory, smaller, model, min(gpus, GPUS_A_NODE), mode, "off")
         n_fitting = bisect_left(sizes, True, key=is_too_large)
         if n_fitting > 0:
             fits[mode] = sizes[n_fitting - 1]
     return dict(sorted(fits.items(), key=lambda mode_and_n: -min(mode_and_n[1], 8192)))
 
 
-def print_plan(cfg: TrainConfig, config: LLaVAConfig, model: LLaVAPhi, gpus: int, gpu_memory: float) -> None:
+def print_plan(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi, gpus: int, gpu_memory: float) -> None:
     """`--plan`: what a run needs on these GPUs, and how long it takes on 1 to 512, from formulas, without weights."""
     samples, with_picture, text_tokens, supervised = PUBLISHED[cfg.stage]
     length = round(text_tokens + with_picture * config.vision.n_patches)
@@ -185,10 +182,10 @@ def print_plan(cfg: TrainConfig, config: LLaVAConfig, model: LLaVAPhi, gpus: int
     print_hours(cfg, model, gpu_memory * 1e9, steps, flops, cfg.global_batch * length)
 
 
-def print_memory(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float, share: int) -> None:
+def print_memory(cfg: Namespace, model: LLaVAPhi, gpus: int, memory: float, share: int) -> None:
     fits = plan_micro_batch(cfg, model, gpus, memory, share)
     if fits:
-        cfg = dataclasses.replace(cfg, micro_tokens=next(iter(fits.values())))
+        cfg = replace(cfg, micro_tokens=next(iter(fits.values())))
     always, per_token = memory_plan(cfg, model, min(gpus, GPUS_A_NODE))
     print(f"\nneeded on each GPU (--dtype {cfg.dtype} --micro-tokens {cfg.micro_tokens}):")
     for kind, size in always.items():
@@ -205,19 +202,19 @@ def print_memory(cfg: TrainConfig, model: LLaVAPhi, gpus: int, memory: float, sh
         print_small_gpus(cfg, model)
 
 
-def print_small_gpus(cfg: TrainConfig, model: LLaVAPhi) -> None:
+def print_small_gpus(cfg: Namespace, model: LLaVAPhi) -> None:
     """What QLoRA is for: the largest micro-batch that one small GPU can take, with full recomputation."""
     print("\none GPU with --base-bits 4 --recompute full:")
     for gb in (8, 12, 16, 24):
         verdict = "does not fit" + ("; with --freeze vision it may" if "vision" in trained_parts(model) else "")
         for micro_tokens in (1024, 2048, 4096, 8192, 16384):
-            smaller = dataclasses.replace(cfg, micro_tokens=micro_tokens)
-            if fits_in(gb * 1e9, smaller, model, shards=1, recompute="full", gather="none"):
+            smaller = replace(cfg, micro_tokens=micro_tokens)
+            if fits_in(gb * 1e9, smaller, model, shards=1, recompute="full", gather="off"):
                 verdict = f"--micro-tokens {micro_tokens}"
         print(f"  {gb:2d} GB  {verdict}")
 
 
-def print_hours(cfg: TrainConfig, model: LLaVAPhi, memory: float, steps: int, flops: float, step_tokens: int) -> None:
+def print_hours(cfg: Namespace, model: LLaVAPhi, memory: float, steps: int, flops: float, step_tokens: int) -> None:
     """Time and traffic by the number of GPUs. flops and step_tokens are of a whole step."""
     trained = count(p for p in model.parameters() if p.requires_grad)
     print("\n  GPUs   hours   GB sent by a GPU in a step")
@@ -229,7 +226,7 @@ def print_hours(cfg: TrainConfig, model: LLaVAPhi, memory: float, steps: int, fl
         mode, micro_tokens = next(iter(fits.items()))
         gather = cfg.gather
         if gather == "auto":
-            micro = dataclasses.replace(cfg, micro_tokens=micro_tokens)
+            micro = replace(cfg, micro_tokens=micro_tokens)
             gather = choose_gather(micro, model, min(n, GPUS_A_NODE), memory, mode)
         sent = traffic(trained, n, math.ceil(step_tokens / n / micro_tokens), gather)
         busy = min(n, cfg.global_batch)
@@ -248,7 +245,7 @@ def traffic(trained: int, gpus: int, micro_batches: int, gather: str) -> float:
     gradients are shared out in fp32. Then the nodes exchange their sums, in fp32 and both ways.
     """
     near = min(gpus, GPUS_A_NODE)
-    weights = 2 if gather != "none" else (2 + 2) * micro_batches
-    reductions = 1 if gather == "both" else micro_batches
+    weights = 2 if gather == "on" else (2 + 2) * micro_batches
+    reductions = 1 if gather == "on" else micro_batches
     between_nodes = 8 * reductions if gpus > near else 0
     return trained * ((weights + 4 * reductions) * (near - 1) + between_nodes) / near

@@ -1,13 +1,14 @@
-"""The published recipes, and every flag of train.py. It imports no torch, so that `--help` and a mistake answer at once."""
+"""The published recipes and every flag of train.py.
+
+It imports no torch, so that `--help` and a mistake are answered at once.
+"""
 import argparse
-import dataclasses
-import sys
-from dataclasses import dataclass
+from argparse import Namespace
 from pathlib import Path
 
-from lib.common import Parser, dtype_name
+from lib.common import Parser, at_least, between, dtype_name
 
-# What differs between stages or recipes; what all share is a default in train.py. `data.py check` reads rows, too.
+# What differs between stages or recipes; what all share is a default in `parse`. `data.py check` reads these, too.
 # llava-phi: its scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of its paper (arXiv 2401.02330).
 LLAVA_PHI = {
     "pretrain": {
@@ -48,7 +49,7 @@ LLAVA_PHI = {
     },
     "sft": {
         "template": "v0",
-        "image_mode": "crop",               # of no account: its data has no pictures
+        "image_mode": "crop",               # unused: sft data has no images
         "global_batch": 128,
         "epochs": 2.0,
         "train": "llm",
@@ -85,133 +86,117 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-
-def flag(default, help: str, *choices: str, least: float = 0, most: float = sys.float_info.max):
-    """A field of TrainConfig with what its command-line flag needs. Numbers must lie between `least` and `most`."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most))
+INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu_memory")
 
 
-def by_stage(help: str, *choices: str, least: float = 0, most: float = sys.float_info.max):
-    """A field whose default is in RECIPES: it depends on --stage and --recipe."""
-    return flag(dataclasses.MISSING, help, *choices, least=least, most=most)
+def parse(argv: list[str] | None) -> Namespace:
+    """A run's settings. ValueError: a flag that is wrong by itself or contradicts another."""
+    # The defaults depend on these two, so they are read first.
+    row = Parser(add_help=False, prog="train.py")
+    row.add_argument("--stage", choices=tuple(LLAVA_PHI), default="pretrain",
+                     help="pretrain: the projector; finetune: everything; sft: the language model alone, before both")
+    row.add_argument("--recipe", choices=tuple(RECIPES), default="llava-phi",
+                     help="whose published defaults: llava-phi's (CLIP) or mipha's (SigLIP)")
+    chosen = row.parse_known_args(argv)[0]
+    if chosen.stage not in RECIPES[chosen.recipe]:
+        raise ValueError(f"--recipe {chosen.recipe} has no --stage {chosen.stage}: start from Phi-2 as it is published")
+
+    parser = Parser(prog="train.py", description="Train LLaVA-Phi: every stage of the published recipes.",
+                    epilog=f"The defaults shown are those of --stage {chosen.stage} --recipe {chosen.recipe}.",
+                    parents=[row])
+    add_flags(parser)
+    parser.set_defaults(**RECIPES[chosen.recipe][chosen.stage])
+    cfg = parser.parse_args(argv)
+    check_together(cfg)
+    return cfg
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    stage: str = flag("pretrain", "pretrain: the projector; finetune: all; sft: the language model alone, before both",
-                      "pretrain", "finetune", "sft")
-    recipe: str = flag("llava-phi", "whose defaults: llava-phi's (CLIP) or mipha's (SigLIP)", *RECIPES)
-    model: str = by_stage("folder to start from; empty: --llm and --vision with a new projector")
-    llm: str = by_stage("Phi-2 folder (pretrain, sft)")
-    vision: str = by_stage("CLIP or SigLIP folder (pretrain)")
-    data: str = by_stage("LLaVA json or jsonl")
-    images: str = by_stage("folder that image paths in the data start from")
-    follow_links: bool = flag(False, "let links in that folder lead out of it")
-    val_data: str = flag("", "a second json, whose loss is measured before, during (--val-every) and after training")
-    out: str = by_stage("folder for metrics, checkpoints and the final model")
-    # what is learned, and from what
-    train: str = by_stage("comma-separated parts that learn: projector, llm, vision")
-    freeze: str = flag("", "comma-separated parts taken out of --train again")
-    lora_r: int = flag(0, "rank of low-rank adapters in the language model, which is then frozen itself; 0: none")
-    lora_alpha: float = flag(16.0, "adapters are scaled by lora_alpha / lora_r, and merged when the model is saved")
-    lora_on: str = flag("both", "which linear layers of each block get adapters", "both", "attn", "mlp")
-    base_bits: int = flag(16, "4: the language model under the adapters is held in 4 bits, for one small GPU (QLoRA)")
-    template: str = by_stage("prompt: plain (image, caption, newline) or v0 (chat)", "plain", "v0")
-    image_mode: str = by_stage("pictures: crop the centre, pad to a square, or squash into one",
-                               "crop", "pad", "squash")
-    max_length: int = flag(2048, "positions per sample, image expanded; longer ones are cut on the right", least=1)
-    group: str = by_stage("order within an epoch: none (random) or modality_length (as LLaVA groups its batches)",
-                          "none", "modality_length")
-    on_bad_sample: str = flag("stop", "stop, or skip: count it, list it in out/bad_samples.jsonl, give up above 0.1 %%",
-                              "stop", "skip")
-    seed: int = flag(42, "data order, dropout and a new projector", most=2 ** 63 - 1)
-    # how long, how fast
-    global_batch: int = by_stage("samples per optimizer step, over all processes", least=1)
-    epochs: float = by_stage("passes over the data")
-    max_steps: int = flag(0, "stop after so many steps; 0: what the epochs give")
-    lr: float = by_stage("peak learning rate")
-    projector_lr: float = flag(0.0, "the projector's own peak learning rate; 0: as --lr")
-    vision_lr: float = flag(0.0, "the tower's own peak learning rate; 0: as --lr")
-    warmup: float = flag(0.03, "share of the steps over which the rate rises from 0", most=1)
-    schedule: str = by_stage("how it falls to 0 afterwards", "cosine", "linear")
-    beta1: float = flag(0.9, "AdamW", most=0.9999)
-    beta2: float = by_stage("AdamW", most=0.9999999)
-    eps: float = by_stage("AdamW", least=1e-30)
-    weight_decay: float = flag(0.0, "AdamW; biases and LayerNorms are never decayed")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
-    dropout: float = flag(-1.0, "residual dropout of the language model; -1: as its config.json says",
-                          least=-1, most=0.99)
-    # the machine
-    dtype: str = flag("bf16", "arithmetic, fp32 or bf16; master weights and sums are always fp32")
-    micro_tokens: int = flag(16384, "tokens per forward on one process: as many as its memory holds", least=1)
-    recompute: str = flag("auto", "in the backward pass: none (fastest), selective (half the memory, 3 %% more work), "
-                                  "full (least memory, 22 %% more); auto: the first that fits",
-                          "auto", "none", "selective", "full")
-    gather: str = flag("auto", "what several processes exchange only once a step (less traffic, more memory): none, "
-                               "weights, or both weights and gradients; auto: as much as fits",
-                       "auto", "none", "weights", "both")
-    compile: bool = flag(False, "compile each block: one graph for all lengths; it starts a minute later")
-    workers: int = flag(4, "data processes per training process")
-    # what is written, and when
-    log_every: int = flag(1, "steps between lines on the screen; metrics.jsonl has every step", least=1)
-    val_every: int = flag(0, "steps between validations; 0: before and after only")
-    save_every: int = flag(0, "steps between checkpoints; 0: only when interrupted")
-    keep: int = flag(2, "checkpoints kept", least=1)
-    stop_after: int = flag(0, "save and leave after this step, as if interrupted; 0: no")
-    resume: str = flag("auto", "auto: go on from the newest checkpoint in --out; never; or a checkpoint folder")
+def add_flags(parser: Parser) -> None:
+    """Every other flag. One without a default here has a row's in RECIPES."""
+    on_or_off = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("folders").add_argument
+    add("--model", help="model folder to start from; empty: --llm and --vision with a new projector")
+    add("--llm", help="Phi-2 folder (pretrain, sft)")
+    add("--vision", help="CLIP or SigLIP folder (pretrain)")
+    add("--data", help="LLaVA json or jsonl")
+    add("--images", help="folder that image paths in the data start from")
+    add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
+    add("--val-data", default="", help="a second json, whose loss is measured before, during (--val-every) and after")
+    add("--out", help="folder for metrics, checkpoints and the final model; shared by all nodes")
+
+    add = parser.add_argument_group("what learns, and from what").add_argument
+    add("--train", help="comma-separated parts that learn: projector, llm, vision")
+    add("--freeze", default="", help="comma-separated parts taken out of --train again")
+    add("--lora-r", type=at_least(0), default=0, help="rank of LoRA adapters in the language model, which is then "
+        "frozen itself; 0: none")
+    add("--lora-alpha", type=at_least(0.0), default=16.0, help="adapters are scaled by lora_alpha / lora_r, and merged "
+        "when the model is saved")
+    add("--lora-on", choices=("both", "attn", "mlp"), default="both", help="linear layers that get adapters")
+    add("--base-bits", type=int, choices=(4, 16), default=16, help="4: QLoRA, the language model under the adapters is "
+        "held in 4 bits")
+    add("--template", choices=("plain", "v0"), help="prompt: plain (image, caption, newline) or v0 (chat)")
+    add("--image-mode", choices=("crop", "pad", "squash"), help="how a picture is made square")
+    add("--max-length", type=at_least(1), default=2048, help="positions per sample, image expanded; longer samples are "
+        "cut on the right")
+    add("--group", choices=("none", "modality_length"), help="order within an epoch: random, or by modality and length "
+        "as LLaVA groups its batches")
+    add("--on-bad-sample", choices=("stop", "skip"), default="stop", help="skip: count it, list it in "
+        "out/bad_samples.jsonl, give up above 0.1 %%")
+    add("--seed", type=between(0, 2 ** 63 - 1), default=42, help="data order, dropout and the new projector")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--global-batch", type=at_least(1), help="samples per optimizer step, over all processes")
+    add("--epochs", type=at_least(0.0), help="passes over the data")
+    add("--max-steps", type=at_least(0), default=0, help="upper limit of optimizer steps; 0: as the epochs give")
+    add("--lr", type=at_least(0.0), help="peak learning rate")
+    add("--projector-lr", type=at_least(0.0), default=0.0, help="the projector's own peak rate; 0: as --lr")
+    add("--vision-lr", type=at_least(0.0), default=0.0, help="the vision tower's own peak rate; 0: as --lr")
+    add("--warmup", type=between(0.0, 1.0), default=0.03, help="share of the steps in which the rate rises from 0")
+    add("--schedule", choices=("cosine", "linear"), help="how the rate then decays to 0")
+    add("--beta1", type=between(0.0, 0.9999), default=0.9, help="AdamW")
+    add("--beta2", type=between(0.0, 0.9999999), help="AdamW")
+    add("--eps", type=at_least(1e-30), help="AdamW")
+    add("--weight-decay", type=at_least(0.0), default=0.0, help="AdamW; never applied to biases and LayerNorms")
+    add("--grad-clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: no clipping")
+    add("--dropout", type=between(-1.0, 0.99), default=-1.0, help="residual dropout of the language model; -1: as its "
+        "config.json says")
+
+    add = parser.add_argument_group("the machine").add_argument
+    add("--dtype", type=dtype_name, default="bf16", metavar="{fp32,bf16}", help="compute dtype; master weights and "
+        "reductions are always fp32")
+    add("--micro-tokens", type=at_least(1), default=16384, help="tokens per forward pass on one process: as many as "
+        "fit into its memory")
+    add("--recompute", choices=("auto", "none", "selective", "full"), default="auto", help="activation checkpointing: "
+        "none, selective (half the memory, 3 %% more compute) or full (least memory, 22 %% more); auto: the first "
+        "that fits")
+    # "on" saves both halves of FSDP's traffic in every micro-batch but the last: 4 bytes a weight for gathering it in
+    # bf16 twice, 4 for reducing its gradient in fp32. Saving one half only would fit into a little less memory, and be
+    # one more mode to test.
+    add("--gather", choices=("auto", "on", "off"), default="auto", help="FSDP, between the micro-batches of a step: on "
+        "keeps weights gathered and gradients unsynchronized (less traffic, more memory), off reshards each time")
+    add("--compile", action=on_or_off, default=False, help="compile each block with torch.compile, one graph for all "
+        "lengths; the start takes a minute longer")
+    add("--workers", type=at_least(0), default=4, help="data loading processes per training process")
+
+    add = parser.add_argument_group("what is written, and when").add_argument
+    add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
+    add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
+    add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: only when interrupted")
+    add("--keep", type=at_least(1), default=2, help="checkpoints kept")
+    add("--stop-after", type=at_least(0), default=0, help="save and leave after this step, as if interrupted; 0: no")
+    add("--resume", default="auto", help="auto: from the newest checkpoint in --out; never; or a checkpoint folder")
+
+    add = parser.add_argument_group("instead of training").add_argument
+    add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the loss curves of these runs into loss.html")
+    add("--plan", action=on_or_off, default=False, help="print what fits into memory, from shapes alone")
+    add("--gpus", type=at_least(1), default=8, help="for --plan")
+    add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
+    add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB of each")
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[TrainConfig, dict]:
-    """-> the settings of a run, and what is asked for instead of training (plot, plan). ValueError: a bad flag."""
-    # The defaults depend on stage and recipe, so these two flags are looked for first.
-    row_parser = Parser(add_help=False)
-    row_parser.add_argument("--stage", default="pretrain")
-    row_parser.add_argument("--recipe", default="llava-phi")
-    row = row_parser.parse_known_args(argv)[0]
-    defaults = RECIPES.get(row.recipe, {}).get(row.stage)
-    if defaults is None and row.recipe == "mipha" and row.stage == "sft":
-        raise ValueError("--recipe mipha has no --stage sft: start from Phi-2 as it is published")
-
-    parser = Parser(description=__doc__, epilog=f"Defaults in brackets are those of --stage {row.stage}; where a "
-                    f"recipe is named, those that {row.recipe} was published with (lib/recipes.py says where).")
-    defaults = defaults or LLAVA_PHI["pretrain"]        # a name that is not known is refused below, with the choices
-    for f in dataclasses.fields(TrainConfig):
-        kind = {"type": f.type, "choices": f.metadata["choices"] or None}
-        if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        if f.name == "dtype":
-            kind = {"type": dtype_name}
-        default = defaults.get(f.name, f.default)
-        source = row.recipe if f.name in defaults else "default"
-        shown = "" if default == "" else f" ({source}: %(default)r)"
-        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"] + shown, **kind)
-    parser.add_argument("--plot", nargs="+", type=Path, metavar="OUT",
-                        help="no training: draw these runs' curves into loss.html")
-    parser.add_argument("--plan", action=argparse.BooleanOptionalAction, default=False,
-                        help="no training, no weights: print memory, speed and traffic to expect")
-    parser.add_argument("--gpus", type=int, default=8, help="for --plan")
-    parser.add_argument("--gpu-memory", type=float, default=80, help="for --plan, GB each")
-    args = vars(parser.parse_args(argv))
-
-    action = {name: args.pop(name) for name in ("plot", "plan", "gpus", "gpu_memory")}
-    cfg = TrainConfig(**args)
-    check_flags(cfg)
-    for name in ("gpus", "gpu_memory"):
-        check_range(name, action[name], 1, sys.float_info.max)
-    return cfg, action
-
-
-def check_range(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:              # also refuses NaN, with which no comparison is true
-        limit = f", {most} at most" if most < sys.float_info.max else ""
-        raise ValueError(f"--{name.replace('_', '-')} {value}: expected {least} or more{limit}")
-
-
-def check_flags(cfg: TrainConfig) -> None:
-    """ValueError for values out of range and for flags that contradict each other."""
-    for f in dataclasses.fields(TrainConfig):
-        if f.type in (int, float):
-            check_range(f.name, getattr(cfg, f.name), f.metadata["least"], f.metadata["most"])
+def check_together(cfg: Namespace) -> None:
+    """ValueError for flags that contradict each other."""
     for name in ("llm", "vision"):
         # A model brings its own parts. A flag that would change nothing is an error, not a default to be ignored.
         if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
@@ -219,8 +204,6 @@ def check_flags(cfg: TrainConfig) -> None:
                              "new model is made from --llm and --vision")
     if cfg.compile and cfg.recompute == "selective":
         raise ValueError("--compile does what --recompute selective does by itself; give --recompute none or full")
-    if cfg.base_bits not in (4, 16):
-        raise ValueError(f"--base-bits {cfg.base_bits}: expected 4 or 16")
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):
         raise ValueError("--base-bits 4 needs --lora-r (64, say) and --lora-on both: weights in 4 bits cannot learn, "
                          "only adapters on them can")
@@ -228,3 +211,13 @@ def check_flags(cfg: TrainConfig) -> None:
         raise ValueError("--base-bits 4 works without --compile only")
     if cfg.stage == "sft" and (cfg.model or cfg.vision):
         raise ValueError("--stage sft trains a language model alone: give --llm, and neither --model nor --vision")
+
+
+def settings(cfg: Namespace) -> dict:
+    """What a run is and a checkpoint remembers: every flag but those that ask for something instead of training."""
+    return {name: value for name, value in vars(cfg).items() if name not in INSTEAD_OF_TRAINING}
+
+
+def replace(cfg: Namespace, **changes) -> Namespace:
+    """A copy of the settings with some of them changed."""
+    return Namespace(**vars(cfg) | changes)

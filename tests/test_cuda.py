@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -38,6 +39,7 @@ from lib import plan
 import train
 from data import IGNORE, Sample, Step, collate
 from lib.quant import quantize_linears
+from lib.recipes import parse
 from load_weights import load_model
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
 from vision import VisionConfig
@@ -242,9 +244,9 @@ def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 # Training
 
 
-def settings(*flags: str) -> train.TrainConfig:
+def settings(*flags: str) -> Namespace:
     # The bias of the keys has no gradient but rounding, which AdamW would blow up to full steps with its usual eps.
-    return train.parse_args(["--stage", "finetune", "--lr", "1e-3", "--eps", "1e-3", "--no-compile", *flags])[0]
+    return parse(["--stage", "finetune", "--lr", "1e-3", "--eps", "1e-3", "--no-compile", *flags])
 
 
 def pinned(batch, device: torch.device):
@@ -263,12 +265,12 @@ def apply_fsdp(model: LLaVAPhi, mesh, dtype: torch.dtype, gather: str) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     for unit in [*model.llm.h, model.vision]:
-        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "none")
+        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "off")
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     model.gather = gather
 
 
-def prepared(wide: LLaVAPhi, cfg: train.TrainConfig, mesh, device: torch.device, batches: list | None = None,
+def prepared(wide: LLaVAPhi, cfg: Namespace, mesh, device: torch.device, batches: list | None = None,
              gather: str = "") -> tuple:
     """A copy of the model on the device, ready for training, and train.py's step on it, ready to be taken."""
     model = copy.deepcopy(wide).requires_grad_().to(device).train()
@@ -291,7 +293,7 @@ def whole(p: Tensor) -> Tensor:
 # The gradients of both micro-batches are clipped together, as the step's are.
 
 
-def plain_step(wide: LLaVAPhi, cfg: train.TrainConfig, device: torch.device) -> tuple[float, list[Tensor]]:
+def plain_step(wide: LLaVAPhi, cfg: Namespace, device: torch.device) -> tuple[float, list[Tensor]]:
     """The same step without any of train.py: masters in fp32, a copy in the compute dtype, gradients summed in fp32."""
     masters = [p.detach().clone().to(device) for p in wide.parameters()]
     model = copy.deepcopy(wide).requires_grad_().to(device, train.torch_dtype(cfg.dtype)).train()
@@ -311,7 +313,7 @@ def plain_step(wide: LLaVAPhi, cfg: train.TrainConfig, device: torch.device) -> 
     return total, masters
 
 
-@pytest.mark.parametrize("gather", ["", "none", "weights", "both"])
+@pytest.mark.parametrize("gather", ["", "off", "on"])
 def test_a_step_equals_plain_adamw(wide, device, dtype, group, gather):
     """With masters, as one process trains; and with FSDP over NCCL (gloo on a CPU), as several do, with any --gather.
 

@@ -17,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 import model as model_file
 import train
 from data import IGNORE, Sample, Step, collate
+from lib.recipes import parse
 from load_weights import load_model
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, Phi, PhiConfig, attend, init_weights
 from vision import VisionConfig
@@ -286,7 +287,7 @@ def one_step(model: LLaVAPhi) -> tuple[float, float, list[Tensor]]:
     model = copy.deepcopy(model).train()
     batches = [collate(samples()[:3], 28), collate(samples()[3:], 28)]
     # The bias of the keys has no gradient but rounding, which AdamW would blow up to full steps with its usual eps.
-    cfg = train.parse_args(["--stage", "finetune", "--dtype", "float32", "--lr", "1e-3", "--eps", "1e-3"])[0]
+    cfg = parse(["--stage", "finetune", "--dtype", "float32", "--lr", "1e-3", "--eps", "1e-3"])
     mesh, device = train.setup()
     try:
         train.shard(model, mesh, torch.float32)

@@ -313,7 +313,7 @@ class Trainer:
     def __init__(self, bench: Bench, stage: str, mesh):
         self.bench, self.stage, self.mesh = bench, stage, mesh
         flags = ["--stage", stage, "--recompute", "none", "--no-compile", "--dtype", "fp32" if bench.dry else "bf16"]
-        self.cfg = train.parse_args(flags)[0]
+        self.cfg = train.parse(flags)
         self.model = self.optimizer = None
         self.compiled = False
 

@@ -11,9 +11,9 @@ a step, so the gradients that the first one would have left are added to its cou
 What this cannot see, and the plan's "workspace" stands for: libraries' buffers and the allocator's fragments.
 """
 import argparse
-import dataclasses
 import sys
 import weakref
+from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from lib import plan
 import train
+from lib.recipes import parse, replace
 from model import Layout, LLaVAConfig
 
 LENGTH = {"pretrain": 597, "finetune": 848}     # positions of a sample, as in plan.PUBLISHED
@@ -77,7 +78,7 @@ def make_batch(config: LLaVAConfig, samples: int, length: int, supervised: int) 
     return ids, torch.full((samples,), length), images, slots, rows, torch.zeros_like(rows)
 
 
-def measure(cfg: train.TrainConfig, config: LLaVAConfig, gpus: int, samples: int, length: int,
+def measure(cfg: Namespace, config: LLaVAConfig, gpus: int, samples: int, length: int,
             supervised: int) -> tuple[float, dict]:
     """-> bytes at the peak of the second step on one of `gpus` processes, and what they are."""
     train.dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
@@ -117,13 +118,13 @@ def measure(cfg: train.TrainConfig, config: LLaVAConfig, gpus: int, samples: int
             return tracker.peak, {}
         kinds = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
         trained = plan.count(p for p in model.parameters() if p.requires_grad)
-        left = 4 * trained if cfg.gather == "both" else 4 * trained / gpus
+        left = 4 * trained if cfg.gather == "on" else 4 * trained / gpus
         return kinds["Total"] + left, kinds
     finally:
         train.dist.destroy_process_group()
 
 
-def planned(cfg: train.TrainConfig, config: LLaVAConfig, gpus: int, tokens: int) -> float:
+def planned(cfg: Namespace, config: LLaVAConfig, gpus: int, tokens: int) -> float:
     """The plan's bytes without its allowance for what trackers cannot see."""
     always, per_token = plan.memory_plan(cfg, train.skeleton(cfg, config), gpus, cfg.gather)
     return sum(always.values()) - always["workspace"] + tokens * per_token[cfg.recompute]
@@ -134,15 +135,15 @@ def main() -> None:
     parser.add_argument("--stage", choices=tuple(LENGTH))
     parser.add_argument("--gpus", type=int)
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
-    parser.add_argument("--gather", choices=("none", "weights", "both"), default="none")
+    parser.add_argument("--gather", choices=("on", "off"), default="off")
     parser.add_argument("--samples", type=int, default=16, help="of a micro-batch")
     args = parser.parse_args()
     config = LLaVAConfig()
     for stage in [args.stage] if args.stage else LENGTH:
         for gpus in [args.gpus] if args.gpus else (1, 8):
-            cfg, _ = train.parse_args(["--stage", stage])
+            cfg = parse(["--stage", stage])
             tokens = args.samples * LENGTH[stage]
-            cfg = dataclasses.replace(cfg, recompute=args.recompute, gather=args.gather, micro_tokens=tokens)
+            cfg = replace(cfg, recompute=args.recompute, gather=args.gather, micro_tokens=tokens)
             total, kinds = measure(cfg, config, gpus, args.samples, LENGTH[stage], SUPERVISED)
             plan = planned(cfg, config, gpus, tokens)
             print(f"{stage} on {gpus}, {tokens:,} tokens, recompute {args.recompute}, gather {args.gather}: tracked "

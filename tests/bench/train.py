@@ -29,6 +29,7 @@ from generate import TINY, make_ours, make_theirs, report, take_turns
 
 import train
 from data import IMAGE_ID, Sample, collate
+from lib.recipes import parse
 from vision import normalize
 
 P = TINY.vision.n_patches
@@ -50,7 +51,7 @@ def samples_of(lengths: list[int]) -> list[Sample]:
 
 def our_step(samples: list[Sample]) -> Callable[[], float]:
     """-> a function that takes one step of train.py and gives its loss."""
-    cfg = train.parse_args(["--stage", "finetune", "--dtype", "float32", "--lr", "1e-5"])[0]
+    cfg = parse(["--stage", "finetune", "--dtype", "float32", "--lr", "1e-5"])
     mesh, device = train.setup()
     model = make_ours(TINY).requires_grad_(True).train()
     train.shard(model, mesh, torch.float32)
