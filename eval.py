@@ -37,8 +37,8 @@ from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
 from benchmarks.files import first_existing, read_answers, short_sha256, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
-from lib.common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, faster_dtype, find_model, hold_folder,
-                        read_json, read_jsonl, run_command, torch_dtype, use_device, visible, write_whole)
+from lib.common import (LOCK, USUAL_MODELS, Parser, choose_device, choose_dtype, dtype_name, find_model, hold_folder,
+                        read_json, read_jsonl, run_command, torch_dtype, torchrun_env, use_device, visible, write_whole)
 
 # torch and the model are imported inside the functions that generate, so that scoring needs neither.
 
@@ -540,7 +540,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="model: as it was trained; paper: as the published scores were made, which is pad except for "
              + ", ".join(special))
     add("--bits", type=int, choices=(4, 8, 16), default=16, help="of a weight; 16: as --dtype says")
-    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU, fp32 on a CPU")
+    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU that has it, fp32 on a CPU")
     add("--device", help="cpu or cuda; none: cuda where there is one")
     add("--batch", type=int, default=16, help="questions answered at a time")
     add("--exact", action=on_or_off, default=False,
@@ -614,34 +614,23 @@ def join_processes() -> Processes:
     return Processes(rank, world, dist.barrier)
 
 
-def own_gpu(asked: str | None) -> str | None:
-    """--device, where it is "cuda" or nothing on a machine with GPUs: the GPU of this process, now the current one."""
+def choose_arithmetic(args: Namespace) -> None:
+    """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers."""
     import torch
-    if asked not in (None, "cuda") or not torch.cuda.is_available():
-        use_device(asked or "cpu")
-        return asked
-    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if n_processes > torch.cuda.device_count():
-        raise ValueError(f"{n_processes} processes on a machine with {torch.cuda.device_count()} GPUs: give "
-                         "torchrun one for each (--nproc_per_node)")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    use_device(device)
-    return device
-
-
-def choose_arithmetic(args: Namespace) -> str:
-    """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers.
-
-    -> what to say before the first question, if bf16 would be faster there; else "".
-    """
-    args.device = choose_device(own_gpu(args.device))
-    asked = args.dtype
-    args.dtype = asked or ("bf16" if args.device.startswith("cuda") else "fp32")
-    if asked or args.device != "cpu" or args.bits < 16:     # quantised products take about the same time in both
-        return ""
-    from lib.quant import pack_linears
-    hint = faster_dtype(args.dtype, pack_linears)
-    return hint and f"{hint}, but the batch size could then change an answer"
+    here = torchrun_env()
+    if args.device in (None, "cuda") and here.local_rank < torch.cuda.device_count():
+        use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another one
+    args.device = choose_device(args.device)
+    if args.device == "cuda":
+        if here.local_world > torch.cuda.device_count():
+            raise ValueError(f"{here.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+                             "torchrun one for each (--nproc_per_node)")
+        args.device = f"cuda:{here.local_rank}"
+    use_device(args.device)
+    if args.device.startswith("cuda"):
+        args.dtype = choose_dtype(args.dtype, args.device)
+    else:
+        args.dtype = args.dtype or "fp32"
 
 
 def generate_and_score(args: Namespace) -> None:
@@ -651,7 +640,7 @@ def generate_and_score(args: Namespace) -> None:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
     from lib.folders import load_config
-    hint = choose_arithmetic(args)
+    choose_arithmetic(args)
     config = load_config(folder)
     fingerprint = model_fingerprint(folder)
     processes = join_processes()
@@ -670,8 +659,6 @@ def generate_and_score(args: Namespace) -> None:
             todo = set(asked) - answers_so_far(out, data.examples).keys()
             if todo and not loaded:                         # one model for all tasks, and none if all is answered
                 loaded = load(folder, args)
-                if hint and processes.rank == 0:
-                    print(hint, file=sys.stderr)
             if todo:
                 generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
             processes.barrier()

@@ -271,43 +271,38 @@ def test_a_picture_that_is_in_no_list_and_no_picture_at_all(model, tok):
 # Which arithmetic
 
 
-@pytest.mark.parametrize("bf16_takes, bits, expected", [
-    (0.5, 16, ("bf16", "cpu, bf16: 2.0 times fp32 here")),
-    (4.0, 16, ("fp32", "cpu, fp32: 4.0 times bf16 here")),
-    (0.5, 4, ("bf16", "cpu, bf16: 2.0 times fp32 here")),
-    (0.5, 8, ("fp32", "cpu in fp32")),                      # its products are in int8 anyway
+@pytest.mark.parametrize("has_bf16, free, bits, expected", [
+    (True, 16e9, 16, ("bf16", "cpu in bf16")),
+    (False, 16e9, 16, ("fp32", "cpu in fp32")),
+    (False, 8e9, 16, ("bf16", "cpu in bf16, since fp32 does not fit into memory")),
+    (True, 16e9, 4, ("bf16", "cpu in bf16")),
+    (True, 16e9, 8, ("fp32", "cpu in fp32")),               # its products are in int8 anyway
 ])
-def test_the_faster_dtype_is_measured(monkeypatch, bf16_takes, bits, expected):
-    monkeypatch.setattr(sample, "time_dtypes", lambda prepare: {"fp32": 1.0, "bf16": bf16_takes})
-    monkeypatch.setattr(sample, "free_memory", lambda: 16e9)
-    assert sample.choose_dtype(None, LLaVAConfig(), "cpu", bits) == expected
-    assert sample.choose_dtype("fp32", LLaVAConfig(), "cpu", bits) == ("fp32", "cpu in fp32")
-    assert sample.choose_dtype(None, LLaVAConfig(), "cuda", bits)[0] == "bf16"
+def test_the_dtype_of_the_published_model_on_a_cpu(monkeypatch, has_bf16, free, bits, expected):
+    monkeypatch.setattr(common, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(sample, "free_memory", lambda: free)
+    assert sample.dtype_for(LLaVAConfig(), None, "cpu", bits) == expected
+    assert sample.dtype_for(LLaVAConfig(), "fp32", "cpu", bits) == ("fp32", "cpu in fp32")
 
 
-def test_memory_and_size_come_before_speed(monkeypatch):
-    """What does not fit is no candidate; a small model is fast anyway, and says the same on every machine in fp32."""
-    monkeypatch.setattr(sample, "time_dtypes", lambda prepare: {"fp32": 1.0, "bf16": 4.0})
-    monkeypatch.setattr(sample, "free_memory", lambda: 8e9)
-    assert sample.choose_dtype(None, LLaVAConfig(), "cpu", 16)[0] == "bf16"
-    monkeypatch.setattr(sample, "time_dtypes", lambda prepare: pytest.fail("measured for a small model"))
-    assert sample.choose_dtype(None, load_config(MODEL), "cpu", 16) == ("fp32", "cpu in fp32")
+def test_a_gpu_that_only_emulates_bf16_answers_in_fp32(monkeypatch):
+    for emulates, dtype in ((True, "fp32"), (False, "bf16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulates)
+        assert sample.dtype_for(LLaVAConfig(), None, "cuda", 16) == (dtype, f"cuda in {dtype}")
 
 
-def test_both_dtypes_are_measured(monkeypatch):
-    threads = torch.get_num_threads()
-    seconds = common.time_dtypes()
-    assert seconds.keys() == {"fp32", "bf16"} and min(seconds.values()) > 0 and torch.get_num_threads() == threads
-    monkeypatch.setattr(common, "time_dtypes", lambda prepare: {"fp32": 3.0, "bf16": 1.0})
-    assert common.faster_dtype("bf16") == ""
-    assert common.faster_dtype("fp32") == "cpu, fp32: --dtype bf16 would be 3.0 times as fast here"
+def test_a_small_model_says_the_same_on_every_machine(monkeypatch):
+    monkeypatch.setattr(common, "has_bf16", lambda device: True)
+    assert sample.dtype_for(load_config(MODEL), None, "cpu", 16) == ("fp32", "cpu in fp32")
 
 
 def test_less_than_the_processor_has_is_enough():
     """oneDNN kept from AVX-512: bf16 cannot be packed then, and sums of its int8 products are cut off without a word."""
     code = """if True:
-        import torch, lib.common as common, lib.quant as quant
-        assert common.time_dtypes(quant.pack_linears).keys() == {"fp32", "bf16"}
+        import torch, lib.quant as quant
+        model = torch.nn.Sequential(torch.nn.Linear(512, 512, dtype=torch.bfloat16))
+        quant.pack_linears(model)
+        assert model(torch.ones(32, 512, dtype=torch.bfloat16)).isfinite().all()
         torch.manual_seed(0)
         base = torch.nn.Linear(512, 512)
         layer = quant.Int8Linear(base)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import PhiConfig as TheirPhiConfig
 
-from lib.common import time_dtypes
+from lib.common import choose_dtype
 from lib.quant import pack_linears, quantize_linears
 from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig, normalize
@@ -139,8 +139,7 @@ def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
     quantize_linears(models["ours int8"], 8)
     if all(width % 32 == 0 for width in (config.llm.n_embd, config.llm.n_inner)):
         # The same arithmetic around the packed products as sample.py chooses on this machine.
-        seconds = time_dtypes(pack_linears)
-        base = models[f"ours {min(seconds, key=seconds.get)}"]
+        base = models[f"ours {choose_dtype(None, 'cpu')}"]
         models["ours 4 bits"] = deepcopy(base)
         quantize_linears(models["ours 4 bits"], 4)
     for name, model in models.items():
