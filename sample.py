@@ -18,7 +18,7 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 
 from lib.common import (USUAL_MODELS, Parser, choose_device, choose_dtype, dtype_name, find_model, run_command,
-                        torch_dtype, without_control)
+                        torch_dtype, use_device, without_control)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -319,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile and not torch.cuda.is_available():
         raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
     device = choose_device(args.device)
+    use_device(device)
     config = load_config(folder)
     tok = load_tokenizer(folder)
     dtype, where = dtype_for(config, args.dtype, device, args.bits)

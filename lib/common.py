@@ -302,6 +302,18 @@ def choose_device(asked: str | None) -> str:
     return device
 
 
+def use_device(device) -> None:
+    """Make a GPU the current one of this thread: streams, events, graphs and memory statistics are the current GPU's.
+
+    Every thread has its own and starts on cuda:0, so a thread that works on another one calls this first. The CPU, and
+    "cuda" without a number, which means the current one, need nothing.
+    """
+    import torch
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def missing_kernels(card: int) -> str:
     """Why this build of torch cannot compute on a CUDA card that it sees; "" if it can.
 

@@ -165,6 +165,24 @@ def test_a_reader_that_leaves_early_is_no_error():
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert len(done.stdout) == 1 and "rror" not in done.stderr
 
+class Loading(Exception):
+    pass
+
+
+def test_the_gpu_that_was_asked_for_is_the_current_one_before_the_model_loads(monkeypatch):
+    """Events and memory statistics are the current GPU's: without this, --device cuda:1 would answer with stale ids."""
+    current = []
+
+    def load(*args, **options):
+        raise Loading
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(sample, "choose_device", lambda asked: asked)
+    monkeypatch.setattr(sample, "load_model", load)
+    with pytest.raises(Loading):
+        sample.main(["--model", str(MODEL), "--prompt", "Who?", "--device", "cuda:1"])
+    assert current == ["cuda:1"]
+
 # ---------------------------------------------------------------------------------------------------
 # A chat
 

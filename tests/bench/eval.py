@@ -125,8 +125,8 @@ def bench_scoring(n: int = 100_000) -> None:
     humans = [[f"the answer {(i + j % 3) % 30_000}" for j in range(10)] for i in range(n)]
     examples = [Example(i, None, "", answers) for i, answers in enumerate(humans)]
     start = time.perf_counter()
-    marks = [textvqa.grade(example, f"Answer {example.question_id % 30_000}.") for example in examples]
-    score = accuracy(examples, marks)
+    grades = [textvqa.grade_answer(example, f"Answer {example.question_id % 30_000}.") for example in examples]
+    score = accuracy(examples, grades)
     print(f"scoring {n:,} TextVQA answers: {time.perf_counter() - start:.1f} s ({score.value:.1f} {score.interval})")
 
 
