@@ -34,11 +34,11 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
-from benchmarks.files import checksum, first_existing, read_answers, to_json, to_jsonl
+from benchmarks.files import first_existing, read_answers, short_sha256, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import BLANK, Example, Mark, Score, Task, mean, paired_test, published_columns
-from lib.common import (LOCK, USUAL_MODELS, Parser, choose_device, dtype_name, faster_dtype, find_model, hold_folder,
-                        read_json, read_jsonl, run_command, torch_dtype, visible, write_whole)
+from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
+from lib.common import (LOCK, USUAL_MODELS, Parser, choose_device, choose_dtype, dtype_name, find_model, hold_folder,
+                        read_json, read_jsonl, run_command, torch_dtype, torchrun_env, use_device, visible, write_whole)
 
 # torch and the model are imported inside the functions that generate, so that scoring needs neither.
 
@@ -117,7 +117,7 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
         path = data.folder / name
         if not path.is_file():
             continue
-        checksums[name] = checksum(path.read_bytes())
+        checksums[name] = short_sha256(path.read_bytes())
         if official not in ("", checksums[name]):
             notes.append(f"{path} is another version: sha256 {checksums[name]}, the official file {official}")
     expected = data.task.splits[data.split]
@@ -128,7 +128,7 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
     return checksums, notes
 
 
-def check_data(names: list[str], args: Namespace) -> None:
+def check_benchmarks(names: list[str], args: Namespace) -> None:
     """Print what is there and what is not. Raises ValueError when something is missing or not official."""
     bad = 0
     for name in names:
@@ -161,10 +161,8 @@ class LoadedModel(NamedTuple):
 def load(folder: Path, args: Namespace) -> LoadedModel:
     """The imports are here because torch takes seconds, and most of this program's work needs none."""
     from data import eot_id, load_tokenizer
-    from lib.quant import pack_linears
     from load_weights import load_model
     model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
-    pack_linears(model)
     tok = load_tokenizer(folder)
     return LoadedModel(model, tok, eot_id(tok))
 
@@ -188,7 +186,7 @@ def question_settings(data: Data, args: Namespace) -> dict:
 
 
 def reference_model(config) -> str:
-    """Which published model a LLaVAConfig is built like (a key of PUBLISHED). Mipha's SigLIP has no class token."""
+    """Which published model a LLaVAConfig is built like (a key of PUBLISHED_MODELS). Mipha's SigLIP has no class token."""
     return "llava_phi" if config.vision.class_token else "mipha"
 
 
@@ -213,7 +211,7 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
         arithmetic["bits"] = args.bits
     return {**question_settings(data, args), "model": fingerprint, "reference": reference, "image_mode": image_mode,
             **arithmetic, "max_new_tokens": data.task.max_new_tokens,
-            "questions": checksum(to_json(questions).encode())}
+            "questions": short_sha256(to_json(questions).encode())}
 
 
 @contextmanager
@@ -379,30 +377,30 @@ def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
     return read_answers(path, data.examples, data.task.repeated_ids, args.limit, args.allow_missing)
 
 
-def mark_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Mark]:
-    """What each answer earns, by the benchmark's rule or its judge. points: None where neither is at hand."""
+def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Grade]:
+    """Grade each answer by the benchmark's rule or its judge; the score is None where neither is at hand."""
     if data.task.judge:
         if not args.grades and not args.judge_url:
-            return [Mark(None)] * len(answers)
+            return [Grade(None)] * len(answers)
         texts = [answer["text"] if answer else "" for answer in answers]
         return data.task.judge(data.examples, texts, args, out)
-    marks = []
+    grades = []
     for example, answer in zip(data.examples, answers):
         if example.truth is None:
-            marks.append(Mark(None))
+            grades.append(Grade(None))
         elif answer is None:        # wrong, as in those official scorers that do not crash on it
-            marks.append(Mark(0.0, unparsed=True, raw=(0.0,)))
+            grades.append(Grade(0.0, unparsed=True, raw=(0.0,)))
         else:
-            marks.append(data.task.grade(example, answer["text"]))
-    return marks
+            grades.append(data.task.grade(example, answer["text"]))
+    return grades
 
 
-def summarise(data: Data, marks: list[Mark]) -> Score | None:
+def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
     """The benchmark's number over what was scored; None if nothing was."""
-    scored = [(example, mark) for example, mark in zip(data.examples, marks) if mark.points is not None]
+    scored = [(example, grade) for example, grade in zip(data.examples, grades) if grade.score is not None]
     if not scored:
         return None
-    return data.task.summarise([example for example, _ in scored], [mark for _, mark in scored])
+    return data.task.summarize([example for example, _ in scored], [grade for _, grade in scored])
 
 
 def asked_in_other_words(example: Example, answer: dict) -> bool:
@@ -432,10 +430,10 @@ def published_scores(task: Task, settings: dict) -> dict[str, float]:
 
 def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
           run: dict | None = None) -> dict:
-    """Mark, summarise, write result.json, report.html and the submission; nothing is written before all is known."""
+    """Grade, summarize, write result.json, report.html and the submission; nothing is written before all is known."""
     task = data.task
-    marks = mark_answers(data, answers, args, out)
-    total = summarise(data, marks)
+    grades = grade_answers(data, answers, args, out)
+    total = summarize_scored(data, grades)
     given = [answer for answer in answers if answer]
     texts = [answer["text"] for answer in given]
     others = [asked_in_other_words(e, answer) for e, answer in zip(data.examples, answers) if answer]
@@ -451,9 +449,9 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
         "value": total.value if total else None,
         "interval": [total.low, total.high] if total else None,
         "interval_method": f"95 %, {total.interval}" if total else None,
-        "numbers": total.others if total else {},
+        "numbers": total.subscores if total else {},
         "published": published_scores(task, settings),
-        "unparsed": sum(mark.unparsed for mark in marks),
+        "unparsed": sum(grade.unparsed for grade in grades),
         "empty": texts.count(""),
         "truncated": sum(bool(answer.get("truncated")) for answer in given),
         "missing": answers.count(None),
@@ -475,7 +473,7 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
             result["submission"] = task.write_submission(data.examples, texts, data.folder, out).name
         except (ValueError, OSError) as e:
             notes.append(f"submission file not written: {e}")
-    write_whole(out / "report.html", report_page(data.examples, answers, marks, result))
+    write_whole(out / "report.html", report_page(data.examples, answers, grades, result))
     write_whole(out / "result.json", to_json(result))
     return result
 
@@ -484,18 +482,18 @@ def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, se
 
 
 def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float | None]]:
-    """Print the score of an answers file -> text and points of each answer."""
+    """Print the score of an answers file -> text and score of each answer."""
     answers = match_answers(path, data, args)
-    marks = mark_answers(data, answers, args, path.parent)
-    total = summarise(data, marks)
+    grades = grade_answers(data, answers, args, path.parent)
+    total = summarize_scored(data, grades)
     if total is None:
         raise ValueError(f"{data.name}: answers cannot be compared without the truth, which is on a server")
     print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
-    return [(answer["text"] if answer else "", mark.points) for answer, mark in zip(answers, marks)]
+    return [(answer["text"] if answer else "", grade.score) for answer, grade in zip(answers, grades)]
 
 
 def compare(data: Data, args: Namespace) -> None:
-    """Print both scores, a paired test, and every question whose points differ."""
+    """Print both scores, a paired test, and every question whose score differs."""
     if data.task.judge:
         raise ValueError(f"{data.name}: judged answers cannot be compared, grades belong to one answers file")
     first, second = [load_side(Path(path), data, args) for path in args.compare]
@@ -539,8 +537,9 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
         help="model: as it was trained; paper: as the published scores were made, which is pad except for "
              + ", ".join(special))
-    add("--bits", type=int, choices=(4, 8, 16), default=16, help="of a weight; 16: as --dtype says")
-    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU, fp32 on a CPU")
+    add("--bits", type=int, choices=(4, 8, 16), default=16,
+        help="bits of a weight; on a GPU 8 bits save memory, not time; 16: as --dtype says")
+    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU that has it, fp32 on a CPU")
     add("--device", help="cpu or cuda; none: cuda where there is one")
     add("--batch", type=int, default=16, help="questions answered at a time")
     add("--exact", action=on_or_off, default=False,
@@ -614,21 +613,23 @@ def join_processes() -> Processes:
     return Processes(rank, world, dist.barrier)
 
 
-def choose_arithmetic(args: Namespace) -> str:
-    """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers.
-
-    -> what to say before the first question, if bf16 would be faster there; else "".
-    """
+def choose_arithmetic(args: Namespace) -> None:
+    """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers."""
+    import torch
+    here = torchrun_env()
+    if args.device in (None, "cuda") and here.local_rank < torch.cuda.device_count():
+        use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another one
     args.device = choose_device(args.device)
     if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    asked = args.dtype
-    args.dtype = asked or ("bf16" if args.device.startswith("cuda") else "fp32")
-    if asked or args.device != "cpu" or args.bits < 16:     # quantised products take about the same time in both
-        return ""
-    from lib.quant import pack_linears
-    hint = faster_dtype(args.dtype, pack_linears)
-    return hint and f"{hint}, but the batch size could then change an answer"
+        if here.local_world > torch.cuda.device_count():
+            raise ValueError(f"{here.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+                             "torchrun one for each (--nproc_per_node)")
+        args.device = f"cuda:{here.local_rank}"
+    use_device(args.device)
+    if args.device.startswith("cuda"):
+        args.dtype = choose_dtype(args.dtype, args.device)
+    else:
+        args.dtype = args.dtype or "fp32"
 
 
 def generate_and_score(args: Namespace) -> None:
@@ -638,7 +639,7 @@ def generate_and_score(args: Namespace) -> None:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
     from lib.folders import load_config
-    hint = choose_arithmetic(args)
+    choose_arithmetic(args)
     config = load_config(folder)
     fingerprint = model_fingerprint(folder)
     processes = join_processes()
@@ -657,8 +658,6 @@ def generate_and_score(args: Namespace) -> None:
             todo = set(asked) - answers_so_far(out, data.examples).keys()
             if todo and not loaded:                         # one model for all tasks, and none if all is answered
                 loaded = load(folder, args)
-                if hint and processes.rank == 0:
-                    print(hint, file=sys.stderr)
             if todo:
                 generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
             processes.barrier()
@@ -686,7 +685,7 @@ def main(argv: list[str] | None = None) -> None:
     """Only the last of the four needs a model."""
     args = parse(argv)
     if args.check_data:
-        check_data(chosen_tasks(args), args)
+        check_benchmarks(chosen_tasks(args), args)
     elif args.compare:
         compare(load_data(chosen_tasks(args)[0], args).first(args.limit), args)
     elif args.score:

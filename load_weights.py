@@ -66,8 +66,8 @@ from lib.folders import (PHI, Folder, blueprint, check_tensors, config_of, confi
 from lib.inspect import inspect
 from lib.layouts import is_siglip
 from lib.lora import merge_lora
-from lib.quant import check_int4_product, copy_weight, quantize_linears
-from lib.save_weights import (SAVED_MODEL, Lazy, finished_folder, save, save_model, saved_dtypes, write_checksums,
+from lib.quant import check_int4_product, copy_weight, prepack_linears, quantize_linears
+from lib.save_weights import (SAVED_MODEL, Lazy, replacing_model, save, save_model, saved_dtypes, write_checksums,
                               write_tensors)
 from model import LLaVAConfig, LLaVAPhi, Phi, init_weights
 
@@ -112,23 +112,24 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-               int8: bool = False, bits: int = 16) -> LLaVAPhi:
+               bits: int = 16) -> LLaVAPhi:
     """A LLaVA-like folder of any layout as a frozen model in eval mode, straight on its device.
 
-    bits: 8 or 4 for Linears in so many bits. Each weight is quantised as it arrives, so the model never exists in a
-    larger type. int8 is the older name of bits=8. Raises ValueError where 4 bits cannot be had.
+    bits: 8 or 4 quantizes the Linears. Each weight is quantized as it arrives, so the model never exists in a larger
+    type. Plain Linears are prepacked where that makes a CPU faster. ValueError where 4 bits are not supported.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype}: expected bfloat16 or float32; Phi-2's attention scores overflow in fp16")
     if bits == 4:
         check_int4_product(torch.device(device))
     model = meta_model(load_config(folder)).to(dtype).eval()
-    if bits < 16 or int8:
-        quantize_linears(model, 8 if int8 else bits)    # on the meta device this only changes classes
+    if bits < 16:
+        quantize_linears(model, bits)       # on the meta device this only changes classes
     # Before memory is taken: a config.json can promise tensors of any size.
     check_tensors(read_folders([folder]), dict(model.named_parameters()), model.config)
     model = model.to_empty(device=device).requires_grad_(False)
     load_into(model, [folder], copy_weight(model, fill=Tensor.copy_))
+    prepack_linears(model)
     return model
 
 
@@ -190,7 +191,7 @@ def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     config = config_of(*folders)
     found = check_tensors(folders, blueprint(config), config)
     projector = [name for name in blueprint(config) if name.startswith("projector")]
-    with finished_folder(out) as made:
+    with replacing_model(out) as made:
         save("llm", made / "phi-2", {}, config, folders, dtype)
         shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
         save("vision", made / ("siglip" if is_siglip(config.vision) else "clip"), {}, config, folders, dtype)

@@ -17,8 +17,8 @@ import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
 
-from lib.common import (USUAL_MODELS, Parser, choose_device, dtype_name, find_model, run_command, time_dtypes,
-                        torch_dtype, without_control)
+from lib.common import (USUAL_MODELS, Parser, choose_device, choose_dtype, dtype_name, find_model, run_command,
+                        torch_dtype, use_device, without_control)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -34,10 +34,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--top-p", type=float, default=1.0, help="draw among the likeliest tokens with this probability in total")
     add("--seed", type=int, default=0, help="of the draws")
     add("--dtype", type=dtype_name, metavar="{fp32,bf16}",
-        help="none: bf16 on a GPU; on a CPU the faster one of those that fit into memory, by a short measurement")
+        help="none: bf16 where the device has instructions for it or fp32 does not fit into memory, else fp32")
     add("--device", help="cpu, cuda or mps; none: the best there is")
     add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="of a weight: 8 and 4 take a half and a quarter of bf16's room; 16: as --dtype says")
+        help="bits of a weight: 8 and 4 take half and a quarter of bf16's memory; on a GPU 8 bits save memory, not time; "
+             "16: as --dtype says")
     add("--int8", action=BooleanOptionalAction, default=False, help="the same as --bits 8")
     add("--compile", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers")
     add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
@@ -90,7 +91,6 @@ from torch import Tensor
 from data import load_tokenizer
 from lib.chat import Clock, answer, ask, encode_chat, free_memory, open_image, peak_memory
 from lib.folders import load_config
-from lib.quant import pack_linears
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, Prefix
 
@@ -283,28 +283,23 @@ def memory_bandwidth(device: torch.device) -> float:
     return block.nbytes / min(seconds)
 
 
-def choose_dtype(asked: str | None, config: LLaVAConfig, device: str, bits: int) -> tuple[str, str]:
-    """The dtype that was asked for, else the one that suits the device -> its name, and what to say about it.
+def dtype_for(model: LLaVAConfig, asked: str | None, device: str, bits: int) -> tuple[str, str]:
+    """--dtype, else what suits the model on this device -> its name, and what to say about it.
 
-    On a GPU that is bf16. On a CPU it is the faster one of those that fit into memory, by a short measurement. 8-bit
-    weights fit anywhere, and a CPU that is fast with them keeps the rest in fp32. So does a small model: it is fast
-    enough in any dtype, and fp32 gives the same text on every machine.
+    On a CPU a small model is fast enough in fp32, which gives the same text on every machine, and a model in 8 bits has
+    its large products in int8. A model that does not fit into memory in fp32 is computed in bf16.
     """
-    if asked:
-        return asked, f"{device} in {asked}"
-    if device != "cpu":
-        return "bf16", f"{device} in bf16"
+    dtype = choose_dtype(asked, device)
+    if asked or device != "cpu":
+        return dtype, f"{device} in {dtype}"
     with torch.device("meta"):                          # shapes without memory, only to count the parameters
-        n_parameters = sum(p.numel() for p in LLaVAPhi(config).parameters())
+        n_parameters = sum(p.numel() for p in LLaVAPhi(model).parameters())
     if bits == 8 or n_parameters < 100e6:
         return "fp32", "cpu in fp32"
-    need = 1.1 * bits / 8 * n_parameters                # with a tenth for activations and the cache
-    if bits == 16 and 2 * need > free_memory():         # two bytes each are bf16, four are fp32
+    need = 1.1 * 4 * n_parameters                       # with a tenth for activations and the cache
+    if bits == 16 and dtype == "fp32" and need > free_memory():
         return "bf16", "cpu in bf16, since fp32 does not fit into memory"
-    seconds = time_dtypes(pack_linears)
-    best = min(seconds, key=seconds.get)
-    other = max(seconds, key=seconds.get)
-    return best, f"cpu, {best}: {seconds[other] / seconds[best]:.1f} times {other} here"
+    return dtype, f"cpu in {dtype}"
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -321,15 +316,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     folder = find_model(args.model)
     server = open_server(args) if args.serve else None      # a port that is taken should not be found after the load
-
-
-    from lib.quant import pack_linears
     if args.compile and not torch.cuda.is_available():
         raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
     device = choose_device(args.device)
+    use_device(device)
     config = load_config(folder)
     tok = load_tokenizer(folder)
-    dtype, where = choose_dtype(args.dtype, config, device, args.bits)
+    dtype, where = dtype_for(config, args.dtype, device, args.bits)
 
     # Everything that can be wrong with the question is looked at before the weights, which take a while to load.
     if args.prompt == "-":
@@ -341,7 +334,6 @@ def main(argv: list[str] | None = None) -> None:
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
     print_note(f"{folder} on {where}{weights}")
     model = load_model(folder, torch_dtype(dtype), device, bits=args.bits)
-    pack_linears(model)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

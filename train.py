@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from lib.common import faster_dtype, run_command, torch_dtype
+from lib.common import has_bf16, run_command, torch_dtype
 from lib.recipes import parse, settings
 
 # ---------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def setup() -> tuple[DeviceMesh, torch.device]:
 
 def check_arithmetic(dtype: str, device: torch.device) -> None:
     """ValueError where a GPU could only imitate bf16, many times slower than it computes in fp32 (V100, T4)."""
-    if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device.type == "cuda" and dtype == "bf16" and not has_bf16("cuda"):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; give --dtype fp32, which takes "
                          "twice the memory and no flash attention")
 
@@ -220,10 +220,6 @@ def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     draw_new_weights(model, cfg, config)
     if cfg.compile:
         compile_blocks(model, device)
-    if device.type == "cpu" and dist.get_rank() == 0:
-        hint = faster_dtype(cfg.dtype)
-        if hint:
-            print0(hint)
     print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
     return model.train()
 

@@ -31,7 +31,7 @@ PAPER = ("vqav2", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "m
 # ---------------------------------------------------------------------------------------------------
 # Flags that only some of the benchmarks read
 
-QUESTION_FLAGS = ("ocr", "img_only")        # these change what is asked, so they are saved beside the answers
+QUESTION_FLAGS = ("ocr", "img_only")        # these change what is asked, so they are saved with the answers
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import image_path, read_official_json, required_file
-from benchmarks.scoring import SHORT, Example, Mark, Task, accuracy
+from benchmarks.files import image_file, read_official_json, required_file
+from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy
 from lib.common import write_whole
 
 
@@ -21,9 +21,10 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         # GQA's own breakdown: a query is open, every other structure is answered with yes, no or one of two choices.
         structural = row["types"]["structural"]
         semantic = row["types"]["semantic"]
-        labels = ("open" if structural == "query" else "binary", f"structural {structural}", f"semantic {semantic}")
-        image = image_path(folder / "data/images", row["imageId"] + ".jpg")
-        yield Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], labels)
+        kind = "open" if structural == "query" else "binary"
+        categories = (kind, f"structural {structural}", f"semantic {semantic}")
+        image = image_file(folder / "data/images", row["imageId"] + ".jpg")
+        yield Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], categories)
 
 
 def gqa_answer(text: str) -> str:
@@ -31,9 +32,9 @@ def gqa_answer(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     answer = gqa_answer(text)
-    return Mark(float(answer == example.truth), answer)
+    return Grade(float(answer == example.truth), answer)
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -47,8 +48,8 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
 TASK = Task(
     metric="accuracy",
     read=read,
-    grade=grade,
-    summarise=accuracy,
+    grade=grade_answer,
+    summarize=accuracy,
     write_submission=write_submission,
     splits={"testdev": 12_578},
     source="https://cs.stanford.edu/people/dorarad/gqa/download.html: images.zip and questions1.2.zip, both into "

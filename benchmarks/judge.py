@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
-from benchmarks.files import checksum, to_json, to_jsonl
+from benchmarks.files import short_sha256, to_json, to_jsonl
 from benchmarks.scoring import Example
 from lib.common import read_json, read_jsonl, visible, write_whole
 
@@ -28,7 +28,7 @@ def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_
     environment variable JUDGE_API_KEY holds, goes to that address alone.
     """
     url = options.judge_url.rstrip("/") + "/chat/completions"
-    origin = origin_of(check_address(url))
+    origin = origin_of(check_judge_url(url))
     body = {"model": options.judge_model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
     headers = {"Content-Type": "application/json"}
     key = judge_key()
@@ -48,7 +48,7 @@ def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_
                          "on") from None
 
 
-def check_address(url: str) -> SplitResult:
+def check_judge_url(url: str) -> SplitResult:
     """ValueError unless it is a plain http or https address. A password in it is not repeated in the message."""
     try:
         parts = urlsplit(url)
@@ -112,7 +112,7 @@ def collect_grades(file_name: str, keys: list, ask: Callable[[Example, str, Name
         grades = read_grades(path, as_rows)
     else:
         judge = re.sub(r"[^\w.-]", "_", options.judge_model)
-        path = out / file_name.format(f"{judge}-{checksum(to_json(texts).encode())}")
+        path = out / file_name.format(f"{judge}-{short_sha256(to_json(texts).encode())}")
         grades = read_grades(path, as_rows) if path.exists() else {}
     for key, example, text in zip(keys, examples, texts):
         if key in grades:

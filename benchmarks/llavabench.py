@@ -1,4 +1,4 @@
-"""LLaVA-Bench (in the wild): 60 questions about 24 pictures; a judge rates our answer beside GPT-4's.
+"""LLaVA-Bench (in the wild): 60 questions about 24 pictures; a judge rates our answer and GPT-4's side by side.
 
 The score is the mean of our ratings over the mean of GPT-4's. --grades reads a review file of LLaVA's; --judge-url asks
 a judge in this project's words.
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import image_path, required_file
+from benchmarks.files import image_file, required_file
 from benchmarks.judge import ask_judge, collect_grades
-from benchmarks.scoring import Example, Mark, Score, Task, bootstrapped
+from benchmarks.scoring import Example, Grade, Score, Task, bootstrapped
 from lib.common import read_jsonl
 
-SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
-INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
+JUDGE_ROLE = "You are a helpful and precise assistant for checking the quality of the answer."
+RATING_INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
 Rate helpfulness, relevance, accuracy and detail of each answer from 1 to 10, without regard to their order.
 Write both ratings on the first line, assistant 1 first, with one space between them and nothing else; then explain."""
 
@@ -28,7 +28,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
     references = {row["question_id"]: row["text"] for row in read_jsonl(required_file(folder, "answers_gpt4.jsonl"))}
     for row in read_jsonl(required_file(folder, "questions.jsonl")):
         truth = {"context": captions[row["image"]], "reference": references[row["question_id"]]}
-        image = image_path(folder / "images", row["image"])
+        image = image_file(folder / "images", row["image"])
         yield Example(row["question_id"], image, row["text"], truth, (row["category"],))
 
 
@@ -48,28 +48,28 @@ def ask_for_review(example: Example, text: str, options: Namespace) -> dict:
         "Assistant 1": example.truth["reference"],
         "Assistant 2": text,
     }
-    prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in sections.items()) + INSTRUCTION
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+    prompt = "".join(f"[{name}]\n{value}\n\n" for name, value in sections.items()) + RATING_INSTRUCTION
+    messages = [{"role": "system", "content": JUDGE_ROLE}, {"role": "user", "content": prompt}]
     content = ask_judge(options, messages, temperature=0.2, max_tokens=1024)
-    return {"question_id": example.question_id, "category": f"llava_bench_{example.labels[0]}", "content": content,
+    return {"question_id": example.question_id, "category": f"llava_bench_{example.categories[0]}", "content": content,
             "tuple": llavabench_pair(content), "judge": options.judge_model}
 
 
-def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
+def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Grade]:
     """Reviews in LLaVA's jsonl, one line an answer: question_id, category, content, tuple.
 
     raw: the ratings of reference and candidate. A failed review is not scored; upstream averages its -1 in.
     """
     keys = [example.question_id for example in examples]
     reviews = collect_grades("llavabench-{}-review.jsonl", keys, ask_for_review, examples, texts, options, out)
-    marks = []
+    grades = []
     for review in reviews:
         reference, candidate = llavabench_pair(review["content"])
         if reference > 0:
-            marks.append(Mark(candidate / 10, raw=(reference, candidate)))
+            grades.append(Grade(candidate / 10, raw=(reference, candidate)))
         else:
-            marks.append(Mark(None, unparsed=True))
-    return marks
+            grades.append(Grade(None, unparsed=True))
+    return grades
 
 
 def relative_rating(sums: np.ndarray) -> np.ndarray:
@@ -82,25 +82,25 @@ def relative_rating(sums: np.ndarray) -> np.ndarray:
     return 100 * candidate / np.maximum(reference, 1e-3)
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score:
-    rows = [(*mark.raw, 1.0) for mark in marks]
-    kinds = [example.labels[0] for example in examples]
-    others = {}
+def summarize(examples: list[Example], grades: list[Grade]) -> Score:
+    rows = [(*grade.raw, 1.0) for grade in grades]
+    kinds = [example.categories[0] for example in examples]
+    subscores = {}
     for kind in sorted(set(kinds)) + ["all"]:
         of_kind = [row for row, row_kind in zip(rows, kinds) if kind in (row_kind, "all")]
         sums = np.sum(of_kind, axis=0)                                          # (3,)
         reference, candidate = 10 * sums[:2] / sums[2]
-        others[kind] = float(relative_rating(sums))
-        others[f"{kind} reference"] = float(reference)
-        others[f"{kind} candidate"] = float(candidate)
-    return bootstrapped(rows, relative_rating, "questions", others)
+        subscores[kind] = float(relative_rating(sums))
+        subscores[f"{kind} reference"] = float(reference)
+        subscores[f"{kind} candidate"] = float(candidate)
+    return bootstrapped(rows, relative_rating, "questions", subscores)
 
 
 TASK = Task(
     metric="rating relative to GPT-4's answers",
     read=read,
     judge=judge,
-    summarise=summarise,
+    summarize=summarize,
     splits={"all": 60},
     source="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",
     folders=("llava-bench-in-the-wild",),

@@ -8,15 +8,19 @@ MMBench_DEV_EN_legacy.tsv and MMBench_DEV_CN_legacy.tsv, and each file's TEST.
 """
 import base64
 import csv
+import html
+import io
 import re
+import zipfile
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.files import lettered, required_file, write_xlsx
-from benchmarks.scoring import LETTER, Example, Mark, Score, Task, accuracy, mean
+from benchmarks.files import lettered, required_file
+from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Score, Task, accuracy, mean
+from lib.common import write_whole
 
 LETTER_CN = "请直接回答选项字母。"
 ABBREVIATIONS = {
@@ -61,13 +65,13 @@ def read_table(path: Path, instruction: str) -> Iterator[Example]:
         lines = [cell(row, "hint"), row["question"], lettered(choices.values()), instruction]
         prompt = "\n".join(line for line in lines if line)
         parent = cell(row, "l2-category")
-        labels = [ABBREVIATIONS.get(parent, parent), cell(row, "category")]
+        categories = [ABBREVIATIONS.get(parent, parent), cell(row, "category")]
         sheet = {}
         for name in SHEET:
             if name in row:
                 sheet[name] = cell(row, name) if name in "ABCD" else row[name]
         yield Example(int(float(row["index"])), decoded[image], prompt, cell(row, "answer") or None,
-                      tuple(label for label in labels if label), {"options": choices, "row": sheet})
+                      tuple(category for category in categories if category), {"options": choices, "row": sheet})
 
 
 def cell(row: dict[str, str], name: str) -> str:
@@ -114,27 +118,27 @@ def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     """raw: whether the answer is the bare letter, as a stricter rule would have it."""
     letter = mmbench_letter(text, example.info["options"])
     bare_letter = float(text.strip() == example.truth)
-    return Mark(float(letter == example.truth), letter or "", unparsed=letter is None, raw=(bare_letter,))
+    return Grade(float(letter == example.truth), letter or "", unparsed=letter is None, raw=(bare_letter,))
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
-    rotations = defaultdict(list)               # question -> (example, mark) of each of its rotations
-    for example, mark in zip(examples, marks):
-        rotations[example.question_id % ROTATION].append((example, mark))
+def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
+    rotations = defaultdict(list)               # question -> (example, grade) of each of its rotations
+    for example, grade in zip(examples, grades):
+        rotations[example.question_id % ROTATION].append((example, grade))
     questions = []
     circular = []
     circular_bare = []
     for pairs in rotations.values():
         questions.append(pairs[0][0])
-        circular.append(Mark(float(all(mark.points for _, mark in pairs))))
-        circular_bare.append(float(all(mark.raw[0] for _, mark in pairs)))
-    single_pass = [mark.points for example, mark in zip(examples, marks) if example.question_id < ROTATION]
-    beside = {"circular, bare letters only": 100 * mean(circular_bare), "single pass": 100 * mean(single_pass)}
-    return accuracy(questions, circular, beside)
+        circular.append(Grade(float(all(grade.score for _, grade in pairs))))
+        circular_bare.append(float(all(grade.raw[0] for _, grade in pairs)))
+    single_pass = [grade.score for example, grade in zip(examples, grades) if example.question_id < ROTATION]
+    subscores = {"circular, bare letters only": 100 * mean(circular_bare), "single pass": 100 * mean(single_pass)}
+    return accuracy(questions, circular, subscores)
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -146,12 +150,72 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
         table.append([row[name] or "" for name in columns])
     return write_xlsx(out / "mmbench.xlsx", table)
 
+# ---------------------------------------------------------------------------------------------------
+# The submission's format
+
+SCHEMAS = "http://schemas.openxmlformats.org"
+CONTENT_TYPES = f"{SCHEMAS}/package/2006/content-types"
+PACKAGE_RELATIONS = f"{SCHEMAS}/package/2006/relationships"
+DOCUMENT_RELATIONS = f"{SCHEMAS}/officeDocument/2006/relationships"
+SPREADSHEET = f"{SCHEMAS}/spreadsheetml/2006/main"
+MIME = "application/vnd.openxmlformats"
+XML_HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
+
+# The four parts of a workbook that are the same whatever its one sheet holds.
+WORKBOOK_PARTS = {
+    "[Content_Types].xml": f"""<Types xmlns="{CONTENT_TYPES}">
+<Default Extension="rels" ContentType="{MIME}-package.relationships+xml"/>
+<Override PartName="/xl/workbook.xml" ContentType="{MIME}-officedocument.spreadsheetml.sheet.main+xml"/>
+<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{MIME}-officedocument.spreadsheetml.worksheet+xml"/>
+</Types>""",
+    "_rels/.rels": f"""<Relationships xmlns="{PACKAGE_RELATIONS}">
+<Relationship Id="rId1" Type="{DOCUMENT_RELATIONS}/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
+    "xl/workbook.xml": f"""<workbook xmlns="{SPREADSHEET}" xmlns:r="{DOCUMENT_RELATIONS}">
+<sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>""",
+    "xl/_rels/workbook.xml.rels": f"""<Relationships xmlns="{PACKAGE_RELATIONS}">
+<Relationship Id="rId1" Type="{DOCUMENT_RELATIONS}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>""",
+}
+
+
+def _xlsx_cell(value: int | str, place: str) -> str:
+    """The xml of one cell. place: such as "B7". An empty text is a cell that is not there."""
+    if isinstance(value, int):
+        return f'<c r="{place}"><v>{value}</v></c>'
+    value = value.replace("\r\n", "\n").replace("\r", "\n")
+    # A cell can hold no control characters, and at most 32,767 of the others.
+    value = re.sub(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", value)[:32767]
+    if not value:
+        return ""
+    text = html.escape(value, quote=False)
+    return f'<c r="{place}" t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
+
+
+def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
+    """Write one sheet of numbers and texts, as the five parts that a workbook needs at least (ECMA-376).
+
+    A spreadsheet package would be a dependency for one submission file; the format is a zip of small xml files.
+    """
+    sheet = []
+    for r, row in enumerate(table, 1):
+        cells = "".join(_xlsx_cell(value, f"{LETTERS[column]}{r}") for column, value in enumerate(row))
+        sheet.append(f'<row r="{r}">{cells}</row>')
+    parts = dict(WORKBOOK_PARTS)
+    parts["xl/worksheets/sheet1.xml"] = (
+        f'<worksheet xmlns="{SPREADSHEET}"><sheetData>{"".join(sheet)}</sheetData></worksheet>')
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, xml in parts.items():
+            # A fixed date makes the same answers the same file.
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            archive.writestr(entry, XML_HEAD + xml, zipfile.ZIP_DEFLATED)
+    return write_whole(path, packed.getvalue())
+
 
 TASK = Task(
     metric="circular accuracy",
     read=read_english,
-    grade=grade,
-    summarise=summarise,
+    grade=grade_answer,
+    summarize=summarize,
     write_submission=write_submission,
     splits={"dev": 4_377, "test": 0},
     source="https://github.com/open-compass/MMBench (the legacy .tsv files)",

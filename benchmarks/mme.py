@@ -1,8 +1,8 @@
 """MME: two yes/no questions about each of 1,187 images, one with the answer yes and one with no; 14 subtasks.
 
 A subtask's score is its accuracy plus its accuracy on images of which both questions are right, each of 100. The number
-that papers report is perception, the sum over ten subtasks (at most 2,000); cognition stands beside it. Their sum is
-not a number of anybody's.
+that papers report is perception, the sum over ten subtasks (at most 2,000); cognition is a sub-score. Nobody reports
+their sum.
 
 MME/MME_Benchmark_release_version/SUBTASK/, MME/llava_mme.jsonl (eval.zip).
 """
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from benchmarks.files import EVAL_ZIP, first_existing, required_file
-from benchmarks.scoring import SHORT, Example, Mark, Score, Task, bootstrapped
+from benchmarks.scoring import SHORT, Example, Grade, Score, Task, bootstrapped
 from lib.common import read_jsonl
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -35,7 +35,7 @@ def read(folder: Path, options: Namespace) -> list[Example]:
     llava_file = first_existing(folder, "llava_mme.jsonl")
     if llava_file:
         examples = in_llavas_order(llava_file, official, release)
-    per_image = Counter(f"{example.labels[0]}/{example.image.stem}" for example in examples)
+    per_image = Counter(f"{example.categories[0]}/{example.image.stem}" for example in examples)
     odd = [image for image, n in per_image.items() if n != 2]
     if odd:
         raise ValueError(f"{len(odd)} images do not have two questions each, the first is {odd[0]}")
@@ -80,9 +80,9 @@ def mme_yes_no(text: str) -> str:
     return "other"
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     answer = mme_yes_no(text)
-    return Mark(float(answer == example.truth), answer, unparsed=answer == "other")
+    return Grade(float(answer == example.truth), answer, unparsed=answer == "other")
 
 
 def subtask_scores(counts: np.ndarray) -> np.ndarray:
@@ -96,26 +96,26 @@ def perception(counts: np.ndarray) -> np.ndarray:
     return subtask_scores(counts)[..., :len(PERCEPTION)].sum(-1)
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score:
+def summarize(examples: list[Example], grades: list[Grade]) -> Score:
     """The bootstrap draws images, because the two questions about one are right or wrong together."""
-    points_of_image = defaultdict(list)
-    for example, mark in zip(examples, marks):
-        points_of_image[example.labels[0], example.image].append(mark.points)
-    counts = np.zeros((len(points_of_image), len(SUBTASKS), 4))
-    for i, ((subtask, _), points) in enumerate(points_of_image.items()):
-        counts[i, SUBTASKS.index(subtask)] = sum(points), len(points), all(points), 1
+    scores_of_image = defaultdict(list)
+    for example, grade in zip(examples, grades):
+        scores_of_image[example.categories[0], example.image].append(grade.score)
+    counts = np.zeros((len(scores_of_image), len(SUBTASKS), 4))
+    for i, ((subtask, _), right) in enumerate(scores_of_image.items()):
+        counts[i, SUBTASKS.index(subtask)] = sum(right), len(right), all(right), 1
     scores = subtask_scores(counts.sum(0))                                      # (subtasks,)
-    others = {"cognition": float(scores[len(PERCEPTION):].sum())}
+    subscores = {"cognition": float(scores[len(PERCEPTION):].sum())}
     for subtask, value in zip(SUBTASKS, scores):
-        others[subtask] = float(value)
-    return bootstrapped(counts, perception, "images", others)
+        subscores[subtask] = float(value)
+    return bootstrapped(counts, perception, "images", subscores)
 
 
 TASK = Task(
     metric="perception (of 2,000)",
     read=read,
-    grade=grade,
-    summarise=summarise,
+    grade=grade_answer,
+    summarize=summarize,
     splits={"all": 2_374},
     source="https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation:"
            f" MME_Benchmark_release_version; {EVAL_ZIP}",

@@ -12,8 +12,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import first_existing, image_path, read_official_json, required_file, to_json
-from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Mark, Score, Task, accuracy, mean
+from benchmarks.files import first_existing, image_file, read_official_json, required_file, to_json
+from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Grade, Score, Task, accuracy, mean
 from lib.common import read_jsonl, write_whole
 
 DOMAINS = {
@@ -50,7 +50,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         if truth in ("", "?"):                                      # test has no answers
             truth = None
         subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]      # "validation_Art_Theory_2" -> "Art_Theory"
-        yield Example(row["id"], image_path(folder / "images", row["image_1"]), prompt, truth,
+        yield Example(row["id"], image_file(folder / "images", row["image_1"]), prompt, truth,
                       (domain_of[subject], subject), {"options": choices})
 
 # ---------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def mmmu_value(text: str) -> list[float | str]:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-NUMBERS = (
+NUMBER_PATTERNS = (
     r"-?\b\d{1,3}(?:,\d{3})+\b",                                # 1,234,567
     r"-?\d+(?:\.\d+)?[eE][+-]?\d+",                             # 1.5e-3
     r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",     # 12, 1.5, .5
@@ -116,7 +116,7 @@ def mmmu_open(text: str) -> set[float | str]:
     phrases = key_phrases(text.strip().strip(".").lower())
     numbers = []
     for phrase in phrases:
-        for pattern in NUMBERS:
+        for pattern in NUMBER_PATTERNS:
             numbers += re.findall(pattern, phrase)
     values = set()
     for part in phrases + numbers:
@@ -138,27 +138,27 @@ def mmmu_open_correct(text: str, truth: str | list[str]) -> bool:
     return False
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     options = example.info["options"]
     if not options:
-        return Mark(float(mmmu_open_correct(text, example.truth)), text)
+        return Grade(float(mmmu_open_correct(text, example.truth)), text)
     letter = mmmu_choice(text, options)
     right = letter is not None and letter in example.truth
-    return Mark(float(right), letter or "", unparsed=letter is None)
+    return Grade(float(right), letter or "", unparsed=letter is None)
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
     """Where no choice can be read the official code draws one at random (seed 42, in file order)."""
     rng = random.Random(42)
     drawn = []
-    for example, mark in zip(examples, marks):
+    for example, grade in zip(examples, grades):
         options = example.info["options"]
-        if options and mark.unparsed:
+        if options and grade.unparsed:
             letter = rng.choice(list(options))
-            mark = mark._replace(points=float(letter in example.truth))
-        drawn.append(mark)
-    as_wrong = 100 * mean([mark.points for mark in marks])
-    return accuracy(examples, drawn, beside={"unparsed = wrong": as_wrong})
+            grade = grade._replace(score=float(letter in example.truth))
+        drawn.append(grade)
+    as_wrong = 100 * mean([grade.score for grade in grades])
+    return accuracy(examples, drawn, subscores={"unparsed = wrong": as_wrong})
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -173,8 +173,8 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
 TASK = Task(
     metric="accuracy",
     read=read,
-    grade=grade,
-    summarise=summarise,
+    grade=grade_answer,
+    summarize=summarize,
     write_submission=write_submission,
     splits={"val": 900, "test": 10_500},
     source="https://huggingface.co/datasets/MMMU/MMMU, rows of the parquet files as val.jsonl, image_1 a file in "

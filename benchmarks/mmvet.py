@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import image_path, read_official_json, required_file, to_json
+from benchmarks.files import image_file, read_official_json, required_file, to_json
 from benchmarks.judge import ask_judge, collect_grades
-from benchmarks.scoring import Example, Mark, Score, Task, accuracy, mean
+from benchmarks.scoring import Example, Grade, Score, Task, accuracy, mean
 from lib.common import write_whole
 
-INSTRUCTION = """Rate how correct a prediction is: 0.0 (all wrong), 0.1, 0.2 and so on to 1.0 (all right).
+GRADING_INSTRUCTION = """Rate how correct a prediction is: 0.0 (all wrong), 0.1, 0.2 and so on to 1.0 (all right).
 <AND> in the ground truth: all of its parts must be there for 1.0. <OR>: any one of its parts is enough.
 Reply with the number only.
 
@@ -33,9 +33,9 @@ TRIES = 5
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """The bare question, no instruction. Sub-scores: each ability, and each set of abilities, as in the paper."""
     for key, row in read_official_json(required_file(folder, "mm-vet.json")).items():
-        labels = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
-        image = image_path(folder / "images", row["imagename"])
-        yield Example(int(key.removeprefix("v1_")), image, row["question"], row["answer"], labels)
+        categories = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
+        image = image_file(folder / "images", row["imagename"])
+        yield Example(int(key.removeprefix("v1_")), image, row["question"], row["answer"], categories)
 
 
 def mmvet_grade(text: str) -> float | None:
@@ -51,21 +51,21 @@ def ask_for_grade(example: Example, text: str, options: Namespace) -> dict[str, 
     """Up to five tries, each at a higher temperature, until the reply is a number in [0, 1]; else 0."""
     truth = example.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     table_row = " | ".join([example.prompt, truth, text, ""]).replace("\n", "<br>")
-    prompt = INSTRUCTION + table_row
+    prompt = GRADING_INSTRUCTION + table_row
     for attempt in range(TRIES):
         messages = [{"role": "user", "content": prompt}]
         reply = ask_judge(options, messages, temperature=0.5 * attempt, max_tokens=3).strip()
         grade = mmvet_grade(reply)
         if grade is not None:
             break
-        prompt = INSTRUCTION + table_row + "\nPredict the correctness of the answer (digit): "
+        prompt = GRADING_INSTRUCTION + table_row + "\nPredict the correctness of the answer (digit): "
     return {"model": [options.judge_model], "content": [reply], "score": [grade or 0.0]}
 
 
-def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Mark]:
+def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Grade]:
     """Grades in the official *-grade-Nruns.json layout: {"v1_0": {"model": [], "content": [], "score": []}}.
 
-    A file may hold several runs of the judge; an answer's points are their mean, and raw has the grade of each.
+    A file may hold several runs of the judge; an answer's score is their mean, and raw has the grade of each.
     """
     keys = [f"v1_{example.question_id}" for example in examples]
     grades = collect_grades("mm-vet-{}-grade-1runs.json", keys, ask_for_grade, examples, texts, options, out)
@@ -73,20 +73,20 @@ def judge(examples: list[Example], texts: list[str], options: Namespace, out: Pa
     runs = {len(of_runs) for of_runs in scores}
     if len(runs) != 1 or runs == {0}:
         raise ValueError(f"{options.grades}: graded {sorted(runs)} times, expected the same number for all answers")
-    return [Mark(mean(of_runs), raw=of_runs) for of_runs in scores]
+    return [Grade(mean(of_runs), raw=of_runs) for of_runs in scores]
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
-    """Beside the mean: the score of each run of the judge and how far they lie apart, if there were several."""
+def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
+    """The mean; if the judge graded several times, the score of each run and their standard deviation as sub-scores."""
     runs = []
-    for grades in zip(*(mark.raw for mark in marks)):
-        runs.append(100 * mean(grades))
-    beside = {}
+    for of_run in zip(*(grade.raw for grade in grades)):
+        runs.append(100 * mean(of_run))
+    subscores = {}
     if len(runs) > 1:
         for i, score in enumerate(runs, 1):
-            beside[f"run {i}"] = score
-        beside["std over runs"] = float(np.std(runs))
-    return accuracy(examples, marks, beside)
+            subscores[f"run {i}"] = score
+        subscores["std over runs"] = float(np.std(runs))
+    return accuracy(examples, grades, subscores)
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -99,7 +99,7 @@ TASK = Task(
     metric="judge's score",
     read=read,
     judge=judge,
-    summarise=summarise,
+    summarize=summarize,
     write_submission=write_submission,
     splits={"test": 218},
     source="https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip",

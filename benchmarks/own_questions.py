@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import image_path, required_file
+from benchmarks.files import image_file, required_file
 from benchmarks.scoring import Example, Task, accuracy, grade_plain
 from lib.common import read_jsonl
 
@@ -21,16 +21,16 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         if row.get("image"):
             if not options.images:
                 raise ValueError(f"{options.questions} names images: add --images DIR")
-            image = image_path(Path(options.images), row["image"])
-        labels = (str(row["category"]),) if "category" in row else ()
-        yield Example(row.get("question_id", i), image, row["text"], row.get("answer"), labels)
+            image = image_file(Path(options.images), row["image"])
+        categories = (str(row["category"]),) if "category" in row else ()
+        yield Example(row.get("question_id", i), image, row["text"], row.get("answer"), categories)
 
 
 TASK = Task(
     metric="accuracy",
     read=read,
     grade=grade_plain,
-    summarise=accuracy,
+    summarize=accuracy,
     splits={"all": 0},
     source="--questions FILE --images DIR",
 )

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import COCO, EVAL_ZIP, first_existing, image_path, required_file
-from benchmarks.scoring import SHORT, Example, Mark, Score, Task, bootstrapped, mean
+from benchmarks.files import COCO, EVAL_ZIP, first_existing, image_file, required_file
+from benchmarks.scoring import SHORT, Example, Grade, Score, Task, bootstrapped, mean
 from lib.common import read_jsonl
 
 # LLaVA's file makes question_id unique across the three kinds by these offsets.
@@ -40,7 +40,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         rows = read_jsonl(llava_file)
     for row in rows:
         kind = row["category"]
-        image = image_path(folder / "val2014", row["image"])
+        image = image_file(folder / "val2014", row["image"])
         label = label_of.get(question_key(row))
         if label is None:
             raise ValueError(f"question {row['question_id']} has no label in coco_pope_{kind}.json: another version?")
@@ -53,7 +53,7 @@ def question_key(row: dict) -> tuple[str, str, str]:
     return row["category"], row["image"], question
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     """The official rule: without a separate No, no or not before the first full stop, it is a yes.
 
     So "NO!" and an empty answer count as yes. The report says how many answers hold neither word.
@@ -61,7 +61,7 @@ def grade(example: Example, text: str) -> Mark:
     words = text.split(".")[0].replace(",", "").split(" ")
     answer = "no" if {"No", "no", "not"} & set(words) else "yes"
     yes_or_no = {"yes", "no", "not"} & set(re.findall(r"[a-z]+", text.lower()))
-    return Mark(float(answer == example.truth), answer, unparsed=not yes_or_no)
+    return Grade(float(answer == example.truth), answer, unparsed=not yes_or_no)
 
 
 # How an answer counts, from the truth and whether it was right: a column of the table of counts.
@@ -81,15 +81,15 @@ def mean_f1(counts: np.ndarray) -> np.ndarray:
     return 100 * f1(counts).mean(-1)
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score:
-    kinds = sorted({example.labels[0] for example in examples})
+def summarize(examples: list[Example], grades: list[Grade]) -> Score:
+    kinds = sorted({example.categories[0] for example in examples})
     # The bootstrap draws images, because the questions about one stand and fall together.
     counts_of_image = defaultdict(lambda: np.zeros((len(kinds), 4)))
-    for example, mark in zip(examples, marks):
-        kind = kinds.index(example.labels[0])
-        counts_of_image[example.image][kind, COLUMNS[example.truth, mark.points]] += 1
+    for example, grade in zip(examples, grades):
+        kind = kinds.index(example.categories[0])
+        counts_of_image[example.image][kind, COLUMNS[example.truth, grade.score]] += 1
     totals = sum(counts_of_image.values())                              # (kinds, 4)
-    others = {"accuracy": 100 * mean([mark.points for mark in marks])}
+    subscores = {"accuracy": 100 * mean([grade.score for grade in grades])}
     for kind, kind_f1, (true_yes, false_yes, false_no, true_no) in zip(kinds, f1(totals), totals):
         n = true_yes + false_yes + false_no + true_no
         numbers = {"F1": kind_f1,
@@ -98,15 +98,15 @@ def summarise(examples: list[Example], marks: list[Mark]) -> Score:
                    "recall": true_yes / max(true_yes + false_no, 1),
                    "yes ratio": (true_yes + false_yes) / n}
         for name, value in numbers.items():
-            others[f"{kind} {name}"] = float(100 * value)
-    return bootstrapped(list(counts_of_image.values()), mean_f1, "images", others)
+            subscores[f"{kind} {name}"] = float(100 * value)
+    return bootstrapped(list(counts_of_image.values()), mean_f1, "images", subscores)
 
 
 TASK = Task(
     metric="mean F1 of the three kinds",
     read=read,
-    grade=grade,
-    summarise=summarise,
+    grade=grade_answer,
+    summarize=summarize,
     splits={"all": 8_910},
     source=f"{COCO}/val2014.zip; coco/ from https://github.com/AoiDragon/POPE/tree/e3e39262/output (HEAD has 3,000 "
            f"random questions, the published scores are on 2,910); {EVAL_ZIP}",

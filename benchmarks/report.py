@@ -1,4 +1,4 @@
-"""What a reader sees of a result: a table on the screen, and a page of one file without scripts, to open or to send.
+"""How a result is shown: a table on the screen, and a self-contained page without scripts, to open or to send.
 
 Everything that a model, a data file or a judge wrote is made harmless first: control characters are written out, and
 the page's html is escaped.
@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 from benchmarks import TASKS
-from benchmarks.scoring import BLANK, Example, Mark, published_columns
+from benchmarks.scoring import BLANK, Example, Grade, published_columns
 from lib.common import html_page, visible
 
 WRONG_ANSWERS = 60          # shown in the report
@@ -27,7 +27,7 @@ def headline(result: dict) -> list[str]:
 
 
 def result_table(result: dict) -> list[list[str]]:
-    """A heading, the headline beside what is published, and a row for each sub-score."""
+    """A heading, the headline next to published scores, and a row for each sub-score."""
     published = result["published"]
     table = [["", "here", "95 % interval", *published],
              [result["metric"], *headline(result), *map(str, published.values())]]
@@ -37,7 +37,7 @@ def result_table(result: dict) -> list[list[str]]:
 
 
 def remarks(result: dict) -> list[str]:
-    """What a reader of the score must know, a sentence or two each."""
+    """Remarks that belong to the score, a sentence or two each."""
     task = TASKS[result["task"]]
     settings = result["settings"]
     lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
@@ -142,19 +142,19 @@ def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = N
     return f'<table class="{style}">\n{"".join(lines)}</table>\n'
 
 
-def report_page(examples: list[Example], answers: list[dict | None], marks: list[Mark], result: dict) -> str:
+def report_page(examples: list[Example], answers: list[dict | None], grades: list[Grade], result: dict) -> str:
     """Score table, and wrong answers spread evenly over the task."""
     wrong = []
-    for example, answer, mark in zip(examples, answers, marks):
+    for example, answer, grade in zip(examples, answers, grades):
         # An answer about a blank picture is not wrong, it is a measurement.
-        if mark.points is not None and mark.points < 0.5 and example.image != BLANK:
-            wrong.append((example, answer["text"] if answer else "(missing)", mark))
+        if grade.score is not None and grade.score < 0.5 and example.image != BLANK:
+            wrong.append((example, answer["text"] if answer else "(missing)", grade))
     shown = wrong[::max(1, math.ceil(len(wrong) / WRONG_ANSWERS))]
     rows = [["question_id", "question", "answer", "read as", "truth"]]
     pictures = []
-    for example, text, mark in shown:
+    for example, text, grade in shown:
         truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
-        rows.append([str(example.question_id), example.prompt, text, mark.parsed, truth])
+        rows.append([str(example.question_id), example.prompt, text, grade.parsed, truth])
         pictures.append(thumbnail(example.image))
     body = html_table(result_table(result), "scores")
     for line in remarks(result):

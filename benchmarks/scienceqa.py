@@ -10,8 +10,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import EVAL_ZIP, first_existing, image_path, lettered, read_official_json, required_file
-from benchmarks.scoring import LETTER, LETTERS, Example, Mark, Score, Task, accuracy
+from benchmarks.files import EVAL_ZIP, first_existing, image_file, lettered, read_official_json, required_file
+from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Score, Task, accuracy
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 
@@ -31,13 +31,13 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         problem = problems[pid]
         image = None
         if problem["image"]:
-            image = image_path(images, f"{pid}/{problem['image']}")
+            image = image_file(images, f"{pid}/{problem['image']}")
         elif options.img_only:
             continue
         prompt = f"{text or rebuilt_text(problem)}\n{LETTER}"
         # The official scorer finds the questions that count by the <image> in an answer's saved prompt.
         info = {"saved": f"<image>\n{prompt}"} if image else {}
-        yield Example(pid, image, prompt, LETTERS[problem["answer"]], labels_of(problem), info)
+        yield Example(pid, image, prompt, LETTERS[problem["answer"]], categories_of(problem), info)
 
 
 def rebuilt_text(problem: dict) -> str:
@@ -47,7 +47,7 @@ def rebuilt_text(problem: dict) -> str:
     return text.replace("  ", " ").strip()
 
 
-def labels_of(problem: dict) -> tuple[str, ...]:
+def categories_of(problem: dict) -> tuple[str, ...]:
     """Subject, kinds of context and school years: the columns of ScienceQA's own table."""
     context = []
     if problem["hint"]:
@@ -66,21 +66,21 @@ def scienceqa_letter(text: str) -> str | None:
     return letters[0] if len(letters) == 1 else None
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     letter = scienceqa_letter(text)
-    return Mark(float(letter == example.truth), letter or "", unparsed=letter is None)
+    return Grade(float(letter == example.truth), letter or "", unparsed=letter is None)
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
-    """The headline counts the questions with an image; "all", the subjects, contexts and years stand beside it."""
-    return accuracy(examples, marks, only="IMG")
+def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
+    """The headline counts the questions with an image; "all", the subjects, contexts and years are sub-scores."""
+    return accuracy(examples, grades, only="IMG")
 
 
 TASK = Task(
     metric="accuracy on questions with an image",
     read=read,
-    grade=grade,
-    summarise=summarise,
+    grade=grade_answer,
+    summarize=summarize,
     splits={"test": 4_241},
     images_only=2_017,
     source=f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, images/test; {EVAL_ZIP}",

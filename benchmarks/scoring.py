@@ -21,8 +21,8 @@ LETTER = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 BLANK = "blank"                     # stands for an image that has the padding colour everywhere
 
-# The models whose published scores are shown beside our own: the field of `Task.published` and the name of the column.
-PUBLISHED = {
+# Models whose published scores are shown next to our own: the key in `Task.published` and the heading of the column.
+PUBLISHED_MODELS = {
     "llava_phi": "LLaVA-Phi-3B",
     "mipha": "Mipha-3B",
     "llava": "LLaVA-1.5-7B",
@@ -31,10 +31,10 @@ PUBLISHED = {
 
 
 def published_columns(reference: str | None) -> dict[str, str]:
-    """PUBLISHED with the model first that one's own is to be compared with; None: it is not known which."""
+    """PUBLISHED_MODELS, with the model to compare with (`reference`, if known) first."""
     if reference is None:
-        return PUBLISHED
-    return {reference: PUBLISHED[reference]} | PUBLISHED
+        return PUBLISHED_MODELS
+    return {reference: PUBLISHED_MODELS[reference]} | PUBLISHED_MODELS
 
 # ---------------------------------------------------------------------------------------------------
 # Types
@@ -49,48 +49,48 @@ class Example(NamedTuple):
     image: Path | bytes | str | None    # a file, an encoded picture, BLANK, or None for text only
     prompt: str                         # final wording, instruction included
     truth: object = None                # what the grader compares with; None: the truth is on a server
-    labels: tuple[str, ...] = ()        # the sub-scores this question counts in
-    info: dict = {}                     # what the benchmark's summary or submission needs besides
+    categories: tuple[str, ...] = ()    # the sub-scores that this question counts in
+    info: dict = {}                     # whatever else the benchmark's summary or submission needs
 
 
-class Mark(NamedTuple):
-    """What one answer earned."""
-    points: float | None                # 0 to 1; None: not scored
+class Grade(NamedTuple):
+    """The grade of one answer."""
+    score: float | None                 # 0 to 1; None: not scored
     parsed: str = ""                    # how the grader read the answer
     unparsed: bool = False              # the official rule found no answer in the text, or had to fall back
     raw: tuple[float, ...] = ()         # further numbers that the benchmark's summary needs
 
 
 class Score(NamedTuple):
-    """A headline number with its 95 % interval, and the numbers beside it."""
+    """A headline number with its 95 % interval, and the sub-scores."""
     value: float
     low: float
     high: float
     interval: str                       # the method
-    others: dict[str, float]
+    subscores: dict[str, float]
 
 
-Read = Callable[[Path, Namespace], Iterable[Example]]
-Grade = Callable[[Example, str], Mark]
-Summarise = Callable[[list[Example], list[Mark]], Score | None]
-Judge = Callable[[list[Example], list[str], Namespace, Path], list[Mark]]
-WriteSubmission = Callable[[list[Example], list[str], Path, Path], Path]
+Reader = Callable[[Path, Namespace], Iterable[Example]]
+Grader = Callable[[Example, str], Grade]
+Judge = Callable[[list[Example], list[str], Namespace, Path], list[Grade]]
+Summarizer = Callable[[list[Example], list[Grade]], Score | None]
+SubmissionWriter = Callable[[list[Example], list[str], Path, Path], Path]
 
 
 @dataclass(frozen=True)
 class Task:
     """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
     metric: str                                         # what the headline number is
-    read: Read                                          # (folder, options) -> questions, in the official order
-    summarise: Summarise
+    read: Reader                                        # (folder, options) -> questions, in the official order
+    summarize: Summarizer
     splits: dict[str, int]                              # name -> official number of questions (0: any); default first
     source: str                                         # where the data comes from
-    grade: Grade | None = None                          # None: a judge does it
-    judge: Judge | None = None                          # (questions, answers, options, folder of the results) -> marks
-    write_submission: WriteSubmission | None = None     # (questions, answers, data folder, results) -> the file
+    grade: Grader | None = None                         # None: a judge does it
+    judge: Judge | None = None                          # (questions, answers, options, folder of the results) -> grades
+    write_submission: SubmissionWriter | None = None    # (questions, answers, data folder, results) -> the file
     folders: tuple[str, ...] = ()                       # names of its folder under --root; none: the task's name
     files: dict[str, str] = field(default_factory=dict)         # file -> start of the official sha256 ("": not known)
-    published: dict[str, float] = field(default_factory=dict)   # key of PUBLISHED -> score
+    published: dict[str, float] = field(default_factory=dict)   # key of PUBLISHED_MODELS -> score
     max_new_tokens: int = 128
     paper_mode: str = "pad"                             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
     mipha_mode: str = "pad"                             # and behind Mipha's, whose scripts repaired one of the three
@@ -226,68 +226,68 @@ def plain_answer(text: str) -> str:
     return text.strip().rstrip(".").strip().lower()
 
 
-def grade_plain(example: Example, text: str) -> Mark:
+def grade_plain(example: Example, text: str) -> Grade:
     """Right if the answer is the truth, or one of several truths."""
     answer = plain_answer(text)
     truths = example.truth if isinstance(example.truth, list) else [example.truth]
     right = answer in [plain_answer(str(truth)) for truth in truths]
-    return Mark(float(right), answer)
+    return Grade(float(right), answer)
 
 # ---------------------------------------------------------------------------------------------------
-# Statistics: marks -> the number that papers report, its 95 % interval, and the numbers beside it
+# Statistics: grades -> the number that papers report, its 95 % interval, and the sub-scores
 
 
 def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def interval_of_mean(points: list[float]) -> tuple[float, float, str]:
+def interval_of_mean(scores: list[float]) -> tuple[float, float, str]:
     """-> low and high in per cent, and the method.
 
     Wilson's interval where every answer is right or wrong (it stays inside 0 to 100 and is not empty when all are
     right); the normal one where answers earn parts of a point.
     """
-    n = len(points)
-    p = mean(points)
+    n = len(scores)
+    p = mean(scores)
     z = 1.96
-    if set(points) <= {0.0, 1.0}:
+    if set(scores) <= {0.0, 1.0}:
         scale = 1 + z * z / n
         middle = (p + z * z / (2 * n)) / scale
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
         method = "Wilson"
     else:
-        variance = mean([(x - p) ** 2 for x in points])
+        variance = mean([(x - p) ** 2 for x in scores])
         middle = p
         half = z * math.sqrt(variance / n)
         method = "normal"
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half), method
 
 
-def accuracy(examples: list[Example], marks: list[Mark], beside: dict[str, float] | None = None,
+def accuracy(examples: list[Example], grades: list[Grade], subscores: dict[str, float] | None = None,
              only: str | None = None) -> Score | None:
-    """Mean of the points in per cent, and beside it the mean of each label's.
+    """Mean score in per cent, with the mean of each category as sub-scores.
 
-    beside: further numbers, shown before those of the labels. only: the headline is on the questions with this label,
-    and the mean of all stands beside it. None where --limit leaves no question that counts.
+    subscores: further ones, shown before those of the categories. only: the headline is on the questions of this
+    category, and the mean over all of them becomes a sub-score. None where --limit leaves no question that counts.
     """
-    points = [mark.points for mark in marks]
-    by_label = defaultdict(list)
-    for example, mark in zip(examples, marks):
-        for label in example.labels:
-            by_label[label].append(mark.points)
-    others = dict(beside or {})
+    scores = [grade.score for grade in grades]
+    by_category = defaultdict(list)
+    for example, grade in zip(examples, grades):
+        for category in example.categories:
+            by_category[category].append(grade.score)
+    subscores = dict(subscores or {})
     if only:
-        others["all"] = 100 * mean(points)
-        points = by_label[only]
-    if not points:
+        subscores["all"] = 100 * mean(scores)
+        scores = by_category[only]
+    if not scores:
         return None
-    for label, of_label in sorted(by_label.items()):
-        others[label] = 100 * mean(of_label)
-    return Score(100 * mean(points), *interval_of_mean(points), others)
+    for category, of_category in sorted(by_category.items()):
+        subscores[category] = 100 * mean(of_category)
+    return Score(100 * mean(scores), *interval_of_mean(scores), subscores)
 
 
 def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
-                 others: dict[str, float]) -> Score:
+                 subscores: dict[str, float]) -> Score:
     """Score of a metric that is computed from summed counts, such as F1, with a bootstrap interval.
 
     counts: (units, ...), what each unit adds to the sums. The units are drawn anew, so they must be what is
@@ -302,7 +302,7 @@ def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.nd
     of_draws = metric(np.tensordot(times_drawn, counts, 1))                         # (draws,)
     low, high = np.percentile(of_draws, [2.5, 97.5])
     method = f"bootstrap over {unit}, 1000 draws, seed 0"
-    return Score(float(metric(counts.sum(0))), float(low), float(high), method, others)
+    return Score(float(metric(counts.sum(0))), float(low), float(high), method, subscores)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -6,8 +6,8 @@ llava-seed-bench.jsonl (eval.zip) gives the order.
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.files import first_existing, image_path, lettered, read_official_json, required_file, to_jsonl
-from benchmarks.scoring import LETTER, Example, Mark, Score, Task, accuracy
+from benchmarks.files import first_existing, image_file, lettered, read_official_json, required_file, to_jsonl
+from benchmarks.scoring import LETTER, Example, Grade, Score, Task, accuracy
 from lib.common import read_jsonl, write_whole
 
 
@@ -20,14 +20,15 @@ def read(folder: Path, options: Namespace) -> list[Example]:
         number = row["question_id"]
         if row["data_type"] == "image":
             number = int(number)                # as in LLaVA's file; a video's is text, such as "v9"
-            image = image_path(folder / "SEED-Bench-image", row["data_id"])
+            image = image_file(folder / "SEED-Bench-image", row["data_id"])
         elif options.split == "image":
             continue
         else:
             image = folder / "SEED-Bench-video-image" / f"{row['question_type_id']}_{number}.png"
         choices = lettered(row[f"choice_{letter}"] for letter in "abcd")
-        labels = (row["data_type"], name_of_type[row["question_type_id"]])
-        examples[str(number)] = Example(number, image, f"{row['question']}\n{choices}\n{LETTER}", row["answer"], labels)
+        categories = (row["data_type"], name_of_type[row["question_type_id"]])
+        prompt = f"{row['question']}\n{choices}\n{LETTER}"
+        examples[str(number)] = Example(number, image, prompt, row["answer"], categories)
     llava_file = first_existing(folder, "llava-seed-bench.jsonl")
     if llava_file is None:
         return list(examples.values())
@@ -35,14 +36,14 @@ def read(folder: Path, options: Namespace) -> list[Example]:
     return [examples[number] for number in order if number in examples]
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     """LLaVA's rule is plain equality: "B." is wrong."""
-    return Mark(float(text == example.truth), text, unparsed=text not in ("A", "B", "C", "D"))
+    return Grade(float(text == example.truth), text, unparsed=text not in ("A", "B", "C", "D"))
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
     """The headline is the image part's, which papers call SEED-IMG, also where the videos were asked too."""
-    return accuracy(examples, marks, only="image")
+    return accuracy(examples, grades, only="image")
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -56,8 +57,8 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
 TASK = Task(
     metric="accuracy on images",
     read=read,
-    grade=grade,
-    summarise=summarise,
+    grade=grade_answer,
+    summarize=summarize,
     write_submission=write_submission,
     splits={"image": 14_233, "all": 19_242},
     source="https://huggingface.co/datasets/AILab-CVC/SEED-Bench: SEED-Bench.json, SEED-Bench-image.zip",

@@ -10,8 +10,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import EVAL_ZIP, first_existing, image_path, read_official_json, required_file
-from benchmarks.scoring import SHORT, Example, Mark, Task, accuracy, evalai_accuracy, normalize_evalai
+from benchmarks.files import EVAL_ZIP, first_existing, image_file, read_official_json, required_file
+from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, evalai_accuracy, normalize_evalai
 from lib.common import read_jsonl
 
 
@@ -31,7 +31,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         if len(humans) != 10:
             raise ValueError(f"TextVQA_0.5.1_val.json has no ten answers to the question {question!r} about {image_id}")
         prompt = "\n".join(lines if options.ocr else [question, lines[-1]])
-        yield Example(image_id, image_path(folder / "train_images", f"{image_id}.jpg"), prompt, humans)
+        yield Example(image_id, image_file(folder / "train_images", f"{image_id}.jpg"), prompt, humans)
 
 
 def rebuilt_questions(folder: Path, official: list[dict], ocr: bool) -> list[tuple[str, list[str]]]:
@@ -47,8 +47,8 @@ def rebuilt_questions(folder: Path, official: list[dict], ocr: bool) -> list[tup
     return questions
 
 
-def grade(example: Example, text: str) -> Mark:
-    return Mark(evalai_accuracy(text, example.truth), normalize_evalai(text))
+def grade_answer(example: Example, text: str) -> Grade:
+    return Grade(evalai_accuracy(text, example.truth), normalize_evalai(text))
 
 
 def prompt_note(settings: dict) -> str:
@@ -58,8 +58,8 @@ def prompt_note(settings: dict) -> str:
 TASK = Task(
     metric="soft accuracy",
     read=read,
-    grade=grade,
-    summarise=accuracy,
+    grade=grade_answer,
+    summarize=accuracy,
     splits={"val": 5_000},
     source=f"https://textvqa.org/dataset: TextVQA_0.5.1_val.json, train_val_images.zip; {EVAL_ZIP}",
     files={"llava_textvqa_val_v051_ocr.jsonl": "9f60db6fb89e3692", "TextVQA_0.5.1_val.json": ""},

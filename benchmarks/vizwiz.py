@@ -10,9 +10,9 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import (EVAL_ZIP, first_existing, image_path, read_llava_questions, read_official_json,
+from benchmarks.files import (EVAL_ZIP, first_existing, image_file, read_llava_questions, read_official_json,
                               required_file)
-from benchmarks.scoring import (SHORT, Example, Mark, Score, Task, accuracy, evalai_accuracy, mean, normalize_evalai,
+from benchmarks.scoring import (SHORT, Example, Grade, Score, Task, accuracy, evalai_accuracy, mean, normalize_evalai,
                                 vqa_accuracy)
 from lib.common import write_whole
 
@@ -30,23 +30,23 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         # capitalize() also lower-cases the rest; so it is in all 8,000 rows of LLaVA's file.
         prompt = f"{row['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
         humans = None
-        labels = ()
+        categories = ()
         if "answers" in row:
             humans = [answer["answer"] for answer in row["answers"]]
-            labels = (row["answer_type"],)
-        yield Example(i, image_path(images, row["image"]), prompt, humans, labels)
+            categories = (row["answer_type"],)
+        yield Example(i, image_file(images, row["image"]), prompt, humans, categories)
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     """Points as TextVQA's scorer gives them, which is common for val; raw: what the official VQA scorer gives."""
     answer = normalize_evalai(text)
-    return Mark(evalai_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
+    return Grade(evalai_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
 
 
-def summarise(examples: list[Example], marks: list[Mark]) -> Score | None:
+def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
     """The two scorers differ by several points; both are shown, because papers use either."""
-    official = 100 * mean([mark.raw[0] for mark in marks])
-    return accuracy(examples, marks, beside={"official VQA scorer": official})
+    official = 100 * mean([grade.raw[0] for grade in grades])
+    return accuracy(examples, grades, subscores={"official VQA scorer": official})
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -60,8 +60,8 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
 TASK = Task(
     metric="soft accuracy",
     read=read,
-    grade=grade,
-    summarise=summarise,
+    grade=grade_answer,
+    summarize=summarize,
     write_submission=write_submission,
     splits={"test": 8_000, "val": 4_319},
     source=f"https://vizwiz.org/tasks-and-datasets/vqa: Annotations.zip, test.zip (val.zip); {EVAL_ZIP}",

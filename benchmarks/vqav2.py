@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.files import COCO, EVAL_ZIP, first_existing, read_llava_questions, read_official_json, required_file
-from benchmarks.scoring import SHORT, Example, Mark, Task, accuracy, normalize_evalai, vqa_accuracy
+from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, normalize_evalai, vqa_accuracy
 from lib.common import read_jsonl, write_whole
 
 
@@ -45,10 +45,10 @@ def coco_image(folder: Path, year: str, row: dict) -> Path:
     return folder / year / f"COCO_{year}_{row['image_id']:012d}.jpg"
 
 
-def grade(example: Example, text: str) -> Mark:
+def grade_answer(example: Example, text: str) -> Grade:
     """The server gets the answer after the EvalAI processor, so the official scorer is given the same here."""
     answer = normalize_evalai(text)
-    return Mark(vqa_accuracy(answer, example.truth), answer)
+    return Grade(vqa_accuracy(answer, example.truth), answer)
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
@@ -71,8 +71,8 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
 TASK = Task(
     metric="soft accuracy",
     read=read,
-    grade=grade,
-    summarise=accuracy,
+    grade=grade_answer,
+    summarize=accuracy,
     write_submission=write_submission,
     splits={"test-dev": 107_394, "val": 214_354},
     source=f"{COCO}/test2015.zip (val: val2014.zip), https://visualqa.org/download.html; {EVAL_ZIP}",

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -17,6 +18,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -106,27 +108,50 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
 # Files
 
 
-def write_whole(path: Path, data: str | bytes) -> Path:
-    """Write a file so that a crash or a full disk leaves either the old content or all of the new one.
-
-    The bytes go to a temporary file in the same folder, are forced to the disk, and only then take the name `path`.
-    Characters that are not valid unicode (a model can produce half a surrogate pair) are written as escapes.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path next to `path`, for a file or a folder. On success it is forced to the disk and takes the name
+    `path`; on failure it is removed. So a crash or a full disk leaves either the old content or all of the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing_{path.name}")
-    with open(temporary, "wb") as file:
-        file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    return path
+    part = path.with_name(f".writing_{path.name}")
+    remove(part)
+    try:
+        yield part
+        for written in [*part.rglob("*"), part]:
+            sync_folder(written)
+        if path.is_dir():
+            remove(path)            # a rename replaces a file, but no folder that holds anything
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except BaseException:
+        remove(part)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with everything in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
-    """Force a folder's entries to the disk: without it a rename can be lost in a power failure."""
+    """fsync a folder's entries: without it a rename can be lost in a power failure. It takes a file as well."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def write_whole(path: Path, data: str | bytes) -> Path:
+    """Write a small file by `replacing` it.
+
+    Characters that are not valid unicode (a model can produce half a surrogate pair) are written as escapes.
+    """
+    with replacing(path) as part:
+        part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
+    return path
 
 
 LOCK = ".in_use"            # a file in an output folder: who is writing there
@@ -211,7 +236,7 @@ def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
     return rows
 
 # ---------------------------------------------------------------------------------------------------
-# Which model, which device, which arithmetic
+# Which process, which device, which dtype, which model
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}        # our name -> torch's; both are accepted on the command line
 
@@ -235,62 +260,103 @@ def torch_dtype(name: str):
     return getattr(torch, DTYPES[name])
 
 
-def time_dtypes(prepare: Callable | None = None) -> dict[str, float]:
-    """Seconds that one small matrix product takes on this CPU, by dtype. All of it takes a few hundredths of a second.
-
-    prepare: what the command does to a model's Linears before it uses them, such as model.pack_linears.
-    Measured and not looked up: bf16 is three times as fast as fp32 on one CPU and a tenth on another, depending on
-    vector units, library and vendor. The product is one of many rows, where the difference between dtypes is largest.
-    One thread, and the best of some short runs: so other programs on the machine hardly disturb.
-    """
-    import torch
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return {name: time_product(torch_dtype(name), prepare) for name in DTYPES}
-    finally:
-        torch.set_num_threads(n_threads)
+class Torchrun(NamedTuple):
+    rank: int               # of this process, among all
+    world: int              # how many there are
+    local_rank: int         # of this process, among those of its machine
+    local_world: int
 
 
-def time_product(dtype, prepare: Callable | None) -> float:
-    """Seconds of one product of `time_dtypes`."""
-    import torch
-    x = torch.ones(32, 512, dtype=dtype)
-    linear = torch.nn.Sequential(torch.nn.Linear(512, 512, dtype=dtype))
-    if prepare:
-        prepare(linear)
-    runs = []
-    for _ in range(10):                     # the first one sets the library up
-        start = time.perf_counter()
-        linear(x)
-        runs.append(time.perf_counter() - start)
-    return min(runs)
-
-
-def faster_dtype(dtype: str, prepare: Callable | None = None) -> str:
-    """A sentence for a command that computes in `dtype` on a CPU, if another would be clearly faster here; else ""."""
-    seconds = time_dtypes(prepare)
-    best = min(seconds, key=seconds.get)
-    gain = seconds[dtype] / seconds[best]
-    return f"cpu, {dtype}: --dtype {best} would be {gain:.1f} times as fast here" if gain >= 1.2 else ""
+def torchrun_env() -> Torchrun:
+    """What torchrun says in the environment; a process that it did not start is the only one."""
+    return Torchrun(
+        rank=int(os.environ.get("RANK", 0)),
+        world=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
 
 
 def choose_device(asked: str | None) -> str:
-    """The device that was asked for, else the best one here. ValueError if it is not on this machine."""
+    """The device that was asked for, else the best one here. ValueError if this machine or this torch lacks it."""
     import torch
     here = ["cpu"]
     if torch.backends.mps.is_available():
         here.append("mps")
+    problem = ""
     if torch.cuda.is_available():
-        here.append("cuda")
+        number = asked.partition(":")[2] if asked else ""
+        problem = missing_kernels(int(number) if number.isdecimal() else 0)
+        if not problem:
+            here.append("cuda")
+        elif not asked:
+            print(f"{problem}; computing on the {here[-1]}", file=sys.stderr)
     device = asked or here[-1]
     if device.split(":")[0] not in here:
-        raise ValueError(f"--device {device}: this machine and this torch {torch.__version__} offer {', '.join(here)}")
+        raise ValueError(f"--device {device}: this machine and this torch {torch.__version__} offer {', '.join(here)}"
+                         + (f"; {problem}" if problem else ""))
     try:
         torch.empty(0, device=device)       # "cuda:7" on a machine with two
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
     return device
+
+
+def use_device(device) -> None:
+    """Make a GPU the current one of this thread: streams, events, graphs and memory statistics are the current GPU's.
+
+    Every thread has its own and starts on cuda:0, so a thread that works on another one calls this first. The CPU, and
+    "cuda" without a number, which means the current one, need nothing.
+    """
+    import torch
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def missing_kernels(card: int) -> str:
+    """Why this build of torch cannot compute on a CUDA card that it sees; "" if it can.
+
+    Kernels built for sm_86 also run on later cards of major version 8. Code for compute_90 is compiled anew on any
+    later card.
+    """
+    import torch
+    if card >= torch.cuda.device_count() or torch.version.cuda is None:     # AMD's cards count otherwise
+        return ""
+    major, minor = torch.cuda.get_device_capability(card)
+    built_for = torch.cuda.get_arch_list()
+    for arch in built_for:
+        kind, number = re.match(r"(sm|compute)_(\d+)", arch).groups()
+        arch_major, arch_minor = divmod(int(number), 10)
+        if kind == "sm" and arch_major == major and arch_minor <= minor:
+            return ""
+        if kind == "compute" and (arch_major, arch_minor) <= (major, minor):
+            return ""
+    return (f"{torch.cuda.get_device_name(card)} has compute capability {major}.{minor}, and this torch "
+            f"{torch.__version__} has kernels for {', '.join(built_for)}")
+
+
+def choose_dtype(asked: str | None, device: str) -> str:
+    """--dtype, else bf16 where the device has instructions for it, else fp32.
+
+    It is looked up and not timed, so the same machine always computes the same numbers. sample.py follows this rule.
+    eval.py does on a GPU; on a CPU it stays with fp32, where the batch size changes no answer. train.py computes in
+    bf16 unless told otherwise, and refuses a GPU that would have to emulate it.
+    """
+    if asked:
+        return asked
+    return "bf16" if has_bf16(device) else "fp32"
+
+
+def has_bf16(device: str) -> bool:
+    """Whether bf16 products run in hardware: not on a V100 or T4, and on CPUs with AVX-512 BF16, AMX or Arm's BF16."""
+    import torch
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return True                                 # Apple's GPUs
 
 
 USUAL_MODELS = (Path("out/finetune"), Path("checkpoints/llava-phi"), Path("checkpoints/mipha-3b"))
@@ -307,10 +373,6 @@ def find_model(asked: str | None) -> Path:
     raise ValueError("no model: neither out/finetune (made by train.py), checkpoints/llava-phi nor "
                      "checkpoints/mipha-3b is here; get a published one with `hf download zxmonent/llava-phi --local-dir "
                      "checkpoints/llava-phi` or `hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b`" + demo)
-
-# ---------------------------------------------------------------------------------------------------
-# The published recipes
-
 
 # ---------------------------------------------------------------------------------------------------
 # Text that other people wrote, shown on a terminal or a page

@@ -9,53 +9,51 @@ from torch import Tensor
 
 from model import LLaVAPhi
 
-PACKED_FROM = 2 ** 18               # weights of a layer; for smaller ones, setting oneDNN up takes longer than it saves
-FEW_ROWS = 6                        # measured: with six rows a product is a tenth faster than with one
+MIN_ROWS = 6                        # rows per product: measured, six take a tenth less time than one
 
 
-def packing_pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed products of this dtype beat torch's usual ones here.
+def prepacking_pays(dtype: torch.dtype) -> bool:
+    """Are oneDNN's prepacked products of this dtype faster than torch's usual ones on this CPU?
 
-    With AVX-512 they are twice as fast for one row, up to a third faster for many. With AVX2 alone they were slower
-    where we tried them, and bf16 cannot be packed at all. So it is a fact of the processor and not measured at every
-    start: the same machine must always compute the same numbers.
+    With AVX-512 they take half the time for one row and up to a third less for many. With AVX2 only they were slower
+    where we tried them, and bf16 cannot be prepacked at all. The answer depends on the processor alone and is not
+    timed at every start: the same machine must always compute the same numbers.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False
-    if dtype == torch.bfloat16:     # not where oneDNN is told to use less than the processor has (ONEDNN_MAX_CPU_ISA)
+    if dtype == torch.bfloat16:     # False where ONEDNN_MAX_CPU_ISA keeps oneDNN from the processor's AVX-512
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32
 
 
-class PackedLinear(nn.Linear):
-    """For inference on a CPU: the weight in blocks as oneDNN's kernels read them. Nothing else can read it any more."""
+class PrepackedLinear(nn.Linear):
+    """For inference on a CPU: the weight in the blocked layout of oneDNN's kernels, which nothing else can read."""
 
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
-        packed = torch.ops.mkldnn._reorder_linear_weight(base.weight.detach(), FEW_ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(base.weight.detach(), MIN_ROWS)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = FEW_ROWS - len(x) if x.dim() == 2 and len(x) > 0 else 0
+        missing = MIN_ROWS - len(x) if x.dim() == 2 and len(x) > 0 else 0
         if missing > 0:
             x = F.pad(x, (0, 0, 0, missing))
         y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y[:-missing] if missing > 0 else y
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Turn a finished model's large Linears into PackedLinears, in place, where that makes it faster -> how many.
+def prepack_linears(model: nn.Module, min_size: int = 2 ** 18) -> None:
+    """Replace a finished model's Linears by PrepackedLinears, in place, where that makes them faster.
 
-    It takes a few seconds, and no memory but one weight's. Quantised layers, GPUs and CPUs without AVX-512 are let be.
+    Weights with fewer than `min_size` elements stay plain: setting up oneDNN's call takes longer than it saves.
+    Takes a few seconds and the memory of one extra weight. Quantized layers, GPUs and CPUs without AVX-512 are left
+    unchanged.
     """
-    count = 0
     for parent, name, base in plain_linears(model):
         weight = base.weight
-        if weight.device.type == "cpu" and weight.numel() >= PACKED_FROM and packing_pays(weight.dtype):
-            setattr(parent, name, PackedLinear(base))
-            count += 1
-    return count
+        if weight.device.type == "cpu" and weight.numel() >= min_size and prepacking_pays(weight.dtype):
+            setattr(parent, name, PrepackedLinear(base))
 
 
 def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

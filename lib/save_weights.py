@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from data import EOT, IMAGE, eot_id, load_tokenizer
-from lib.common import read_json, sync_folder
+from lib.common import read_json, remove, replacing, sync_folder, write_whole
 from lib.folders import PHI, Folder, Pieces, blueprint, check_tensors, in_order, read_folders, read_kind, read_tensor
 from lib.layouts import PHI_KEYS, SIGLIP_KEYS, VISION_KEYS, feature_strategy, is_siglip, named_as_published, to_saved
 from model import LLaVAConfig, PhiConfig
@@ -133,50 +133,44 @@ def verify_checksums(folder: Path) -> int | None:
 
 
 @contextmanager
-def finished_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` to write to. At the end it is renamed to `out`, or its files are moved into it.
+def replacing_model(out: Path) -> Iterator[Path]:
+    """A temporary folder for a model. On success it becomes `out`, or its files move into it.
 
-    The second happens where a training run, or an older saved model, is already: config.json is moved last, and until
-    then the one that is there says nothing of a model, so a crash in between leaves no mixture that would load.
-    Raises ValueError where `out` holds anything else.
+    The latter happens where a training run, or an older saved model, is already; its other files stay. ValueError
+    where `out` holds anything else.
     """
-    old = read_json(out / "config.json") if (out / "config.json").is_file() else {}
-    used = out.exists() and any(out.iterdir())
-    ours = "training" in old or (out / "load_hf.py").exists() or (out / "mm_projector.safetensors").exists()
-    if used and not ours:
+    out = out.resolve()                 # the folder itself, where `out` is a link
+    if not out.exists() or not any(out.iterdir()):
+        with replacing(out) as made:
+            made.mkdir()
+            yield made
+        return
+    config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    settings = {"training": config["training"]} if "training" in config else {}
+    if not settings and not any((out / name).exists() for name in ("load_hf.py", "mm_projector.safetensors")):
         raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
-    made = out.parent / f".{out.name}.unfinished"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
-    try:
-        yield made
-        if used and (made / "config.json").exists():
-            training = {"training": old["training"]} if "training" in old else {}
-            write_json(made / "config.json", read_json(made / "config.json") | training)
-            write_json(made / "old.json", training)
-        for path in [*made.rglob("*"), made]:
-            sync_folder(path)               # which forces a file to the disk just as well
-        if used:
-            move_into(made, out)
-        else:
-            made.rename(out)                # `out` is an empty folder at the most
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    made = out / ".writing_model"
+    with replacing(made) as part:
+        part.mkdir()
+        yield part
+        if (part / "config.json").exists():
+            write_json(part / "config.json", read_json(part / "config.json") | settings)
+    move_into(out, made, settings)
 
 
-def move_into(made: Path, out: Path) -> None:
-    """Replace the model in `out` by the one in `made`, config.json last."""
-    if (made / "old.json").exists():
-        (made / "old.json").replace(out / "config.json")
+def move_into(out: Path, made: Path, settings: dict) -> None:
+    """Replace the model in `out` by the one in `made`. A crash in between leaves no mixture of both that would load:
+    config.json says nothing of a model until the new one comes, as the last file.
+    """
+    if (made / "config.json").exists():
+        write_whole(out / "config.json", json.dumps(settings))
         for path in out.glob("model*.safetensors*"):
             path.unlink()
     for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
         if path.is_dir():
-            shutil.rmtree(out / path.name, ignore_errors=True)
+            remove(out / path.name)
         path.replace(out / path.name)
-    made.rmdir()
+    remove(made)
     sync_folder(out)
 
 
@@ -219,7 +213,7 @@ def save(part: str, out: Path, tensors: Mapping[str, Lazy], config: LLaVAConfig,
     if not part and image_token_id(tokenizer) >= config.llm.vocab_size:
         rows = config.llm.vocab_size
         raise ValueError(f"{sources[0].path}: all {rows} embedding rows are taken, none is left for <image>")
-    with finished_folder(out) as made:
+    with replacing_model(out) as made:
         write_tensors(part, made, dtypes, tensors, found, config)
         write_texts(part, made, config, tokenizer, dtypes[names[0]])
         write_checksums(made)

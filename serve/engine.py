@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lib.chat import open_image
-from lib.chat import Clock, answer, encode_chat, free_memory
+from lib.chat import Clock, answer, encode_chat, free_memory, open_image
+from lib.common import use_device
 from model import LLaVAConfig, LLaVAPhi, Prefix, whole_slots
 from serve.api import Busy, Request
 
@@ -208,6 +208,7 @@ class Engine:
 
     def run(self) -> None:
         """Answer batch after batch until the server stops."""
+        use_device(self.model.device)
         while True:
             with self.changed:
                 while not self.waiting and not self.stopping:

@@ -1,18 +1,17 @@
-"""What all tests share: the checkout on the path, long campaigns only when asked for, one thread per process."""
+"""What all tests share: the tiny model and its inputs, no GPU unless one is asked for, one thread per process."""
+import json
 import os
-import sys
-from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # tiny models: more threads only get in each other's way
 
+import helpers
+import pytest
+import torch
+from helpers import GOLDEN, ROOT, TINY_MODEL        # noqa: F401 (ROOT is for the test files)
+from safetensors.torch import load_file
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: a long campaign, run by `make slow`")
-    config.addinivalue_line("markers", "fuzz: files and requests mutated by the thousand, run by `make fuzz`")
+from data import load_tokenizer
+from load_weights import load_model
 
 
 def pytest_collection_modifyitems(config, items):
@@ -22,3 +21,56 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if mark in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=f"a long campaign: make {mark}"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hide_gpus(request):
+    """Tests compute on the CPU, and with as many processes as they like, whatever the machine has.
+
+    Programs that a test starts find no GPU because of the variable. In this process CUDA may be running already and
+    would not look at it again. test_cuda.py is the one file that is about the GPU.
+    """
+    if request.module.__name__ == "test_cuda":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The original code's inputs and outputs on tiny random weights."""
+    return load_file(GOLDEN / "forward.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """The model that the goldens were computed with, in fp32. Tests that change it work on a deepcopy."""
+    return load_model(TINY_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return load_tokenizer(TINY_MODEL)
+
+
+@pytest.fixture(scope="session")
+def photo():
+    return GOLDEN / "images" / "photo.jpg"
+
+
+@pytest.fixture(scope="session")
+def chat_json(tmp_path_factory):
+    """24 conversations of one to three turns about the goldens' pictures, every fourth without one."""
+    path = tmp_path_factory.mktemp("data") / "chat.json"
+    path.write_text(json.dumps(helpers.conversations()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """run_script("sample.py", "--model", ..., processes=2) -> CompletedProcess: a script in a process of its own."""
+    return helpers.run_script

@@ -20,6 +20,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from PIL import Image
 
 import eval as ev
@@ -62,8 +63,8 @@ def test_vqa_scores(task):
     percent = lambda x: round(100 * x, 9)
     for v in vectors(task):
         text, humans = v["prediction"], v["gt_answers"]
-        mark = textvqa.grade(scoring.Example(0, None, "", humans), text)
-        assert percent(mark.points) == v.get("score_m4c", v.get("score")), v
+        grade = textvqa.grade_answer(scoring.Example(0, None, "", humans), text)
+        assert percent(grade.score) == v.get("score_m4c", v.get("score")), v
         if task != "textvqa":
             assert percent(scoring.vqa_accuracy(text, humans)) == v["score_vqa2021_raw"], v
             assert percent(scoring.vqa_accuracy(scoring.normalize_evalai(text), humans)) == v["score_vqa2021_after_evalai"], v
@@ -83,21 +84,21 @@ def test_gqa():
 
 
 def test_pope():
-    said = lambda text: pope.grade(scoring.Example(0, None, "", "yes"), text).parsed
+    said = lambda text: pope.grade_answer(scoring.Example(0, None, "", "yes"), text).parsed
     same([(said(v["text"]), v["pred"], v) for v in vectors("pope", "parse_vectors")])
     for v in vectors("pope", "set_vectors"):
         examples = [scoring.Example(i, Path(str(i)), "", label, ("random",)) for i, label in enumerate(v["labels"])]
-        score = pope.summarise(examples, [pope.grade(e, text) for e, text in zip(examples, v["texts"])])
+        score = pope.summarize(examples, [pope.grade_answer(e, text) for e, text in zip(examples, v["texts"])])
         official = {"F1": v["f1"] or 0, "precision": v["precision"] or 0, "recall": v["recall"] or 0,
                     "yes ratio": v["yes_ratio"],
                     "accuracy": (v["TP"] + v["TN"]) / len(v["texts"])}
         for name, value in official.items():
-            assert score.others[f"random {name}"] == pytest.approx(100 * value), (name, v)
+            assert score.subscores[f"random {name}"] == pytest.approx(100 * value), (name, v)
         assert score.value == pytest.approx(100 * (v["f1"] or 0))
 
 
 def test_pope_counts_what_the_rule_cannot_read():
-    unread = lambda text: pope.grade(scoring.Example(0, None, "", "yes"), text).unparsed
+    unread = lambda text: pope.grade_answer(scoring.Example(0, None, "", "yes"), text).unparsed
     assert not any(map(unread, ("Yes", "no.", "NO!", "Not really")))
     assert all(map(unread, ("", "maybe", "isn't")))
 
@@ -108,19 +109,19 @@ def test_mme():
         rows = [(subtask, *row) for subtask, lines in v["answers"].items() for row in lines]
         examples = [scoring.Example(image, Path(image), question, truth.lower(), (subtask,))
                     for subtask, image, question, truth, _ in rows]
-        score = mme.summarise(examples, [ev.TASKS["mme"].grade(e, row[-1]) for e, row in zip(examples, rows)])
+        score = mme.summarize(examples, [ev.TASKS["mme"].grade(e, row[-1]) for e, row in zip(examples, rows)])
         expected = v["expected"]
         assert score.value == pytest.approx(expected["Perception"]["total"], rel=1e-12)
-        assert score.others["cognition"] == pytest.approx(expected["Cognition"]["total"], rel=1e-12)
+        assert score.subscores["cognition"] == pytest.approx(expected["Cognition"]["total"], rel=1e-12)
         for subtask, value in (expected["Perception"]["tasks"] | expected["Cognition"]["tasks"]).items():
-            assert score.others[subtask] == pytest.approx(value, rel=1e-12)
+            assert score.subscores[subtask] == pytest.approx(value, rel=1e-12)
 
 
 def test_scienceqa():
     same([(scienceqa.scienceqa_letter(v["text"]) or "FAILED", v["parsed"], v) for v in vectors("scienceqa")])
     for v in vectors("scienceqa"):
         truth = scoring.LETTERS[v["answer_index"]]
-        assert (ev.TASKS["scienceqa"].grade(scoring.Example(0, None, "", truth), v["text"]).points == 1) == v["correct"], v
+        assert (ev.TASKS["scienceqa"].grade(scoring.Example(0, None, "", truth), v["text"]).score == 1) == v["correct"], v
     same([(scienceqa.scienceqa_letter(text), letter) for text, letter in [
         ("b", None), ("", None), (" B", None), ("The answer is Because.", "B"),
         ("The answer is A. The answer is B.", None), ("F", None)]])
@@ -130,7 +131,7 @@ def test_mmbench():
     same([(mmbench.mmbench_letter(v["prediction"], v["choices"]), v["inferred"], v)
           for v in vectors("mmbench", "can_infer_vectors")])
     for v in vectors("mmbench", "can_infer_vectors"):
-        strict = mmbench.grade(scoring.Example(0, None, "", "B", info={"options": v["choices"]}), v["prediction"]).raw[0]
+        strict = mmbench.grade_answer(scoring.Example(0, None, "", "B", info={"options": v["choices"]}), v["prediction"]).raw[0]
         assert strict == (v["strip_equals_letter"] == "B")
     animals = dict(zip("ABCD", ["teddy bear", "rabbit", "cat", "dog"]))
     assert mmbench.mmbench_letter("A dog is sitting on the green grass", animals) == "D"
@@ -143,16 +144,16 @@ def test_mmbench_circular():
     example = lambda index, label: scoring.Example(index, None, "", "A", (label,), {"options": options})
     examples = [example(1, "CP"), example(1_000_001, "CP"), example(2, "LR"), example(1_000_002, "LR"),
                 example(3, "LR")]
-    score = mmbench.summarise(examples,
-                                 [mmbench.grade(e, text) for e, text in zip(examples, ["A", "A.", "A", "B", "A"])])
+    score = mmbench.summarize(examples,
+                                 [mmbench.grade_answer(e, text) for e, text in zip(examples, ["A", "A.", "A", "B", "A"])])
     assert score.value == pytest.approx(200 / 3)            # 1 and 3; one round of 2 is wrong
-    assert score.others["circular, bare letters only"] == pytest.approx(100 / 3)        # "A." is not a bare letter
-    assert score.others["single pass"] == 100
-    assert (score.others["CP"], score.others["LR"]) == (100, 50)
+    assert score.subscores["circular, bare letters only"] == pytest.approx(100 / 3)        # "A." is not a bare letter
+    assert score.subscores["single pass"] == 100
+    assert (score.subscores["CP"], score.subscores["LR"]) == (100, 50)
 
 
 def test_seedbench():
-    grade = lambda v: seedbench.grade(scoring.Example(0, None, "", v["answer"]), v["prediction"]).points
+    grade = lambda v: seedbench.grade_answer(scoring.Example(0, None, "", v["answer"]), v["prediction"]).score
     same([(grade(v) == 1, v["correct_llava"], v) for v in vectors("seedbench")])
 
 
@@ -165,7 +166,7 @@ def test_mmmu():
     assert mmmu.mmmu_open("it is abc therefore \nx") == {"it is abc therefore \nx"}
     for v in vectors("mmmu", "mc_eval_vectors"):
         example = scoring.Example(0, None, "", v["gold"], info={"options": dict.fromkeys("ABCD", "?")})
-        assert (mmmu.grade(example, v["pred"]).points == 1) == v["correct"], v
+        assert (mmmu.grade_answer(example, v["pred"]).score == 1) == v["correct"], v
 
 
 def test_mmmu_draws_like_the_official_code():
@@ -175,8 +176,8 @@ def test_mmmu_draws_like_the_official_code():
     drawn = [rng.choice(list("ABCD")) for _ in range(8)]
     examples = [scoring.Example(i, None, "", letter, ("Science", "Math"), {"options": dict.fromkeys("ABCD", "?")})
                 for i, letter in enumerate(drawn)]
-    score = mmmu.summarise(examples, [mmmu.grade(e, "no idea") for e in examples])
-    assert (score.value, score.others["unparsed = wrong"]) == (100, 0)
+    score = mmmu.summarize(examples, [mmmu.grade_answer(e, "no idea") for e in examples])
+    assert (score.value, score.subscores["unparsed = wrong"]) == (100, 0)
 
 
 def test_judges_numbers():
@@ -486,7 +487,7 @@ def test_rebuilt_questions_equal_llavas(tmp_path):
             (tmp_path / extra).unlink()
             write(tmp_path / "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json",
                   {"data": [{"image_id": "aa", "ocr_tokens": ["ACME", "1999"]}, {"image_id": "bb", "ocr_tokens": []}]})
-        key = lambda e: (str(e.question_id), e.prompt.replace("imange", "image"), e.image, e.truth, e.labels)
+        key = lambda e: (str(e.question_id), e.prompt.replace("imange", "image"), e.image, e.truth, e.categories)
         assert sorted(map(key, ev.load_data(name, ev.parse(flags)).examples)) == sorted(map(key, data.examples))
 
 
@@ -1122,6 +1123,45 @@ def test_several_tasks_share_a_model_and_end_in_one_table(tmp_path, short, capsy
     assert "shapes (all)" in table and "scienceqa (test)" in table and "68.4" in table and loads == [1]
     assert json.loads((tmp_path / "out/scienceqa/result.json").read_text())["limit"] == 2
     assert ev.chosen_tasks(ev.parse(["--task", "paper,gqa"])) == [*ev.PAPER, "gqa"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# GPUs
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that says it has two GPUs -> what the program then asks of them, in order."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(f"current {device}"))
+    monkeypatch.setattr(ev, "choose_device", lambda device: asked.append("touch one") or "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    return asked
+
+
+def test_a_process_makes_its_gpu_the_current_one_before_it_touches_any(monkeypatch, two_gpus):
+    """Events are recorded on the current GPU: without this, processes 1 to 7 would read answers before they are there."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    args = ev.parse(["--task", "pope"])
+    ev.choose_arithmetic(args)
+    assert args.device == "cuda:1" and two_gpus[:2] == ["current cuda:1", "touch one"]
+
+
+def test_a_gpu_without_bf16_computes_in_fp32(two_gpus):
+    """A T4 or V100 emulates bf16, many times slower."""
+    args = ev.parse(["--task", "pope"])
+    ev.choose_arithmetic(args)
+    assert (args.device, args.dtype) == ("cuda:0", "fp32")
+
+
+def test_more_processes_than_gpus_is_one_line(monkeypatch, two_gpus):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes on a machine with 2 GPUs: give torchrun one for each"):
+        ev.choose_arithmetic(ev.parse(["--task", "pope"]))
 
 
 # ----------------------------------------------------------------------------------------------------

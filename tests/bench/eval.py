@@ -32,7 +32,7 @@ import eval as ev
 from benchmarks import textvqa
 from benchmarks.scoring import SHORT, Example, accuracy
 from data import load_image, load_tokenizer
-from lib.quant import pack_linears, quantize_linears
+from lib.quant import prepack_linears, quantize_linears
 from model import IMAGE_ID, LLaVAConfig, PhiConfig
 from vision import VisionConfig, normalize
 
@@ -97,7 +97,7 @@ def bench_generation(name: str, questions: int, repeats: int) -> None:
     tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
     loaded = {}
     for kind, model in models.items():
-        pack_linears(model)                                # as eval.py does
+        prepack_linears(model)                                # as load_model does
         loaded[kind] = ev.LoadedModel(model, tok, -1)      # no token ends an answer: both sides write TOKENS of them
     assert tok.get_vocab_size() < ours.config.llm.vocab_size, f"{tok.get_vocab_size()} ids do not fit the model"
     for per_image in (1, 16):
@@ -125,8 +125,8 @@ def bench_scoring(n: int = 100_000) -> None:
     humans = [[f"the answer {(i + j % 3) % 30_000}" for j in range(10)] for i in range(n)]
     examples = [Example(i, None, "", answers) for i, answers in enumerate(humans)]
     start = time.perf_counter()
-    marks = [textvqa.grade(example, f"Answer {example.question_id % 30_000}.") for example in examples]
-    score = accuracy(examples, marks)
+    grades = [textvqa.grade_answer(example, f"Answer {example.question_id % 30_000}.") for example in examples]
+    score = accuracy(examples, grades)
     print(f"scoring {n:,} TextVQA answers: {time.perf_counter() - start:.1f} s ({score.value:.1f} {score.interval})")
 
 

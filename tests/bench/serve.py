@@ -29,7 +29,7 @@ def run_server(folder: str | None, max_batch: int, pipe) -> None:
 
     import serve.engine
     from data import load_tokenizer
-    from lib.quant import pack_linears
+    from lib.quant import prepack_linears
     from load_weights import load_model
     from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
     from serve.server import Server
@@ -43,8 +43,8 @@ def run_server(folder: str | None, max_batch: int, pipe) -> None:
         tiny_tower = VisionConfig(image_size=56, n_layer=2, n_head=4, n_embd=64, n_inner=256)
         model = LLaVAPhi(LLaVAConfig(PhiConfig(n_layer=2, dropout=0.0), tiny_tower)).eval().requires_grad_(False)
         init_weights(model, torch.Generator().manual_seed(0))
+        prepack_linears(model)                              # as load_model does
         tok = load_tokenizer(Path("demo/phi"))
-    pack_linears(model)                                     # as sample.py does
     sys.stderr = open("/dev/null", "w")                     # the log
     server = Server("127.0.0.1", 0, None, False)
     options = {"max_new_tokens": 32, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "fast": False}

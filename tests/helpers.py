@@ -1,0 +1,177 @@
+"""Small things that several test files need: where the goldens are, random prompts, records, rewritten model folders."""
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data import IGNORE, IMAGE_ID, Sample
+from vision import CLIP_MEAN, CLIP_STD
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+TINY_MODEL = GOLDEN / "tiny-llava-phi"
+
+# What the original code answers to the first golden prompt, decoded and stripped.
+GOLDEN_ANSWER = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"
+
+# ---------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start_script(*args: object, processes: int = 1, **options) -> subprocess.Popen:
+    """Start `python ARGS` in the checkout, as a user does on the command line; with torchrun for several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, *torchrun, *map(str, args)], **options)
+
+
+def run_script(*args: object, processes: int = 1, timeout: float = 240, **options) -> subprocess.CompletedProcess:
+    """Run `python ARGS` to its end. On a timeout the processes that torchrun started are ended with it."""
+    process = start_script(*args, processes=processes, **{"start_new_session": True} | options)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, 9)
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """The raw pixels behind the normalized ones that the goldens hold."""
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    return ((pixels * std + mean) * 255).round().to(torch.uint8)
+
+
+def pattern(w: int, h: int) -> Image.Image:
+    """A picture drawn by a formula, so that the values that the original computed for it can be checked anywhere."""
+    x, y = np.meshgrid(np.arange(w), np.arange(h))
+    return Image.fromarray((np.stack([7 * x + 3 * y, 5 * x + 11 * y, 13 * x + 17 * y], -1) % 256).astype(np.uint8))
+
+# ---------------------------------------------------------------------------------------------------
+# Random prompts: 97 words, pictures of 28 x 28 pixels in 4 patches
+
+
+def draw_image(rng: random.Random, n: int = 1) -> Tensor:
+    return torch.tensor([rng.randrange(256) for _ in range(n * 3 * 28 * 28)], dtype=torch.uint8).view(n, 3, 28, 28)
+
+
+def draw_words(rng: random.Random, n: int) -> list[int]:
+    return [rng.randrange(1, 97) for _ in range(n)]
+
+
+def draw_prompt(rng: random.Random, n_images: int) -> tuple[list[int], Tensor]:
+    """A few words, then n_images times a picture and a few words."""
+    ids = draw_words(rng, rng.randrange(1, 9))
+    for _ in range(n_images):
+        ids += expanded([IMAGE_ID]) + draw_words(rng, rng.randrange(1, 9))
+    return ids, draw_image(rng, n_images)
+
+
+def draw_samples() -> list[Sample]:
+    """Five training samples of growing length, three with a picture; the second half of each is supervised."""
+    rng = random.Random(0)
+    samples = []
+    for i, n_images in enumerate((1, 0, 1, 1, 0)):
+        ids, images = draw_prompt(rng, n_images)
+        ids += draw_words(rng, 20 * i)
+        labels = [IGNORE] * (len(ids) // 2) + ids[len(ids) // 2:]
+        labels = [IGNORE if label == IMAGE_ID else label for label in labels]
+        samples.append(Sample(str(i), ids, labels, images[0] if n_images else None))
+    return samples
+
+
+def expanded(ids: list[int], n_patches: int = 4) -> list[int]:
+    """Repeat each IMAGE_ID once for every patch, as the pipeline does."""
+    return [i for j in ids for i in ([j] * n_patches if j == IMAGE_ID else [j])]
+
+# ---------------------------------------------------------------------------------------------------
+# Records
+
+
+def talk(*said: str, **more) -> dict:
+    """A record of a conversation: question, answer, question, ..."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    return more | {"conversations": turns}
+
+
+IMAGES = ["wide.png", "tall.png", "photo.jpg", "square.png", "big.jpg", "odd.png"]
+
+
+def conversations(n: int = 24) -> list[dict]:
+    """Records of one to three turns about the goldens' pictures; every fourth has none."""
+    records = []
+    for i in range(n):
+        said = []
+        for t in range(1 + i % 3):
+            image = "<image>\n" if t == 0 and i % 4 else ""
+            said += [image + f"Question {i} {t}?" + " why" * (i % 5), f"Answer {i * 7 % 11}" + " because" * (i * 5 % 7)]
+        more = {"image": IMAGES[i % 6]} if i % 4 else {}
+        records.append(talk(*said, id=f"r{i}", **more))
+    return records
+
+# ---------------------------------------------------------------------------------------------------
+# Training runs on the tiny model
+
+TRAIN_FLAGS = ["--dtype", "float32", "--dropout", "0", "--workers", "0", "--global-batch", "4", "--lr", "1e-3",
+               "--micro-tokens", "300"]
+
+
+def train_flags(out: Path, data: Path, *more: str, stage: str = "finetune") -> list[str]:
+    """The command line of a small training run on the goldens' tiny weights and pictures."""
+    start = {
+        "sft": ["--llm", GOLDEN / "tiny-phi"],
+        "pretrain": ["--llm", GOLDEN / "tiny-phi", "--vision", GOLDEN / "tiny-clip"],
+        "finetune": ["--model", TINY_MODEL],
+    }[stage]
+    where = ["--data", data, "--images", GOLDEN / "images", "--out", out]
+    return [str(flag) for flag in ["--stage", stage, *start, *where, *TRAIN_FLAGS, *more]]
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock and the machine."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "tokens_per_second", "mfu", "memory_gb")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+# ---------------------------------------------------------------------------------------------------
+# Model folders
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    if (folder / "pytorch_model.bin").exists():
+        return torch.load(folder / "pytorch_model.bin", weights_only=True)
+    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+
+
+def unchanged(content: dict) -> dict:
+    return content
+
+
+def rewrite(source: Path, out: Path, change: Callable[[dict], dict] = unchanged,
+            config: Callable[[dict], dict] = unchanged, keep: tuple[str, ...] = ()) -> Path:
+    """A copy of a model folder with its tensors (in one safetensors file) and its config changed.
+
+    keep: which of its other json files are copied; all of them by default.
+    """
+    out.mkdir()
+    for path in source.glob("*.json"):
+        if "index" not in path.name and (not keep or path.name in keep):
+            shutil.copy(path, out)
+    (out / "config.json").write_text(json.dumps(config(json.loads((source / "config.json").read_text()))))
+    tensors = {name: tensor.contiguous() for name, tensor in change(tensors_of(source)).items()}
+    save_file(tensors, out / "model.safetensors")
+    return out

@@ -1,0 +1,99 @@
+"""What every command leans on: files written whole or not at all; which process, device and dtype it is run with."""
+import os
+
+import pytest
+import torch
+
+from lib.common import choose_device, choose_dtype, replacing, torchrun_env, write_whole
+
+
+def test_a_process_that_torchrun_did_not_start_is_the_only_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert torchrun_env() == (0, 1, 0, 1)
+    for name, value in (("RANK", "11"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    here = torchrun_env()
+    assert (here.rank, here.world, here.local_rank, here.local_world) == (11, 16, 3, 8)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A CUDA card that is not there, of a given name, compute capability and build of torch."""
+    def pretend(name: str, capability: tuple[int, int], built_for: str) -> None:
+        real = torch.empty
+        stubs = dict(is_available=lambda: True, device_count=lambda: 1, get_device_name=lambda i: name,
+                     get_device_capability=lambda i: capability, get_arch_list=lambda: built_for.split(),
+                     is_bf16_supported=lambda including_emulation=True: including_emulation or capability >= (8, 0))
+        for function, stub in stubs.items():
+            monkeypatch.setattr(torch.cuda, function, stub)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch, "empty", lambda *size, device: real(*size))
+    return pretend
+
+
+CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+
+
+@pytest.mark.parametrize("name, capability, built_for", [
+    ("Tesla T4", (7, 5), CUDA_13), ("NVIDIA L4", (8, 9), CUDA_13), ("NVIDIA H200", (9, 0), CUDA_13),
+    ("Tesla V100", (7, 0), "sm_70 sm_80"), ("A later one", (13, 0), CUDA_13 + " compute_120"),
+])
+def test_a_card_with_kernels_is_taken(name, capability, built_for, card, capsys):
+    """Kernels run on later cards of the same major version, and PTX on all later ones."""
+    card(name, capability, built_for)
+    assert choose_device(None) == "cuda" and choose_device("cuda:0") == "cuda:0"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name, capability", [("Tesla V100", (7, 0)), ("A later one", (13, 0))])
+def test_a_card_without_kernels_leaves_the_work_to_the_cpu_and_says_so(name, capability, card, capsys):
+    card(name, capability, CUDA_13)
+    assert choose_device(None) == "cpu"
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name} has compute capability {capability[0]}.0") and "kernels for sm_75" in said
+    assert said.endswith("computing on the cpu\n") and said.count("\n") == 1
+    with pytest.raises(ValueError, match=f"--device cuda: .* offer cpu; {name} has compute capability"):
+        choose_device("cuda")
+
+
+def test_bf16_is_chosen_where_it_need_not_be_emulated(card, monkeypatch):
+    card("Tesla T4", (7, 5), CUDA_13)
+    assert choose_dtype(None, "cuda:0") == "fp32" and choose_dtype("bf16", "cuda:0") == "bf16"
+    card("NVIDIA A100", (8, 0), CUDA_13)
+    assert choose_dtype(None, "cuda:0") == "bf16" and choose_dtype("fp32", "cuda:0") == "fp32"
+    for capability, dtype in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("bf16", "bf16"), ("avx512_f", "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "some", capability: True})
+        assert choose_dtype(None, "cpu") == dtype
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "note.txt"
+    for text in ("first", "second \ud83d"):                     # half a surrogate pair, as a model may produce it
+        assert write_whole(path, text) == path
+    assert path.read_text() == "second \\ud83d" and os.listdir(path.parent) == ["note.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name in ("a", "b"):
+        with replacing(tmp_path / "model") as part:
+            (part / "sub").mkdir(parents=True)
+            (part / "sub" / name).write_text(name)
+            assert not (tmp_path / "model" / "sub" / name).exists()
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model" / "sub") == ["b"]
+
+
+@pytest.mark.parametrize("failure", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_after_a_failure_the_old_content_is_there_and_nothing_else(failure, tmp_path):
+    write_whole(tmp_path / "note.txt", "old")
+    with pytest.raises(type(failure)):
+        with replacing(tmp_path / "note.txt") as part:
+            part.write_text("half of the n")
+            raise failure
+    assert os.listdir(tmp_path) == ["note.txt"] and (tmp_path / "note.txt").read_text() == "old"
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".writing_model" / "sub").mkdir(parents=True)
+    with replacing(tmp_path / "model") as part:
+        part.mkdir()
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model") == []
