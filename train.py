@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from lib.common import has_bf16, run_command, torch_dtype
+from lib.common import has_bf16, run_command, torch_dtype, torchrun_env
 from lib.recipes import parse, settings
 
 # ---------------------------------------------------------------------------------------------------
@@ -40,6 +39,11 @@ if __name__ == "__main__":
     if exit_code:
         sys.exit(exit_code)
 
+# Every micro-batch has another length. Segments that can grow keep the allocator from fragmenting the card's memory. It
+# is read when torch is imported; a user's own choice stands.
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -50,14 +54,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
                   steps_per_epoch)
-from lib.checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
-                            save_checkpoint, try_to_save)
+from lib.checkpoint import (State, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
+                            try_to_save)
 from lib.folders import PHI, check_tensors, config_of_run, read_all, read_folders, read_kind
 from lib.layouts import is_siglip
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
 from lib.plot import plot
+from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
 from lib.quant import copy_weight
 from lib.save_weights import save_model, save_phi
 from load_weights import load_into
@@ -71,28 +76,29 @@ def setup() -> tuple[DeviceMesh, torch.device]:
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
-    then never leaves the fast links within a node.
+    then never leaves the fast links within a node. Nodes of one process each shard across all of them.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    env = torchrun_env()
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+        if env.local_rank >= torch.cuda.device_count():
+            raise ValueError(f"{env.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
                              "torchrun one for each (--nproc_per_node)")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between the hosts do not wait for the GPUs' queues
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-    timeout = timedelta(minutes=10)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    # A process that torchrun did not start needs no address: it finds nobody but itself.
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
+    except RuntimeError as e:
+        first_line = str(e).partition("\n")[0][:200]
+        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME and "
+                      "NCCL_SOCKET_IFNAME to the network interface that they share (`ip addr` lists them)") from None
     world = dist.get_world_size()
-    if world > local_world:
-        shape, names = (world // local_world, local_world), ("replicate", "shard")
+    if world > env.local_world > 1:
+        shape, names = (world // env.local_world, env.local_world), ("replicate", "shard")
     else:
         shape, names = (world,), ("shard",)
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
@@ -205,15 +211,17 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
     model = skeleton(cfg, config)
+    # Processes that chose differently would call different collectives, so the one with the least memory decides.
+    memory = smallest(memory_of(device))
     recompute = cfg.recompute
     if recompute == "auto":
-        recompute = choose_recompute(cfg, model, mesh.size(-1), memory_of(device))
+        recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
     model.llm.recompute = recompute
     if model.vision:
         model.vision.recompute = recompute != "none"
     gather = cfg.gather
     if gather == "auto":
-        gather = choose_gather(cfg, model, mesh.size(-1), memory_of(device), recompute)
+        gather = choose_gather(cfg, model, mesh.size(-1), memory, recompute)
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
     read_weights(model, cfg, config)
@@ -370,7 +378,7 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
 
     # In the model's order, not the optimizer's: in another one the norm's last digit differs, and so does the run.
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True).full_tensor()
+    norm = torch.nn.utils.get_total_norm(grads).full_tensor()
     # Both numbers are read at once: it is the only time in a step that the host waits for the device.
     loss, norm = torch.stack([total, norm.to(total)]).tolist()
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -519,8 +527,15 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         step = problem = None
         try:
             step = next(steps, None)
+            # A worker's death is to be found here, where all processes hear of it: torch's handler of this signal would
+            # raise in the middle of whatever this process does.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (ValueError, OSError) as e:
             problem = str(e)
+        except RuntimeError as e:
+            problem = explain_dead_worker(e)
+            if not problem:
+                raise
         if step is None and problem is None:
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
@@ -582,33 +597,6 @@ def save_final(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
     on_process_0(write)
 
 
-def watch_signals() -> list[int]:
-    """A list that fills when SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and stop; a second Ctrl-C ends it now."""
-    received: list[int] = []
-
-    def note(number, frame):
-        if received and number == signal.SIGINT:
-            os._exit(130)
-        received.append(number)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, note)
-    return received
-
-# ---------------------------------------------------------------------------------------------------
-# What is logged
-
-
-# ---------------------------------------------------------------------------------------------------
-# The plan: memory and time, from shapes alone
-
-
-# ---------------------------------------------------------------------------------------------------
-# The plot
-
-
-# ---------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(argv)
     if cfg.plot:
@@ -625,26 +613,18 @@ def main(argv: list[str] | None = None) -> None:
     mesh, device = setup()
     try:
         check_arithmetic(cfg.dtype, device)
-        with hold_out(Path(cfg.out)):
+        with lock_output(Path(cfg.out)):
             run(cfg, config, mesh, device)
     except torch.OutOfMemoryError as e:
         raise ValueError(out_of_memory(str(e), cfg)) from None
     except RuntimeError as e:
-        # Gloo and NCCL have no exception of their own for a lost process. The one that died first has printed the
-        # reason, or torchrun will.
-        if dist.get_world_size() == 1 or not is_lost_connection(str(e)):
+        problem = explain(e)
+        if not problem:
             raise
-        process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
-        reason = str(e).splitlines()[0][:200]
-        raise OSError(f"{process} lost another one ({reason}); "
-                      "start again to go on from the newest checkpoint") from None
-    finally:
+        raise OSError(problem) from None
+    else:
+        # After a success only: leaving waits for the other processes, and they may be waiting for one that failed.
         dist.destroy_process_group()
-
-
-def is_lost_connection(message: str) -> bool:
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "imed out")
-    return any(sign in message for sign in signs)
 
 
 def out_of_memory(message: str, cfg: Namespace) -> str:

@@ -23,13 +23,13 @@ pytest.importorskip("tokenizers", reason="the packages of requirements.txt are n
 pytest.importorskip("safetensors", reason="the packages of requirements.txt are not installed")
 
 import torch
-from conftest import ROOT
+from helpers import ROOT, metrics, train_flags
 from safetensors.torch import load_file
 from test_model import GOLDEN, draw_prompt, draw_words, expanded, fast
-from test_train import arguments, data, keep_signal_handlers, metrics  # noqa: F401 (two of them are fixtures)
 from test_varlen import HS, LENGTHS, NH, WIDE, samples
 from test_vision import to_uint8
 from torch import Tensor
+from training import train_here
 
 from lib import quant
 import model as model_file
@@ -356,14 +356,14 @@ def test_compiled_training_equals_eager(wide, device, group, recompute, monkeypa
     assert results[1][2][0] < results[1][0][0]              # it does learn
 
 
-def test_a_run_stopped_and_resumed_goes_on_where_it_was(data, device, tmp_path):
+def test_a_run_stopped_and_resumed_goes_on_where_it_was(chat_json, device, tmp_path):
     """Bit for bit on a CPU. On a GPU some sums (of the embedding's gradient) are taken in any order."""
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU, and train.py takes it")
     more = ["--max-steps", "6", "--dropout", "0.1"]
-    train.main(arguments(tmp_path / "whole", data, *more))
-    train.main(arguments(tmp_path / "parts", data, *more, "--stop-after", "3"))
-    train.main(arguments(tmp_path / "parts", data, *more))
+    train_here(train_flags(tmp_path / "whole", chat_json, *more))
+    train_here(train_flags(tmp_path / "parts", chat_json, *more, "--stop-after", "3"))
+    train_here(train_flags(tmp_path / "parts", chat_json, *more))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
