@@ -17,6 +17,7 @@ import pytest
 import torch
 from bench.plan import measure, planned
 from conftest import ROOT
+from helpers import load_weights_command
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -32,10 +33,9 @@ import train
 from data import PICTURE_COST, Batch, Step
 from lib.checkpoint import problem_with
 from lib.common import LOCK
-from lib.folders import read_folder
+from lib.folders import Kind, open_folder
 from lib.recipes import parse, replace
 from load_weights import load_model
-from load_weights import main as load_weights
 from model import Layout, LLaVAConfig, MIPHA_CONFIG, PhiConfig
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
@@ -232,14 +232,14 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(data, tmp_path):
     """The paper's first step: the language model alone, on text, by the same loop; stopped and resumed on the way."""
     text = some_of(data, tmp_path / "text.json", image=False)
     train.main(arguments(tmp_path / "phi", text, "--save-every", "1", "--stop-after", "2", stage="sft"))
-    load_weights(["export", "--model", str(tmp_path / "phi" / "step_000002"), "--out", str(tmp_path / "early")])
-    assert read_folder(tmp_path / "early").kind == train.PHI
+    load_weights_command(["export", "--model", str(tmp_path / "phi" / "step_000002"), "--out", str(tmp_path / "early")])
+    assert open_folder(tmp_path / "early").kind == Kind.PHI
     train.main(arguments(tmp_path / "phi", text, stage="sft"))
     steps = metrics(tmp_path / "phi")
     assert [m["lr"] for m in steps] == pytest.approx([0, 1e-3, 2e-3 / 3, 1e-3 / 3])
     assert not any(m["images"] for m in steps)
     parts = ["--llm", str(tmp_path / "phi"), "--vision", str(GOLDEN / "tiny-clip")]
-    load_weights(["merge", *parts, "--out", str(tmp_path / "base")])
+    load_weights_command(["merge", *parts, "--out", str(tmp_path / "base")])
     after, before = load_model(tmp_path / "base").state_dict(), load_model(GOLDEN / "tiny-llava-phi").state_dict()
     assert not torch.equal(after["llm.h.0.mlp.fc.weight"], before["llm.h.0.mlp.fc.weight"])
     captions = some_of(data, tmp_path / "captions.json", image=True, turns=2)
@@ -250,7 +250,7 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(data, tmp_path):
 
 def test_mipha_trains_from_phi_and_siglip_and_is_exported(data, tmp_path):
     """Both stages by Mipha's recipe: a SigLIP tower, squashed pictures, then padded ones; a checkpoint exported."""
-    load_weights(["export", "--model", str(GOLDEN / "../golden-mipha/tiny-mipha"), "--out", str(tmp_path / "parts"),
+    load_weights_command(["export", "--model", str(GOLDEN / "../golden-mipha/tiny-mipha"), "--out", str(tmp_path / "parts"),
                   "--to", "parts"])
     captions = some_of(data, tmp_path / "captions.json", image=True, turns=2)
     where = ["--recipe", "mipha", "--images", str(GOLDEN / "images"), *FLAGS, "--max-steps", "2"]
@@ -260,7 +260,7 @@ def test_mipha_trains_from_phi_and_siglip_and_is_exported(data, tmp_path):
                 str(tmp_path / "two"), *where, "--stop-after", "1"])
     settings = json.loads((tmp_path / "two" / "config.json").read_text())["training"]
     assert [settings[k] for k in ("epochs", "beta2", "eps", "image_mode")] == [2, 0.999, 1e-8, "pad"]
-    load_weights(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early")])
+    load_weights_command(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early")])
     train.main(["--stage", "finetune", "--model", str(tmp_path / "one"), "--data", str(data), "--out",
                 str(tmp_path / "two"), *where])
     first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -304,7 +304,7 @@ def test_adapters_on_a_base_in_4_bits(data, tmp_path):
     train.main(arguments(tmp_path / "whole", data, *packed, stage="pretrain"))
     train.main(arguments(tmp_path / "parts", data, *packed, "--stop-after", "2", stage="pretrain"))
     checkpoint = tmp_path / "parts" / "step_000002"
-    load_weights(["export", "--model", str(checkpoint), "--out", str(tmp_path / "half")])
+    load_weights_command(["export", "--model", str(checkpoint), "--out", str(tmp_path / "half")])
     train.main(arguments(tmp_path / "parts", data, *packed, stage="pretrain"))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     run(arguments(tmp_path / "two", data, *packed, stage="pretrain"), processes=2)
@@ -640,7 +640,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_passed_over(data, tmp_path, c
     content[-5] ^= 1
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
-        load_weights(["export", "--model", str(shard.parent), "--out", str(tmp_path / "exported")])
+        load_weights_command(["export", "--model", str(shard.parent), "--out", str(tmp_path / "exported")])
     capfd.readouterr()
     train.main(arguments(out, data, *more, "--stop-after", "7"))
     said = capfd.readouterr().out
@@ -687,7 +687,7 @@ def test_a_checkpoint_that_spells_its_dtype_as_before_is_resumed(data, tmp_path)
     assert '"dtype": "fp32"' in manifest.read_text()
     manifest.write_text(manifest.read_text().replace('"dtype": "fp32"', '"dtype": "float32"'))
     train.main(arguments(tmp_path / "out", data, "--stop-after", "3"))
-    load_weights(["export", "--model", str(tmp_path / "out" / "step_000003"), "--out", str(tmp_path / "exported")])
+    load_weights_command(["export", "--model", str(tmp_path / "out" / "step_000003"), "--out", str(tmp_path / "exported")])
     assert [m["step"] for m in metrics(tmp_path / "out")] == [0, 1, 2]
 
 
