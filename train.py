@@ -56,8 +56,7 @@ from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mea
                   steps_per_epoch)
 from lib.checkpoint import (State, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
-from lib.folders import PHI, check_tensors, config_of_run, read_all, read_folders, read_kind
-from lib.layouts import is_siglip
+from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
@@ -122,11 +121,14 @@ def folders(cfg: Namespace) -> list[Path]:
 
 def read_config(cfg: Namespace) -> LLaVAConfig:
     """The config that the folders give, with --image-mode and --dropout instead of theirs."""
+    return config_of_run(open_source(cfg).config, cfg.dropout, cfg.image_mode)
+
+
+def open_source(cfg: Namespace) -> Weights:
+    """The weights that the run starts from."""
     if cfg.stage == "sft":
-        sources = [read_kind(*folders(cfg), PHI)]
-    else:
-        sources = read_folders(folders(cfg))
-    return config_of_run(sources, cfg.dropout, cfg.image_mode)
+        return open_weights(*folders(cfg), expect=(Kind.PHI,))
+    return open_weights(*folders(cfg))
 
 
 class PhiAlone(LLaVAPhi):
@@ -224,7 +226,7 @@ def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
         gather = choose_gather(cfg, model, mesh.size(-1), memory, recompute)
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    read_weights(model, cfg, config)
+    read_weights(model, cfg)
     draw_new_weights(model, cfg, config)
     if cfg.compile:
         compile_blocks(model, device)
@@ -232,23 +234,16 @@ def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
     return model.train()
 
 
-def read_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
+def read_weights(model: LLaVAPhi, cfg: Namespace) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
-    copy = copy_weight(model, fill)
-    if cfg.stage == "sft":
-        parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-        found = check_tensors([read_kind(Path(cfg.llm), PHI)], parameters, config)
-        for name, tensor in read_all(found, config):
-            copy(parameters[name], tensor)
-    else:
-        load_into(model, folders(cfg), copy, allow_missing=() if cfg.model else ("projector.",))
+    load_into(model, open_source(cfg), copy_weight(model, fill), allow_missing=() if cfg.model else ("projector.",))
 
 
-def read_base(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def read_base(cfg: Namespace, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights that the run holds in 4 bits, as the folders have them."""
-    sources = [read_kind(Path(cfg.llm), PHI)] if cfg.stage == "sft" else read_folders(folders(cfg))
-    found = check_tensors(sources, names, config)
-    yield from read_all({name: found[name] for name in names}, config)
+    source = open_source(cfg)
+    for name in names:
+        yield name, read_tensor(source, name)
 
 
 def draw_new_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
@@ -452,8 +447,8 @@ def run(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.dev
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
     checkpoint = prepare_out(settings(cfg), data.checksum)
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
-    if cfg.stage != "sft" and is_siglip(config.vision) != (cfg.recipe == "mipha"):
-        print0(f"note: the vision tower is {'SigLIP' if is_siglip(config.vision) else 'CLIP'}, and the defaults are "
+    if cfg.stage != "sft" and config.vision.class_token == (cfg.recipe == "mipha"):
+        print0(f"note: the vision tower is {'CLIP' if config.vision.class_token else 'SigLIP'}, and the defaults are "
                f"those of --recipe {cfg.recipe}")
     if cfg.stage == "sft":
         check_text_only(data)
@@ -585,15 +580,15 @@ def save_final(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
     if dist.get_rank() == 0:
         # Adapters are merged into the weights that the run started from, not into their 4-bit approximations.
         in_4_bits = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-        for name, tensor in read_base(cfg, config, in_4_bits):
+        for name, tensor in read_base(cfg, in_4_bits):
             tensors[name] = tensor.to(torch_dtype(cfg.dtype))
     tensors = merge_lora(tensors, cfg.lora_alpha)
 
     def write() -> None:
         if cfg.stage == "sft":
-            save_phi(Path(cfg.out), tensors, config, Path(cfg.llm))
+            save_phi(Path(cfg.out), tensors, config, open_source(cfg))
         else:
-            save_model(Path(cfg.out), tensors, config, folders(cfg))
+            save_model(Path(cfg.out), tensors, config, open_source(cfg))
     on_process_0(write)
 
 

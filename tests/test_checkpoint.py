@@ -2,14 +2,13 @@
 import json
 
 import pytest
-from helpers import TINY_MODEL, metrics, train_flags
+from helpers import TINY_MODEL, load_weights_command, metrics, train_flags
 from training import assert_same_run, run_train, some_of, train_here
 
 import lib.checkpoint as checkpoint
 import train
 from lib.checkpoint import problem_with
 from load_weights import load_model
-from load_weights import main as load_weights
 
 # ---------------------------------------------------------------------------------------------------
 # Saving and resuming
@@ -79,7 +78,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_passed_over(chat_json, tmp_pa
     content[-5] ^= 1
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
-        load_weights(["export", "--model", str(shard.parent), "--out", str(tmp_path / "exported")])
+        load_weights_command(["export", "--model", str(shard.parent), "--out", str(tmp_path / "exported")])
     capfd.readouterr()
     train_here(train_flags(out, chat_json, *more, "--stop-after", "7"))
     said = capfd.readouterr().out
@@ -126,7 +125,7 @@ def test_a_checkpoint_that_spells_its_dtype_as_before_is_resumed(chat_json, tmp_
     assert '"dtype": "fp32"' in manifest.read_text()
     manifest.write_text(manifest.read_text().replace('"dtype": "fp32"', '"dtype": "float32"'))
     train_here(train_flags(tmp_path / "out", chat_json, "--stop-after", "3"))
-    load_weights(["export", "--model", str(tmp_path / "out" / "step_000003"), "--out", str(tmp_path / "exported")])
+    load_weights_command(["export", "--model", str(tmp_path / "out" / "step_000003"), "--out", str(tmp_path / "exported")])
     assert [m["step"] for m in metrics(tmp_path / "out")] == [0, 1, 2]
 
 
@@ -186,7 +185,7 @@ def test_a_checkpoint_is_written_in_files_that_fit_into_memory(chat_json, tmp_pa
     files = list((tmp_path / "parts" / "step_000002").glob("*.safetensors"))
     largest = max(p.nbytes for p in load_model(TINY_MODEL).parameters())
     assert len(files) > 10 and all(file.stat().st_size < max(20_000, largest) + 10_000 for file in files)
-    load_weights(["export", "--model", str(tmp_path / "parts" / "step_000002"), "--out", str(tmp_path / "exported")])
+    load_weights_command(["export", "--model", str(tmp_path / "parts" / "step_000002"), "--out", str(tmp_path / "exported")])
     train_here(train_flags(tmp_path / "parts", chat_json, *more))
     train_here(train_flags(tmp_path / "whole", chat_json, *more))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, TRAIN_FLAGS, metrics, run_script, to_uint8, train_flags
+from helpers import (GOLDEN, ROOT, TRAIN_FLAGS, load_weights_command, metrics, run_script, to_uint8,
+                     train_flags)
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,10 +17,9 @@ from training import assert_same_run, run_train, some_of, start_train, train_her
 
 import train
 from data import Batch, Step
-from lib.folders import PHI, read_folder
+from lib.folders import Kind, open_folder
 from lib.recipes import parse, replace
 from load_weights import load_model
-from load_weights import main as load_weights
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
 
@@ -292,14 +292,14 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(chat_json, tmp_path
     """The paper's first step: the language model alone, on text, by the same loop; stopped and resumed on the way."""
     text = some_of(chat_json, tmp_path / "text.json", image=False)
     train_here(train_flags(tmp_path / "phi", text, "--save-every", "1", "--stop-after", "2", stage="sft"))
-    load_weights(["export", "--model", str(tmp_path / "phi" / "step_000002"), "--out", str(tmp_path / "early")])
-    assert read_folder(tmp_path / "early").kind == PHI
+    load_weights_command(["export", "--model", str(tmp_path / "phi" / "step_000002"), "--out", str(tmp_path / "early")])
+    assert open_folder(tmp_path / "early").kind == Kind.PHI
     train_here(train_flags(tmp_path / "phi", text, stage="sft"))
     steps = metrics(tmp_path / "phi")
     assert [m["lr"] for m in steps] == pytest.approx([0, 1e-3, 2e-3 / 3, 1e-3 / 3])
     assert not any(m["images"] for m in steps)
     parts = ["--llm", str(tmp_path / "phi"), "--vision", str(GOLDEN / "tiny-clip")]
-    load_weights(["merge", *parts, "--out", str(tmp_path / "base")])
+    load_weights_command(["merge", *parts, "--out", str(tmp_path / "base")])
     after, before = load_model(tmp_path / "base").state_dict(), load_model(GOLDEN / "tiny-llava-phi").state_dict()
     assert not torch.equal(after["llm.h.0.mlp.fc.weight"], before["llm.h.0.mlp.fc.weight"])
     captions = some_of(chat_json, tmp_path / "captions.json", image=True, turns=2)
@@ -310,7 +310,7 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(chat_json, tmp_path
 
 def test_mipha_trains_from_phi_and_siglip_and_is_exported(chat_json, tmp_path):
     """Both stages by Mipha's recipe: a SigLIP tower, squashed pictures, then padded ones; a checkpoint exported."""
-    load_weights(["export", "--model", str(GOLDEN / "../golden-mipha/tiny-mipha"), "--out", str(tmp_path / "parts"),
+    load_weights_command(["export", "--model", str(GOLDEN / "../golden-mipha/tiny-mipha"), "--out", str(tmp_path / "parts"),
                   "--to", "parts"])
     captions = some_of(chat_json, tmp_path / "captions.json", image=True, turns=2)
     where = ["--recipe", "mipha", "--images", str(GOLDEN / "images"), *TRAIN_FLAGS, "--max-steps", "2"]
@@ -320,7 +320,7 @@ def test_mipha_trains_from_phi_and_siglip_and_is_exported(chat_json, tmp_path):
                 str(tmp_path / "two"), *where, "--stop-after", "1"])
     settings = json.loads((tmp_path / "two" / "config.json").read_text())["training"]
     assert [settings[k] for k in ("epochs", "beta2", "eps", "image_mode")] == [2, 0.999, 1e-8, "pad"]
-    load_weights(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early")])
+    load_weights_command(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early")])
     train_here(["--stage", "finetune", "--model", str(tmp_path / "one"), "--data", str(chat_json), "--out",
                 str(tmp_path / "two"), *where])
     first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -355,7 +355,7 @@ def test_adapters_on_a_base_in_4_bits(chat_json, tmp_path):
     train_here(train_flags(tmp_path / "whole", chat_json, *packed, stage="pretrain"))
     train_here(train_flags(tmp_path / "parts", chat_json, *packed, "--stop-after", "2", stage="pretrain"))
     checkpoint = tmp_path / "parts" / "step_000002"
-    load_weights(["export", "--model", str(checkpoint), "--out", str(tmp_path / "half")])
+    load_weights_command(["export", "--model", str(checkpoint), "--out", str(tmp_path / "half")])
     train_here(train_flags(tmp_path / "parts", chat_json, *packed, stage="pretrain"))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     run_train(train_flags(tmp_path / "two", chat_json, *packed, stage="pretrain"), processes=2)

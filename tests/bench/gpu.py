@@ -74,7 +74,7 @@ from torch.profiler import ProfilerActivity, profile
 from lib import plan
 import train
 from data import IGNORE, Sample, Step, collate
-from lib.folders import blueprint
+from lib.folders import meta_model, saved_shapes
 from lib.layouts import to_saved
 from lib.save_weights import clip_json, phi_json
 from load_weights import load_model
@@ -733,7 +733,7 @@ def part_e(bench: Bench, _) -> None:
 def write_model(bench: Bench, folder: Path) -> int:
     """A model in the saved format, without its tokenizer -> its bytes."""
     tensors = {}
-    for name, (rows, *rest) in blueprint(bench.config).items():
+    for name, (rows, *rest) in saved_shapes(meta_model(bench.config)).items():
         pieces = to_saved(name)                 # q, k and v are saved apart
         for piece in pieces:
             # Zeros: what the numbers are changes nothing about how fast they are read.
