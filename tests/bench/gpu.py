@@ -321,8 +321,8 @@ class Trainer:
         """Bring the model into a configuration; make it first if there is none, or if the last attempt broke it."""
         if self.model is None:
             # The model is made by train.py's own code, except that its weights are drawn and not read.
-            train.read_weights = lambda model, cfg, config: draw_weights(model)
-            self.model = train.build(self.cfg, self.bench.config, self.mesh, self.bench.device)
+            train.read_weights = lambda model, source, cfg: draw_weights(model)
+            self.model = train.build(self.cfg, self.bench.config, None, self.mesh, self.bench.device)
             self.optimizer = train.make_optimizer(self.model, self.cfg)
             self.compiled = False
         if compiled and not self.compiled:
