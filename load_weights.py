@@ -66,7 +66,7 @@ from lib.folders import (PHI, Folder, blueprint, check_tensors, config_of, confi
 from lib.inspect import inspect
 from lib.layouts import is_siglip
 from lib.lora import merge_lora
-from lib.quant import check_int4_product, copy_weight, prepack_linears, quantize_linears
+from lib.quant import check_int4_product, copy_or_quantize, prepack_linears, quantize_linears
 from lib.save_weights import (SAVED_MODEL, Lazy, replacing_model, save, save_model, saved_dtypes, write_checksums,
                               write_tensors)
 from model import LLaVAConfig, LLaVAPhi, Phi, init_weights
@@ -91,23 +91,22 @@ from model import LLaVAConfig, LLaVAPhi, Phi, init_weights
 # Loading
 
 
-def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, Tensor], object] | None = None,
+@torch.no_grad()
+def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, Tensor], object] = Tensor.copy_,
               allow_missing: tuple[str, ...] = ()) -> None:
     """Fill a model from one LLaVA-like folder, or from a Phi folder and a tower's, one tensor at a time.
 
-    copy(parameter, tensor): called once per parameter; it must cast, and be done with `tensor` (on the CPU, in the
-    file's dtype) when it returns. Not given: parameter.copy_(tensor).
+    copy(parameter, tensor): called once per parameter that is not quantized; it must cast, and be done with `tensor`
+    (on the CPU, in the file's dtype) when it returns. Quantized layers quantize their tensors by themselves.
     allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
     """
     # LoRA's adapters are in no folder: a run draws them, and a saved model has them merged.
     parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     found = check_tensors(read_folders(folders), parameters, model.config, allow_missing)
     wanted = {name: pieces for name, pieces in found.items() if name in parameters}
+    copy = copy_or_quantize(model, copy)
     for name, tensor in read_all(wanted, model.config):
-        if copy:
-            copy(parameters[name], tensor)
-        else:
-            parameters[name].data.copy_(tensor)
+        copy(parameters[name], tensor)
         del tensor              # else it would still be there while the next one is read
 
 
@@ -128,7 +127,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     # Before memory is taken: a config.json can promise tensors of any size.
     check_tensors(read_folders([folder]), dict(model.named_parameters()), model.config)
     model = model.to_empty(device=device).requires_grad_(False)
-    load_into(model, [folder], copy_weight(model, fill=Tensor.copy_))
+    load_into(model, [folder])
     prepack_linears(model)
     return model
 

@@ -58,7 +58,7 @@ from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
 from lib.plot import plot
-from lib.quant import copy_weight
+from lib.quant import copy_or_quantize
 from lib.save_weights import save_model, save_phi
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Phi, Projector, init_weights, trained_parts
@@ -263,14 +263,14 @@ def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 
 def read_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
-    copy = copy_weight(model, fill)
     if cfg.stage == "sft":
+        copy = copy_or_quantize(model, fill)
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
         found = check_tensors([read_kind(Path(cfg.llm), PHI)], parameters, config)
         for name, tensor in read_all(found, config):
             copy(parameters[name], tensor)
     else:
-        load_into(model, folders(cfg), copy, allow_missing=() if cfg.model else ("projector.",))
+        load_into(model, folders(cfg), fill, allow_missing=() if cfg.model else ("projector.",))
 
 
 def read_base(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
