@@ -30,7 +30,7 @@ def prepacking_pays(dtype: torch.dtype) -> bool:
 
 
 class PrepackedLinear(nn.Linear):
-    """A Linear whose weight is stored in the blocked layout of oneDNN's kernels, which nothing else can read."""
+    """A Linear whose weight lies in the blocked layout of oneDNN's kernels. Only weight.to_dense() reads it back."""
 
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -39,11 +39,10 @@ class PrepackedLinear(nn.Linear):
         self.bias = base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = MIN_ROWS - len(x) if x.dim() == 2 and len(x) > 0 else 0
-        if missing > 0:
-            x = F.pad(x, (0, 0, 0, missing))
-        y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y[:-missing] if missing > 0 else y
+        n = len(x)
+        if x.dim() == 2 and 0 < n < MIN_ROWS:
+            x = F.pad(x, (0, 0, 0, MIN_ROWS - n))
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")[:n]
 
 
 def prepack_linears(model: nn.Module, min_size: int = 2 ** 18) -> None:
@@ -174,7 +173,7 @@ class Int8Embedding(nn.Embedding):
 # A weight is (q - 8) * scale + zero with q in 0..15. 64 or 32 neighbors in a row are a group, which shares both.
 
 FITS = 7                            # rounds of fitting a group's scale; more gained nothing on the demo's questions
-TILE = 64                           # torch's 4-bit products want output channels in multiples of this
+TILE = 64                           # output channels are padded to a multiple of this, as torch's kernels want them
 
 
 def group_size(width: int) -> int:
@@ -199,7 +198,7 @@ def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """(n, K) -> q uint8 (n, K) in 0..15, and scales and zeros (K / group, n, 2) in bf16.
 
     Starts by rounding between the smallest and the largest weight of a group. Then, FITS times: the scale and zero
-    that fit these q best (least squares), and the q nearest to them. This takes 5 to 7 % off the rounding error.
+    that fit these q best (least squares), and the q nearest to them, which takes 5 to 7 % off the rounding error.
     """
     w = weight.float().unflatten(1, (-1, group))                                   # (n, K / group, group)
     low, high = w.aminmax(dim=2, keepdim=True)                                     # (n, K / group, 1)
@@ -219,8 +218,8 @@ def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return q.add_(8).to(torch.uint8).flatten(1), scales
 
 
-# Three layouts of q uint8 (n, K), each n * K / 2 bytes: that of torch's product on CUDA, that of its product on a CPU,
-# and the plain one, two neighbors in a byte, from which QLoRA dequantizes.
+# Three layouts of q uint8 (n, K) in n * K / 2 bytes: two neighbors in a byte, from which QLoRA dequantizes, and those
+# that torch's 4-bit products read on CUDA and on a CPU.
 
 
 def nibbles(q: Tensor) -> Tensor:
@@ -238,7 +237,7 @@ def layout_for_cpu(q: Tensor) -> Tensor:
 def quantize_into_int4(packed: Tensor, scales: Tensor, weight: Tensor, layout: Callable[[Tensor], Tensor]) -> None:
     """Quantize weight (N, K) in any float dtype into packed (N', K / 2) uint8 and scales (K / group, N', 2) bf16.
 
-    The rows from N to N' become zero. Some rows at a time, so that there is no fp32 copy of all, and on a CPU as few as
+    The rows from N to N' become zero. Some rows at a time, so that there is no fp32 copy of all; on a CPU no more than
     its cache holds, which is several times faster.
     """
     group = weight.size(1) // len(scales)
@@ -263,7 +262,7 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     row_scale = torch.maximum(lowest.abs(), highest.abs()).amax(0).clamp_min(1e-12) / 127          # (n,)
     a = (128 * scale / row_scale).round().short()
     b = (128 * lowest / row_scale + 64).round().short()                            # half a unit more: >> rounds down
-    # torch stores a tile as (K, tile / 2): the first half of its channels in the lower four bits, the other above it.
+    # torch stores a tile as (K, tile / 2): the first half of its channels in the lower four bits, the second above it.
     half = 16 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 32
     packed = packed.view(len(packed) // (2 * half), len(scales), -1, half).short() # (tiles, K / group, group, half)
     w = packed.new_empty(*packed.shape[:-1], 2 * half)                             # (tiles, K / group, group, tile)
@@ -278,7 +277,7 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 class Int4Linear(nn.Linear):
     """Weights in 4 bits, in the layout of torch's product on their device, which wants activations in bf16.
 
-    On a CPU many rows (a prompt) go faster through 8 bits, to which the weights are widened on the way.
+    On a CPU the many rows of a prompt are multiplied faster in 8 bits, to which the weights are widened on the way.
     """
 
     def __init__(self, base: nn.Linear):

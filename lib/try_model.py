@@ -110,7 +110,7 @@ def fingerprint(llm: Phi) -> str:
     """
     checksum = hashlib.sha256()
     for weight in (llm.wte.weight, llm.h[-1].attn.proj.weight, llm.h[-1].mlp.proj.weight):
-        checksum.update(weight[:256].detach().float().cpu().numpy().tobytes())
+        checksum.update(weight.to_dense()[:256].detach().float().cpu().numpy().tobytes())
     return checksum.hexdigest()[:16]
 
 

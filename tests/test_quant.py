@@ -66,6 +66,7 @@ def test_prepacked_products_are_the_plain_ones(dtype, bound, n_in, n_out):
         torch.testing.assert_close(prepacked(x), base(x), atol=bound, rtol=bound)
     x = torch.randn(2, 3, n_in, dtype=dtype)
     torch.testing.assert_close(prepacked(x), base(x), atol=bound, rtol=bound)
+    assert torch.equal(prepacked.weight.to_dense(), base.weight)                   # for whoever reads weights
 
 
 @needs_prepacking
