@@ -54,15 +54,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
                   steps_per_epoch)
-from lib.checkpoint import (State, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
-                            try_to_save)
+from lib.checkpoint import State, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint, try_to_save
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
 from lib.plot import plot
 from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
-from lib.quant import copy_weight
 from lib.save_weights import save_model, save_phi
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Phi, Projector, init_weights, trained_parts
@@ -236,7 +234,7 @@ def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 
 def read_weights(model: LLaVAPhi, cfg: Namespace) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
-    load_into(model, open_source(cfg), copy_weight(model, fill), allow_missing=() if cfg.model else ("projector.",))
+    load_into(model, open_source(cfg), fill, allow_missing=() if cfg.model else ("projector.",))
 
 
 def read_base(cfg: Namespace, names: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -31,11 +31,11 @@ from test_vision import to_uint8
 from torch import Tensor
 from training import train_here
 
-from lib import quant
 import model as model_file
-from lib import plan
 import train
 from data import IGNORE, Sample, Step, collate
+from lib import plan
+from lib.quant import quantize_linears
 from lib.recipes import parse
 from load_weights import load_model
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
@@ -215,8 +215,8 @@ def test_sampling_is_repeatable(wide, device):
 
 
 @pytest.mark.parametrize("bits, bound", [(8, 0.09), (4, 0.4)])
-def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
-    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another order.
+def test_quantized_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
+    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another layout.
 
     So narrow a model averages little of the rounding out.
     """
@@ -230,7 +230,7 @@ def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 
     def quantized(device: torch.device) -> LLaVAPhi:
         model = copy.deepcopy(wide).to(device, dtype)
-        quant.quantize_linears(model, bits)
+        quantize_linears(model, bits)
         return model
     got = logits(quantized(device))
     assert relative(got, logits(wide)) < bound
