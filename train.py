@@ -444,6 +444,9 @@ def run(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.dev
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
     checkpoint = prepare_out(settings(cfg), data.checksum)
+    for dataset in (data, held_out):
+        if dataset is not None:
+            on_process_0(lambda: len(dataset))  # tokenizes all of it and writes the index, which the others read
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
     if cfg.stage != "sft" and config.vision.class_token == (cfg.recipe == "mipha"):
         print0(f"note: the vision tower is {'CLIP' if config.vision.class_token else 'SigLIP'}, and the defaults are "
