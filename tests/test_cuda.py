@@ -23,7 +23,6 @@ from test_model import fast
 from test_varlen import HS, LENGTHS, NH, WIDE
 from torch import Tensor
 from training import train_here
-from training import train_here
 
 import model as model_file
 import train
