@@ -52,7 +52,6 @@ from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
 from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
-from lib.quant import copy_weight
 from lib.save_weights import save_model, save_phi
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
@@ -212,7 +211,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
 
 def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
-    load_into(model, source, copy_weight(model, copy_into), allow_missing=() if cfg.model else ("projector.",))
+    load_into(model, source, copy_into, allow_missing=() if cfg.model else ("projector.",))
 
 
 def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
@@ -279,15 +278,19 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
     if has_tower(cfg) and not Path(cfg.images).is_dir():
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
-    data = Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
+    return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
                    config.vision.image_size, cfg.image_mode, config.vision.n_patches,
                    min(cfg.max_length, config.llm.block_size),
                    on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links,
                    pad_color=mean_color(config.vision.mean))
+
+
+def make_index(data: Dataset, cfg: Namespace) -> None:
+    """Process 0 tokenizes all samples and writes their index, which the others read."""
+    on_process_0(lambda: len(data))
     with_picture = int(data.index.image.sum())
     if with_picture and not has_tower(cfg):
-        raise ValueError(f"{path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
-    return data
+        raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
 
 # ---------------------------------------------------------------------------------------------------
 # The step
@@ -379,6 +382,9 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
     checkpoint = prepare_out(settings(cfg), data.checksum)
+    make_index(data, cfg)
+    if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
+        make_index(held_out, cfg)
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
     if has_tower(cfg) and source.has_siglip != (cfg.recipe == "mipha"):
         print0(f"note: the vision tower is {'SigLIP' if source.has_siglip else 'CLIP'}, and the defaults are those of "

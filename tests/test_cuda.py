@@ -11,31 +11,24 @@ some per cent of a gradient, and less of a loss, which is a mean over many token
 import copy
 import json
 import random
-import subprocess
-import sys
 import warnings
 from argparse import Namespace
 from functools import partial
 
 import pytest
-
-pytest.importorskip("tokenizers", reason="the packages of requirements.txt are not installed")
-pytest.importorskip("safetensors", reason="the packages of requirements.txt are not installed")
-
 import torch
-from helpers import ROOT, metrics, train_flags
+from helpers import GOLDEN, draw_prompt, draw_samples, draw_words, expanded, metrics, to_uint8, train_flags
 from safetensors.torch import load_file
-from test_model import GOLDEN, draw_prompt, draw_words, expanded, fast
-from test_varlen import HS, LENGTHS, NH, WIDE, samples
-from test_vision import to_uint8
+from test_model import fast
+from test_varlen import HS, LENGTHS, NH, WIDE
 from torch import Tensor
 from training import train_here
 
-from lib import quant
 import model as model_file
-from lib import plan
 import train
 from data import IGNORE, Sample, Step, collate
+from lib import plan
+from lib.quant import quantize_linears
 from lib.recipes import parse
 from load_weights import load_model
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
@@ -107,7 +100,7 @@ def loss_and_gradients(model: LLaVAPhi, batch, device: torch.device) -> tuple[Te
 
 
 def test_loss_and_gradients_equal_the_cpus_in_fp32(wide, device, dtype):
-    batch = collate(samples(), 28)
+    batch = collate(draw_samples(), 28)
     exact = copy.deepcopy(wide).requires_grad_()
     loss, gradients = loss_and_gradients(exact, batch, torch.device("cpu"))
     model = copy.deepcopy(wide).requires_grad_().to(device, dtype)
@@ -125,7 +118,7 @@ def test_loss_and_gradients_equal_the_cpus_in_fp32(wide, device, dtype):
 def test_a_batch_without_pictures_or_without_anything_has_every_gradient(wide, device, dtype):
     """What a process does that got no picture, or no sample: its tower and its attention compute nothing."""
     model = copy.deepcopy(wide).requires_grad_().to(device, dtype)
-    for few in ([s for s in samples() if s.image is None], []):
+    for few in ([s for s in draw_samples() if s.image is None], []):
         _, gradients = loss_and_gradients(model, collate(few, 28) if few else collate([], 28), device)
         assert not [name for name, g in gradients.items() if g is None]
 
@@ -215,8 +208,8 @@ def test_sampling_is_repeatable(wide, device):
 
 
 @pytest.mark.parametrize("bits, bound", [(8, 0.09), (4, 0.4)])
-def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
-    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another order.
+def test_quantized_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
+    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another layout.
 
     So narrow a model averages little of the rounding out.
     """
@@ -230,7 +223,7 @@ def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 
     def quantized(device: torch.device) -> LLaVAPhi:
         model = copy.deepcopy(wide).to(device, dtype)
-        quant.quantize_linears(model, bits)
+        quantize_linears(model, bits)
         return model
     got = logits(quantized(device))
     assert relative(got, logits(wide)) < bound
@@ -254,7 +247,7 @@ def pinned(batch, device: torch.device):
 
 
 def two_batches(device: torch.device) -> list:
-    return [pinned(collate(samples()[:3], 28), device), pinned(collate(samples()[3:], 28), device)]
+    return [pinned(collate(draw_samples()[:3], 28), device), pinned(collate(draw_samples()[3:], 28), device)]
 
 
 def prepared(wide: LLaVAPhi, cfg: Namespace, mesh, device: torch.device, batches: list | None = None,
@@ -435,26 +428,3 @@ def worst_batch(config: LLaVAConfig, tokens: int):
         ids = [IMAGE_ID] * P + [5] * P
         made.append(Sample(str(i), ids, [IGNORE] * P + [5] * P, image))
     return collate(made, S)
-
-# ---------------------------------------------------------------------------------------------------
-# The campaign
-
-
-@pytest.mark.slow
-def test_the_campaign_walks_through_every_part_on_a_cpu(tmp_path):
-    """tests/bench/gpu.py --dry: whoever has a GPU for half an hour must not find a slip in it."""
-    command = [sys.executable, "tests/bench/gpu.py", "--dry", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = (tmp_path / "gpu.md").read_text()
-    assert "broke off" not in table and "failed" not in table
-    for part in "abcdf":
-        assert f"## Part {part}" in table
-
-
-@pytest.mark.parametrize("flags, message", [(["--parts", "a,x"], "--parts x: expected some of a, b, c, d, e, f"),
-                                            (["--part", "a"], "unrecognized arguments")])
-def test_a_mistake_in_the_campaigns_flags_is_one_line(flags, message):
-    command = [sys.executable, "tests/bench/gpu.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
