@@ -20,8 +20,9 @@ What it shows, for each rank:
 - the allocator's peak, to be compared with the plan's.
 
 What it cannot show: any number; that a kernel takes these shapes (attention is replaced by its shape function); NCCL;
-fragments, workspaces and the CUDA context; reading weights and data. Streams are stubs that never wait, so a missing
-wait would go unseen; therefore it fails if the project makes a stream of its own.
+fragments, workspaces and the CUDA context; reading weights and data; --compile, since Dynamo traces on fake tensors of
+its own, for which the question below has no answer (test_cuda.py traces the blocks). Streams are stubs that never
+wait, so a missing wait would go unseen; therefore it fails if the project makes a stream of its own.
 
 How a backward pass works without a driver: autograd asks each tensor's device in C++ and then wants CUDA's streams.
 FakeGPU answers that question (prim.device) with a backend written in Python, whose streams do nothing, while Python
