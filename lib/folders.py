@@ -150,13 +150,9 @@ def open_folder(path: Path, *kinds: Kind) -> Folder:
     hint = HINTS[kinds[0] if kinds else Kind.LLAVA].format(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; {hint}")
-    tensors: dict[str, Stored] = {}
+    tensors = []
     for file in tensor_files(path):
-        stored = read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
-        repeated = sorted(tensors.keys() & stored.keys())
-        if repeated:
-            raise ValueError(f"{file}: holds {repeated[0]}, which {tensors[repeated[0]].path.name} holds too")
-        tensors |= stored
+        tensors += read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
     folder = sort_tensors(path, tensors)
     if kinds and folder.kind not in kinds:
         others = ", ".join(stored.name[:100] for stored in folder.unexpected[:3])
@@ -196,11 +192,12 @@ def shard_files(index: Path) -> list[Path]:
     return sorted(shards)
 
 
-def sort_tensors(path: Path, tensors: dict[str, Stored]) -> Folder:
-    """Find each stored tensor's place in our model. ValueError for one that has two, or belongs to another model."""
+def sort_tensors(path: Path, tensors: list[Stored]) -> Folder:
+    """Find each tensor's place in our model. ValueError for a place that is taken, or a tensor of another model."""
     folder = Folder(path, {}, {}, [])
-    renamed = rename_sequential(tensors)
-    for name, stored in tensors.items():
+    renamed = rename_sequential(stored.name for stored in tensors)
+    for stored in tensors:
+        name = stored.name
         dropped = [reason for pattern, reason in DROPPED if re.match(pattern, name)]
         foreign = [model for mark, model in FOREIGN if mark in name]
         place = to_ours(renamed.get(name, name))
@@ -217,12 +214,13 @@ def sort_tensors(path: Path, tensors: dict[str, Stored]) -> Folder:
 
 
 def add_piece(folder: Folder, name: str, piece: str, stored: Stored) -> None:
-    """Note that `stored` is (a piece of) our tensor `name`. ValueError if the folder has it in another layout too."""
+    """Note that `stored` is (a piece of) our tensor `name`. ValueError if the folder has that already."""
     pieces = folder.found.setdefault(name, {})
     thirds = {piece, *pieces} <= {"q", "k", "v"}
     if pieces and (piece in pieces or not thirds):
-        other = next(iter(pieces.values())).name
-        raise ValueError(f"{folder.path}: {stored.name} and {other} are the same tensor in two layouts")
+        other = next(iter(pieces.values()))
+        raise ValueError(f"{folder.path}: {other.name} in {other.path.name} and {stored.name} in {stored.path.name} are "
+                         "the same tensor")
     pieces[piece] = stored
 
 # ---------------------------------------------------------------------------------------------------
@@ -235,14 +233,14 @@ def first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
+def read_safetensors(path: Path) -> list[Stored]:
     """The tensors of a safetensors file, none of them read yet."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")     # of the header, a table in json, which comes first
     if length > min(HEADER_LIMIT, size - 8):
         raise ValueError(f"{path}: file is {size} bytes, header says it alone has {length}: incomplete download?")
-    stored = {}
+    stored = []
     try:
         # "pread" reads a tensor into memory of its own. The default is to map the file: if another program then
         # changed or cut it, the model would change, or the process would end.
@@ -252,15 +250,15 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             if entry.get_dtype() not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{path}: {name[:80]} is of dtype {entry.get_dtype()}, which is not read here")
             dtype, shape = SAFETENSORS_DTYPES[entry.get_dtype()], tuple(entry.get_shape())
-            stored[name] = Stored(name, path, dtype, shape, partial(file.get_tensor, name))
+            stored.append(Stored(name, path, dtype, shape, partial(file.get_tensor, name)))
     except SafetensorError as e:
         raise ValueError(f"{path}: not a safetensors file, or not all of one: incomplete download? "
                          f"(file is {size} bytes; {first_line(e)})") from None
     return stored
 
 
-def check_zip(path: Path) -> None:
-    """Refuse a .bin file that is no plain zip archive, before torch believes anything in it.
+def zip_problem(path: Path) -> str:
+    """Why a .bin file is not a plain zip archive as torch.save writes it, or "". Asked before torch believes anything.
 
     torch maps the file and takes each tensor's bytes as they are stored, so a compressed record would be read as noise.
     A table of millions of records, or a pickle of gigabytes, would take all memory before torch could object.
@@ -271,21 +269,24 @@ def check_zip(path: Path) -> None:
     end = tail.rfind(b"PK\5\6")
     length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
     if length > HEADER_LIMIT:
-        raise ValueError(f"{path}: its table of contents says it has {length} bytes, far more than a model needs")
+        return f"its table of contents says it has {length} bytes, far more than a model needs"
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
-        raise ValueError(f"{path}: not a file of torch.save (of torch 1.6 or newer): incomplete download?") from None
+        return "not a file of torch.save (of torch 1.6 or newer): incomplete download?"
     for record in records:
         large = record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT
         if record.compress_type != zipfile.ZIP_STORED or large:
-            raise ValueError(f"{path}: {record.filename} is compressed or too large for a file of torch.save")
+            return f"{record.filename} is compressed or too large for a file of torch.save"
+    return ""
 
 
-def read_bin(path: Path) -> dict[str, Stored]:
+def read_bin(path: Path) -> list[Stored]:
     """The tensors of a file of torch.save, mapped: their bytes are read when they are copied into a model."""
-    check_zip(path)
+    problem = zip_problem(path)
+    if problem:
+        raise ValueError(f"{path}: {problem}")
     try:
         with warnings.catch_warnings():     # about quantized tensors, which are refused below
             warnings.simplefilter("ignore")
@@ -294,12 +295,12 @@ def read_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path}: refused, it holds more than plain tensors ({first_line(e)})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
-    stored = {}
+    stored = []
     for name, tensor in state.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
         if not isinstance(name, str) or not dense or not tensor.is_contiguous():
             raise ValueError(f"{path}: {str(name)[:80]!r} is not a plain dense tensor, stored row by row")
-        stored[name] = Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach)
+        stored.append(Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach))
     return stored
 
 # ---------------------------------------------------------------------------------------------------
