@@ -58,7 +58,7 @@ from lib.folders import (Kind, Weights, check_tensors, config_of_run, in_order, 
                          saved_shapes)
 from lib.inspect import inspect
 from lib.lora import merge_lora
-from lib.quant import check_int4_product, copy_weight, prepack_linears, quantize_linears
+from lib.quant import check_int4_product, copy_or_quantize, prepack_linears, quantize_linears
 from lib.save_weights import Lazy, save_model, save_parts, save_phi
 from model import LLaVAPhi, init_weights
 
@@ -85,7 +85,7 @@ def load_model(source: Weights | Path, dtype: torch.dtype = torch.float32, devic
     if bits < 16:
         quantize_linears(model, bits)           # on the meta device this only changes classes
     model = model.to_empty(device=device).requires_grad_(False)
-    fill(model, weights, copy_weight(model, fill=Tensor.copy_))
+    fill(model, weights, Tensor.copy_)
     prepack_linears(model)
     return model
 
@@ -94,8 +94,8 @@ def load_into(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor],
               allow_missing: tuple[str, ...] = ()) -> None:
     """Fill a model from opened weights, one tensor at a time.
 
-    copy(parameter, tensor): called once per parameter; it must cast, and be done with `tensor` (on the CPU, in the
-    file's dtype) when it returns.
+    copy(parameter, tensor): called once per parameter that is not quantized; it must cast, and be done with `tensor`
+    (on the CPU, in the file's dtype) when it returns. Quantized layers quantize their tensors themselves.
     allow_missing: parts such as "projector." that the source may lack altogether, but not in part; they are left alone.
     """
     absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in source.found))
@@ -108,6 +108,7 @@ def load_into(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor],
 def fill(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor], object]) -> None:
     """Read tensors in file order (sequential reads). Only one is alive at a time."""
     parameters = dict(model.named_parameters())
+    copy = copy_or_quantize(model, copy)
     for name in source.found:
         if name in parameters:
             copy(parameters[name], read_tensor(source, name))
