@@ -45,7 +45,7 @@ class Kind(StrEnum):
     OTHER = "a folder of other tensors"
 
 
-KINDS = {                       # the parts that are there -> the kind, with CLIP as the tower and with SigLIP
+KIND_OF_PARTS = {                       # the parts that are there -> the kind, with CLIP as the tower and with SigLIP
     ("llm",): (Kind.PHI, Kind.PHI),
     ("vision",): (Kind.CLIP, Kind.SIGLIP),
     ("llm", "vision"): (Kind.NO_PROJECTOR, Kind.NO_PROJECTOR),
@@ -98,7 +98,7 @@ class Folder(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        with_clip, with_siglip = KINDS.get(self.parts, (Kind.OTHER, Kind.OTHER))
+        with_clip, with_siglip = KIND_OF_PARTS.get(self.parts, (Kind.OTHER, Kind.OTHER))
         return with_siglip if self.has_siglip else with_clip
 
 
@@ -155,9 +155,9 @@ def open_folder(path: Path, *kinds: Kind) -> Folder:
         tensors += read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
     folder = sort_tensors(path, tensors)
     if kinds and folder.kind not in kinds:
-        others = ", ".join(stored.name[:100] for stored in folder.unexpected[:3])
-        names = f" ({others}, ...)" if folder.kind is Kind.OTHER else ""
-        raise ValueError(f"{path}: this looks like {folder.kind}{names}, expected {' or '.join(kinds)}; {hint}")
+        others = ", ".join(stored.name[:100] for stored in folder.unexpected[:3]) if folder.kind is Kind.OTHER else ""
+        found = f"{folder.kind} ({others}, ...)" if others else folder.kind
+        raise ValueError(f"{path}: this looks like {found}, expected {' or '.join(kinds)}; {hint}")
     return folder
 
 
