@@ -210,23 +210,17 @@ VISION_KEYS = {
 SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
 
 
-def is_number(value: object, default: int | float | None) -> bool:
-    """Can this value from a json file stand for a field with this default?"""
-    if isinstance(default, float):
-        return type(value) in (int, float) and 0 <= value < 1e9
-    return type(value) is int and 0 < value < 1e9
-
-
 def config_fields(config: dict, keys: dict, path: Path) -> dict:
     """Our config fields from a config.json of any era. null is the same as a missing key."""
     fields = {}
     for field, (spellings, default) in keys.items():
         fields[field] = default
+        types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
         for key in spellings:
             value = config.get(key)
             if value is None:
                 continue
-            if not is_number(value, default):
+            if type(value) not in types or not least <= value < 1e9:
                 raise ValueError(f"{path}: {key} is {value!r}, expected a number")
             fields[field] = value
             break
