@@ -2,11 +2,11 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, model_from, rewrite, same, tensors_of
+from helpers import (GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, model_from, rewrite, same, siglip_folder,
+                     tensors_of, without)
 from torch import Tensor
 
 from lib.folders import meta_model, open_folder, open_weights, saved_shapes
@@ -16,9 +16,6 @@ from vision import VisionConfig
 
 Tensors = dict[str, Tensor]
 
-
-def without(config: dict, *keys: str) -> dict:
-    return {key: value for key, value in config.items() if key not in keys}
 
 # ---------------------------------------------------------------------------------------------------
 # Names
@@ -108,24 +105,6 @@ def with_position_ids(tensors: Tensors) -> Tensors:
 def test_every_spelling_of_clip(change, tmp_path):
     folder = rewrite(TINY_CLIP, tmp_path / "x", change, config=lambda config: config["vision_config"])
     assert same(model_from(TINY_PHI, TINY_CLIP), model_from(TINY_PHI, folder), "vision")
-
-
-def siglip_folder(kind: str, out: Path) -> Path:
-    """google's SiglipModel with its text tower, or the vision tower alone, made of the tower in tiny-mipha."""
-    old, new = "model.vision_tower.vision_model.", "" if kind == "without prefix" else "vision_model."
-
-    def change(tensors: Tensors) -> Tensors:
-        tower = {new + name.removeprefix(old): x for name, x in tensors.items() if name.startswith(old)}
-        text = {"text_model.final_layer_norm.weight": torch.ones(4), "text_model.head.weight": torch.ones(4, 4),
-                "logit_scale": torch.ones(1), "logit_bias": torch.ones(1)}
-        return tower | text if kind == "whole" else tower
-
-    def config(mipha: dict) -> dict:
-        tower = {key: value for key, value in mipha["vision_config"]["vision_tower"].items() if key[:3] != "mm_"}
-        tower = without(tower, "hidden_act", "layer_norm_eps", "num_channels")      # published files leave defaults out
-        return {"model_type": "siglip", "vision_config": tower} if kind == "whole" else tower
-
-    return rewrite(TINY_MIPHA, out, change, config, keep=("config.json", "preprocessor_config.json"))
 
 
 @pytest.mark.parametrize("kind", ["whole", "vision only", "without prefix"])
