@@ -1,8 +1,8 @@
 """Folders of weights: which tensors are stored in them, whether these are the model's, and the model's config.
 
 `open_weights` reads the headers and the config of a folder once; everything else works on the Weights that it returns.
-No tensor is read before it is copied into a model. Model folders are untrusted: nothing in them is executed, and no
-number in them takes memory before it has been compared with the files' sizes.
+A tensor is only read when it is copied into a model. Model folders are untrusted: nothing in them is executed, and no
+number in them takes memory before it has been compared with the sizes of the files.
 """
 import re
 import warnings
@@ -35,7 +35,7 @@ HEADER_LIMIT = 2_000_000        # bytes of a file's table of tensors; the whole 
 
 
 class Kind(StrEnum):
-    """What a folder holds, decided by the names of its tensors."""
+    """Kinds of folders, told apart by the names of their tensors."""
     PHI = "a Phi-2 language model"
     CLIP = "a CLIP vision tower"
     SIGLIP = "a SigLIP vision tower"
@@ -258,7 +258,7 @@ def read_safetensors(path: Path) -> list[Stored]:
 
 
 def zip_problem(path: Path) -> str:
-    """Why a .bin file is not a plain zip archive as torch.save writes it, or "". Asked before torch believes anything.
+    """The reason to refuse a .bin file that is not a plain zip archive of torch.save, or "". Asked before torch reads it.
 
     torch maps the file and takes each tensor's bytes as they are stored, so a compressed record would be read as noise.
     A table of millions of records, or a pickle of gigabytes, would take all memory before torch could object.
@@ -405,7 +405,7 @@ def saved_shapes(model: LLaVAPhi) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_after_the_layers(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """What a tower has behind its layers: a LayerNorm, and SigLIP's attention-pooling head. Our model has neither."""
+    """The tensors that follow a tower's layers: a LayerNorm, and SigLIP's attention-pooling head. Ours has neither."""
     width, inner = vision.n_embd, vision.n_inner
     shapes = {"vision.ln_post.weight": (width,), "vision.ln_post.bias": (width,)}
     if vision.class_token:
