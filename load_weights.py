@@ -104,9 +104,8 @@ def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, 
     parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     found = check_tensors(read_folders(folders), parameters, model.config, allow_missing)
     wanted = {name: pieces for name, pieces in found.items() if name in parameters}
-    copy = copy_or_quantize(model, copy)
     for name, tensor in read_all(wanted, model.config):
-        copy(parameters[name], tensor)
+        copy_or_quantize(model, name, tensor, copy)
         del tensor              # else it would still be there while the next one is read
 
 

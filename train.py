@@ -264,11 +264,10 @@ def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.d
 def read_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
     if cfg.stage == "sft":
-        copy = copy_or_quantize(model, fill)
         parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
         found = check_tensors([read_kind(Path(cfg.llm), PHI)], parameters, config)
         for name, tensor in read_all(found, config):
-            copy(parameters[name], tensor)
+            copy_or_quantize(model, name, tensor, fill)
     else:
         load_into(model, folders(cfg), fill, allow_missing=() if cfg.model else ("projector.",))
 

@@ -272,9 +272,8 @@ def test_an_int4_model():
         streamed = LLaVAPhi(EVEN).eval()
         quantize_linears(streamed, 4)
     streamed.to_empty(device="cpu").requires_grad_(False)
-    take = copy_or_quantize(streamed, torch.Tensor.copy_)
-    for name, parameter in streamed.named_parameters():
-        take(parameter, model.get_parameter(name))
+    for name, parameter in model.named_parameters():
+        copy_or_quantize(streamed, name, parameter, torch.Tensor.copy_)
     for (name, a), b in zip(streamed.state_dict().items(), turned.state_dict().values()):
         assert torch.equal(a, b), name
     prompt, images = draw_prompt(random.Random(0), 1)
