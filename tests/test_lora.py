@@ -1,14 +1,11 @@
 """LoRA and QLoRA: one layer against the same one written plainly, and runs that train adapters and merge them."""
 import pytest
 import torch
-from conftest import ROOT
+from helpers import GOLDEN, ROOT, load_weights_command, metrics, train_flags
 from safetensors.torch import load_file
-from test_train import (GOLDEN, arguments, assert_same_run, data, keep_signal_handlers, metrics, run,  # noqa: F401
-                        some_of)
+from training import assert_same_run, run_train, some_of, train_here
 
-import train
 from lib.lora import Int4LoRALinear, LoRALinear, dequantize
-from load_weights import main as load_weights
 
 # ---------------------------------------------------------------------------------------------------
 # One layer
@@ -61,9 +58,9 @@ def test_a_fresh_adapter_changes_nothing():
 
 
 @pytest.mark.parametrize("on, moved", [("both", {"mlp.fc1", "self_attn.q_proj"}), ("attn", {"self_attn.q_proj"})])
-def test_adapters_learn_and_are_merged_into_what_they_sit_on(on, moved, data, tmp_path):
+def test_adapters_learn_and_are_merged_into_what_they_sit_on(on, moved, chat_json, tmp_path):
     more = ["--lora-r", "2", "--lora-on", on, "--freeze", "vision", "--max-steps", "4"]
-    train.main(arguments(tmp_path / "out", data, *more))
+    train_here(train_flags(tmp_path / "out", chat_json, *more))
     after = load_file(tmp_path / "out" / "model.safetensors")
     before = load_file(GOLDEN / "tiny-phi-split" / "model.safetensors")
     assert not any("lora" in name for name in after)
@@ -72,20 +69,20 @@ def test_adapters_learn_and_are_merged_into_what_they_sit_on(on, moved, data, tm
         assert changed == (name.removeprefix("layers.0.") in moved)
 
 
-def test_a_run_with_a_4_bit_base(data, tmp_path):
+def test_a_run_with_a_4_bit_base(chat_json, tmp_path):
     """Resumed exactly, the same on two processes, close to adapters on the base itself, and merged into that."""
-    data = some_of(data, tmp_path / "pictures.json", image=True)
+    chat_json = some_of(chat_json, tmp_path / "pictures.json", image=True)
     more = ["--llm", "demo/phi", "--vision", "demo/clip", "--template", "v0", "--image-mode", "pad", "--micro-tokens",
             "600", "--lora-r", "4", "--max-steps", "4"]
-    qlora = [*more, "--base-bits", "4"]
-    train.main(arguments(tmp_path / "whole", data, *qlora, stage="pretrain"))
-    train.main(arguments(tmp_path / "parts", data, *qlora, "--stop-after", "2", stage="pretrain"))
+    packed = [*more, "--base-bits", "4"]
+    train_here(train_flags(tmp_path / "whole", chat_json, *packed, stage="pretrain"))
+    train_here(train_flags(tmp_path / "parts", chat_json, *packed, "--stop-after", "2", stage="pretrain"))
     checkpoint = tmp_path / "parts" / "step_000002"
-    load_weights(["export", "--model", str(checkpoint), "--out", str(tmp_path / "half")])
-    train.main(arguments(tmp_path / "parts", data, *qlora, stage="pretrain"))
+    load_weights_command(["export", "--model", str(checkpoint), "--out", str(tmp_path / "half")])
+    train_here(train_flags(tmp_path / "parts", chat_json, *packed, stage="pretrain"))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    run(arguments(tmp_path / "two", data, *qlora, stage="pretrain"), processes=2)
-    train.main(arguments(tmp_path / "plain", data, *more, stage="pretrain"))
+    run_train(train_flags(tmp_path / "two", chat_json, *packed, stage="pretrain"), processes=2)
+    train_here(train_flags(tmp_path / "plain", chat_json, *more, stage="pretrain"))
     whole, two, plain = (metrics(tmp_path / name) for name in ("whole", "two", "plain"))
     for a, b, c in zip(whole, two, plain, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -100,6 +97,6 @@ def test_a_run_with_a_4_bit_base(data, tmp_path):
             assert singular[3] > 0 and singular[4] < 1e-3 * singular[0], name
 
 
-def test_4_bits_are_refused_where_they_cannot_be(data, tmp_path):
+def test_4_bits_are_refused_where_they_cannot_be(chat_json, tmp_path):
     with pytest.raises(ValueError, match="40 wide, no multiple of a group of 32"):
-        train.main(arguments(tmp_path / "out", data, "--base-bits", "4", "--lora-r", "4"))
+        train_here(train_flags(tmp_path / "out", chat_json, "--base-bits", "4", "--lora-r", "4"))
