@@ -107,11 +107,10 @@ def load_into(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor],
 @torch.no_grad()
 def copy_tensors(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor], object]) -> None:
     """Read tensors in file order (sequential reads). Only one is alive at a time."""
-    parameters = dict(model.named_parameters())
-    copy = copy_or_quantize(model, copy)
+    names = {name for name, _ in model.named_parameters()}
     for name in source.found:
-        if name in parameters:
-            copy(parameters[name], read_tensor(source, name))
+        if name in names:
+            copy_or_quantize(model, name, read_tensor(source, name), copy)
 
 # ---------------------------------------------------------------------------------------------------
 # Commands
