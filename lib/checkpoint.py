@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from data import BAD_SAMPLES, IMAGE_MODES
 from lib.common import LOCK, dtype_name, hold_folder, read_json, sync_folder, torchrun_env, write_whole
-from lib.metrics import free_host_memory
+from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, print0
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
@@ -94,8 +94,8 @@ def save_checkpoint(state: State) -> Path:
     file_of = split_into_files(tensors)
 
     def check_host_memory() -> None:
-        need = HOST_COPIES * FILE_BYTES * torchrun_env().local_world
-        free = free_host_memory()
+        need = host_memory_to_save(torchrun_env().local_world)
+        free = free_memory("cpu")
         if free < need:
             raise OSError(f"writing it takes {need / 1e9:.1f} GB of host memory, and {socket.gethostname()} has "
                           f"{free / 1e9:.1f} GB free")
@@ -145,6 +145,11 @@ def save_checkpoint(state: State) -> Path:
 
 FILE_BYTES = 2 ** 29        # of a checkpoint's files; an embedding of Phi-2, the largest tensor, has as many
 HOST_COPIES = 2             # dcp holds a whole file in host memory, as tensors and as bytes, before it writes
+
+
+def host_memory_to_save(processes: int) -> int:
+    """Bytes, for all processes of a machine."""
+    return HOST_COPIES * FILE_BYTES * processes
 
 
 def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:

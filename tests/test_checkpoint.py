@@ -193,7 +193,7 @@ def test_a_checkpoint_is_written_in_files_that_fit_into_memory(chat_json, tmp_pa
 
 def test_a_machine_without_memory_for_a_checkpoint_trains_on(chat_json, tmp_path, monkeypatch, capfd):
     """Protects a run from being killed for memory in the middle of a save."""
-    monkeypatch.setattr(checkpoint, "free_host_memory", lambda: 1e6)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 1e6)
     train_here(train_flags(tmp_path / "out", chat_json, "--save-every", "1", "--max-steps", "3"))
     said = capfd.readouterr().out
     assert "writing it takes 1.1 GB of host memory, and" in said and "has 0.0 GB free" in said
