@@ -1,7 +1,9 @@
 """What the processes of a run do together: print once, fail together, agree, and say in one line why a run ended."""
 import os
+import re
 import signal
 import socket
+from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -104,3 +106,12 @@ def explain_dead_worker(error: RuntimeError) -> str:
     first_line = message.partition(". ")[0][:200]
     return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({first_line}). In a container "
             "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or take fewer --workers")
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError, cfg: Namespace) -> str:
+    """One line of torch's paragraph -> what was asked for, what there is, and which flag to lower."""
+    facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", str(error))
+    advice = f"give --micro-tokens less than {cfg.micro_tokens}"
+    if cfg.recompute != "full":
+        advice += " or --recompute full"
+    return f"process {dist.get_rank()} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"

@@ -29,6 +29,7 @@ import train
 from data import IGNORE, Sample, Step, collate
 from lib import plan
 from lib.quant import quantize_linears
+from lib.processes import explain_out_of_memory
 from lib.recipes import parse
 from load_weights import load_model
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
@@ -371,12 +372,12 @@ OUT_OF_MEMORY = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a to
 
 def test_out_of_memory_is_told_with_what_was_asked_and_what_is_free(device, group):
     """From the message that this very PyTorch writes: its wording is all there is to read the numbers from."""
-    message = OUT_OF_MEMORY
+    problem = torch.OutOfMemoryError(OUT_OF_MEMORY)
     if device.type == "cuda":
         with pytest.raises(torch.OutOfMemoryError) as error:
             torch.empty(2 ** 45, dtype=torch.uint8, device=device)
-        message = str(error.value)
-    line = train.out_of_memory(message, settings("--recompute", "none"))
+        problem = error.value
+    line = explain_out_of_memory(problem, settings("--recompute", "none"))
     for part in ("Tried to allocate", "total capacity of", "is free", "--micro-tokens", "--recompute full"):
         assert part in line
 
@@ -396,8 +397,8 @@ def test_peak_memory_is_what_the_plan_says(stage, recompute, device, group, monk
     cfg = settings("--stage", stage, "--recompute", recompute, "--micro-tokens", str(tokens))
     monkeypatch.setattr(train, "read_weights", lambda model, source, cfg: zero_all(model))
     model = train.build(cfg, config, None, group, device)
-    always, per_token = plan.memory_plan(cfg, model, 1)
-    planned = sum(always.values()) - always["workspace"] + per_token[recompute] * tokens
+    memory = plan.memory_plan(cfg, model, 1, recompute, model.gather)
+    planned = sum(memory.values()) - memory["workspace"]
     if on_gpu and planned > 0.8 * torch.cuda.get_device_properties(device).total_memory:
         pytest.skip(f"the test needs a GPU with {planned / 0.8e9:.0f} GB")
     batch = worst_batch(config, tokens)
