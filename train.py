@@ -504,12 +504,12 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             # A worker's death is to be found here, where all processes hear of it: torch's handler of this signal would
             # raise in the middle of whatever this process does.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        except (ValueError, OSError) as e:
-            problem = str(e)
-        except RuntimeError as e:
+        except (RuntimeError, EOFError, ConnectionError) as e:
             problem = explain_dead_worker(e)
             if not problem:
                 raise
+        except (ValueError, OSError) as e:
+            problem = str(e)
         if step is None and problem is None:
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0

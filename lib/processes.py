@@ -98,13 +98,15 @@ def explain(error: RuntimeError) -> str:
     return ""
 
 
-def explain_dead_worker(error: RuntimeError) -> str:
-    """One line about a data worker that died; "" for every other error."""
-    message = str(error)
-    if "DataLoader worker" not in message:
+def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str:
+    """One line about a data worker that died; "" for every other error.
+
+    DataLoader says it in a RuntimeError, unless a tensor was just coming from the worker: then the connection ended.
+    """
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
         return ""
-    first_line = message.partition(". ")[0][:200]
-    return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({first_line}). In a container "
+    reason = str(error).partition("\n")[0].partition(". ")[0][:200] or "it closed the connection"
+    return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({reason}). In a container "
             "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or take fewer --workers")
 
 
