@@ -33,7 +33,7 @@ from data import EOT, IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_toke
 from demo.shapes import NAMES, QUARTERS, SIZE, Scene, Shape, caption, converse, draw_scene, paint, to_conversation
 from lib.common import Parser, run_command
 from lib.layouts import to_saved
-from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_json, write_tokenizer
 from model import Layout, Phi, PhiConfig, cross_entropy_sum, init_weights
 from vision import VisionConfig, VisionTower
 
@@ -272,7 +272,7 @@ def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
     tensors = {f"vision.{name}": parameter for name, parameter in model.tower.state_dict().items()}
     for name, parameter in model.ln_post.state_dict().items():
         tensors[f"vision.ln_post.{name}"] = parameter
-    save(out, tensors, "vision_tower.", clip_json(CLIP) | {"torch_dtype": "float16"})
+    save(out, tensors, "vision_tower.", tower_json(CLIP) | {"torch_dtype": "float16"})
     write_json(out / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

@@ -112,7 +112,7 @@ from lib.layouts import to_saved
 from lib.metrics import memory_gb, mfu
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
-from lib.save_weights import clip_json, phi_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_tokenizer
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, trained_parts
 from vision import VisionConfig
 
@@ -506,7 +506,7 @@ def write_model(bench: Bench, folder: Path) -> None:
     tensors[to_saved("llm.lm_head.bias")[0]][eos] = 1000.0
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     settings = {"model_type": "llava", "text_config": phi_json(bench.config.llm, eos, "bfloat16"),
-                "vision_config": clip_json(bench.config.vision),
+                "vision_config": tower_json(bench.config.vision),
                 "vision_feature_layer": bench.config.vision.feature_layer}
     (folder / "config.json").write_text(json.dumps(settings))
     write_tokenizer(folder, tokenizer, image=True)
