@@ -331,7 +331,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
     mesh, device = train.setup()
     try:
         with FakeGPU(device), torch.autograd.set_multithreading_enabled(False):
-            model = train.build(cfg, config, mesh, device)
+            model = train.build(cfg, config, None, mesh, device)
             optimizer = train.make_optimizer(model, cfg)
             watch_update(model, optimizer)
             batches = make_micro_batches(config, cfg.stage != "sft", 128 if tiny else cfg.micro_tokens)
@@ -350,7 +350,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
             notes.reset()
             train.validate(model, [Step(0, [], batches)], device)
             if cfg.base_bits == 16:                             # what lies under 4 bits would come from the folders
-                train.save_final(cfg, config, model)
+                train.save_final(cfg, config, None, model)
         planned = max(plan_for(batch, cfg, model, mesh.size(-1)) for batch in batches)
         print(f"  rank {rank}: gather {model.gather}, recompute {model.llm.recompute}; peak {peak / 1e9:.2f} GB at "
               f"{peak_at}, planned without workspace {planned / 1e9:.2f} GB ({planned / peak:.3f})", file=sys.stderr)
@@ -434,7 +434,6 @@ def main() -> int:
     ranks = args.ranks or sorted({0, args.world - 1})
     pretend_there_are_gpus()
     train.read_weights = lambda *args: None                     # there are no folders
-    train.read_base = lambda *args: []
     train.on_process_0 = lambda write: None                     # nothing is written
     began = time.perf_counter()
     failed = 0

@@ -224,11 +224,15 @@ def test_merge_names_a_missing_embedding(tmp_path):
 # export
 
 
+NO_FILES = {"step": 1, "updates": 1, "data": "", "files": {}, "crc32": {}}      # none that would be checked
+
+
 def write_checkpoint(step: Path, weights: dict[str, Tensor], source: Path, **settings) -> None:
     """A training checkpoint as a run writes it, as far as export reads it."""
     dcp.save({f"model.{name}": tensor for name, tensor in weights.items()}, no_dist=True,
              storage_writer=HuggingFaceStorageWriter(str(step), save_distributed=True))
-    (step / "checkpoint.json").write_text(json.dumps({"config": settings, "sources": [str(source)]}))
+    manifest = NO_FILES | {"config": settings, "sources": [str(source)]}
+    (step / "checkpoint.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -241,7 +245,7 @@ def test_export_of_a_training_checkpoint(lora, tmp_path, tiny_model):
     if lora:
         weights |= {"llm.h.1.mlp.fc.lora_a": a, "llm.h.1.mlp.fc.lora_b": b}
     step = tmp_path / "step_000007"
-    write_checkpoint(step, weights, TINY_MODEL, dropout=0.2, image_mode="crop", dtype="float32", stage="finetune",
+    write_checkpoint(step, weights, TINY_MODEL, dropout=0.2, image_mode="crop", dtype="fp32", stage="finetune",
                      lora_alpha=8.0)
     export(step, tmp_path / "out", None)
     there = load_model(tmp_path / "out")
@@ -258,7 +262,7 @@ def test_export_of_a_language_models_checkpoint_is_as_the_run_set_it(tmp_path, t
     """The end of a run of --stage sft writes its --dropout, and so does a checkpoint on the way."""
     bias = tiny_model.llm.ln_f.bias + 1
     step = tmp_path / "step_000003"
-    write_checkpoint(step, {"llm.ln_f.bias": bias}, TINY_PHI, dropout=0.3, image_mode="crop", dtype="bfloat16",
+    write_checkpoint(step, {"llm.ln_f.bias": bias}, TINY_PHI, dropout=0.3, image_mode="crop", dtype="bf16",
                      stage="sft", lora_alpha=8.0)
     export(step, tmp_path / "out", None)
     assert open_weights(tmp_path / "out", TINY_CLIP).config.llm.dropout == 0.3
@@ -275,7 +279,7 @@ DAMAGE = [{"config": None}, {"sources": "x"}, {"sources": [3]}, {"dtype": "fp16"
 @pytest.mark.parametrize("change", DAMAGE, ids=str)
 def test_a_damaged_checkpoint_json_is_not_exported(tmp_path, change):
     settings = {"stage": "finetune", "dropout": 0.0, "image_mode": "pad", "lora_alpha": 16.0, "dtype": "fp32"}
-    saved = {"config": settings, "sources": [str(TINY_MODEL)]}
+    saved = NO_FILES | {"config": settings, "sources": [str(TINY_MODEL)]}
     for key, value in change.items():
         (saved if key in saved else settings)[key] = value
     (tmp_path / "checkpoint.json").write_text(json.dumps(saved))

@@ -15,7 +15,7 @@ from vision import VisionConfig
 
 
 def build(cfg) -> LLaVAPhi:
-    return train.skeleton(cfg, LLaVAConfig())
+    return train.build_on_meta(cfg, LLaVAConfig())
 
 
 def total(memory: dict[str, float]) -> float:
@@ -90,7 +90,7 @@ def test_the_plan_counts_what_forward_really_keeps(mode, learn):
     def plan_and_truth(n_layer: int) -> list[tuple[float, float]]:
         config = LLaVAConfig(PhiConfig(512, 512, n_layer, 4, 128, 512, 16, dropout=0.0),
                              VisionConfig(56, 14, 1 + n_layer, 4, 128, 512))
-        model = train.skeleton(cfg, config)
+        model = train.build_on_meta(cfg, config)
         text = plan.activation_bytes(model, mode, 2, 256, 0)
         pictures = plan.activation_bytes(model, mode, 2, 256, 16) - text
         model = model.to_empty(device="cpu").bfloat16().train()
