@@ -22,6 +22,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from lib.common import has_bf16, parse_or_exit, run_command, torch_dtype, torchrun_env
@@ -43,14 +44,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
+from data import (BAD_SAMPLES, TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
                   steps_per_epoch)
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
+from lib.device import memory_of
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
-from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
+from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
 from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
 from lib.save_weights import save_model, save_phi
 from load_weights import load_into
@@ -132,7 +134,7 @@ def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
 
 
 def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
-    """Freeze all but --train minus --freeze, and print what learns. ValueError: a name that is no part of the model."""
+    """Freeze all but --train minus --freeze. ValueError: a name that is no part of the model."""
     parts = dict(model.named_children())
     trained, frozen = split_names(cfg.train), split_names(cfg.freeze)
     for name in trained + frozen:
@@ -146,11 +148,18 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
         raise ValueError("nothing would be trained: --train minus --freeze is empty")
     for name, part in parts.items():
         part.requires_grad_(name in trained)
-        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
+    for p in adapters:
+        p.requires_grad_(True)
+
+
+def print_parts(model: LLaVAPhi) -> None:
+    """How many parameters each part has, and whether they learn."""
+    learns = trained_parts(model)
+    for name, part in model.named_children():
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in learns else 'frozen'}")
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     if adapters:
-        for p in adapters:
-            p.requires_grad_(True)
-        print0(f"{'adapters':10s} {sum(p.numel() for p in adapters):>13,} of them, trained")
+        print0(f"{'adapters':10s} {adapters:>13,} of them, trained")
 
 
 def split_names(text: str) -> list[str]:
@@ -189,8 +198,12 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
     model = build_on_meta(cfg, config)
+    print_parts(model)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
     memory = smallest(memory_of(device))
+    warning = too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)
+    if warning:
+        print0(warning)
     recompute, gather = cfg.recompute, cfg.gather
     if recompute == "auto":
         recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
@@ -470,7 +483,7 @@ def print_steps(cfg: Namespace, steps: int, resumed: str) -> None:
 
 def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
                 start_step: int = 0, group: str = "none") -> Loader:
-    cost = picture_cost(model.config, trained_parts(model))
+    cost = TOKEN_COST * picture_cost(model.config, trained_parts(model))
     return Loader(data, global_batch=cfg.global_batch, micro_tokens=cfg.micro_tokens, rank=dist.get_rank(),
                   world=dist.get_world_size(), seed=cfg.seed, steps=steps, start_step=start_step, workers=cfg.workers,
                   group=group, pin=device.type == "cuda", picture_cost=cost)
@@ -567,7 +580,8 @@ def main(args: Namespace) -> None:
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
         if all(folder.is_dir() for folder in folders(args)):
             _, config = open_source(args)
-        print_plan(args, config, build_on_meta(args, config), args.gpus, args.gpu_memory)
+        print_parts(build_on_meta(args, config))
+        print_plan(args, config, partial(build_on_meta, config=config))
         return
     source, config = open_source(args)
     mesh, device = setup()

@@ -168,7 +168,7 @@ def add_flags(parser: Parser) -> None:
     add("--micro-tokens", type=at_least(1), default=16384, help="tokens per forward pass on one process: as many as "
         "fit into its memory")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto", help="activation checkpointing: "
-        "none, selective (half the memory, 3 %% more compute) or full (least memory, 22 %% more); auto: the first "
+        "none, selective (half the memory, 3 %% more operations) or full (least memory, 22 %% more); auto: the first "
         "that fits")
     # "on" saves both halves of FSDP's traffic in every micro-batch but the last: 4 bytes a weight for gathering it in
     # bf16 twice, 4 for reducing its gradient in fp32. Saving one half only would fit into a little less memory, and be

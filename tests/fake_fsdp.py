@@ -52,6 +52,7 @@ from torch.utils._pytree import tree_iter
 import lib.plan
 import train
 from data import IGNORE, IMAGE_ID, Batch, Sample, Step, collate
+from lib.recipes import replace
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
 
@@ -350,15 +351,20 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
             train.validate(model, [Step(0, [], batches)], device)
             if cfg.base_bits == 16:                             # what lies under 4 bits would come from the folders
                 train.save_final(cfg, config, None, model)
-        always, per_token = lib.plan.memory_plan(cfg, model, mesh.size(-1), model.gather)
-        tokens = max(len(batch.ids) for batch in batches)
-        planned = sum(always.values()) - always["workspace"] + tokens * per_token[model.llm.recompute]
+        planned = max(plan_for(batch, cfg, model, mesh.size(-1)) for batch in batches)
         print(f"  rank {rank}: gather {model.gather}, recompute {model.llm.recompute}; peak {peak / 1e9:.2f} GB at "
-              f"{peak_at}, planned without workspace {planned / 1e9:.2f} GB", file=sys.stderr)
+              f"{peak_at}, planned without workspace {planned / 1e9:.2f} GB ({planned / peak:.3f})", file=sys.stderr)
         return types.SimpleNamespace(cfg=cfg, seen=seen, collectives=[first, second, notes.collectives])
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()                            # its entries name the process group that has just gone
+
+
+def plan_for(batch: Batch, cfg: argparse.Namespace, model: torch.nn.Module, shards: int) -> float:
+    """The bytes that --plan counts on for this micro-batch, without what a tracker cannot see."""
+    cfg = replace(cfg, micro_tokens=len(batch.ids))
+    plan = lib.plan.memory_plan(cfg, model, shards, model.llm.recompute, model.gather, pictures=len(batch.images))
+    return sum(plan.values()) - plan["workspace"]
 
 
 def watch_update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

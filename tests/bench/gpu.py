@@ -107,9 +107,10 @@ from torch.utils.benchmark import Timer
 import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate, load_tokenizer, split_step
 from lib import plan
+from lib.device import memory_of, peak_memory
 from lib.folders import meta_model, saved_shapes
 from lib.layouts import to_saved
-from lib.metrics import memory_gb, mfu
+from lib.metrics import mfu
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
 from lib.save_weights import phi_json, tower_json, write_tokenizer
@@ -136,7 +137,7 @@ class Bench:
         self.config = TINY if args.dry else LLaVAConfig()
         self.dtype = torch.float32 if args.dry else torch.bfloat16
         self.shards = self.mesh.size(-1)
-        memory = torch.tensor(plan.memory_of(self.device))
+        memory = torch.tensor(memory_of(self.device))
         dist.all_reduce(memory, dist.ReduceOp.MIN)          # all have to choose the same configurations
         self.memory = float(memory)
         self.machine: dict = {}
@@ -312,7 +313,7 @@ def configurations(bench: Bench, flags: list[str]) -> list[Namespace]:
         chosen = plan.choose_recompute(cfg, model, bench.shards, bench.memory)
         for recompute in dict.fromkeys([chosen, *plan.RECOMPUTE_MODES]):
             for gather in ("on", "off") if bench.world > 1 else ("off",):
-                if plan.fits_in(bench.memory, cfg, model, bench.shards, recompute, gather):
+                if plan.fits(cfg, model, bench.shards, bench.memory, recompute, gather):
                     fitting.append(replace(cfg, recompute=recompute, gather=gather))
                     if recompute != "selective" and cfg.base_bits == 16:        # what --compile refuses
                         fitting.append(replace(fitting[-1], compile=True))
@@ -366,14 +367,13 @@ class Training:
             "mfu_%": "unknown" if peak_share is None else 100 * peak_share,
             "of_matmul_%": 100 * flops / bench.machine["matmul_tflops"] / 1e12,
             "first_step_s": first,
-            "peak_gb": memory_gb(bench.device),
+            "peak_gb": peak_memory(bench.device) / 1e9,
             "planned_gb": planned_bytes(self.cfg, self.model, bench.shards) / 1e9,
         }
 
 
 def planned_bytes(cfg: Namespace, model: LLaVAPhi, shards: int) -> float:
-    always, per_token = plan.memory_plan(cfg, model, shards, cfg.gather)
-    return sum(always.values()) + cfg.micro_tokens * per_token[cfg.recompute]
+    return sum(plan.memory_plan(cfg, model, shards, cfg.recompute, cfg.gather).values())
 
 
 def measure_configuration(bench: Bench, cfg: Namespace) -> dict:
