@@ -48,8 +48,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
-                  steps_per_epoch)
+from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
                             save_checkpoint, try_to_save)
 from lib.folders import PHI, check_tensors, config_of_run, read_all, read_folders, read_kind
@@ -59,7 +58,9 @@ from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
 from lib.plot import plot
 from lib.quant import copy_weight
+from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import save_model, save_phi
+from lib.schedule import steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Phi, Projector, init_weights, trained_parts
 
@@ -336,10 +337,8 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
-                   config.vision.image_size, cfg.image_mode, config.vision.n_patches,
-                   min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links,
-                   pad_color=mean_color(config.vision.mean))
+                   ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
+                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
 
 
 def check_text_only(data: Dataset) -> None:
@@ -369,10 +368,10 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
     """
     ids = batch.ids.to(device, non_blocking=True)
     images = batch.images.to(device, non_blocking=True)
-    slots = batch.slots.to(device, non_blocking=True)
-    rows = batch.rows.to(device, non_blocking=True)
+    image_positions = batch.image_positions.to(device, non_blocking=True)
+    loss_positions = batch.loss_positions.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, slots, rows, targets
+    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:

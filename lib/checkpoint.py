@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from data import BAD_SAMPLES, IMAGE_MODES
 from lib.common import LOCK, dtype_name, hold_folder, read_json, sync_folder, write_whole
+from lib.recipes import IMAGE_MODES
+from lib.records import BAD_SAMPLES
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data import IMAGE_MODES
 from lib.common import read_json
 from lib.layouts import (DROPPED, FOREIGN, PREFIX, feature_strategy, is_siglip, phi_config, rename_sequential, require,
                          subconfig, to_ours, to_saved, vision_config, without_layer)
+from lib.recipes import IMAGE_MODES
 from model import LLaVAConfig, LLaVAPhi, PhiConfig
 from vision import VisionConfig
 

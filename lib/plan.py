@@ -6,9 +6,9 @@ from bisect import bisect_left
 
 import torch
 
-from data import TOKEN_COST, steps_per_epoch
 from lib.common import torch_dtype
 from lib.recipes import replace
+from lib.schedule import steps_per_epoch
 from model import LLaVAConfig, LLaVAPhi, trained_parts
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}    # dense bf16, datasheets
@@ -36,10 +36,8 @@ def step_flops(config: LLaVAConfig, parts: list[str], tokens: float, squares: fl
 
 
 def picture_cost(config: LLaVAConfig, parts: list[str]) -> float:
-    """What a picture's way through tower and projector costs, in the units of data.training_cost."""
-    picture = step_flops(config, parts, 0, 0, 1, 0)
-    token = step_flops(config, parts, 1, 0, 0, 0)
-    return TOKEN_COST * picture / token
+    """What a picture's way through tower and projector costs, in tokens through the decoder's linear layers."""
+    return step_flops(config, parts, 0, 0, 1, 0) / step_flops(config, parts, 1, 0, 0, 0)
 
 
 # Samples, the share of them with a picture, and per sample mean text tokens and supervised tokens. Estimates; `data.py

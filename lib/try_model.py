@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import encode_prompt, eot_id, expand, load_image, mean_color
+from data import ImageConfig, encode_prompt, eot_id, expand, load_image
 from model import Layout, LLaVAPhi, Phi
 
 PAGES = Path(__file__).parent
@@ -171,7 +171,7 @@ def draw_circle(size: int = 336) -> tuple[Image.Image, Image.Image]:
 def ask(model: LLaVAPhi, tok: Tokenizer, question: str, picture: Image.Image, n_tokens: int = 12) -> str:
     """The model's greedy answer to one question about one picture."""
     config = model.config
-    image = load_image(picture, config.vision.image_size, config.image_mode, mean_color(config.vision.mean))
+    image = load_image(picture, ImageConfig.of(config.vision, config.image_mode))
     image = image[None].to(model.llm.wte.weight.device)                             # (1, 3, S, S)
     ids, _ = expand(encode_prompt([question], tok, True), None, config.vision.n_patches, config.llm.block_size)
     columns = model.generate([ids], [image], max_new_tokens=n_tokens, eos_id=eot_id(tok))

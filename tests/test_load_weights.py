@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from data import load_image, load_tokenizer, mean_color
+from data import ImageConfig, load_image, load_tokenizer
 from lib.common import read_json, without_control
 from lib.folders import blueprint, load_config, read_bin, read_folder
 from lib.layouts import to_ours, to_saved
@@ -242,7 +242,7 @@ def test_mipha_golden(mipha):
     """Features, projector, logits and greedy ids of the original, from the released layout, through the saved one too."""
     golden = load_file(GOLDEN_MIPHA / "forward.safetensors")
     tower = mipha.config.vision
-    pictures = [load_image(GOLDEN / "images" / name, tower.image_size, mipha.config.image_mode, mean_color(tower.mean))
+    pictures = [load_image(GOLDEN / "images" / name, ImageConfig.of(tower, mipha.config.image_mode))
                 for name in ("photo.jpg", "square.png")]
     images = torch.stack(pictures)
     assert torch.equal(normalize(images, tower.mean, tower.std), golden["vision.pixel_values"])
