@@ -7,9 +7,7 @@
 
 The first two follow LLaVA's train.py (the chat template, where the image goes) and Hugging Face's CLIPImageProcessor
 and SiglipImageProcessor (the pixels, bit for bit). This file knows nothing of models: sizes arrive as arguments.
-
-    $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
-    $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
+`python data.py check --help` says how to find bad samples before training.
 """
 from __future__ import annotations
 
@@ -110,7 +108,7 @@ def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig)
     """
     size, mode, pad_color, _ = config
     assert mode in IMAGE_MODES, f"image mode {mode!r} is none of {', '.join(IMAGE_MODES)}"
-    image = open_image(source, size, mode)
+    image = open_rgb(source, size, mode)
     w, h = image.size
     if mode == "crop":
         W = size * w // min(w, h)
@@ -130,7 +128,7 @@ def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig)
     return pixels.permute(2, 0, 1).contiguous()             # (3, S, S)
 
 
-def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
+def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
     """Upright RGB. Alpha is dropped and the first of several frames is taken, as the original does.
 
     Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
@@ -188,7 +186,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Special words in a text are text: the image slot and the end of text are placed by id, so an "<image>" or
     "<|endoftext|>" that somebody typed cannot move a picture or end an answer.
     """
-    folder = Path(folder)
     if (folder / "tokenizer.json").exists():
         tok = read_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -282,10 +279,7 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
     if not isinstance(record["image"], str) or not record["image"]:
         raise ValueError(f"image name: expected one path, found {record['image']!r}")
     question = turns[0].strip()
-    if question.startswith(IMAGE):
-        question = question.removeprefix(IMAGE)
-    else:
-        question = question.removesuffix(IMAGE)
+    question = question.removeprefix(IMAGE) if question.startswith(IMAGE) else question.removesuffix(IMAGE)
     turns[0] = question.strip()
     return turns, True
 
@@ -618,8 +612,8 @@ class Loader:
     def schedule(self, scheduled: deque) -> Iterator[list[int]]:
         """The samples of one micro-batch of this rank after another; `scheduled` gets an entry for each step."""
         index = self.dataset.index
-        make_order = partial(epoch_order, self.seed, index.length, index.image, self.global_batch, self.group)
-        order = lru_cache(maxsize=1)(make_order)            # once an epoch, not once a step
+        order = lru_cache(maxsize=1)(partial(               # computed once an epoch, not once a step
+            epoch_order, self.seed, index.length, index.image, self.global_batch, self.group))
         for step in range(self.start_step, self.steps):
             sample_ids = step_samples(step, len(self.dataset), self.global_batch, order)
             lengths = index.length[sample_ids]
@@ -630,10 +624,7 @@ class Loader:
                 yield [sample_ids[i] for i in micro]
 
     def make_batch(self, sample_ids: list[int]) -> tuple[Batch | None, list[dict]]:
-        """In a worker: a micro-batch, and what was wrong with its samples.
-
-        Problems travel as values, not as exceptions, so that they reach the main process with their sample's name.
-        """
+        """In a worker: a micro-batch, and what was wrong with its samples, as values, which keep the sample's name."""
         nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # supervises nothing
         samples = []
         problems = []

@@ -3,8 +3,8 @@
 One set of modules serves both towers that this project knows, CLIP ViT-L/14-336 (LLaVA-Phi) and SigLIP-so400m/14-384
 (Mipha). They are the same transformer; the few places where they differ are fields of VisionConfig.
 
-A third tower needs its numbers here, its tensors' names in load_weights.SAVED, its config.json in load_weights'
-vision_config and write_texts, and a recipe in lib/recipes.py.
+A third tower needs its numbers here, its tensors' names and config.json in lib/layouts.py and lib/save_weights.py, and
+a recipe in lib/recipes.py.
 
 Shapes: N images, P patches, S positions (P, and one more where there is a class token), D width, nh heads, hs head size.
 Follows https://github.com/openai/CLIP/blob/main/clip/model.py and transformers' modeling_siglip.py.

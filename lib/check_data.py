@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, open_image, to_turns
+from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, open_rgb, to_turns
 from lib.common import read_json, replacing
-from lib.folders import load_config
+from lib.folders import open_weights
 from lib.recipes import RECIPES
 from lib.records import id_of, lines_of
 from lib.schedule import steps_per_epoch
@@ -42,7 +42,7 @@ def check_data(args: Namespace) -> int:
         return 1
 
     survey = Survey(len(ranges))
-    inspected = dataset.map_records(partial(inspect, dataset, args.decode), ranges, args.workers)
+    inspected = dataset.map_records(partial(inspect_record, dataset, args.decode), ranges, args.workers)
     for i, info in enumerate(inspected):
         survey.add(i, info, block_size)
     print_records(survey, dataset, ranges, args.show)
@@ -68,7 +68,7 @@ def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
     given = (args.image_size, args.n_patches, args.max_length)
     config = LLaVAConfig()
     if folders and None in given:
-        config = load_config(*folders)
+        config = open_weights(*folders).config
     image = ImageConfig.of(config.vision, mode)
     block_size = min(2048, config.llm.block_size)
     if folders and None in given:
@@ -102,14 +102,14 @@ class RecordInfo(NamedTuple):
     folder: str = ""                # of its image
 
 
-def inspect(dataset: Dataset, decode: str, span: tuple[int, int]) -> RecordInfo:
+def inspect_record(dataset: Dataset, decode: str, span: tuple[int, int]) -> RecordInfo:
     """What `Dataset.sample` would meet. The picture: "full" decodes it, "header" only reads its size."""
     try:
         record, ids, labels, cut = dataset.prepare(span)
         image = IMAGE_ID in ids
         if image:
             size, mode, *_ = dataset.image_config
-            open_image(dataset.image_path(record), size, mode, decode == "full")
+            open_rgb(dataset.image_path(record), size, mode, decode == "full")
         id_hash = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
     except (ValueError, OSError) as e:
         return RecordInfo(problem=str(e))

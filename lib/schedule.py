@@ -22,13 +22,14 @@ def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.G
     lengths are negative for text-only samples. The last, incomplete runs of both kinds are mixed.
     """
     run_length = world * batch
+    absolute = np.abs(lengths)
     runs = []
     rest = []
     for kind in (np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)):
         mixed = kind[torch.randperm(len(kind), generator=shuffle).numpy()]
         of_kind = []
         for i in range(0, len(mixed), run_length):
-            of_kind.append(deal(mixed[i:i + run_length], np.abs(lengths), world))
+            of_kind.append(deal(mixed[i:i + run_length], absolute, world))
         runs += of_kind[:-1]                                # like the original, the last counts as incomplete
         rest += of_kind[-1] if of_kind else []
     runs = [runs[i] for i in torch.randperm(len(runs), generator=shuffle_runs).tolist()]
