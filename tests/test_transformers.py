@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from data import encode_prompt, expand, load_image, load_tokenizer, mean_color
+from data import ImageConfig, encode_prompt, expand, load_image, load_tokenizer
 from lib.folders import open_weights, saved_shapes
 from lib.save_weights import phi_json, save_parts, saved_pieces, tower_json, write_json, write_tokenizer
 from load_weights import export, load_model, merge
@@ -72,10 +72,9 @@ def messages(turns: list[str]) -> list[dict]:
 
 
 def pixels_of(model: LLaVAPhi, name: str) -> torch.Tensor:
-    """Our picture (3, S, S) for this model, not normalised yet."""
-    tower = model.config.vision
-    pad = mean_color(tower.mean)
-    return load_image(GOLDEN / "images" / name, tower.image_size, model.config.image_mode, pad)
+    """Our picture (3, S, S) for this model, not normalized yet."""
+    config = model.config
+    return load_image(GOLDEN / "images" / name, ImageConfig.of(config.vision, config.image_mode))
 
 
 def prompt_of(model: LLaVAPhi, turns: list[str], tok: Tokenizer) -> list[int]:
