@@ -13,7 +13,6 @@ files first, so that they come from the disk.
 """
 import argparse
 import importlib.util
-import json
 import os
 import re
 import subprocess
