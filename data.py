@@ -14,7 +14,6 @@ and SiglipImageProcessor (the pixels, bit for bit). This file knows nothing of m
 from __future__ import annotations
 
 import atexit
-import fcntl
 import hashlib
 import json
 import math
@@ -37,7 +36,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 
-from lib.common import Parser, read_jsonl, run_command
+from lib.common import Parser, read_jsonl, replacing, run_command
 from lib.recipes import RECIPES
 
 # torch takes seconds to import: the functions that need it do so, and `python data.py --help` answers at once.
@@ -587,19 +586,18 @@ class Dataset:
 
     @cached_property
     def index(self) -> Index:
-        """Read from cache_dir if it was made for this very json, tokenizer and template; else made, and kept there."""
+        """Read from cache_dir if it was made for this very json, tokenizer and template; else made, and kept there.
+
+        No lock guards it: a run holds its folder, and lets process 0 make the index before the others ask for it.
+        """
         if self.cache_dir is None:
             return self.make_index()
         key = [self.checksum, self.tok.to_str(), self.template, self.n_patches, self.block_size, self.on_bad_sample]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         path = self.cache_dir / f"index_{name}.npz"
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.cache_dir / "index.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                # one process makes it, the others wait and read
-            if not path.exists():
-                part = path.with_suffix(".part.npz")
+        if not path.exists():
+            with replacing(path) as part:
                 np.savez(part, **self.make_index()._asdict())
-                os.replace(part, path)
         with np.load(path) as arrays:
             return Index(**arrays)
 

@@ -158,12 +158,15 @@ class LoadedModel(NamedTuple):
     eot_id: int
 
 
-def load(folder: Path, args: Namespace) -> LoadedModel:
-    """The imports are here because torch takes seconds, and most of this program's work needs none."""
+def load(source, args: Namespace) -> LoadedModel:
+    """Load an opened folder (lib.folders.Weights) with its tokenizer.
+
+    The imports are here because torch takes seconds, and most of this program's work needs none.
+    """
     from data import eot_id, load_tokenizer
     from load_weights import load_model
-    model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
-    tok = load_tokenizer(folder)
+    model = load_model(source, torch_dtype(args.dtype), args.device, bits=args.bits)
+    tok = load_tokenizer(source.paths[0])
     return LoadedModel(model, tok, eot_id(tok))
 
 
@@ -638,9 +641,9 @@ def generate_and_score(args: Namespace) -> None:
     for data in tasks:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
-    from lib.folders import load_config
+    from lib.folders import open_weights
     choose_arithmetic(args)
-    config = load_config(folder)
+    source = open_weights(folder)
     fingerprint = model_fingerprint(folder)
     processes = join_processes()
     loaded = None
@@ -649,7 +652,7 @@ def generate_and_score(args: Namespace) -> None:
         out = Path(args.out or "out/eval")
         if len(tasks) > 1 or not args.out:
             out = out / data.name
-        settings = generation_settings(data, fingerprint, config, args)
+        settings = generation_settings(data, fingerprint, source.config, args)
         # The first process holds the folder for all that torchrun started.
         with begin(out, settings) if processes.rank == 0 else nullcontext():
             processes.barrier()
@@ -657,7 +660,7 @@ def generate_and_score(args: Namespace) -> None:
             asked = range(len(data.first(args.limit).examples))
             todo = set(asked) - answers_so_far(out, data.examples).keys()
             if todo and not loaded:                         # one model for all tasks, and none if all is answered
-                loaded = load(folder, args)
+                loaded = load(source, args)
             if todo:
                 generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
             processes.barrier()

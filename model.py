@@ -296,11 +296,13 @@ class Projector(nn.Module):         # LLaVA's mlp2x_gelu: patch features into th
 
 
 class LLaVAPhi(nn.Module):
-    def __init__(self, config: LLaVAConfig):
+    """The tower, the projector and the decoder; without the first two (tower=False), a language model."""
+
+    def __init__(self, config: LLaVAConfig, tower: bool = True):
         super().__init__()
         self.config = config
-        self.vision = VisionTower(config.vision)
-        self.projector = Projector(config.vision.n_embd, config.llm.n_embd)
+        self.vision = VisionTower(config.vision) if tower else None
+        self.projector = Projector(config.vision.n_embd, config.llm.n_embd) if tower else None
         self.llm = Phi(config.llm)
 
     @property
@@ -318,6 +320,8 @@ class LLaVAPhi(nn.Module):
         assert slots.numel() == images.size(0) * n_patches, \
             f"{slots.numel()} image positions for {images.size(0)} images of {n_patches} patches"
         x = self.llm.wte(ids).to(self.llm.dtype)                                   # (T, C)
+        if self.vision is None:
+            return x
         patches = self.projector(self.vision(images))                              # (N, P, C)
         patches = patches.flatten(0, 1).type_as(x)                                 # (N * P, C)
         return x.index_copy(0, slots, patches)                                     # (T, C)

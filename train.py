@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from lib.common import has_bf16, run_command, torch_dtype
+from lib.common import has_bf16, run_command, torch_dtype, torchrun_env
 from lib.recipes import parse, settings
 
 # ---------------------------------------------------------------------------------------------------
@@ -40,25 +39,28 @@ if __name__ == "__main__":
     if exit_code:
         sys.exit(exit_code)
 
+# Every micro-batch has another length. Segments that can grow keep the allocator from fragmenting the card's memory. It
+# is read when torch is imported; a user's own choice stands.
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
                   steps_per_epoch)
-from lib.checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
-                            save_checkpoint, try_to_save)
-from lib.folders import PHI, check_tensors, config_of_run, read_all, read_folders, read_kind
-from lib.layouts import is_siglip
+from lib.checkpoint import State, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint, try_to_save
+from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
 from lib.plot import plot
-from lib.quant import copy_weight
+from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
 from lib.save_weights import save_model, save_phi
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Phi, Projector, init_weights, trained_parts
@@ -71,28 +73,29 @@ def setup() -> tuple[DeviceMesh, torch.device]:
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
-    then never leaves the fast links within a node.
+    then never leaves the fast links within a node. Nodes of one process each shard across all of them.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    env = torchrun_env()
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+        if env.local_rank >= torch.cuda.device_count():
+            raise ValueError(f"{env.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
                              "torchrun one for each (--nproc_per_node)")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between the hosts do not wait for the GPUs' queues
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-    timeout = timedelta(minutes=10)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    # A process that torchrun did not start needs no address: it finds nobody but itself.
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
+    except RuntimeError as e:
+        first_line = str(e).partition("\n")[0][:200]
+        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME and "
+                      "NCCL_SOCKET_IFNAME to the network interface that they share (`ip addr` lists them)") from None
     world = dist.get_world_size()
-    if world > local_world:
-        shape, names = (world // local_world, local_world), ("replicate", "shard")
+    if world > env.local_world > 1:
+        shape, names = (world // env.local_world, env.local_world), ("replicate", "shard")
     else:
         shape, names = (world,), ("shard",)
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
@@ -116,11 +119,14 @@ def folders(cfg: Namespace) -> list[Path]:
 
 def read_config(cfg: Namespace) -> LLaVAConfig:
     """The config that the folders give, with --image-mode and --dropout instead of theirs."""
+    return config_of_run(open_source(cfg).config, cfg.dropout, cfg.image_mode)
+
+
+def open_source(cfg: Namespace) -> Weights:
+    """The weights that the run starts from."""
     if cfg.stage == "sft":
-        sources = [read_kind(*folders(cfg), PHI)]
-    else:
-        sources = read_folders(folders(cfg))
-    return config_of_run(sources, cfg.dropout, cfg.image_mode)
+        return open_weights(*folders(cfg), expect=(Kind.PHI,))
+    return open_weights(*folders(cfg))
 
 
 class PhiAlone(LLaVAPhi):
@@ -176,16 +182,18 @@ def split_names(text: str) -> list[str]:
 def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "off") -> None:
     """Apply FSDP2: a unit per decoder block, one for the tower, and the rest (projector, embeddings, head) in the root.
 
-    Frozen parts are held whole in the compute dtype on every process: nothing about them has to be synchronised, so
-    gathering them again and again would cost much and save little. What trains is gathered for every micro-batch, or
-    once a step (`gather`, see train_step). One process by itself has nothing to share out; keep_masters is for it.
+    FSDP holds the fp32 master weights and computes in `dtype`. Frozen parts are held whole in `dtype` on every
+    process: they need no synchronization, and gathering them in every pass would cost much and save little. What
+    trains is gathered for every micro-batch, or once a step (`gather`, see train_step).
+
+    One process takes the same path, so that what one GPU tests is what eight run. Master weights kept by hand would
+    spare it two copies of the gradients in each step: with --gather on, by computation, 49 GB or 10 ms of the 3.2 s
+    that a step of stage 2 takes on an H200.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
         if p.is_floating_point():               # and not bytes that hold two weights of 4 bits each
             p.data = p.data.to(dtype)
-    if mesh.size() == 1:
-        return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # FSDP would cast every floating-point argument of a block. The rotary angles among them have to stay fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -200,84 +208,40 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
     model.gather = gather
 
 
-def keep_masters(model: LLaVAPhi, dtype: torch.dtype) -> None:
-    """On one process: compute in `dtype`, train fp32 masters. Each trained weight's master is its attribute `master`.
-
-    It is what FSDP does on several processes, with the same result bit for bit. But FSDP on one process still casts
-    all weights anew for every micro-batch and copies all gradients twice: 110 GB through an H200's memory for the full
-    model, 26 ms of a micro-batch's 490.
-    """
-    for p in model.parameters():
-        if p.requires_grad:
-            p.master = nn.Parameter(p.data)
-            p.data = p.data.to(dtype)
-            p.register_post_accumulate_grad_hook(move_gradient_to_master)
-
-
-def move_gradient_to_master(p: Tensor) -> None:
-    """Called by autograd for each weight in each backward pass: micro-batches are summed in fp32."""
-    if p.master.grad is None:
-        p.master.grad = p.grad.float()
-    else:
-        p.master.grad += p.grad
-    p.grad = None
-
-
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> the fp32 tensor that the optimizer trains: a parameter or a shard of it, or its master."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.master if hasattr(p, "master") else p for name, p in trained.items()}
-
-
-@torch.no_grad()
-def copy_masters(model: nn.Module) -> None:
-    """Bring the compute weights up to date, after their masters have changed."""
-    weights = [p for p in model.parameters() if hasattr(p, "master")]
-    if weights:
-        torch._foreach_copy_(weights, [p.master for p in weights])
-
-
 def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
     model = skeleton(cfg, config)
+    # Processes that chose differently would call different collectives, so the one with the least memory decides.
+    memory = smallest(memory_of(device))
     recompute = cfg.recompute
     if recompute == "auto":
-        recompute = choose_recompute(cfg, model, mesh.size(-1), memory_of(device))
+        recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
     model.llm.recompute = recompute
     if model.vision:
         model.vision.recompute = recompute != "none"
     gather = cfg.gather
     if gather == "auto":
-        gather = choose_gather(cfg, model, mesh.size(-1), memory_of(device), recompute)
+        gather = choose_gather(cfg, model, mesh.size(-1), memory, recompute)
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    read_weights(model, cfg, config)
+    read_weights(model, cfg)
     draw_new_weights(model, cfg, config)
-    if mesh.size() == 1 and cfg.dtype != "fp32":
-        keep_masters(model, torch_dtype(cfg.dtype))
     if cfg.compile:
         compile_blocks(model, device)
     print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
     return model.train()
 
 
-def read_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
+def read_weights(model: LLaVAPhi, cfg: Namespace) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
-    copy = copy_weight(model, fill)
-    if cfg.stage == "sft":
-        parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-        found = check_tensors([read_kind(Path(cfg.llm), PHI)], parameters, config)
-        for name, tensor in read_all(found, config):
-            copy(parameters[name], tensor)
-    else:
-        load_into(model, folders(cfg), copy, allow_missing=() if cfg.model else ("projector.",))
+    load_into(model, open_source(cfg), fill, allow_missing=() if cfg.model else ("projector.",))
 
 
-def read_base(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def read_base(cfg: Namespace, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights that the run holds in 4 bits, as the folders have them."""
-    sources = [read_kind(Path(cfg.llm), PHI)] if cfg.stage == "sft" else read_folders(folders(cfg))
-    found = check_tensors(sources, names, config)
-    yield from read_all({name: found[name] for name in names}, config)
+    source = open_source(cfg)
+    for name in names:
+        yield name, read_tensor(source, name)
 
 
 def draw_new_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
@@ -322,7 +286,7 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
     for part, module in model.named_children():
-        trained = trained_weights(module).values()
+        trained = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         vectors = [p for p in trained if p.dim() <= 1]
         for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
@@ -389,17 +353,15 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     """
     world = dist.get_world_size()
     total = torch.zeros((), device=device)
-    sharded = isinstance(model, FSDPModule)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
         torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
-        if sharded:
-            # What is exchanged once a step: gathered weights stay for the next micro-batch, and gradients pile up
-            # where they are, in fp32. The last micro-batch shares the sums out and frees the gathered weights, since
-            # the optimizer is about to change them.
-            last = i + 1 == len(step.batches)
-            model.set_reshard_after_backward(last or model.gather == "off")
-            model.set_requires_gradient_sync(last or model.gather == "off")
+        # With --gather on, gathered weights stay for the next micro-batch, and gradients are summed where they are, in
+        # fp32. The last micro-batch shares the sums out and frees the gathered weights, since the optimizer is about
+        # to change them.
+        last = i + 1 == len(step.batches)
+        model.set_reshard_after_backward(last or model.gather == "off")
+        model.set_requires_gradient_sync(last or model.gather == "off")
         loss = model(*to_device(batch, device)) / max(n_supervised, 1)
         # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
         # averages them: multiplying by the number of processes turns its mean into that sum.
@@ -408,10 +370,8 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     dist.all_reduce(total)
 
     # In the model's order, not the optimizer's: in another one the norm's last digit differs, and so does the run.
-    grads = [weight.grad for weight in trained_weights(model).values() if weight.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads).full_tensor()
     # Both numbers are read at once: it is the only time in a step that the host waits for the device.
     loss, norm = torch.stack([total, norm.to(total)]).tolist()
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -422,7 +382,6 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak_lr"]
         optimizer.step()
-        copy_masters(model)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, skipped
 
@@ -485,9 +444,12 @@ def run(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.dev
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
     checkpoint = prepare_out(settings(cfg), data.checksum)
+    for dataset in (data, held_out):
+        if dataset is not None:
+            on_process_0(lambda: len(dataset))  # tokenizes all of it and writes the index, which the others read
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
-    if cfg.stage != "sft" and is_siglip(config.vision) != (cfg.recipe == "mipha"):
-        print0(f"note: the vision tower is {'SigLIP' if is_siglip(config.vision) else 'CLIP'}, and the defaults are "
+    if cfg.stage != "sft" and config.vision.class_token == (cfg.recipe == "mipha"):
+        print0(f"note: the vision tower is {'CLIP' if config.vision.class_token else 'SigLIP'}, and the defaults are "
                f"those of --recipe {cfg.recipe}")
     if cfg.stage == "sft":
         check_text_only(data)
@@ -496,10 +458,9 @@ def run(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.dev
 
     model = build(cfg, config, mesh, device)
     optimizer = make_optimizer(model, cfg)
-    state = State(settings(cfg), folders(cfg), data.checksum, model, trained_weights(model), optimizer)
+    state = State(settings(cfg), folders(cfg), data.checksum, model, optimizer)
     if checkpoint:
         load_checkpoint(checkpoint, state)
-        copy_masters(model)
     steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
@@ -562,8 +523,15 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         step = problem = None
         try:
             step = next(steps, None)
+            # A worker's death is to be found here, where all processes hear of it: torch's handler of this signal would
+            # raise in the middle of whatever this process does.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (ValueError, OSError) as e:
             problem = str(e)
+        except RuntimeError as e:
+            problem = explain_dead_worker(e)
+            if not problem:
+                raise
         if step is None and problem is None:
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
@@ -613,43 +581,16 @@ def save_final(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
     if dist.get_rank() == 0:
         # Adapters are merged into the weights that the run started from, not into their 4-bit approximations.
         in_4_bits = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-        for name, tensor in read_base(cfg, config, in_4_bits):
+        for name, tensor in read_base(cfg, in_4_bits):
             tensors[name] = tensor.to(torch_dtype(cfg.dtype))
     tensors = merge_lora(tensors, cfg.lora_alpha)
 
     def write() -> None:
         if cfg.stage == "sft":
-            save_phi(Path(cfg.out), tensors, config, Path(cfg.llm))
+            save_phi(Path(cfg.out), tensors, config, open_source(cfg))
         else:
-            save_model(Path(cfg.out), tensors, config, folders(cfg))
+            save_model(Path(cfg.out), tensors, config, open_source(cfg))
     on_process_0(write)
-
-
-def watch_signals() -> list[int]:
-    """A list that fills when SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and stop; a second Ctrl-C ends it now."""
-    received: list[int] = []
-
-    def note(number, frame):
-        if received and number == signal.SIGINT:
-            os._exit(130)
-        received.append(number)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, note)
-    return received
-
-# ---------------------------------------------------------------------------------------------------
-# What is logged
-
-
-# ---------------------------------------------------------------------------------------------------
-# The plan: memory and time, from shapes alone
-
-
-# ---------------------------------------------------------------------------------------------------
-# The plot
-
-
-# ---------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -668,26 +609,18 @@ def main(argv: list[str] | None = None) -> None:
     mesh, device = setup()
     try:
         check_arithmetic(cfg.dtype, device)
-        with hold_out(Path(cfg.out)):
+        with lock_output(Path(cfg.out)):
             run(cfg, config, mesh, device)
     except torch.OutOfMemoryError as e:
         raise ValueError(out_of_memory(str(e), cfg)) from None
     except RuntimeError as e:
-        # Gloo and NCCL have no exception of their own for a lost process. The one that died first has printed the
-        # reason, or torchrun will.
-        if dist.get_world_size() == 1 or not is_lost_connection(str(e)):
+        problem = explain(e)
+        if not problem:
             raise
-        process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
-        reason = str(e).splitlines()[0][:200]
-        raise OSError(f"{process} lost another one ({reason}); "
-                      "start again to go on from the newest checkpoint") from None
-    finally:
+        raise OSError(problem) from None
+    else:
+        # After a success only: leaving waits for the other processes, and they may be waiting for one that failed.
         dist.destroy_process_group()
-
-
-def is_lost_connection(message: str) -> bool:
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "imed out")
-    return any(sign in message for sign in signs)
 
 
 def out_of_memory(message: str, cfg: Namespace) -> str:

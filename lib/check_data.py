@@ -69,8 +69,8 @@ def sizes_to_check(args: Namespace) -> tuple[int, int, int]:
     image_size, n_patches, block_size = 336, 576, 2048
     given = (args.image_size, args.n_patches, args.max_length)
     if folders and None in given:
-        from lib.folders import load_config  # imports torch and the model
-        config = load_config(*folders)
+        from lib.folders import open_weights  # imports torch and the model
+        config = open_weights(*folders).config
         image_size = config.vision.image_size
         n_patches = config.vision.n_patches
         block_size = min(block_size, config.llm.block_size)

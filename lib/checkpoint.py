@@ -6,7 +6,10 @@ writes, one per process, and reads back on any number of processes. Frozen weigh
 the folders that they come from, together with the run's settings and the size and checksum of every file.
 """
 import json
+import secrets
 import shutil
+import socket
+import time
 import warnings
 import zlib
 from argparse import ArgumentTypeError
@@ -23,9 +26,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from data import BAD_SAMPLES, IMAGE_MODES
-from lib.common import LOCK, dtype_name, hold_folder, read_json, sync_folder, write_whole
+from lib.common import LOCK, dtype_name, hold_folder, read_json, sync_folder, torchrun_env, write_whole
+from lib.metrics import free_host_memory
+from lib.processes import on_every_process, on_process_0, print0
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values
@@ -34,49 +40,6 @@ MAY_CHANGE = {
     "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every",
     "resume", "stop_after", "workers", "micro_tokens", "recompute", "gather", "compile",
 }
-
-# ---------------------------------------------------------------------------------------------------
-# What one process does for all
-
-
-def print0(text: str) -> None:
-    """Print on one process of the run."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def on_process_0(work: Callable):
-    """Call `work` on process 0 -> its result, on every process.
-
-    An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
-    in their next collective until that times out.
-    """
-    result_and_error = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            result_and_error[0] = work()
-        except (OSError, ValueError) as e:
-            result_and_error[1] = e
-    dist.broadcast_object_list(result_and_error, src=0)
-    result, error = result_and_error
-    if error:
-        raise error
-    return result
-
-
-def on_every_process(work: Callable) -> list:
-    """Call `work` on every process -> all their results, on every process. What one of them raises, all raise."""
-    result_and_error = [None, None]
-    try:
-        result_and_error[0] = work()
-    except (OSError, ValueError) as e:
-        result_and_error[1] = e
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, result_and_error)
-    for _, error in gathered:
-        if error:
-            raise error
-    return [result for result, _ in gathered]
 
 # ---------------------------------------------------------------------------------------------------
 # State: what a checkpoint is made of
@@ -88,7 +51,6 @@ class State:
     sources: list[Path]             # folders that the run started from
     data_checksum: str
     model: nn.Module
-    weights: dict[str, Tensor]      # name -> what the optimizer trains, in fp32
     optimizer: torch.optim.Optimizer
     step: int = 0                   # steps done
     updates: int = 0                # of them, those that changed the weights
@@ -101,7 +63,9 @@ class State:
         be loaded into an optimizer that has not taken a step yet.
         """
         tensors = {}
-        for name, p in self.weights.items():
+        for name, p in self.model.named_parameters():
+            if not p.requires_grad:
+                continue
             moments = self.optimizer.state[p]
             if not moments:
                 moments["step"] = torch.zeros((), device=p.device)
@@ -127,6 +91,15 @@ def save_checkpoint(state: State) -> Path:
     temporary = out / f".writing_step_{state.step:06d}"
     tensors = state.tensors()
 
+    file_of = split_into_files(tensors)
+
+    def check_host_memory() -> None:
+        need = HOST_COPIES * FILE_BYTES * torchrun_env().local_world
+        free = free_host_memory()
+        if free < need:
+            raise OSError(f"writing it takes {need / 1e9:.1f} GB of host memory, and {socket.gethostname()} has "
+                          f"{free / 1e9:.1f} GB free")
+
     def begin() -> None:
         need = sum(t.numel() * t.element_size() for t in tensors.values())
         free = shutil.disk_usage(out).free
@@ -142,6 +115,9 @@ def save_checkpoint(state: State) -> Path:
         return {file.name: checksum(file) for file in own}
 
     def commit() -> None:
+        for name in checksums:
+            if not (temporary / name).is_file():
+                raise OSError(f"{name} was written by another process, and {temporary} does not have it")
         write_whole(temporary / "checkpoint.json", json.dumps(manifest(state, temporary, checksums), indent=2))
         sync_folder(temporary)
         shutil.rmtree(final, ignore_errors=True)
@@ -150,9 +126,10 @@ def save_checkpoint(state: State) -> Path:
         drop_old_checkpoints(final, state.settings["keep"])
 
     try:
+        on_every_process(check_host_memory)
         on_process_0(begin)
         # dcp forces its own files to the disk.
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), file_of, save_distributed=True))
         checksums = {}
         for of_one_process in on_every_process(checksums_of_own_files):
             checksums |= of_one_process
@@ -164,6 +141,27 @@ def save_checkpoint(state: State) -> Path:
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise OSError(f"checkpoint of step {state.step} not written: {cause}") from None
     return final
+
+
+FILE_BYTES = 2 ** 29        # of a checkpoint's files; an embedding of Phi-2, the largest tensor, has as many
+HOST_COPIES = 2             # dcp holds a whole file in host memory, as tensors and as bytes, before it writes
+
+
+def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Number the file that each tensor goes to, so that this process's part of a file has at most FILE_BYTES.
+
+    One file for all would take host memory for two checkpoints: 74 GB at stage 2. A larger tensor has a file of its
+    own.
+    """
+    file_of = {}
+    number, filled = 1, 0
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if filled and filled + local.nbytes > FILE_BYTES:
+            number, filled = number + 1, 0
+        file_of[name] = number
+        filled += local.nbytes
+    return file_of
 
 
 def checksum(path: Path) -> str:
@@ -360,17 +358,42 @@ def read_settings(out: Path) -> dict:
 
 
 @contextmanager
-def hold_out(out: Path) -> Iterator[None]:
+def lock_output(out: Path, patience: float = 40) -> Iterator[None]:
     """Keep --out for this run: process 0 holds the lock, and all processes end if another run has it.
 
-    ValueError, before the lock's file is written, if `out` holds something that is not a training run's.
+    ValueError, before the lock's file is written, if `out` holds something that is not a training run's; and if it is
+    not the same folder for all processes.
     """
     with ExitStack() as stack:
         def hold() -> None:
             refuse_foreign(out)
             stack.enter_context(hold_folder(out))
         on_process_0(hold)
+        check_shared(out, patience)
         yield
+
+
+def check_shared(out: Path, patience: float) -> None:
+    """ValueError on every process if one does not see a file that process 0 has just written to `out`.
+
+    Each process writes its part of a checkpoint there: on nodes with separate folders none would be complete. NFS may
+    show a new folder half a minute late, hence the seconds of patience.
+    """
+    token = on_process_0(lambda: f".writing_token_{secrets.token_hex(8)}")
+    on_process_0((out / token).touch)
+
+    def look() -> str:
+        wait_until = time.monotonic() + patience
+        while not (out / token).exists():
+            if time.monotonic() > wait_until:
+                return socket.gethostname()
+            time.sleep(0.1)
+        return ""
+    blind = [host for host in on_every_process(look) if host]
+    on_process_0((out / token).unlink)
+    if blind:
+        raise ValueError(f"--out {out} is not shared: {blind[0]} does not see what process 0 writes there; give a "
+                         "folder that is the same one on all nodes")
 
 
 def refuse_foreign(out: Path) -> None:

@@ -124,9 +124,8 @@ def replacing(path: Path) -> Iterator[Path]:
             remove(path)            # a rename replaces a file, but no folder that holds anything
         os.replace(part, path)
         sync_folder(path.parent)
-    except BaseException:
-        remove(part)
-        raise
+    finally:
+        remove(part)                # on success it has another name by now
 
 
 def remove(path: Path) -> None:
@@ -197,9 +196,9 @@ JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's to
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...] = dict) -> dict | list:
-    """Read a json file that somebody else wrote. ValueError names the file and says what it looks like instead.
+    """Read a json file that somebody else wrote. ValueError names the file and says what is wrong with it.
 
-    `kind` is what is expected in it: an object (dict), unless the caller can read a list too.
+    kind: what is expected in it, an object (dict) unless the caller can read a list too.
     """
     if not path.is_file():
         raise ValueError(f"{path}: not there; it belongs to the download")
@@ -209,9 +208,9 @@ def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...]
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not json, begins with {data[:40]!r}: was a web page saved in its place?") from None
+        value = None
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: expected a json object, found {type(value).__name__}")
+        raise ValueError(f"{path}: not a json object, begins with {data[:40]!r}: was a web page saved in its place?")
     return value
 
 

@@ -1,5 +1,6 @@
 """What a training run writes down about itself: metrics.jsonl, and a line on the screen for each step."""
 import json
+import math
 import resource
 import sys
 import time
@@ -120,3 +121,13 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
         if model in name:
             return flops_per_second / peak
     return None
+
+
+def free_host_memory() -> float:
+    """Bytes that this machine can still give without swapping; infinity where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:                             # not Linux
+        return math.inf
+    available, = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * float(available)

@@ -366,7 +366,9 @@ def watch_update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
     update = optimizer.step
 
     def look_then_update() -> None:
-        for p in train.trained_weights(model).values():
+        for p in model.parameters():
+            if not p.requires_grad:
+                continue
             kinds = []
             for x in (p, p.grad):
                 local = x.to_local() if hasattr(x, "to_local") else x

@@ -9,7 +9,6 @@ through twice as many. bf16 keeps 8 bits, so each rounding is off by up to 0.4 %
 some per cent of a gradient, and less of a loss, which is a mean over many tokens.
 """
 import copy
-import dataclasses
 import json
 import random
 import warnings
@@ -23,12 +22,13 @@ from safetensors.torch import load_file
 from test_model import fast
 from test_varlen import HS, LENGTHS, NH, WIDE
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from training import train_here
 
 import model as model_file
 import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate
-from lib import plan, quant
+from lib import plan
+from lib.quant import quantize_linears
 from lib.recipes import parse
 from load_weights import load_model
 from model import Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
@@ -208,8 +208,8 @@ def test_sampling_is_repeatable(wide, device):
 
 
 @pytest.mark.parametrize("bits, bound", [(8, 0.09), (4, 0.4)])
-def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
-    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another order.
+def test_quantized_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
+    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another layout.
 
     So narrow a model averages little of the rounding out.
     """
@@ -223,7 +223,7 @@ def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 
     def quantized(device: torch.device) -> LLaVAPhi:
         model = copy.deepcopy(wide).to(device, dtype)
-        quant.quantize_linears(model, bits)
+        quantize_linears(model, bits)
         return model
     got = logits(quantized(device))
     assert relative(got, logits(wide)) < bound
@@ -250,25 +250,11 @@ def two_batches(device: torch.device) -> list:
     return [pinned(collate(draw_samples()[:3], 28), device), pinned(collate(draw_samples()[3:], 28), device)]
 
 
-def apply_fsdp(model: LLaVAPhi, mesh, dtype: torch.dtype, gather: str) -> None:
-    """What train.shard does on several processes. On one it has nothing to share out, and does nothing."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    for unit in [*model.llm.h, model.vision]:
-        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "off")
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    model.gather = gather
-
-
 def prepared(wide: LLaVAPhi, cfg: Namespace, mesh, device: torch.device, batches: list | None = None,
-             gather: str = "") -> tuple:
+             gather: str = "on") -> tuple:
     """A copy of the model on the device, ready for training, and train.py's step on it, ready to be taken."""
     model = copy.deepcopy(wide).requires_grad_().to(device).train()
-    dtype = train.torch_dtype(cfg.dtype)
-    if gather:
-        apply_fsdp(model, mesh, dtype, gather)
-    elif dtype != torch.float32:
-        train.keep_masters(model, dtype)
+    train.shard(model, mesh, train.torch_dtype(cfg.dtype), gather)
     optimizer = train.make_optimizer(model, cfg)
     batches = batches or two_batches(device)
     supervised = sum(len(batch.targets) for batch in batches)
@@ -303,12 +289,9 @@ def plain_step(wide: LLaVAPhi, cfg: Namespace, device: torch.device) -> tuple[fl
     return total, masters
 
 
-@pytest.mark.parametrize("gather", ["", "off", "on"])
+@pytest.mark.parametrize("gather", ["off", "on"])
 def test_a_step_equals_plain_adamw(wide, device, dtype, group, gather):
-    """With masters, as one process trains; and with FSDP over NCCL (gloo on a CPU), as several do, with any --gather.
-
-    Sharding, casting, copying ahead and summing add nothing of their own.
-    """
+    """FSDP's sharding, casting and summing add nothing of their own."""
     cfg = settings("--dtype", "fp32" if dtype == torch.float32 else "bf16")
     model, step = prepared(wide, cfg, group, device, gather=gather)
     loss, norm, skipped = step()
@@ -317,8 +300,7 @@ def test_a_step_equals_plain_adamw(wide, device, dtype, group, gather):
     # In bf16 the last sum of the loss may be rounded at another place. The weights are compared as they have moved.
     assert loss == pytest.approx(plain_loss, rel=1e-5 if dtype == torch.float32 else 2e-3)
     bound = 1e-3 if dtype == torch.float32 else 0.05
-    trained = train.trained_weights(model).values()
-    moved = torch.cat([(whole(p) - old.to(device)).flatten() for p, old in zip(trained, wide.parameters())])
+    moved = torch.cat([(whole(p) - old.to(device)).flatten() for p, old in zip(model.parameters(), wide.parameters())])
     expected = torch.cat([(new - old.to(device)).flatten() for new, old in zip(masters, wide.parameters())])
     assert relative(moved.detach(), expected) < bound
 
@@ -372,9 +354,9 @@ def test_a_run_stopped_and_resumed_goes_on_where_it_was(chat_json, device, tmp_p
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU, and train.py takes it")
     more = ["--max-steps", "6", "--dropout", "0.1"]
-    train.main(train_flags(tmp_path / "whole", chat_json, *more))
-    train.main(train_flags(tmp_path / "parts", chat_json, *more, "--stop-after", "3"))
-    train.main(train_flags(tmp_path / "parts", chat_json, *more))
+    train_here(train_flags(tmp_path / "whole", chat_json, *more))
+    train_here(train_flags(tmp_path / "parts", chat_json, *more, "--stop-after", "3"))
+    train_here(train_flags(tmp_path / "parts", chat_json, *more))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -412,7 +394,7 @@ def test_peak_memory_is_what_the_plan_says(stage, recompute, device, group, monk
     on_gpu = device.type == "cuda"
     config, tokens = (LARGE, 8192) if on_gpu else (LONG, 256)
     cfg = settings("--stage", stage, "--recompute", recompute, "--micro-tokens", str(tokens))
-    monkeypatch.setattr(train, "read_weights", lambda model, cfg, config: zero_all(model))
+    monkeypatch.setattr(train, "read_weights", lambda model, *rest: zero_all(model))
     model = train.build(cfg, config, group, device)
     always, per_token = plan.memory_plan(cfg, model, 1)
     planned = sum(always.values()) - always["workspace"] + per_token[recompute] * tokens

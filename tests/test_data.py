@@ -568,8 +568,17 @@ def test_the_index_is_made_once_and_tied_to_its_data(tmp_path, tiny, monkeypatch
         path.write_text(path.read_text() + (" " if "path" in change else ""))
         with pytest.raises(pytest.fail.Exception):
             open_dataset(path, tiny, cache_dir=out, block_size=change.get("block_size", 128)).index
-    assert {p.suffix for p in out.iterdir()} == {".npz", ".lock"}
+    assert {p.suffix for p in out.iterdir()} == {".npz"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.json", "out"]           # nothing beside the user's data
+
+
+def test_the_index_is_made_where_files_cannot_be_locked(tmp_path, tiny, monkeypatch):
+    """Lustre mounted without flock answers every lock with an error; a run there has to start all the same."""
+    def refuse(*args):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    assert len(open_dataset(write_data(tmp_path), tiny, cache_dir=tmp_path / "out")) == 40
 
 
 def test_lengths_are_those_of_the_samples(tmp_path, tiny):

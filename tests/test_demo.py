@@ -5,7 +5,6 @@ import random
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
 from helpers import ROOT
 
@@ -13,7 +12,7 @@ from data import encode, load_tokenizer
 from demo import run
 from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTIONS, Shape, caption, converse, draw_scene, is_held_out, paint,
                          write_data)
-from lib.folders import load_config
+from lib.folders import open_weights
 from load_weights import load_into
 from model import LLaVAPhi, init_weights
 
@@ -127,9 +126,10 @@ def test_a_picture_shows_its_colors_where_the_scene_says():
 
 def test_the_committed_bases_load_in_the_official_layouts():
     folders = [ROOT / "demo" / "phi", ROOT / "demo" / "clip"]
-    model = LLaVAPhi(load_config(*folders))
+    bases = open_weights(*folders)
+    model = LLaVAPhi(bases.config)
     init_weights(model, torch.Generator().manual_seed(0))
-    load_into(model, folders, allow_missing=("projector.",))
+    load_into(model, bases, allow_missing=("projector.",))
     assert sum(p.numel() for p in model.parameters()) < 3e6
     assert all(file.stat().st_size < 3e6 for folder in folders for file in folder.iterdir())
 

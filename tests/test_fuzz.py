@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, load_weights_command
 from PIL import Image
 from test_data import drawn, talk
 
@@ -327,7 +327,7 @@ def test_model_folders(tmp_path, capsys):
         def case() -> None:
             load_tokenizer(folder)
             load_weights.load_model(folder)
-            load_weights.main(["inspect", str(folder)])
+            load_weights_command(["inspect", str(folder)])
         return case
 
     campaign("model folders", 2000, 300_000_000, make_case, capsys)
@@ -346,7 +346,7 @@ def test_checkpoints(tmp_path, capsys):
             "--max-steps", "3"]
     with contextlib.redirect_stdout(io.StringIO()):
         train.main([*args, "--stop-after", "2"])
-        load_weights.main(["export", "--model", str(out / "step_000002"), "--out", str(tmp_path / "exported")])
+        load_weights_command(["export", "--model", str(out / "step_000002"), "--out", str(tmp_path / "exported")])
     intact = shutil.copytree(out, tmp_path / "intact")
 
     def make_case(rng: random.Random) -> Callable:
@@ -364,7 +364,7 @@ def test_checkpoints(tmp_path, capsys):
         if rng.random() < 0.5:
             return lambda: train.main(args)
         exported = tmp_path / f"exported {rng.random()}"
-        return lambda: load_weights.main(["export", "--model", str(newest), "--out", str(exported)])
+        return lambda: load_weights_command(["export", "--model", str(newest), "--out", str(exported)])
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:

@@ -16,7 +16,7 @@ import lib.chat
 import sample
 from data import load_tokenizer
 from lib.common import without_control
-from lib.folders import load_config
+from lib.folders import open_weights
 from load_weights import load_model
 from model import LLaVAConfig
 
@@ -292,7 +292,7 @@ def test_a_gpu_that_only_emulates_bf16_answers_in_fp32(monkeypatch):
 
 def test_a_small_model_says_the_same_on_every_machine(monkeypatch):
     monkeypatch.setattr(common, "has_bf16", lambda device: True)
-    assert sample.dtype_for(load_config(MODEL), None, "cpu", 16) == ("fp32", "cpu in fp32")
+    assert sample.dtype_for(open_weights(MODEL).config, None, "cpu", 16) == ("fp32", "cpu in fp32")
 
 
 def test_bits_are_refused_in_one_line():

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data import encode_prompt, expand, load_image, load_tokenizer, mean_color
-from lib.folders import blueprint
-from lib.save_weights import phi_json, saved_pieces, siglip_json, write_json, write_tokenizer
-from load_weights import export, export_parts, load_model, merge
+from lib.folders import open_weights, saved_shapes
+from lib.save_weights import phi_json, save_parts, saved_pieces, siglip_json, write_json, write_tokenizer
+from load_weights import export, load_model, merge
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import SIGLIP_SO400M_384, normalize
 
@@ -116,7 +116,7 @@ def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
 
 def test_pixels_of_two_bases(tmp_path):
     """Before stage 1 a model sees pictures as its tower's own processor makes them: CLIP's crops, SigLIP's squashes."""
-    export_parts(MIPHA, tmp_path / "parts", None)
+    save_parts(tmp_path / "parts", open_weights(MIPHA))
     for vision, mode in ((GOLDEN / "tiny-clip", "crop"), (tmp_path / "parts" / "siglip", "squash")):
         out = tmp_path / mode
         merge(GOLDEN / "tiny-phi", vision, out, 0, None)
@@ -130,7 +130,7 @@ def test_pixels_of_two_bases(tmp_path):
 
 def test_parts_are_plain_folders(tmp_path):
     ours = load_model(GOLDEN / "tiny-llava-phi")
-    export_parts(GOLDEN / "tiny-llava-phi", tmp_path / "parts", None)
+    save_parts(tmp_path / "parts", open_weights(GOLDEN / "tiny-llava-phi"))
     phi = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "phi-2")
     clip, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -144,7 +144,7 @@ def test_parts_are_plain_folders(tmp_path):
 
 def test_siglip_as_a_plain_folder(tmp_path):
     """What export --to parts writes, transformers reads as SiglipVisionModel, its pooling head included."""
-    export_parts(MIPHA, tmp_path / "parts", None)
+    save_parts(tmp_path / "parts", open_weights(MIPHA))
     theirs, info = transformers.SiglipVisionModel.from_pretrained(tmp_path / "parts" / "siglip", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ours = load_model(MIPHA)
@@ -201,9 +201,9 @@ def save_at_full_width(folder: Path, model: LLaVAPhi, tokenizer) -> None:
     """A Mipha folder with these weights; what the model does not hold (the last layer, the pooling head) is zero."""
     folder.mkdir()
     parameters, tensors = dict(model.named_parameters()), {}
-    for name, shape in blueprint(model.config).items():
+    for name, shape in saved_shapes(model).items():
         tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
-        tensors |= saved_pieces("", name, tensor)
+        tensors |= saved_pieces(name, tensor)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", {"image_aspect_ratio": "pad", "text_config": phi_json(model.config.llm, 0, "float32"),
                                         "vision_config": siglip_json(model.config.vision)})

@@ -107,7 +107,7 @@ from torch.utils.benchmark import Timer
 import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate, load_tokenizer, split_step
 from lib import plan
-from lib.folders import blueprint
+from lib.folders import meta_model, saved_shapes
 from lib.layouts import to_saved
 from lib.metrics import memory_gb, mfu
 from lib.recipes import parse as parse_recipe
@@ -327,7 +327,7 @@ class Training:
 
     def __init__(self, bench: Bench, cfg: Namespace):
         self.bench, self.cfg = bench, cfg
-        with patch.object(train, "read_weights", lambda model, cfg, config: draw_weights(model)):
+        with patch.object(train, "read_weights", lambda model, *rest: draw_weights(model)):
             self.model = train.build(cfg, bench.config, bench.mesh, bench.device)
         self.optimizer = train.make_optimizer(self.model, cfg)
 
@@ -498,7 +498,7 @@ def write_model(bench: Bench, folder: Path) -> None:
     tokenizer = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
     eos = tokenizer.token_to_id("<|endoftext|>")
     tensors = {}
-    for name, (rows, *rest) in blueprint(bench.config).items():
+    for name, (rows, *rest) in saved_shapes(meta_model(bench.config)).items():
         pieces = to_saved(name)                             # q, k and v are saved apart
         for piece in pieces:
             shape = (rows // len(pieces), *rest)

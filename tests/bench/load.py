@@ -99,8 +99,8 @@ def main() -> None:
                         help="measure with the files out of the page cache")
     parser.add_argument("--repeat", type=int, default=2, help="how many times each way is measured")
     args = parser.parse_args()
-    from lib.folders import load_config, meta_model
-    parameters = sum(p.numel() for p in meta_model(load_config(args.model)).parameters())
+    from lib.folders import meta_model, open_weights
+    parameters = sum(p.numel() for p in meta_model(open_weights(args.model).config).parameters())
     weights = parameters * {"bf16": 2, "fp32": 4}[args.dtype]
     size = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
     print(f"{args.model}: {size / 1e9:.2f} GB of files, {weights / 1e9:.2f} GB of {args.dtype} weights in the model")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import load_tokenizer
 from lib.common import Parser, run_command
-from lib.folders import blueprint
+from lib.folders import meta_model, saved_shapes
 from lib.layouts import PREFIX, to_saved
 from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
 from model import LLaVAConfig
@@ -31,7 +31,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
 def names_and_shapes(part: str, config: LLaVAConfig) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of one part, q, k and v apart."""
     shapes = {}
-    for name, (rows, *rest) in blueprint(config).items():
+    for name, (rows, *rest) in saved_shapes(meta_model(config)).items():
         if name.startswith(part):
             pieces = to_saved(name)
             for piece in pieces:

@@ -44,7 +44,7 @@ def our_tensor(model: LLaVAPhi, name: str) -> torch.Tensor:
     stem, leaf = name.rsplit(".", 1)
     layer = next((part for part in stem.split(".") if part.isdigit()), "")
     pattern = stem.replace(f".{layer}.", ".{}.") if layer else stem
-    tensor = model.get_parameter(f"{TENSORS[pattern].format(layer)}.{leaf}")
+    tensor = model.get_parameter(f"{TENSORS[pattern].format(layer)}.{leaf}").to_dense()           # also if prepacked
     for third, ending in enumerate(("attn_q", "attn_k", "attn_v")):
         if stem.endswith(ending):
             return tensor.chunk(3)[third]

@@ -4,15 +4,13 @@ $ python tests/bench/plan.py                     # about three minutes
 $ python tests/bench/plan.py --stage pretrain --gpus 8 --recompute selective
 
 Two steps are taken on fake tensors, which have shapes but no content, in a process group that only pretends. What is
-alive at the peak of the second one, the first that finds AdamW's moments, is counted by torch's FSDPMemTracker; on one
-process by the class below, since MemTracker refuses frozen weights. FSDPMemTracker also refuses a second micro-batch in
-a step, so the gradients that the first one would have left are added to its count.
+alive at the peak of the second one, the first that finds AdamW's moments, is counted by torch's FSDPMemTracker. It
+refuses a second micro-batch in a step, so the gradients that the first one would have left are added to its count.
 
 What this cannot see, and the plan's "workspace" stands for: libraries' buffers and the allocator's fragments.
 """
 import argparse
 import sys
-import weakref
 from argparse import Namespace
 from pathlib import Path
 from unittest.mock import patch
@@ -23,8 +21,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lib import plan
 import train
@@ -33,38 +29,6 @@ from model import Layout, LLaVAConfig
 
 LENGTH = {"pretrain": 597, "finetune": 848}     # positions of a sample, as in plan.PUBLISHED
 SUPERVISED = 256                                # of a sample: 16 samples fill a chunk of logits, as the plan assumes
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of all storages that operations return, while they are alive, and of those named at the start."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.known = set()
-        self.bytes = self.peak = 0
-        for tensor in tensors:
-            self.add(tensor)
-
-    def add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.known:
-            return
-        size = storage.nbytes()
-        self.known.add(storage._cdata)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self.remove, storage._cdata, size)
-
-    def remove(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.bytes -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor)
-        return result
 
 
 def make_batch(config: LLaVAConfig, samples: int, length: int, supervised: int) -> tuple[torch.Tensor, ...]:
@@ -92,30 +56,18 @@ def measure(cfg: Namespace, config: LLaVAConfig, gpus: int, samples: int, length
         layout = Layout(batch[1], torch.device("cpu"))      # made of real lengths: the host computes with them
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             model.to_empty(device="cpu").train()
-            if gpus == 1:
-                train.keep_masters(model, torch.bfloat16)
             optimizer = train.make_optimizer(model, cfg)
             fake = [mode.from_tensor(x) for x in batch]
             for name in ("pos", "starts", "last"):
                 setattr(layout, name, mode.from_tensor(getattr(layout, name)))
-            if gpus > 1:
-                tracker = FSDPMemTracker(model, optimizer)
-            else:
-                tracker = PeakMemory([*model.parameters(), *train.trained_weights(model).values()])
+            tracker = FSDPMemTracker(model, optimizer)
             with tracker, patch("model.Layout", return_value=layout):
                 for step in range(2):
-                    if gpus > 1:
-                        tracker.reset_mod_stats()
+                    tracker.reset_mod_stats()
                     loss = model(*fake) / 100
                     loss.backward()
-                    if gpus == 1:                           # a second micro-batch
-                        loss = model(*fake) / 100
-                        loss.backward()
                     optimizer.step()
-                    train.copy_masters(model)
                     optimizer.zero_grad()
-        if gpus == 1:
-            return tracker.peak, {}
         kinds = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
         trained = plan.count(p for p in model.parameters() if p.requires_grad)
         left = 4 * trained if cfg.gather == "on" else 4 * trained / gpus
