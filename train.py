@@ -1,4 +1,4 @@
-"""Train LLaVA-Phi, all stages of the published recipe. One path from a laptop's CPU to many nodes.
+"""Train LLaVA-Phi, all stages of the published recipe, on a laptop's CPU, on one GPU, or on many nodes.
 
 There is always a process group and a mesh, of one process if need be; FSDP2 shards what trains and leaves alone what
 is frozen. A step is a set of samples: its loss is the mean over all supervised tokens of its global batch, so neither
@@ -8,6 +8,8 @@ $ torchrun --nproc_per_node=8 train.py --stage sft             # optional: Phi-2
 $ torchrun --nproc_per_node=8 train.py --stage pretrain        # projector only, frozen towers: picture -> caption
 $ torchrun --nproc_per_node=8 train.py --stage finetune        # everything, on conversations
 $ python train.py --stage finetune --model out/demo/pretrain --data my.json --images my_pictures --out out/mine
+
+Every flag and the recipes' values are in lib/recipes.py.
 """
 import dataclasses
 import math
@@ -22,48 +24,37 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from lib.common import has_bf16, run_command, torch_dtype, torchrun_env
+from lib.common import has_bf16, parse_or_exit, run_command, torch_dtype, torchrun_env
 from lib.recipes import parse, settings
 
-# ---------------------------------------------------------------------------------------------------
-# Configuration: lib/recipes.py has every flag; --recipe and --stage select a row of RECIPES
-
-
-def check_command_line() -> None:
-    parse(None)
-
-
 if __name__ == "__main__":
-    # The imports below take seconds. `--help` and a mistake in a flag are answered before them.
-    exit_code = run_command(check_command_line)
-    if exit_code:
-        sys.exit(exit_code)
+    ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
 
-# Every micro-batch has another length. Segments that can grow keep the allocator from fragmenting the card's memory. It
-# is read when torch is imported; a user's own choice stands.
+# Every micro-batch has another length. Segments that can grow keep the CUDA allocator from fragmenting the card's
+# memory. The variable is read when torch is imported; a user's own choice stands.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
                   steps_per_epoch)
-from lib.checkpoint import State, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint, try_to_save
+from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
+                            try_to_save)
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
-from lib.plot import plot
 from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
 from lib.save_weights import save_model, save_phi
 from load_weights import load_into
-from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Phi, Projector, init_weights, trained_parts
+from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
 # ---------------------------------------------------------------------------------------------------
 # Set-up: processes, model, optimizer, data
@@ -91,8 +82,8 @@ def setup() -> tuple[DeviceMesh, torch.device]:
         dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
     except RuntimeError as e:
         first_line = str(e).partition("\n")[0][:200]
-        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME and "
-                      "NCCL_SOCKET_IFNAME to the network interface that they share (`ip addr` lists them)") from None
+        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "
+                      "and NCCL_SOCKET_IFNAME to the network interface that they share; `ip addr` lists them") from None
     world = dist.get_world_size()
     if world > env.local_world > 1:
         shape, names = (world // env.local_world, env.local_world), ("replicate", "shard")
@@ -109,7 +100,7 @@ def check_arithmetic(dtype: str, device: torch.device) -> None:
 
 
 def folders(cfg: Namespace) -> list[Path]:
-    """The folders that the run starts from: a whole model, or a language model and a tower."""
+    """The folders that the run starts from: a whole model, or a language model and a tower, or a language model."""
     names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision]
     sources = [Path(name) for name in names if name]
     if Path(cfg.out).resolve() in [source.resolve() for source in sources]:
@@ -117,35 +108,22 @@ def folders(cfg: Namespace) -> list[Path]:
     return sources
 
 
-def read_config(cfg: Namespace) -> LLaVAConfig:
-    """The config that the folders give, with --image-mode and --dropout instead of theirs."""
-    return config_of_run(open_source(cfg).config, cfg.dropout, cfg.image_mode)
+def has_tower(cfg: Namespace) -> bool:
+    """Whether there is a vision tower; --stage sft trains a language model alone."""
+    return bool(cfg.model or cfg.vision)
 
 
-def open_source(cfg: Namespace) -> Weights:
-    """The weights that the run starts from."""
-    if cfg.stage == "sft":
-        return open_weights(*folders(cfg), expect=(Kind.PHI,))
-    return open_weights(*folders(cfg))
+def open_source(cfg: Namespace) -> tuple[Weights, LLaVAConfig]:
+    """The weights that the run starts from, and their config with --image-mode and --dropout instead of its own."""
+    expect = (Kind.LLAVA, Kind.MIPHA) if has_tower(cfg) else (Kind.PHI,)
+    source = open_weights(*folders(cfg), expect=expect)
+    return source, config_of_run(source.config, cfg.dropout, cfg.image_mode)
 
 
-class PhiAlone(LLaVAPhi):
-    """--stage sft: a language model with LLaVAPhi's interface. Its data has no pictures, so it has no tower."""
-    def __init__(self, config: LLaVAConfig):
-        nn.Module.__init__(self)
-        self.config = config
-        self.vision = None
-        self.projector = None
-        self.llm = Phi(config.llm)
-
-    def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
-        return self.llm.wte(ids)
-
-
-def skeleton(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
+def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
     """The model on the meta device, which costs no memory, with what is frozen marked as such."""
     with torch.device("meta"):
-        model = PhiAlone(config) if cfg.stage == "sft" else LLaVAPhi(config)
+        model = LLaVAPhi(config, tower=has_tower(cfg))
         if cfg.lora_r:
             layers = ("attn", "mlp") if cfg.lora_on == "both" else (cfg.lora_on,)
             apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha, layers, cfg.base_bits)
@@ -208,59 +186,51 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
     model.gather = gather
 
 
-def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
+def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
-    model = skeleton(cfg, config)
+    model = build_on_meta(cfg, config)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
     memory = smallest(memory_of(device))
-    recompute = cfg.recompute
+    recompute, gather = cfg.recompute, cfg.gather
     if recompute == "auto":
         recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
+    if gather == "auto":
+        gather = choose_gather(cfg, model, mesh.size(-1), memory, recompute)
     model.llm.recompute = recompute
     if model.vision:
         model.vision.recompute = recompute != "none"
-    gather = cfg.gather
-    if gather == "auto":
-        gather = choose_gather(cfg, model, mesh.size(-1), memory, recompute)
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    read_weights(model, cfg)
-    draw_new_weights(model, cfg, config)
+    read_weights(model, source, cfg)
+    init_new_parameters(model, cfg, config)
     if cfg.compile:
         compile_blocks(model, device)
     print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
     return model.train()
 
 
-def read_weights(model: LLaVAPhi, cfg: Namespace) -> None:
+def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
-    load_into(model, open_source(cfg), fill, allow_missing=() if cfg.model else ("projector.",))
+    load_into(model, source, copy_into, allow_missing=() if cfg.model else ("projector.",))
 
 
-def read_base(cfg: Namespace, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the weights that the run holds in 4 bits, as the folders have them."""
-    source = open_source(cfg)
-    for name in names:
-        yield name, read_tensor(source, name)
-
-
-def draw_new_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
+def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
     """Start a new projector and adapters. Whole tensors are drawn, so any number of processes gets the same ones."""
     generator = torch.Generator().manual_seed(cfg.seed)
     if model.projector and not cfg.model:
         fresh = Projector(config.vision.n_embd, config.llm.n_embd)
         init_weights(fresh, generator)
         for parameter, value in zip(model.projector.parameters(), fresh.parameters()):
-            fill(parameter, value.data)
+            copy_into(parameter, value.data)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_a"):
-            fill(parameter, torch.randn(parameter.shape, generator=generator) / parameter.size(1) ** 0.5)
+            copy_into(parameter, torch.randn(parameter.shape, generator=generator) / parameter.size(1) ** 0.5)
         elif name.endswith("lora_b"):
-            fill(parameter, torch.zeros(parameter.shape))       # B A = 0: training starts from the model as it is
+            copy_into(parameter, torch.zeros(parameter.shape))       # B A = 0: training starts from the model as it is
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, tensor: Tensor) -> None:
+def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into a parameter; into a sharded one, this process's share of it."""
     if isinstance(parameter, DTensor):
         # src_data_rank=None: every process has the whole tensor and takes its share of it, nothing is sent.
@@ -292,11 +262,20 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
         for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
             if params:
                 groups.append(dict(params=params, peak_lr=peak_lrs[part], lr=peak_lrs[part], weight_decay=decay))
-    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    # AdamW would make its moments in the first step. A checkpoint is loaded into them before that.
+    for group in groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
 
 
 def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
-    if cfg.stage != "sft" and not Path(cfg.images).is_dir():
+    if has_tower(cfg) and not Path(cfg.images).is_dir():
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
@@ -306,10 +285,12 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
                    pad_color=mean_color(config.vision.mean))
 
 
-def check_text_only(data: Dataset) -> None:
+def make_index(data: Dataset, cfg: Namespace) -> None:
+    """Process 0 tokenizes all samples and writes their index, which the others read."""
+    on_process_0(lambda: len(data))
     with_picture = int(data.index.image.sum())
-    if with_picture:
-        raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and sft is for text")
+    if with_picture and not has_tower(cfg):
+        raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
 
 # ---------------------------------------------------------------------------------------------------
 # The step
@@ -389,7 +370,56 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
 # The loop
 
 
-def train(state: State, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
+def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> None:
+    """One run from data to saved model. All of it happens on every process, in the same order."""
+    began = time.perf_counter()
+    out = Path(cfg.out)
+    if is_finished(settings(cfg)):
+        print0(f"already finished: {out} holds the trained model (--resume never trains afresh)")
+        return
+    # From here on a signal is noted, and obeyed after the next step.
+    signals = watch_signals()
+    data = open_data(cfg, config, cfg.data)
+    held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
+    checkpoint = prepare_out(settings(cfg), data.checksum)
+    make_index(data, cfg)
+    if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
+        make_index(held_out, cfg)
+    print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
+    if has_tower(cfg) and source.has_siglip != (cfg.recipe == "mipha"):
+        print0(f"note: the vision tower is {'SigLIP' if source.has_siglip else 'CLIP'}, and the defaults are those of "
+               f"--recipe {cfg.recipe}")
+
+    model = build(cfg, config, source, mesh, device)
+    state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
+    if checkpoint:
+        load_checkpoint(checkpoint, state)
+    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
+    if cfg.max_steps:
+        steps = min(steps, cfg.max_steps)
+    print_steps(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
+    # Days of training should not end with a model that finds no room.
+    need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
+
+    is_complete = train(state, cfg, data, held_out, steps, signals, device)
+    bad = read_bad_samples(out)
+    if bad:
+        print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
+    if not is_complete:
+        print0(f"stopped after step {state.step}; the same command goes on from there")
+        return
+    try:
+        save_final(cfg, config, source, model)
+    except OSError as e:
+        path = save_checkpoint(state)
+        raise OSError(f"the model was not written ({e}); {path} has it: make room, then run this again") from None
+    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+
+
+def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
           device: torch.device) -> bool:
     """Take the steps from state.step on -> True when all are done, False if stopped, with a checkpoint, before."""
     metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device)
@@ -421,8 +451,6 @@ def train(state: State, cfg: Namespace, data: Dataset, held_out: Dataset | None,
             break                               # the final model is written instead of a checkpoint
         if cfg.val_every and state.step % cfg.val_every == 0:
             measure_held_out(state, cfg, held_out, steps, metrics, device)
-        if state.step == cfg.stop_after:
-            stop = True
         if stop or (cfg.save_every and state.step % cfg.save_every == 0):
             try_to_save(state)
         if stop:
@@ -432,75 +460,12 @@ def train(state: State, cfg: Namespace, data: Dataset, held_out: Dataset | None,
     return True
 
 
-def run(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> None:
-    """One run from data to saved model. All of it happens on every process, in the same order."""
-    began = time.perf_counter()
-    out = Path(cfg.out)
-    if is_finished(settings(cfg)):
-        print0(f"already finished: {out} holds the trained model (--resume never trains afresh)")
-        return
-    # From here on a signal is noted, and obeyed after the next step.
-    signals = watch_signals()
-    data = open_data(cfg, config, cfg.data)
-    held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
-    checkpoint = prepare_out(settings(cfg), data.checksum)
-    for dataset in (data, held_out):
-        if dataset is not None:
-            on_process_0(lambda: len(dataset))  # tokenizes all of it and writes the index, which the others read
-    print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
-    if cfg.stage != "sft" and config.vision.class_token == (cfg.recipe == "mipha"):
-        print0(f"note: the vision tower is {'CLIP' if config.vision.class_token else 'SigLIP'}, and the defaults are "
-               f"those of --recipe {cfg.recipe}")
-    if cfg.stage == "sft":
-        check_text_only(data)
-        if held_out:
-            check_text_only(held_out)
-
-    model = build(cfg, config, mesh, device)
-    optimizer = make_optimizer(model, cfg)
-    state = State(settings(cfg), folders(cfg), data.checksum, model, optimizer)
-    if checkpoint:
-        load_checkpoint(checkpoint, state)
-    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
-    if cfg.max_steps:
-        steps = min(steps, cfg.max_steps)
-    print_steps(cfg, steps, checkpoint)
-    # Days of training should not end with a model that finds no room.
-    need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
-
-    is_complete = train(state, cfg, data, held_out, steps, signals, device)
-    print_skipped(out)
-    if not is_complete:
-        print0(f"stopped after step {state.step}; the same command goes on from there")
-        return
-    try:
-        save_final(cfg, config, model)
-    except OSError as e:
-        path = save_checkpoint(state)
-        raise OSError(f"the model was not written ({e}); {path} has it: make room, then run this again") from None
-    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
-
-# ---------------------------------------------------------------------------------------------------
-# What the loop calls
-
-
-def print_steps(cfg: Namespace, steps: int, checkpoint: Path | None) -> None:
+def print_steps(cfg: Namespace, steps: int, resumed: str) -> None:
     warmup = math.ceil(cfg.warmup * steps)
-    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up"
-           + (f"; going on from {checkpoint}" if checkpoint else ""))
+    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up{resumed}")
     if steps == warmup == 1:
         print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
                "--global-batch, more --epochs, or --warmup 0")
-
-
-def print_skipped(out: Path) -> None:
-    """How many bad samples a run went on without. Each process has skipped some; the file has them all."""
-    bad = read_bad_samples(out)
-    if bad:
-        print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
 
 
 def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
@@ -546,7 +511,7 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         yield step, supervised, n_signals > 0
 
 
-def measure_held_out(state: State, cfg: Namespace, held_out: Dataset | None, steps: int, metrics: "Metrics",
+def measure_held_out(state: TrainState, cfg: Namespace, held_out: Dataset | None, steps: int, metrics: Metrics,
                      device: torch.device) -> None:
     if held_out is None:
         return
@@ -571,48 +536,47 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     return float(total / max(supervised, 1))
 
 
-def save_final(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
+def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaVAPhi) -> None:
     """The model at the top of --out, in the saved format. Every process takes part in gathering; process 0 writes."""
+    dtype = torch_dtype(cfg.dtype)
     tensors = {}
     for name, p in model.named_parameters():
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         if dist.get_rank() == 0:
-            tensors[name] = whole.detach().to("cpu", torch_dtype(cfg.dtype) if p.is_floating_point() else None)
-    if dist.get_rank() == 0:
-        # Adapters are merged into the weights that the run started from, not into their 4-bit approximations.
-        in_4_bits = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-        for name, tensor in read_base(cfg, in_4_bits):
-            tensors[name] = tensor.to(torch_dtype(cfg.dtype))
-    tensors = merge_lora(tensors, cfg.lora_alpha)
+            if p.is_floating_point():
+                tensors[name] = whole.detach().to("cpu", dtype)
+            else:
+                # In 4 bits. Its adapters are merged into the weights that the run started from.
+                tensors[name] = read_tensor(source, name).to(dtype)
 
     def write() -> None:
-        if cfg.stage == "sft":
-            save_phi(Path(cfg.out), tensors, config, open_source(cfg))
-        else:
-            save_model(Path(cfg.out), tensors, config, open_source(cfg))
+        save = save_model if has_tower(cfg) else save_phi
+        save(Path(cfg.out), merge_lora(tensors, cfg.lora_alpha), config, source)
     on_process_0(write)
 
+# ---------------------------------------------------------------------------------------------------
 
-def main(argv: list[str] | None = None) -> None:
-    cfg = parse(argv)
-    if cfg.plot:
-        plot(cfg.plot, cfg.plot[0] / "loss.html")
+
+def main(args: Namespace) -> None:
+    if args.plot:
+        from lib.plot import plot           # a door: drawing is no part of training
+        plot(args.plot, args.plot[0] / "loss.html")
         return
-    if cfg.plan:
+    if args.plan:
         # A plan needs no downloads: without the folders it is for the published model's sizes.
-        config = MIPHA_CONFIG if cfg.recipe == "mipha" else LLaVAConfig()
-        if all(folder.is_dir() for folder in folders(cfg)):
-            config = read_config(cfg)
-        print_plan(cfg, config, skeleton(cfg, config), cfg.gpus, cfg.gpu_memory)
+        config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
+        if all(folder.is_dir() for folder in folders(args)):
+            _, config = open_source(args)
+        print_plan(args, config, build_on_meta(args, config), args.gpus, args.gpu_memory)
         return
-    config = read_config(cfg)
+    source, config = open_source(args)
     mesh, device = setup()
     try:
-        check_arithmetic(cfg.dtype, device)
-        with lock_output(Path(cfg.out)):
-            run(cfg, config, mesh, device)
+        check_arithmetic(args.dtype, device)
+        with lock_output(Path(args.out)):
+            run(args, config, source, mesh, device)
     except torch.OutOfMemoryError as e:
-        raise ValueError(out_of_memory(str(e), cfg)) from None
+        raise ValueError(out_of_memory(str(e), args)) from None
     except RuntimeError as e:
         problem = explain(e)
         if not problem:
@@ -633,6 +597,6 @@ def out_of_memory(message: str, cfg: Namespace) -> str:
 
 
 if __name__ == "__main__":
-    exit_code = run_command(main)
+    exit_code = run_command(main, ARGS)
     sys.stdout.flush()
     os._exit(exit_code)         # gloo's threads may still be letting go of tensors: tearing Python down aborts then

@@ -1,6 +1,7 @@
 """What a training run writes down about itself: metrics.jsonl, and a line on the screen for each step."""
 import json
-import math
+import os
+import re
 import resource
 import sys
 import time
@@ -123,11 +124,11 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     return None
 
 
-def free_host_memory() -> float:
-    """Bytes that this machine can still give without swapping; infinity where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:                             # not Linux
-        return math.inf
-    available, = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * float(available)
+def free_memory(device: torch.device) -> int:
+    """What can still be allocated: on the GPU, or without swapping; all of the memory where macOS does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if info.exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

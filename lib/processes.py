@@ -1,4 +1,4 @@
-"""What the processes of a run do together: say a thing once, fail together, agree; and what is said when one is lost."""
+"""What the processes of a run do together: print once, fail together, agree, and say in one line why a run ended."""
 import os
 import signal
 import socket

@@ -184,7 +184,6 @@ def add_flags(parser: Parser) -> None:
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: only when interrupted")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept")
-    add("--stop-after", type=at_least(0), default=0, help="save and leave after this step, as if interrupted; 0: no")
     add("--resume", default="auto", help="auto: from the newest checkpoint in --out; never; or a checkpoint folder")
 
     add = parser.add_argument_group("instead of training").add_argument

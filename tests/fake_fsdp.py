@@ -330,7 +330,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
     mesh, device = train.setup()
     try:
         with FakeGPU(device), torch.autograd.set_multithreading_enabled(False):
-            model = train.build(cfg, config, mesh, device)
+            model = train.build(cfg, config, None, mesh, device)
             optimizer = train.make_optimizer(model, cfg)
             watch_update(model, optimizer)
             batches = make_micro_batches(config, cfg.stage != "sft", 128 if tiny else cfg.micro_tokens)
@@ -349,7 +349,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
             notes.reset()
             train.validate(model, [Step(0, [], batches)], device)
             if cfg.base_bits == 16:                             # what lies under 4 bits would come from the folders
-                train.save_final(cfg, config, model)
+                train.save_final(cfg, config, None, model)
         always, per_token = lib.plan.memory_plan(cfg, model, mesh.size(-1), model.gather)
         tokens = max(len(batch.ids) for batch in batches)
         planned = sum(always.values()) - always["workspace"] + tokens * per_token[model.llm.recompute]
@@ -428,7 +428,6 @@ def main() -> int:
     ranks = args.ranks or sorted({0, args.world - 1})
     pretend_there_are_gpus()
     train.read_weights = lambda *args: None                     # there are no folders
-    train.read_base = lambda *args: []
     train.on_process_0 = lambda write: None                     # nothing is written
     began = time.perf_counter()
     failed = 0

@@ -18,7 +18,7 @@ def card(gigabytes: float, processes: int = 1) -> Namespace:
 def test_first_comes_what_train_would_choose_and_nothing_is_planned_above_the_card(gigabytes, run):
     bench = card(gigabytes)
     tried = gpu.configurations(bench, gpu.RUNS[run])
-    model = gpu.train.skeleton(tried[0], bench.config)
+    model = gpu.train.build_on_meta(tried[0], bench.config)
     assert tried[0].recompute == plan.choose_recompute(tried[0], model, 1, bench.memory)
     assert tried[0].micro_tokens == gpu.MICRO_TOKENS[0] and not tried[0].compile
     assert all(gpu.planned_bytes(cfg, model, 1) <= bench.memory for cfg in tried)

@@ -355,7 +355,7 @@ def test_a_run_stopped_and_resumed_goes_on_where_it_was(chat_json, device, tmp_p
         pytest.skip("there is a GPU, and train.py takes it")
     more = ["--max-steps", "6", "--dropout", "0.1"]
     train_here(train_flags(tmp_path / "whole", chat_json, *more))
-    train_here(train_flags(tmp_path / "parts", chat_json, *more, "--stop-after", "3"))
+    train_here(train_flags(tmp_path / "parts", chat_json, *more), stop_after=3)
     train_here(train_flags(tmp_path / "parts", chat_json, *more))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -394,8 +394,8 @@ def test_peak_memory_is_what_the_plan_says(stage, recompute, device, group, monk
     on_gpu = device.type == "cuda"
     config, tokens = (LARGE, 8192) if on_gpu else (LONG, 256)
     cfg = settings("--stage", stage, "--recompute", recompute, "--micro-tokens", str(tokens))
-    monkeypatch.setattr(train, "read_weights", lambda model, *rest: zero_all(model))
-    model = train.build(cfg, config, group, device)
+    monkeypatch.setattr(train, "read_weights", lambda model, source, cfg: zero_all(model))
+    model = train.build(cfg, config, None, group, device)
     always, per_token = plan.memory_plan(cfg, model, 1)
     planned = sum(always.values()) - always["workspace"] + per_token[recompute] * tokens
     if on_gpu and planned > 0.8 * torch.cuda.get_device_properties(device).total_memory:

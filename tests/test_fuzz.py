@@ -24,11 +24,11 @@ import torch
 from helpers import ROOT, load_weights_command
 from PIL import Image
 from test_data import drawn, talk
+from training import train_here
 
 import data
 import load_weights
 import serve.server
-import train
 from data import Dataset, Loader, load_image, load_tokenizer
 from lib.common import run_command
 from serve.engine import Engine
@@ -345,7 +345,7 @@ def test_checkpoints(tmp_path, capsys):
             "--out", str(out), "--dtype", "fp32", "--workers", "0", "--global-batch", "4", "--save-every", "1",
             "--max-steps", "3"]
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([*args, "--stop-after", "2"])
+        train_here(args, stop_after=2)
         load_weights_command(["export", "--model", str(out / "step_000002"), "--out", str(tmp_path / "exported")])
     intact = shutil.copytree(out, tmp_path / "intact")
 
@@ -362,7 +362,7 @@ def test_checkpoints(tmp_path, capsys):
         else:
             target.write_bytes(mutate_bytes(content, rng))
         if rng.random() < 0.5:
-            return lambda: train.main(args)
+            return lambda: train_here(args)
         exported = tmp_path / f"exported {rng.random()}"
         return lambda: load_weights_command(["export", "--model", str(newest), "--out", str(exported)])
 

@@ -76,7 +76,7 @@ def test_a_run_with_a_4_bit_base(chat_json, tmp_path):
             "600", "--lora-r", "4", "--max-steps", "4"]
     packed = [*more, "--base-bits", "4"]
     train_here(train_flags(tmp_path / "whole", chat_json, *packed, stage="pretrain"))
-    train_here(train_flags(tmp_path / "parts", chat_json, *packed, "--stop-after", "2", stage="pretrain"))
+    train_here(train_flags(tmp_path / "parts", chat_json, *packed, stage="pretrain"), stop_after=2)
     checkpoint = tmp_path / "parts" / "step_000002"
     load_weights_command(["export", "--model", str(checkpoint), "--out", str(tmp_path / "half")])
     train_here(train_flags(tmp_path / "parts", chat_json, *packed, stage="pretrain"))

@@ -60,8 +60,8 @@ def test_the_memory_plan_counts_what_forward_really_keeps(mode, learn):
     def plan_and_truth(n_layer: int) -> list[tuple[float, float]]:
         config = LLaVAConfig(PhiConfig(512, 512, n_layer, 4, 128, 512, 16, dropout=0.0),
                              VisionConfig(56, 14, 1 + n_layer, 4, 128, 512))
-        model = train.skeleton(cfg, config)
-        without = train.skeleton(replace(cfg, freeze="vision"), config)
+        model = train.build_on_meta(cfg, config)
+        without = train.build_on_meta(replace(cfg, freeze="vision"), config)
         text = plan.memory_plan(cfg, without, 1)[1][mode] * 256
         pictures = plan.memory_plan(cfg, model, 1)[1][mode] * 256 - text
         model = model.to_empty(device="cpu").bfloat16().train()
@@ -87,7 +87,7 @@ def test_what_the_plan_proposes_fits_and_is_the_most_that_does(flags, gb):
     proposals = []
     for given in ("1024", "16384"):
         cfg = parse(["--stage", "finetune", "--micro-tokens", given, *flags])
-        model = train.skeleton(cfg, LLaVAConfig())
+        model = train.build_on_meta(cfg, LLaVAConfig())
         proposals.append(plan.plan_micro_batch(cfg, model, gpus=1 if flags else 8, memory=gb * 1e9, share=10 ** 6))
     assert proposals[0] == proposals[1] and proposals[0]
     for mode, tokens in proposals[0].items():
@@ -116,7 +116,7 @@ def test_the_memory_plan_is_what_a_tracker_counts(gpus, learn, gather):
 
 def test_recompute_is_chosen_by_the_memory_there_is():
     cfg = parse(["--stage", "finetune", "--model", "x"])
-    model = train.skeleton(cfg, LLaVAConfig())
+    model = train.build_on_meta(cfg, LLaVAConfig())
     chosen = [plan.choose_recompute(cfg, model, gpus, gb * 1e9) for gpus, gb in ((1, 140), (1, 90), (8, 24), (8, 80))]
     assert chosen == ["none", "selective", "full", "none"]
     cfg = replace(cfg, compile=True)

@@ -19,7 +19,7 @@ from training import assert_same_run, run_train, start_train, train_here
 
 import lib.metrics
 import train
-from lib.checkpoint import problem_with
+from lib.checkpoint import check_files, read_manifest
 from lib.common import LOCK
 from lib.processes import explain
 from lib.recipes import parse
@@ -48,7 +48,7 @@ def test_64_processes_shard_within_a_node_and_replicate_across_nodes(monkeypatch
     try:
         assert mesh.shape == (8, 8) and mesh.mesh_dim_names == ("replicate", "shard")
         for stage, units, trained in (("finetune", 34, 3_079_773_184), ("pretrain", 1, 9_180_160)):
-            model = train.skeleton(parse(["--stage", stage]), LLaVAConfig())
+            model = train.build_on_meta(parse(["--stage", stage]), LLaVAConfig())
             train.shard(model, mesh, torch.bfloat16)
             assert sum(isinstance(m, FSDPModule) for m in model.modules()) == units
             sharded = [p for p in model.parameters() if isinstance(p, train.DTensor)]
@@ -90,7 +90,7 @@ def test_processes_that_cannot_reach_each_other_name_the_variables(monkeypatch):
                                               "backend:cudaMallocAsync"),
                                              ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, "None")])
 def test_the_allocator_may_expand_its_segments_unless_the_user_chose(users, expected):
-    """Each micro-batch has another length, which fragments the default allocator. It has to be set before torch comes."""
+    """Each micro-batch has another length, which fragments the default allocator. Torch reads it when imported."""
     code = """
 import builtins, os
 real = builtins.__import__
@@ -117,7 +117,8 @@ def test_the_process_with_the_least_memory_decides_for_all(chat_json, tmp_path, 
     mesh, device = train.setup()
     try:
         monkeypatch.setattr(train.dist, "all_reduce", reduce)
-        model = train.build(cfg, train.read_config(cfg), mesh, device)
+        source, config = train.open_source(cfg)
+        model = train.build(cfg, config, source, mesh, device)
         assert model.llm.recompute == "full" and model.gather == "off"
     finally:
         train.dist.destroy_process_group()
@@ -203,7 +204,7 @@ def test_a_failing_rank_says_why_before_it_leaves_the_group(chat_json, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(train.dist, "destroy_process_group", lambda: pytest.fail("this would block"))
         with pytest.raises(ValueError, match="a reason"):
-            train.main(train_flags(tmp_path / "out", chat_json))
+            train.main(parse(train_flags(tmp_path / "out", chat_json)))
     train.dist.destroy_process_group()
 
 
@@ -262,7 +263,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(chat_jso
     assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 20" in refusals[0]
     first.kill()
     first.wait()
-    train_here(train_flags(out, chat_json, *more[:-2], "--stop-after", "1", "--resume", "never"))
+    train_here(train_flags(out, chat_json, *more[:-2], "--resume", "never"), stop_after=1)
     assert [m["step"] for m in metrics(out)] == [0] and not (out / LOCK).exists()
     first.communicate(timeout=120)
 
@@ -312,7 +313,7 @@ def test_a_bad_sample_can_be_skipped_and_is_listed(chat_json, tmp_path, capsys):
     records[13]["image"] = "missing.png"
     (tmp_path / "bad.json").write_text(json.dumps(records))
     skip = ["--on-bad-sample", "skip", "--epochs", "2"]
-    train_here(train_flags(tmp_path / "out", tmp_path / "bad.json", *skip, "--stop-after", "7"))
+    train_here(train_flags(tmp_path / "out", tmp_path / "bad.json", *skip), stop_after=7)
     (tmp_path / "bad.json").rename(tmp_path / "moved.json")
     train_here(train_flags(tmp_path / "out", tmp_path / "moved.json", *skip))
     assert len(metrics(tmp_path / "out")) == 12
@@ -373,7 +374,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_j
     stdout, stderr = process.communicate(timeout=120)
     assert "stopped after step" in stdout, stderr[-3000:]
     [saved] = (tmp_path / "out").glob("step_*")
-    assert problem_with(saved) == ""
+    check_files(saved, read_manifest(saved))
     done = int(saved.name[5:])
-    train_here(train_flags(tmp_path / "out", chat_json, *more, "--stop-after", str(done + 2)))
+    train_here(train_flags(tmp_path / "out", chat_json, *more), stop_after=done + 2)
     assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(done + 2))

@@ -85,7 +85,8 @@ def test_the_loss_and_gradient_norm_of_a_step_equal_the_originals(golden, tmp_pa
     cfg = parse(train_flags(tmp_path, tmp_path))
     mesh, device = train.setup()
     try:
-        model = train.build(cfg, train.read_config(cfg), mesh, device)
+        source, config = train.open_source(cfg)
+        model = train.build(cfg, config, source, mesh, device)
         optimizer = train.make_optimizer(model, cfg)
         step = Step(0, [0, 1], [batch])
         loss, norm, skipped = train.train_step(model, optimizer, step, cfg, len(targets), 1.0, device)
@@ -118,14 +119,13 @@ def test_ten_steps_of_adamw_equal_a_plain_loop():
         torch.testing.assert_close(p.detach(), mine[n], rtol=1e-5, atol=1e-6)
 
 
-def a_step(cfg: Namespace) -> tuple[LLaVAConfig, Step]:
-    """A step of several micro-batches from the module's data."""
-    config = train.read_config(cfg)
+def a_step(cfg: Namespace, config: LLaVAConfig) -> Step:
+    """A step of several micro-batches."""
     chat_json = train.open_data(cfg, config, cfg.data)
-    loader = train.make_loader(cfg, train.skeleton(cfg, config), chat_json, 1, torch.device("cpu"))
+    loader = train.make_loader(cfg, train.build_on_meta(cfg, config), chat_json, 1, torch.device("cpu"))
     step = next(iter(loader))
     assert len(step.batches) > 1
-    return config, step
+    return step
 
 
 def test_steps_in_bf16_equal_a_plain_loop_over_master_weights_bit_for_bit(chat_json, tmp_path):
@@ -133,9 +133,10 @@ def test_steps_in_bf16_equal_a_plain_loop_over_master_weights_bit_for_bit(chat_j
     cfg = parse(train_flags(tmp_path, chat_json, "--dtype", "bf16", "--dropout", "0.1", "--global-batch", "6"))
     mesh, device = train.setup()
     try:
-        config, step = a_step(cfg)
+        source, config = train.open_source(cfg)
+        step = a_step(cfg, config)
         supervised = sum(len(batch.targets) for batch in step.batches)
-        ours = train.build(cfg, config, mesh, device)
+        ours = train.build(cfg, config, source, mesh, device)
         optimizer = train.make_optimizer(ours, cfg)
         plain = load_model(GOLDEN / "tiny-llava-phi").train().requires_grad_()
         for block in plain.llm.h:
@@ -201,8 +202,9 @@ def test_what_a_step_of_several_micro_batches_sends(gather, chat_json, tmp_path,
     cfg = parse(train_flags(tmp_path, chat_json, *more))
     mesh, device = train.setup()
     try:
-        config, step = a_step(cfg)
-        model = train.build(cfg, config, mesh, device)
+        source, config = train.open_source(cfg)
+        step = a_step(cfg, config)
+        model = train.build(cfg, config, source, mesh, device)
         optimizer = train.make_optimizer(model, cfg)
         with Sent() as sent:
             train.train_step(model, optimizer, step, cfg, 100, 1.0, device)
@@ -221,7 +223,7 @@ def test_a_frozen_decoder_computes_no_weight_gradients(chat_json, tmp_path):
     flops = {}
     for learn in ("projector", "projector,llm"):
         cfg = replace(parse([]), train=learn)
-        model = train.skeleton(cfg, config).to_empty(device="cpu")
+        model = train.build_on_meta(cfg, config).to_empty(device="cpu")
         ids = torch.zeros(60, dtype=torch.int64)
         batch = (ids, torch.tensor([60]), torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.arange(4),
                  torch.arange(10), ids[:10])
@@ -290,7 +292,7 @@ def test_stage_one_changes_the_projector_and_nothing_else(chat_json, tmp_path):
 def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(chat_json, tmp_path):
     """The paper's first step: the language model alone, on text, by the same loop; stopped and resumed on the way."""
     text = some_of(chat_json, tmp_path / "text.json", image=False)
-    train_here(train_flags(tmp_path / "phi", text, "--save-every", "1", "--stop-after", "2", stage="sft"))
+    train_here(train_flags(tmp_path / "phi", text, "--save-every", "1", stage="sft"), stop_after=2)
     load_weights_command(["export", "--model", str(tmp_path / "phi" / "step_000002"), "--out", str(tmp_path / "early")])
     assert open_folder(tmp_path / "early").kind == Kind.PHI
     train_here(train_flags(tmp_path / "phi", text, stage="sft"))
@@ -309,14 +311,14 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(chat_json, tmp_path
 
 def test_mipha_trains_from_phi_and_siglip_and_is_exported(chat_json, tmp_path):
     """Both stages by Mipha's recipe: a SigLIP tower, squashed pictures, then padded ones; a checkpoint exported."""
-    load_weights_command(["export", "--model", str(GOLDEN / "../golden-mipha/tiny-mipha"), "--out", str(tmp_path / "parts"),
-                  "--to", "parts"])
+    mipha = str(GOLDEN / "../golden-mipha/tiny-mipha")
+    load_weights_command(["export", "--model", mipha, "--out", str(tmp_path / "parts"), "--to", "parts"])
     captions = some_of(chat_json, tmp_path / "captions.json", image=True, turns=2)
     where = ["--recipe", "mipha", "--images", str(GOLDEN / "images"), *TRAIN_FLAGS, "--max-steps", "2"]
     train_here(["--stage", "pretrain", "--llm", str(tmp_path / "parts" / "phi-2"), "--vision",
                 str(tmp_path / "parts" / "siglip"), "--data", str(captions), "--out", str(tmp_path / "one"), *where])
     train_here(["--stage", "finetune", "--model", str(tmp_path / "one"), "--data", str(chat_json), "--out",
-                str(tmp_path / "two"), *where, "--stop-after", "1"])
+                str(tmp_path / "two"), *where], stop_after=1)
     settings = json.loads((tmp_path / "two" / "config.json").read_text())["training"]
     assert [settings[k] for k in ("epochs", "beta2", "eps", "image_mode")] == [2, 0.999, 1e-8, "pad"]
     load_weights_command(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early")])
@@ -330,7 +332,7 @@ def test_mipha_trains_from_phi_and_siglip_and_is_exported(chat_json, tmp_path):
     for name, p in after.named_parameters():                # the very first step has rate 0
         assert torch.equal(early.get_parameter(name), before.get_parameter(name)), name
     assert not torch.equal(after.vision.patch.bias, before.vision.patch.bias)
-    assert torch.equal(before.vision.patch.bias, load_model(GOLDEN / "../golden-mipha/tiny-mipha").vision.patch.bias)
+    assert torch.equal(before.vision.patch.bias, load_model(Path(mipha)).vision.patch.bias)
 
 
 @pytest.mark.slow

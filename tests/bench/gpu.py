@@ -308,7 +308,7 @@ def configurations(bench: Bench, flags: list[str]) -> list[Namespace]:
         if bench.dry:
             micro_tokens //= 64
         cfg = parse_recipe([*flags, "--micro-tokens", str(micro_tokens), "--dtype", "fp32" if bench.dry else "bf16"])
-        model = train.skeleton(cfg, bench.config)
+        model = train.build_on_meta(cfg, bench.config)
         chosen = plan.choose_recompute(cfg, model, bench.shards, bench.memory)
         for recompute in dict.fromkeys([chosen, *plan.RECOMPUTE_MODES]):
             for gather in ("on", "off") if bench.world > 1 else ("off",):
@@ -327,8 +327,8 @@ class Training:
 
     def __init__(self, bench: Bench, cfg: Namespace):
         self.bench, self.cfg = bench, cfg
-        with patch.object(train, "read_weights", lambda model, *rest: draw_weights(model)):
-            self.model = train.build(cfg, bench.config, bench.mesh, bench.device)
+        with patch.object(train, "read_weights", lambda model, source, cfg: draw_weights(model)):
+            self.model = train.build(cfg, bench.config, None, bench.mesh, bench.device)
         self.optimizer = train.make_optimizer(self.model, cfg)
 
     def step(self, batches: list, supervised: int) -> None:

@@ -1,10 +1,11 @@
 """Random checkpoints of the published sizes, in the published layouts: what tests/bench/load.py measures on.
 
 Phi-2 in bf16 as two safetensors shards (5.6 GB), CLIP ViT-L/14-336 whole, in fp32, as pytorch_model.bin (1.7 GB).
-Needs a tokenizer beside the weights to be complete: --tokenizer copies one.
+A folder is only complete with a tokenizer: --tokenizer copies one.
 
-    python tests/bench/make_checkpoints.py --out checkpoints/random
-    python load_weights.py merge --llm checkpoints/random/phi-2 --vision checkpoints/random/clip --out checkpoints/random/base
+    python tests/bench/make_checkpoints.py --out checkpoints/random --tokenizer checkpoints/phi-2
+
+tests/bench/load.py says how to go on.
 """
 import sys
 from dataclasses import replace

@@ -48,7 +48,7 @@ def measure(cfg: Namespace, config: LLaVAConfig, gpus: int, samples: int, length
     train.dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         mesh = train.init_device_mesh("cpu", (gpus,), mesh_dim_names=("shard",))
-        model = train.skeleton(cfg, config)
+        model = train.build_on_meta(cfg, config)
         model.llm.recompute = cfg.recompute
         model.vision.recompute = cfg.recompute != "none"
         train.shard(model, mesh, torch.bfloat16, cfg.gather)
@@ -78,7 +78,7 @@ def measure(cfg: Namespace, config: LLaVAConfig, gpus: int, samples: int, length
 
 def planned(cfg: Namespace, config: LLaVAConfig, gpus: int, tokens: int) -> float:
     """The plan's bytes without its allowance for what trackers cannot see."""
-    always, per_token = plan.memory_plan(cfg, train.skeleton(cfg, config), gpus, cfg.gather)
+    always, per_token = plan.memory_plan(cfg, train.build_on_meta(cfg, config), gpus, cfg.gather)
     return sum(always.values()) - always["workspace"] + tokens * per_token[cfg.recompute]
 
 
