@@ -62,7 +62,8 @@ def test_imports_run_downwards(name):
 
 
 def test_no_two_files_import_each_other():
-    TopologicalSorter({name: imports(tree) for name, tree in CODE.items()}).prepare()       # CycleError names them
+    """Doors aside. CycleError names them."""
+    TopologicalSorter({name: imports(tree) - DOORS.get(name, set()) for name, tree in CODE.items()}).prepare()
 
 
 def test_imports_stand_at_the_top_of_a_file():
