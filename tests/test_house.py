@@ -30,7 +30,7 @@ MAY_IMPORT = {                          # a room or a file -> rooms and files; a
     "saved_model": set(),               # copied into every saved model, so that it stands alone
 }
 # What may be imported inside a function, where it is needed by one command out of several.
-DOORS = {"data": {"lib.check_data"}, "sample": {"serve.server"}, "train": {"lib.plot"}, "eval": {"lib.chat", "load_weights"}}
+DOORS = {"data": {"lib.check_data"}, "sample": {"serve.server"}, "train": {"lib.plot"}, "eval": {"lib.asking", "load_weights"}}
 
 CODE = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
         for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "out")}
