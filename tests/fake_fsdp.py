@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives        # teaches fake tensors the shapes of c10d's operators
+import torch.distributed._tools.fake_collectives  # teaches fake tensors the shapes of c10d's operators
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
