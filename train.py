@@ -409,7 +409,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
-    print_steps(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
+    print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
     # Days of training should not end with a model that finds no room.
     need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
     free = shutil.disk_usage(out).free
@@ -472,7 +472,7 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
     return True
 
 
-def print_steps(cfg: Namespace, steps: int, resumed: str) -> None:
+def print_run_length(cfg: Namespace, steps: int, resumed: str) -> None:
     warmup = math.ceil(cfg.warmup * steps)
     print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up{resumed}")
     if steps == warmup == 1:
