@@ -44,8 +44,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import (BAD_SAMPLES, TOKEN_COST, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
-                  steps_per_epoch)
+from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
 from lib.device import memory_of
@@ -54,7 +53,9 @@ from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
 from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
+from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import save_model, save_phi
+from lib.schedule import steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -292,10 +293,8 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
-                   config.vision.image_size, cfg.image_mode, config.vision.n_patches,
-                   min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links,
-                   pad_color=mean_color(config.vision.mean))
+                   ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
+                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
@@ -327,10 +326,10 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
     """
     ids = batch.ids.to(device, non_blocking=True)
     images = batch.images.to(device, non_blocking=True)
-    slots = batch.slots.to(device, non_blocking=True)
-    rows = batch.rows.to(device, non_blocking=True)
+    image_positions = batch.image_positions.to(device, non_blocking=True)
+    loss_positions = batch.loss_positions.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, slots, rows, targets
+    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -483,7 +482,7 @@ def print_steps(cfg: Namespace, steps: int, resumed: str) -> None:
 
 def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
                 start_step: int = 0, group: str = "none") -> Loader:
-    cost = TOKEN_COST * picture_cost(model.config, trained_parts(model))
+    cost = picture_cost(model.config, trained_parts(model))
     return Loader(data, global_batch=cfg.global_batch, micro_tokens=cfg.micro_tokens, rank=dist.get_rank(),
                   world=dist.get_world_size(), seed=cfg.seed, steps=steps, start_step=start_step, workers=cfg.workers,
                   group=group, pin=device.type == "cuda", picture_cost=cost)

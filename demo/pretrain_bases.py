@@ -175,7 +175,7 @@ def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
         samples.sort(key=lambda sample: len(sample.ids))
         b = collate(samples, SIZE)
         h = model(model.wte(b.ids), Layout(b.lengths, b.ids.device))                    # (T, C)
-        return cross_entropy_sum(h[b.rows], model.lm_head, b.targets) / len(b.targets)
+        return cross_entropy_sum(h[b.loss_positions], model.lm_head, b.targets) / len(b.targets)
 
     fit("phi", model, next_loss, steps, lr, decay=0.01)
     tensors = {f"llm.{name}": parameter for name, parameter in model.state_dict().items()}

@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from data import BAD_SAMPLES, IMAGE_MODES
 from lib.common import DTYPES, LOCK, hold_folder, read_json, remove, sync_folder, torchrun_env, write_whole
 from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, print0
+from lib.recipes import IMAGE_MODES
+from lib.records import BAD_SAMPLES
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values

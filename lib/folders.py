@@ -20,10 +20,10 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data import IMAGE_MODES
 from lib.common import read_json
 from lib.layouts import (DROPPED, FOREIGN, PREFIX, feature_strategy, phi_config, rename_sequential, require, subconfig,
                          to_ours, to_saved, vision_config, without_layer)
+from lib.recipes import IMAGE_MODES
 from model import LLaVAConfig, LLaVAPhi, PhiConfig
 from vision import VisionConfig
 

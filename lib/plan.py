@@ -3,11 +3,11 @@ import math
 from argparse import Namespace
 from collections.abc import Callable
 
-from data import steps_per_epoch
 from lib.checkpoint import host_memory_to_save
 from lib.common import torch_dtype
 from lib.device import USABLE
 from lib.recipes import replace
+from lib.schedule import steps_per_epoch
 from model import LLaVAConfig, LLaVAPhi, trained_parts
 
 RECOMPUTE_MODES = ("none", "selective", "full")         # the fastest first

@@ -4,7 +4,6 @@ $ python -m venv .hf && .hf/bin/pip install -r requirements.txt transformers jin
 $ .hf/bin/python -m pytest tests/test_transformers.py
 """
 import importlib.util
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data import encode_prompt, expand, load_image, load_tokenizer, mean_color
+from data import ImageConfig, encode_prompt, expand, load_image, load_tokenizer
 from lib.folders import open_weights, saved_shapes
 from lib.save_weights import phi_json, save_parts, saved_pieces, siglip_json, write_json, write_tokenizer
 from load_weights import export, load_model, merge
@@ -70,7 +69,7 @@ def messages(turns: list[str]) -> list[dict]:
 def pixels_of(model: LLaVAPhi, name: str) -> torch.Tensor:
     """Our picture (3, S, S) for this model, not normalised yet."""
     config = model.config
-    return load_image(GOLDEN / "images" / name, config.vision.image_size, config.image_mode, mean_color(config.vision.mean))
+    return load_image(GOLDEN / "images" / name, ImageConfig.of(config.vision, config.image_mode))
 
 
 def logits(model: LLaVAPhi, ids: list[int], images: torch.Tensor) -> torch.Tensor:
