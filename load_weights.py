@@ -85,7 +85,7 @@ def load_model(source: Weights | Path, dtype: torch.dtype = torch.float32, devic
     if bits < 16:
         quantize_linears(model, bits)           # on the meta device this only changes classes
     model = model.to_empty(device=device).requires_grad_(False)
-    fill(model, weights, Tensor.copy_)
+    copy_tensors(model, weights, Tensor.copy_)
     prepack_linears(model)
     return model
 
@@ -101,17 +101,16 @@ def load_into(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor],
     absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in source.found))
     stored = [name for name, _ in model.named_parameters() if ".lora_" not in name]     # adapters are in no folder
     check_tensors(source, saved_shapes(model), [name for name in stored if not name.startswith(absent)])
-    fill(model, source, copy)
+    copy_tensors(model, source, copy)
 
 
 @torch.no_grad()
-def fill(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor], object]) -> None:
+def copy_tensors(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor], object]) -> None:
     """Read tensors in file order (sequential reads). Only one is alive at a time."""
-    parameters = dict(model.named_parameters())
-    copy = copy_or_quantize(model, copy)
+    names = {name for name, _ in model.named_parameters()}
     for name in source.found:
-        if name in parameters:
-            copy(parameters[name], read_tensor(source, name))
+        if name in names:
+            copy_or_quantize(model, name, read_tensor(source, name), copy)
 
 # ---------------------------------------------------------------------------------------------------
 # Commands

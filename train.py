@@ -31,8 +31,8 @@ from lib.recipes import parse, settings
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
 
-# Every micro-batch has another length. Segments that can grow keep the CUDA allocator from fragmenting the card's
-# memory. The variable is read when torch is imported; a user's own choice stands.
+# Micro-batches differ in length; expandable segments keep the CUDA allocator from fragmenting the card's memory. Torch
+# reads the variable when it is imported. A user's own choice stands.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -124,7 +124,7 @@ def open_source(cfg: Namespace) -> tuple[Weights, LLaVAConfig]:
 
 
 def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
-    """The model on the meta device, which costs no memory, with what is frozen marked as such."""
+    """Build the model on the meta device, which costs no memory, and freeze what does not train."""
     with torch.device("meta"):
         model = LLaVAPhi(config, tower=has_tower(cfg))
         if cfg.lora_r:
@@ -219,7 +219,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
     init_new_parameters(model, cfg, config)
     if cfg.compile:
         compile_blocks(model, device)
-    print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
+    print0(f"compute in {cfg.dtype}, recompute {recompute}, gather {gather}" + (", compiled" if cfg.compile else ""))
     return model.train()
 
 
@@ -571,7 +571,7 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
 
 def main(args: Namespace) -> None:
     if args.plot:
-        from lib.plot import plot           # a door: drawing is no part of training
+        from lib.plot import plot  # a door: drawing is no part of training
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:

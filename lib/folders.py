@@ -1,8 +1,8 @@
 """Folders of weights: which tensors are stored in them, whether these are the model's, and the model's config.
 
 `open_weights` reads the headers and the config of a folder once; everything else works on the Weights that it returns.
-No tensor is read before it is copied into a model. Model folders are untrusted: nothing in them is executed, and no
-number in them takes memory before it has been compared with the files' sizes.
+A tensor is only read when it is copied into a model. Model folders are untrusted: nothing in them is executed, and no
+number in them takes memory before it has been compared with the sizes of the files.
 """
 import re
 import warnings
@@ -35,7 +35,7 @@ HEADER_LIMIT = 2_000_000        # bytes of a file's table of tensors; the whole 
 
 
 class Kind(StrEnum):
-    """What a folder holds, decided by the names of its tensors."""
+    """Kinds of folders, told apart by the names of their tensors."""
     PHI = "a Phi-2 language model"
     CLIP = "a CLIP vision tower"
     SIGLIP = "a SigLIP vision tower"
@@ -45,7 +45,7 @@ class Kind(StrEnum):
     OTHER = "a folder of other tensors"
 
 
-KINDS = {                       # the parts that are there -> the kind, with CLIP as the tower and with SigLIP
+KIND_OF_PARTS = {                       # the parts that are there -> the kind, with CLIP as the tower and with SigLIP
     ("llm",): (Kind.PHI, Kind.PHI),
     ("vision",): (Kind.CLIP, Kind.SIGLIP),
     ("llm", "vision"): (Kind.NO_PROJECTOR, Kind.NO_PROJECTOR),
@@ -98,7 +98,7 @@ class Folder(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        with_clip, with_siglip = KINDS.get(self.parts, (Kind.OTHER, Kind.OTHER))
+        with_clip, with_siglip = KIND_OF_PARTS.get(self.parts, (Kind.OTHER, Kind.OTHER))
         return with_siglip if self.has_siglip else with_clip
 
 
@@ -150,18 +150,14 @@ def open_folder(path: Path, *kinds: Kind) -> Folder:
     hint = HINTS[kinds[0] if kinds else Kind.LLAVA].format(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; {hint}")
-    tensors: dict[str, Stored] = {}
+    tensors = []
     for file in tensor_files(path):
-        stored = read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
-        repeated = sorted(tensors.keys() & stored.keys())
-        if repeated:
-            raise ValueError(f"{file}: holds {repeated[0]}, which {tensors[repeated[0]].path.name} holds too")
-        tensors |= stored
+        tensors += read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
     folder = sort_tensors(path, tensors)
     if kinds and folder.kind not in kinds:
-        others = ", ".join(stored.name[:100] for stored in folder.unexpected[:3])
-        names = f" ({others}, ...)" if folder.kind is Kind.OTHER else ""
-        raise ValueError(f"{path}: this looks like {folder.kind}{names}, expected {' or '.join(kinds)}; {hint}")
+        others = ", ".join(stored.name[:100] for stored in folder.unexpected[:3]) if folder.kind is Kind.OTHER else ""
+        found = f"{folder.kind} ({others}, ...)" if others else folder.kind
+        raise ValueError(f"{path}: this looks like {found}, expected {' or '.join(kinds)}; {hint}")
     return folder
 
 
@@ -196,11 +192,12 @@ def shard_files(index: Path) -> list[Path]:
     return sorted(shards)
 
 
-def sort_tensors(path: Path, tensors: dict[str, Stored]) -> Folder:
-    """Find each stored tensor's place in our model. ValueError for one that has two, or belongs to another model."""
+def sort_tensors(path: Path, tensors: list[Stored]) -> Folder:
+    """Find each tensor's place in our model. ValueError for a place that is taken, or a tensor of another model."""
     folder = Folder(path, {}, {}, [])
-    renamed = rename_sequential(tensors)
-    for name, stored in tensors.items():
+    renamed = rename_sequential(stored.name for stored in tensors)
+    for stored in tensors:
+        name = stored.name
         dropped = [reason for pattern, reason in DROPPED if re.match(pattern, name)]
         foreign = [model for mark, model in FOREIGN if mark in name]
         place = to_ours(renamed.get(name, name))
@@ -217,12 +214,13 @@ def sort_tensors(path: Path, tensors: dict[str, Stored]) -> Folder:
 
 
 def add_piece(folder: Folder, name: str, piece: str, stored: Stored) -> None:
-    """Note that `stored` is (a piece of) our tensor `name`. ValueError if the folder has it in another layout too."""
+    """Note that `stored` is (a piece of) our tensor `name`. ValueError if the folder has that already."""
     pieces = folder.found.setdefault(name, {})
     thirds = {piece, *pieces} <= {"q", "k", "v"}
     if pieces and (piece in pieces or not thirds):
-        other = next(iter(pieces.values())).name
-        raise ValueError(f"{folder.path}: {stored.name} and {other} are the same tensor in two layouts")
+        other = next(iter(pieces.values()))
+        raise ValueError(f"{folder.path}: {other.name} in {other.path.name} and {stored.name} in {stored.path.name} "
+                         "are the same tensor")
     pieces[piece] = stored
 
 # ---------------------------------------------------------------------------------------------------
@@ -235,14 +233,14 @@ def first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def read_safetensors(path: Path) -> dict[str, Stored]:
+def read_safetensors(path: Path) -> list[Stored]:
     """The tensors of a safetensors file, none of them read yet."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")     # of the header, a table in json, which comes first
     if length > min(HEADER_LIMIT, size - 8):
         raise ValueError(f"{path}: file is {size} bytes, header says it alone has {length}: incomplete download?")
-    stored = {}
+    stored = []
     try:
         # "pread" reads a tensor into memory of its own. The default is to map the file: if another program then
         # changed or cut it, the model would change, or the process would end.
@@ -252,15 +250,15 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             if entry.get_dtype() not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{path}: {name[:80]} is of dtype {entry.get_dtype()}, which is not read here")
             dtype, shape = SAFETENSORS_DTYPES[entry.get_dtype()], tuple(entry.get_shape())
-            stored[name] = Stored(name, path, dtype, shape, partial(file.get_tensor, name))
+            stored.append(Stored(name, path, dtype, shape, partial(file.get_tensor, name)))
     except SafetensorError as e:
         raise ValueError(f"{path}: not a safetensors file, or not all of one: incomplete download? "
                          f"(file is {size} bytes; {first_line(e)})") from None
     return stored
 
 
-def check_zip(path: Path) -> None:
-    """Refuse a .bin file that is no plain zip archive, before torch believes anything in it.
+def zip_problem(path: Path) -> str:
+    """Why a .bin file is not a plain zip archive of torch.save, or "". Asked before torch reads anything in it.
 
     torch maps the file and takes each tensor's bytes as they are stored, so a compressed record would be read as noise.
     A table of millions of records, or a pickle of gigabytes, would take all memory before torch could object.
@@ -271,21 +269,24 @@ def check_zip(path: Path) -> None:
     end = tail.rfind(b"PK\5\6")
     length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
     if length > HEADER_LIMIT:
-        raise ValueError(f"{path}: its table of contents says it has {length} bytes, far more than a model needs")
+        return f"its table of contents says it has {length} bytes, far more than a model needs"
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
-        raise ValueError(f"{path}: not a file of torch.save (of torch 1.6 or newer): incomplete download?") from None
+        return "not a file of torch.save (of torch 1.6 or newer): incomplete download?"
     for record in records:
         large = record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT
         if record.compress_type != zipfile.ZIP_STORED or large:
-            raise ValueError(f"{path}: {record.filename} is compressed or too large for a file of torch.save")
+            return f"{record.filename} is compressed or too large for a file of torch.save"
+    return ""
 
 
-def read_bin(path: Path) -> dict[str, Stored]:
+def read_bin(path: Path) -> list[Stored]:
     """The tensors of a file of torch.save, mapped: their bytes are read when they are copied into a model."""
-    check_zip(path)
+    problem = zip_problem(path)
+    if problem:
+        raise ValueError(f"{path}: {problem}")
     try:
         with warnings.catch_warnings():     # about quantized tensors, which are refused below
             warnings.simplefilter("ignore")
@@ -294,12 +295,12 @@ def read_bin(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path}: refused, it holds more than plain tensors ({first_line(e)})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
-    stored = {}
+    stored = []
     for name, tensor in state.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
         if not isinstance(name, str) or not dense or not tensor.is_contiguous():
             raise ValueError(f"{path}: {str(name)[:80]!r} is not a plain dense tensor, stored row by row")
-        stored[name] = Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach)
+        stored.append(Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach))
     return stored
 
 # ---------------------------------------------------------------------------------------------------
@@ -404,7 +405,7 @@ def saved_shapes(model: LLaVAPhi) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_after_the_layers(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """What a tower has behind its layers: a LayerNorm, and SigLIP's attention-pooling head. Our model has neither."""
+    """The tensors that follow a tower's layers: a LayerNorm, and SigLIP's attention-pooling head. Ours has neither."""
     width, inner = vision.n_embd, vision.n_inner
     shapes = {"vision.ln_post.weight": (width,), "vision.ln_post.bias": (width,)}
     if vision.class_token:

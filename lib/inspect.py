@@ -140,8 +140,8 @@ class Page(NamedTuple):
     misread: float                  # and one whose weights were read wrongly is above
 
 
-# Knowing nothing is ln 51200 = 10.8; knowing only how frequent each token is, about 7. With its layers scrambled a model
-# can do no better than that. Phi-2 is at 2 to 3 on plain prose, and tuned on conversations perhaps half a nat above.
+# A uniform guess is at ln 51200 = 10.8, knowing how frequent each token is at about 7. A model with scrambled layers can
+# do no better than that. Phi-2 is at 2 to 3 on plain prose, and tuned on conversations perhaps half a nat above.
 ENGLISH = Page("english.txt", "What is the color of the circle?\nAnswer the question using a single word or phrase.",
                sound=4.0, misread=6.0)
 # The demo's language model speaks of nothing but shapes. Its page describes pictures in words, and the captions follow

@@ -44,7 +44,7 @@ SAVED = {       # our name -> its name in the folders we save, after PREFIX; the
 }
 PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
 
-BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, and the beginning in SAVED or OTHER
+BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, how SAVED or OTHER have it begin
     ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
     ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi, Mipha
     ("model.vision_tower.vision_tower.", "vision", ""),
@@ -85,7 +85,7 @@ OTHER = {       # other published names -> ours
 # the same shape, so the name alone says which it is.
 PACKED_BY_HEAD = "query_key_value"
 
-DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason that `inspect` gives
+DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason for `inspect`
     (r".*rotary_emb", "rotary angles are computed in every forward"),
     (r".*position_ids", "they are 0, 1, 2, ..."),
     (r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias",
@@ -163,7 +163,7 @@ def to_ours(name: str) -> tuple[str, str] | None:
 
 
 def rename_sequential(names: Iterable[str]) -> dict[str, str]:
-    """The later names of the earliest Phi files, which are one list from layers.0 (the embedding) to the last (the head)."""
+    """The earliest Phi files are one list: layers.0 is the embedding, the last one the head -> their later names."""
     numbers = {}
     for name in names:
         match = re.match(r"layers\.(\d+)\.", name)
@@ -210,23 +210,17 @@ VISION_KEYS = {
 SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
 
 
-def is_number(value: object, default: int | float | None) -> bool:
-    """Can this value from a json file stand for a field with this default?"""
-    if isinstance(default, float):
-        return type(value) in (int, float) and 0 <= value < 1e9
-    return type(value) is int and 0 < value < 1e9
-
-
 def config_fields(config: dict, keys: dict, path: Path) -> dict:
     """Our config fields from a config.json of any era. null is the same as a missing key."""
     fields = {}
     for field, (spellings, default) in keys.items():
         fields[field] = default
+        types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
         for key in spellings:
             value = config.get(key)
             if value is None:
                 continue
-            if not is_number(value, default):
+            if type(value) not in types or not least <= value < 1e9:
                 raise ValueError(f"{path}: {key} is {value!r}, expected a number")
             fields[field] = value
             break

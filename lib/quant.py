@@ -170,7 +170,8 @@ class Int8Embedding(nn.Embedding):
 # ---------------------------------------------------------------------------------------------------
 # 4 bits
 #
-# A weight is (q - 8) * scale + zero with q in 0..15. 64 or 32 neighbors in a row are a group, which shares both.
+# A weight is (q - 8) * scale + zero with q in 0..15. 64 or 32 neighbors in a row form a group, which shares a
+# scale and a zero.
 
 FITS = 7                            # rounds of fitting a group's scale; more gained nothing on the demo's questions
 TILE = 64                           # output channels are padded to a multiple of this, as torch's kernels want them
@@ -335,11 +336,10 @@ def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
 
 
 def quantize_linears(model: LLaVAPhi, bits: int) -> None:
-    """Replace all Linears by Int8Linears, in place. With 4 bits, those of the decoder and its head by Int4Linears, and
-    the embedding, of which a token reads one row, by an Int8Embedding.
+    """Quantize all Linears, in place, to 8 bits; or to 4 those of the decoder and its head, with the embedding in 8.
 
     No layer is spared: keeping any one kind in fp32 takes at most a third off the error of the logits. On the meta
-    device only the classes change, and load_model quantizes each weight as it arrives. ValueError for a width that 4
+    device only the classes change, and load_into quantizes each weight as it arrives. ValueError for a width that 4
     bits cannot take.
     """
     assert bits in (4, 8), bits
@@ -351,13 +351,10 @@ def quantize_linears(model: LLaVAPhi, bits: int) -> None:
             setattr(parent, name, kind(base))
 
 
-def copy_or_quantize(model: nn.Module, copy: Callable[[Tensor, Tensor], object]) -> Callable[[Tensor, Tensor], None]:
-    """`copy(parameter, tensor)`, except that a quantized layer takes the tensor over by quantizing it."""
-    quantized = {module.weight: module for module in model.modules() if hasattr(module, "quantize")}
-
-    def copy_one(parameter: Tensor, tensor: Tensor) -> None:
-        if parameter in quantized:
-            quantized[parameter].quantize(tensor)
-        else:
-            copy(parameter, tensor)
-    return copy_one
+def copy_or_quantize(model: nn.Module, name: str, tensor: Tensor, copy: Callable[[Tensor, Tensor], object]) -> None:
+    """Fill the parameter of this name by copy(parameter, tensor), or let its layer quantize the tensor."""
+    parameter = model.get_parameter(name)
+    if parameter.is_floating_point():
+        copy(parameter, tensor)
+    else:
+        model.get_submodule(name.removesuffix(".weight")).quantize(tensor)

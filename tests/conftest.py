@@ -1,14 +1,13 @@
 """What all tests share: the tiny model and its inputs, no GPU unless one is asked for, one thread per process."""
 import json
 import os
-import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # tiny models: more threads only get in each other's way
 
 import helpers
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, TINY_MODEL        # noqa: F401 (ROOT is for the test files)
+from helpers import GOLDEN, ROOT, TINY_MODEL  # noqa: F401 (ROOT is for the test files)
 from safetensors.torch import load_file
 
 from data import load_tokenizer
@@ -39,15 +38,6 @@ def hide_gpus(request):
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "device_count", lambda: 0)
         yield
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers():
-    """train.main handles signals from then on; the next test does not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

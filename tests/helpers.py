@@ -204,3 +204,25 @@ def model_from(phi: Path, tower: Path) -> LLaVAPhi:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def without(config: dict, *keys: str) -> dict:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def siglip_folder(kind: str, out: Path) -> Path:
+    """google's SiglipModel with its text tower, or the vision tower alone, made of the tower in tiny-mipha."""
+    old, new = "model.vision_tower.vision_model.", "" if kind == "without prefix" else "vision_model."
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tower = {new + name.removeprefix(old): x for name, x in tensors.items() if name.startswith(old)}
+        text = {"text_model.final_layer_norm.weight": torch.ones(4), "text_model.head.weight": torch.ones(4, 4),
+                "logit_scale": torch.ones(1), "logit_bias": torch.ones(1)}
+        return tower | text if kind == "whole" else tower
+
+    def config(mipha: dict) -> dict:
+        tower = {key: value for key, value in mipha["vision_config"]["vision_tower"].items() if key[:3] != "mm_"}
+        tower = without(tower, "hidden_act", "layer_norm_eps", "num_channels")      # published files leave defaults out
+        return {"model_type": "siglip", "vision_config": tower} if kind == "whole" else tower
+
+    return rewrite(TINY_MIPHA, out, change, config, keep=("config.json", "preprocessor_config.json"))

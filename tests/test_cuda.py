@@ -26,12 +26,12 @@ from training import train_here
 
 import model as model_file
 import train
-from data import IGNORE, Sample, Step, collate
+from data import IGNORE, IMAGE_ID, Sample, Step, collate
 from lib import plan
 from lib.quant import quantize_linears
 from lib.recipes import parse
 from load_weights import load_model
-from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
+from model import Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
 from vision import VisionConfig
 
 EOS = 0

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command, rewrite
-from test_layouts import siglip_folder
+from helpers import (GOLDEN, ROOT, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command, rewrite,
+                     siglip_folder)
 from torch import Tensor
 
 import lib.inspect
@@ -53,8 +53,9 @@ def test_every_layout(folder, capsys):
 def test_a_whole_siglip(tmp_path, capsys):
     code, page = inspect(siglip_folder("whole", tmp_path / "siglip"), capsys)
     assert code == 0
-    for words in ("a SigLIP vision tower", "18 tensors: layers and LayerNorm after the hidden state", "images     squash",
-                  "11 tensors: attention-pooling head", "4 tensors: the text tower", "merge --vision"):
+    for words in ("a SigLIP vision tower", "18 tensors: layers and LayerNorm after the hidden state",
+                  "images     squash", "11 tensors: attention-pooling head", "4 tensors: the text tower",
+                  "merge --vision"):
         assert words in page, words
 
 

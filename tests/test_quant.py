@@ -9,31 +9,19 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file
-from test_model import GOLDEN, all_logits, draw_prompt, draw_words, expanded, fast
-from test_vision import to_uint8
+from helpers import ROOT, TINY_MODEL, draw_prompt, draw_words, expanded, to_uint8
+from test_model import all_logits, fast
 
 import eval as ev
 import load_weights
 import sample
 from lib import quant
 from lib.quant import (Int4Linear, Int8Embedding, Int8Linear, PrepackedLinear, check_int4_product, copy_or_quantize,
-                       group_size, int8_times_int8, prepack_linears, prepacking_pays, quantize_groups,
-                       quantize_linears, widen_on_cpu, widen_on_gpu)
+                       group_size, int8_times_int8, prepack_linears, prepacking_pays, quantize_groups, quantize_linears,
+                       widen_on_cpu, widen_on_gpu)
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN / "forward.safetensors")
-
-
-@pytest.fixture(scope="module")
-def original():
-    return load_model(GOLDEN / "tiny-llava-phi")
 
 
 @pytest.mark.parametrize("script", [sample, ev])
@@ -70,10 +58,10 @@ def test_prepacked_products_are_the_plain_ones(dtype, bound, n_in, n_out):
 
 
 @needs_prepacking
-def test_a_prepacked_model_says_the_same(original, golden):
+def test_a_prepacked_model_says_the_same(tiny_model, golden):
     """Its logits are the original code's, and a batch changes no answer, as with plain weights."""
     row, images = expanded(golden["llava.input_ids"][0].tolist()), to_uint8(golden["llava.pixel_values"])
-    prepacked = copy.deepcopy(original)
+    prepacked = copy.deepcopy(tiny_model)
     prepack_linears(prepacked, min_size=1)
     assert count_of(PrepackedLinear, prepacked) == 2 * 4 + 1 + 2 + 2 * 4           # decoder, head, projector, tower
     torch.testing.assert_close(all_logits(prepacked, [row], images), golden["llava.logits"][0], atol=1e-5, rtol=1e-5)
@@ -81,7 +69,7 @@ def test_a_prepacked_model_says_the_same(original, golden):
     prompts, pictures = zip(*[draw_prompt(rng, n % 3) for n in range(9)])
     together = fast(prepacked, list(prompts), list(pictures), 8)
     assert together == [fast(prepacked, [prompt], [images], 8)[0] for prompt, images in zip(prompts, pictures)]
-    assert together == fast(original, list(prompts), list(pictures), 8)
+    assert together == fast(tiny_model, list(prompts), list(pictures), 8)
 
 
 @needs_prepacking
@@ -100,9 +88,9 @@ def test_prepacking_frees_each_weight_before_the_next(monkeypatch):
     assert alive == [8, 7, 6, 5, 4, 3, 2, 1]
 
 
-def test_small_and_quantized_layers_stay_as_they_are(original):
+def test_small_and_quantized_layers_stay_as_they_are(tiny_model):
     """Small ones would become slower; and nothing is prepacked where it would not pay."""
-    model = copy.deepcopy(original)
+    model = copy.deepcopy(tiny_model)
     prepack_linears(model)
     assert count_of(PrepackedLinear, model) == 0
     quantize_linears(model, 8)
@@ -110,9 +98,9 @@ def test_small_and_quantized_layers_stay_as_they_are(original):
     assert count_of(PrepackedLinear, model) == 0
 
 
-def test_nothing_is_prepacked_where_that_does_not_pay(original, monkeypatch):
+def test_nothing_is_prepacked_where_that_does_not_pay(tiny_model, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    model = copy.deepcopy(original)
+    model = copy.deepcopy(tiny_model)
     prepack_linears(model, min_size=1)
     assert count_of(PrepackedLinear, model) == 0
 
@@ -121,7 +109,7 @@ def test_nothing_is_prepacked_where_that_does_not_pay(original, monkeypatch):
 def test_load_model_prepacks(monkeypatch):
     """Its callers need not know: the model is ready to answer. (The tiny one's layers are too small by themselves.)"""
     monkeypatch.setattr(load_weights, "prepack_linears", partial(prepack_linears, min_size=1))
-    assert count_of(PrepackedLinear, load_model(GOLDEN / "tiny-llava-phi")) == 2 * 4 + 1 + 2 + 2 * 4
+    assert count_of(PrepackedLinear, load_model(TINY_MODEL)) == 2 * 4 + 1 + 2 + 2 * 4
 
 # ---------------------------------------------------------------------------------------------------
 # 8 bits
@@ -158,10 +146,10 @@ def test_each_int8_product_is_the_plain_one_with_the_same_weights(product, bound
     assert product(x.bfloat16(), [(slice(None), weight, scale)], bias.bfloat16()).dtype == torch.bfloat16
 
 
-def test_an_int8_model_says_nearly_the_same(original, golden):
+def test_an_int8_model_says_nearly_the_same(tiny_model, golden):
     """Streamed into int8 from the folder, or turned into it in memory: one and the same, and close to fp32."""
     row, images = expanded(golden["llava.input_ids"][0].tolist()), to_uint8(golden["llava.pixel_values"])
-    streamed, turned = load_model(GOLDEN / "tiny-llava-phi", bits=8), copy.deepcopy(original)
+    streamed, turned = load_model(TINY_MODEL, bits=8), copy.deepcopy(tiny_model)
     quantize_linears(turned, 8)
     assert count_of(Int8Linear, turned) == 2 * 4 + 1 + 2 + 2 * 4                   # decoder, head, projector, tower
     for a, b in zip(streamed.state_dict().values(), turned.state_dict().values()):
@@ -272,9 +260,8 @@ def test_an_int4_model():
         streamed = LLaVAPhi(EVEN).eval()
         quantize_linears(streamed, 4)
     streamed.to_empty(device="cpu").requires_grad_(False)
-    take = copy_or_quantize(streamed, torch.Tensor.copy_)
-    for name, parameter in streamed.named_parameters():
-        take(parameter, model.get_parameter(name))
+    for name, parameter in model.named_parameters():
+        copy_or_quantize(streamed, name, parameter, torch.Tensor.copy_)
     for (name, a), b in zip(streamed.state_dict().items(), turned.state_dict().values()):
         assert torch.equal(a, b), name
     prompt, images = draw_prompt(random.Random(0), 1)
@@ -287,12 +274,12 @@ def test_an_int4_model():
 
 def test_int4_refuses_in_words(monkeypatch):
     with pytest.raises(ValueError, match="40 wide, no multiple of a group of 32"):
-        load_model(GOLDEN / "tiny-llava-phi", bits=4)
+        load_model(TINY_MODEL, bits=4)
     with pytest.raises(ValueError, match="4 bits need a CPU with AVX2 or .* take 8 bits"):
         check_int4_product(torch.device("mps"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(ValueError, match="4 bits need a CPU with AVX2"):
-        load_model(GOLDEN / "tiny-llava-phi", bits=4)
+        load_model(TINY_MODEL, bits=4)
 
 # ---------------------------------------------------------------------------------------------------
 # Both

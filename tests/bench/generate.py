@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers import PhiConfig as TheirPhiConfig
 
+from data import IMAGE_ID
 from lib.common import choose_dtype
 from lib.quant import prepack_linears, quantize_linears
-from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
+from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig, normalize
 
 TINY = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=128, n_inner=512, rotary_dim=12, dropout=0.0),

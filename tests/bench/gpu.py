@@ -13,8 +13,8 @@ mix. The parts, the most important first:
   c  decoding at batch 1, 16 and 64, eager and captured as a CUDA graph; time to the first token
   d  eval.py as a whole, pictures decoded: questions a second with 1 and with 16 questions a picture
 Both files are written after every row, so a run that is cut short keeps what it has. What does not fit into the card by
-plan is not tried. A row that failed says why, and the exit code is then 1. Other files measure loading (load.py) and
-transformers on the same GPU (generate.py and train.py, with --only GPU).
+plan is not tried. A row that failed says why, and the exit code is then 1. Other files of this folder measure loading
+(load.py) and transformers on the same GPU (gpu_transformers.py).
 
 The first hour on a machine with GPUs, in this order, each step only when the one before it was right:
   1. python -m pytest tests/test_cuda.py
@@ -52,7 +52,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))             # train and data are ours, not those of this folder
 
 from lib.common import Parser, parse_or_exit, run_command, torchrun_env
 
@@ -113,7 +113,7 @@ from lib.layouts import to_saved
 from lib.metrics import mfu
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
-from lib.save_weights import clip_json, phi_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_tokenizer
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, trained_parts
 from vision import VisionConfig
 
@@ -506,7 +506,7 @@ def write_model(bench: Bench, folder: Path) -> None:
     tensors[to_saved("llm.lm_head.bias")[0]][eos] = 1000.0
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     settings = {"model_type": "llava", "text_config": phi_json(bench.config.llm, eos, "bfloat16"),
-                "vision_config": clip_json(bench.config.vision),
+                "vision_config": tower_json(bench.config.vision),
                 "vision_feature_layer": bench.config.vision.feature_layer}
     (folder / "config.json").write_text(json.dumps(settings))
     write_tokenizer(folder, tokenizer, image=True)

@@ -7,7 +7,6 @@ Needs `pip install gguf llama-cpp-python` beside requirements.txt. Three things 
 that a difference names its cause: the decoder's tensors in the GGUF file, the logits and greedy ids of a question
 without a picture, and what the tower and the projector make of a picture, which is what the decoder then reads.
 """
-import argparse
 import ctypes
 import sys
 from pathlib import Path
