@@ -4,8 +4,9 @@ $ pip install transformers
 $ python tests/bench/gpu_transformers.py         # some four minutes; writes out/gpu/transformers/gpu.json and gpu.md
 $ python tests/bench/gpu_transformers.py --dry   # a tiny model on the CPU
 
-It gets its best: sdpa, everything in bf16, AdamW's moments too (less memory traffic than our fp32 masters), no attention
-mask (causality hides the padding on the right), and a batch either padded as a whole or as four of like length.
+It gets its best: sdpa, everything in bf16, AdamW's moments too (less memory traffic than our fp32 masters), no
+attention mask (causality hides the padding on the right), and a batch either padded as a whole or as four of like
+length.
 """
 import os
 import sys
