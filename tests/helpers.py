@@ -1,4 +1,4 @@
-"""What several test files need: processes, pictures, random prompts, records, training runs, rewritten model folders."""
+"""What several test files need: processes, pictures, random prompts, records, training runs, changed model folders."""
 import json
 import os
 import random

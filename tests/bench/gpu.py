@@ -566,6 +566,7 @@ def main(args: Namespace) -> int:
         torch.compile = partial(torch.compile, backend="aot_eager")     # traced, but no C++ compiler to wait for
     elif not torch.cuda.is_available():
         raise ValueError("no CUDA GPU here; --dry walks through the parts on a CPU")
+    train.print0 = lambda text: None            # what it says of each model is in the rows
     bench = Bench(args)
     bench.machine = describe_machine(bench)
     parts = {"a": part_a, "c": part_c, "d": part_d}
