@@ -283,15 +283,15 @@ def open_picture(image: Path | bytes | str | None, vision, mode: str):
     (0, 3, size, size) for a question without a picture."""
     import torch
 
-    from data import load_image, mean_color
+    from data import ImageConfig, load_image
     size = vision.image_size
-    pad_color = mean_color(vision.mean)
+    config = ImageConfig.of(vision, mode)
     if image is None:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
     if image == BLANK:
-        return torch.tensor(pad_color, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
+        return torch.tensor(config.pad_color, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
     source = io.BytesIO(image) if isinstance(image, bytes) else image
-    return load_image(source, size, mode, pad_color)[None]
+    return load_image(source, config)[None]
 
 
 def pictures_ahead(examples: list[Example], batches: list[list[int]], vision, mode: str) -> Iterator[list]:

@@ -22,6 +22,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from lib.common import has_bf16, parse_or_exit, run_command, torch_dtype, torchrun_env
@@ -30,8 +31,8 @@ from lib.recipes import parse, settings
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
 
-# Every micro-batch has another length. Segments that can grow keep the CUDA allocator from fragmenting the card's
-# memory. The variable is read when torch is imported; a user's own choice stands.
+# Micro-batches differ in length; expandable segments keep the CUDA allocator from fragmenting the card's memory. Torch
+# reads the variable when it is imported. A user's own choice stands.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -43,16 +44,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
-                  steps_per_epoch)
+from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
+from lib.device import memory_of
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
-from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
+from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
 from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
+from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import save_model, save_phi
+from lib.schedule import steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -121,7 +124,7 @@ def open_source(cfg: Namespace) -> tuple[Weights, LLaVAConfig]:
 
 
 def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
-    """The model on the meta device, which costs no memory, with what is frozen marked as such."""
+    """Build the model on the meta device, which costs no memory, and freeze what does not train."""
     with torch.device("meta"):
         model = LLaVAPhi(config, tower=has_tower(cfg))
         if cfg.lora_r:
@@ -132,7 +135,7 @@ def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
 
 
 def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
-    """Freeze all but --train minus --freeze, and print what learns. ValueError: a name that is no part of the model."""
+    """Freeze all but --train minus --freeze. ValueError: a name that is no part of the model."""
     parts = dict(model.named_children())
     trained, frozen = split_names(cfg.train), split_names(cfg.freeze)
     for name in trained + frozen:
@@ -146,11 +149,18 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
         raise ValueError("nothing would be trained: --train minus --freeze is empty")
     for name, part in parts.items():
         part.requires_grad_(name in trained)
-        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
+    for p in adapters:
+        p.requires_grad_(True)
+
+
+def print_parts(model: LLaVAPhi) -> None:
+    """How many parameters each part has, and whether they learn."""
+    learns = trained_parts(model)
+    for name, part in model.named_children():
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in learns else 'frozen'}")
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     if adapters:
-        for p in adapters:
-            p.requires_grad_(True)
-        print0(f"{'adapters':10s} {sum(p.numel() for p in adapters):>13,} of them, trained")
+        print0(f"{'adapters':10s} {adapters:>13,} of them, trained")
 
 
 def split_names(text: str) -> list[str]:
@@ -189,8 +199,12 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
     model = build_on_meta(cfg, config)
+    print_parts(model)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
     memory = smallest(memory_of(device))
+    warning = too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)
+    if warning:
+        print0(warning)
     recompute, gather = cfg.recompute, cfg.gather
     if recompute == "auto":
         recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
@@ -205,7 +219,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
     init_new_parameters(model, cfg, config)
     if cfg.compile:
         compile_blocks(model, device)
-    print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
+    print0(f"compute in {cfg.dtype}, recompute {recompute}, gather {gather}" + (", compiled" if cfg.compile else ""))
     return model.train()
 
 
@@ -279,10 +293,8 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
-                   config.vision.image_size, cfg.image_mode, config.vision.n_patches,
-                   min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links,
-                   pad_color=mean_color(config.vision.mean))
+                   ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
+                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
@@ -314,10 +326,10 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
     """
     ids = batch.ids.to(device, non_blocking=True)
     images = batch.images.to(device, non_blocking=True)
-    slots = batch.slots.to(device, non_blocking=True)
-    rows = batch.rows.to(device, non_blocking=True)
+    image_positions = batch.image_positions.to(device, non_blocking=True)
+    loss_positions = batch.loss_positions.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, slots, rows, targets
+    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -559,7 +571,7 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
 
 def main(args: Namespace) -> None:
     if args.plot:
-        from lib.plot import plot           # a door: drawing is no part of training
+        from lib.plot import plot  # a door: drawing is no part of training
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:
@@ -567,7 +579,8 @@ def main(args: Namespace) -> None:
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
         if all(folder.is_dir() for folder in folders(args)):
             _, config = open_source(args)
-        print_plan(args, config, build_on_meta(args, config), args.gpus, args.gpu_memory)
+        print_parts(build_on_meta(args, config))
+        print_plan(args, config, partial(build_on_meta, config=config))
         return
     source, config = open_source(args)
     mesh, device = setup()

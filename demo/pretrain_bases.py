@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from data import EOT, IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_tokenizer
 from demo.shapes import NAMES, QUARTERS, SIZE, Scene, Shape, caption, converse, draw_scene, paint, to_conversation
 from lib.layouts import to_saved
-from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_json, write_tokenizer
 from model import Layout, Phi, PhiConfig, cross_entropy_sum, init_weights
 from vision import VisionConfig, VisionTower
 
@@ -191,7 +191,7 @@ def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
         samples.sort(key=lambda sample: len(sample.ids))
         b = collate(samples, SIZE)
         h = model(model.wte(b.ids), Layout(b.lengths, b.ids.device))                    # (T, C)
-        return cross_entropy_sum(h[b.rows], model.lm_head, b.targets) / len(b.targets)
+        return cross_entropy_sum(h[b.loss_positions], model.lm_head, b.targets) / len(b.targets)
 
     fit("phi", model, next_loss, steps, lr, decay=0.01)
     tensors = {f"llm.{name}": parameter for name, parameter in model.state_dict().items()}
@@ -288,7 +288,7 @@ def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
     tensors = {f"vision.{name}": parameter for name, parameter in model.tower.state_dict().items()}
     for name, parameter in model.ln_post.state_dict().items():
         tensors[f"vision.ln_post.{name}"] = parameter
-    save_base(out, tensors, "vision_tower.", clip_json(TINY_CLIP) | {"torch_dtype": "float16"})
+    save_base(out, tensors, "vision_tower.", tower_json(TINY_CLIP) | {"torch_dtype": "float16"})
     write_json(out / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

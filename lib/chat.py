@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from data import encode_prompt, eot_id, expand, load_image, mean_color
+from data import ImageConfig, encode_prompt, eot_id, expand, load_image
 from model import LLaVAConfig, LLaVAPhi
 
 MAX_CHARACTERS = 32_000             # of a question: refused before it is tokenized; 2,048 positions hold about 8,000
@@ -165,7 +165,7 @@ def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
         source = io.BytesIO(sys.stdin.buffer.read())
     elif isinstance(source, str):
         source = pasted_path(source)
-    return load_image(source, size, config.image_mode, mean_color(config.vision.mean))[None]
+    return load_image(source, ImageConfig.of(config.vision, config.image_mode))[None]
 
 
 def pasted_path(text: str) -> Path:

@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from data import BAD_SAMPLES, IMAGE_MODES
 from lib.common import DTYPES, LOCK, hold_folder, read_json, remove, sync_folder, torchrun_env, write_whole
-from lib.metrics import free_memory
+from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, print0
+from lib.recipes import IMAGE_MODES
+from lib.records import BAD_SAMPLES
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values
@@ -104,6 +105,11 @@ FILE_BYTES = 2 ** 29        # of a checkpoint's files; Phi-2's embedding, the la
 HOST_COPIES = 2             # dcp holds a whole file in host memory, as tensors and as bytes, before it writes
 
 
+def host_memory_to_save(processes: int) -> int:
+    """Bytes, for all processes of a machine."""
+    return HOST_COPIES * FILE_BYTES * processes
+
+
 def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     """Number the file that each tensor goes to, so that a process's part of a file has at most FILE_BYTES.
 
@@ -122,8 +128,8 @@ def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 
 def check_host_memory() -> None:
-    need = HOST_COPIES * FILE_BYTES * torchrun_env().local_world
-    free = free_memory(torch.device("cpu"))
+    need = host_memory_to_save(torchrun_env().local_world)
+    free = free_memory("cpu")
     if free < need:
         raise OSError(f"writing it takes {need / 1e9:.1f} GB of host memory, and {socket.gethostname()} has "
                       f"{free / 1e9:.1f} GB free")

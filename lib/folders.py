@@ -20,10 +20,10 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data import IMAGE_MODES
 from lib.common import read_json
 from lib.layouts import (DROPPED, FOREIGN, PREFIX, feature_strategy, phi_config, rename_sequential, require, subconfig,
                          to_ours, to_saved, vision_config, without_layer)
+from lib.recipes import IMAGE_MODES
 from model import LLaVAConfig, LLaVAPhi, PhiConfig
 from vision import VisionConfig
 
@@ -219,8 +219,8 @@ def add_piece(folder: Folder, name: str, piece: str, stored: Stored) -> None:
     thirds = {piece, *pieces} <= {"q", "k", "v"}
     if pieces and (piece in pieces or not thirds):
         other = next(iter(pieces.values()))
-        raise ValueError(f"{folder.path}: {other.name} in {other.path.name} and {stored.name} in {stored.path.name} are "
-                         "the same tensor")
+        raise ValueError(f"{folder.path}: {other.name} in {other.path.name} and {stored.name} in {stored.path.name} "
+                         "are the same tensor")
     pieces[piece] = stored
 
 # ---------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def read_safetensors(path: Path) -> list[Stored]:
 
 
 def zip_problem(path: Path) -> str:
-    """The reason to refuse a .bin file that is not a plain zip archive of torch.save, or "". Asked before torch reads it.
+    """Why a .bin file is not a plain zip archive of torch.save, or "". Asked before torch reads anything in it.
 
     torch maps the file and takes each tensor's bytes as they are stored, so a compressed record would be read as noise.
     A table of millions of records, or a pickle of gigabytes, would take all memory before torch could object.

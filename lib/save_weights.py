@@ -19,7 +19,7 @@ from torch import Tensor
 from data import EOT, IMAGE, eot_id, load_tokenizer
 from lib.common import read_json, remove, replacing, sync_folder, write_whole
 from lib.folders import Weights, check_tensors, in_order, meta_model, read_tensor, saved_shapes
-from lib.layouts import PHI_KEYS, SIGLIP_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
+from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
 
@@ -298,25 +298,14 @@ def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
 
 
 def tower_json(config: VisionConfig) -> dict:
-    return clip_json(config) if config.class_token else siglip_json(config)
-
-
-def clip_json(config: VisionConfig) -> dict:
-    """config.json of a CLIPVisionModel."""
-    return {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
-        **named_as_published(config, VISION_KEYS),
-        "num_channels": 3, "attention_dropout": 0.0, "projection_dim": config.n_embd * 3 // 4,
-    }
-
-
-def siglip_json(config: VisionConfig) -> dict:
-    """config.json of a SiglipVisionModel."""
-    return {
-        "architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh",
-        **named_as_published(config, SIGLIP_KEYS),
-        "num_channels": 3, "attention_dropout": 0.0, "vision_use_head": True,
-    }
+    """config.json of a CLIPVisionModel or a SiglipVisionModel."""
+    if config.class_token:
+        own = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_act": "quick_gelu",
+               "projection_dim": config.n_embd * 3 // 4}
+    else:
+        own = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model",
+               "hidden_act": "gelu_pytorch_tanh", "vision_use_head": True}
+    return own | named_as_published(config, VISION_KEYS) | {"num_channels": 3, "attention_dropout": 0.0}
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
@@ -332,12 +321,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
         special = {"additional_special_tokens": [IMAGE]}                # transformers 4
         image_role = {"extra_special_tokens": {"image_token": IMAGE}}   # transformers 5
     tokenizer.save(str(folder / "tokenizer.json"))
-    added = sorted(tokenizer.get_added_tokens_decoder().items())
-    decoder = {}
-    for id, token in added:
-        decoder[str(id)] = {"content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
-                            "rstrip": token.rstrip, "normalized": token.normalized, "special": token.special}
-    write_json(folder / "added_tokens.json", {token.content: id for id, token in added})
+    added = json.loads(tokenizer.to_str())["added_tokens"]
+    write_json(folder / "added_tokens.json", {token["content"]: token["id"] for token in added})
+    decoder = {str(token.pop("id")): token for token in added}
     write_json(folder / "special_tokens_map.json", roles | special)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, "padding_side": "left",

@@ -17,7 +17,7 @@ from lib.folders import Kind, meta_model, open_folder, open_weights, read_bin, r
 from lib.layouts import to_saved
 from lib.lora import apply_lora
 from load_weights import load_into, load_model
-from model import LLaVAConfig, LLaVAPhi, MIPHA_CONFIG
+from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi
 
 Tensors = dict[str, Tensor]
 

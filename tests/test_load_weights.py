@@ -7,19 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lib.folders
-import model as model_file
 import pytest
-import sample
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import (GOLDEN, ROOT, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command,
-                     model_from, rewrite, same, tensors_of)
+from helpers import (GOLDEN, ROOT, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command, model_from,
+                     rewrite, same, tensors_of)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from data import load_image, load_tokenizer, mean_color
+import lib.folders
+import model as model_file
+import sample
+from data import ImageConfig, load_image, load_tokenizer
 from lib.common import without_control
 from lib.folders import Kind, open_weights
 from load_weights import export, load_into, load_model, merge
@@ -51,10 +51,8 @@ def test_mipha_golden():
     """Features, projector, logits and greedy ids of the original, from the released layout."""
     golden, mipha = load_file(GOLDEN_MIPHA / "forward.safetensors"), load_model(TINY_MIPHA)
     tower = mipha.config.vision
-    pictures = []
-    for name in ("photo.jpg", "square.png"):
-        pad = mean_color(tower.mean)
-        pictures.append(load_image(GOLDEN / "images" / name, tower.image_size, mipha.config.image_mode, pad))
+    image_config = ImageConfig.of(tower, mipha.config.image_mode)
+    pictures = [load_image(GOLDEN / "images" / name, image_config) for name in ("photo.jpg", "square.png")]
     images = torch.stack(pictures)
     assert torch.equal(normalize(images, tower.mean, tower.std), golden["vision.pixel_values"])
     features = mipha.vision(images)

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import assert_same_run, run_train, start_train, train_here
 
-import lib.metrics
 import train
 from lib.checkpoint import check_files, read_manifest
 from lib.common import LOCK
@@ -162,20 +161,13 @@ def test_nodes_without_a_shared_folder_are_refused(folders, code, words, tmp_pat
     assert not [path for path in tmp_path.rglob(".*")]
 
 
-def test_gpus_that_we_do_not_know_or_that_have_no_bf16(monkeypatch):
+def test_gpus_that_have_no_bf16(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
-    assert lib.metrics.mfu(1e14, cuda) is None
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     with pytest.raises(ValueError, match="V100-SXM2-32GB has no bf16 arithmetic; give --dtype fp32"):
         train.check_arithmetic("bf16", cuda)
     train.check_arithmetic("fp32", cuda)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert lib.metrics.mfu(989e12 / 2, cuda) == pytest.approx(0.5)
-    record = dict(step=0, loss=1.0, grad_norm=1.0, lr=1.0, seconds=1.0, tokens_per_second=9870.0, memory_gb=1.0,
-                  skipped=False)
-    line = lib.metrics.progress_line(record | {"mfu": None}, 1, 0)
-    assert "mfu" not in line and "9,870 tok/s" in line
 
 # ---------------------------------------------------------------------------------------------------
 # The end of a run

@@ -17,8 +17,8 @@ import load_weights
 import sample
 from lib import quant
 from lib.quant import (Int4Linear, Int8Embedding, Int8Linear, PrepackedLinear, check_int4_product, copy_or_quantize,
-                       group_size, int8_times_int8, prepack_linears, prepacking_pays, quantize_groups,
-                       quantize_linears, widen_on_cpu, widen_on_gpu)
+                       group_size, int8_times_int8, prepack_linears, prepacking_pays, quantize_groups, quantize_linears,
+                       widen_on_cpu, widen_on_gpu)
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig

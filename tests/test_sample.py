@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import lib.common as common
 import lib.chat
+import lib.common as common
 import sample
 from data import load_tokenizer
 from lib.common import without_control

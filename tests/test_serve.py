@@ -27,7 +27,7 @@ from PIL import Image
 import sample
 import serve.engine
 import serve.server
-from data import load_image, load_tokenizer
+from data import ImageConfig, load_image, load_tokenizer
 from load_weights import load_model
 from serve import api
 from serve.engine import MAX_WAITING, Engine, longest_beginning
@@ -200,7 +200,7 @@ def test_two_turns_about_a_picture_run_the_tower_once(server, model, tok, towers
     chat += [said(first), user("Why?")]
     second = text_of(server, chat)
     assert sum(towers) == 1
-    image = load_image(picture, model.config.vision.image_size, model.config.image_mode)[None]
+    image = load_image(picture, ImageConfig.of(model.config.vision, model.config.image_mode))[None]
     alone = sample.answer(model, tok, [["What is this?", first, "Why?"]], [image], max_new_tokens=16)
     assert second == "".join(piece for (piece,) in alone)
 

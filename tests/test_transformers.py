@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from data import encode_prompt, expand, load_image, load_tokenizer, mean_color
+from data import ImageConfig, encode_prompt, expand, load_image, load_tokenizer
 from lib.folders import open_weights, saved_shapes
-from lib.save_weights import phi_json, save_parts, saved_pieces, siglip_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, save_parts, saved_pieces, tower_json, write_json, write_tokenizer
 from load_weights import export, load_model, merge
 from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import SIGLIP_SO400M_384, normalize
@@ -72,10 +72,9 @@ def messages(turns: list[str]) -> list[dict]:
 
 
 def pixels_of(model: LLaVAPhi, name: str) -> torch.Tensor:
-    """Our picture (3, S, S) for this model, not normalised yet."""
-    tower = model.config.vision
-    pad = mean_color(tower.mean)
-    return load_image(GOLDEN / "images" / name, tower.image_size, model.config.image_mode, pad)
+    """Our picture (3, S, S) for this model, not normalized yet."""
+    config = model.config
+    return load_image(GOLDEN / "images" / name, ImageConfig.of(config.vision, config.image_mode))
 
 
 def prompt_of(model: LLaVAPhi, turns: list[str], tok: Tokenizer) -> list[int]:
@@ -222,6 +221,6 @@ def save_at_full_width(folder: Path, model: LLaVAPhi, tokenizer) -> None:
         tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
         tensors |= saved_pieces(name, tensor)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    text, vision = phi_json(model.config.llm, 0, "float32"), siglip_json(model.config.vision)
+    text, vision = phi_json(model.config.llm, 0, "float32"), tower_json(model.config.vision)
     write_json(folder / "config.json", {"image_aspect_ratio": "pad", "text_config": text, "vision_config": vision})
     write_tokenizer(folder, tokenizer, image=False)

@@ -107,12 +107,13 @@ from torch.utils.benchmark import Timer
 import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate, load_tokenizer, split_step
 from lib import plan
+from lib.device import memory_of, peak_memory
 from lib.folders import meta_model, saved_shapes
 from lib.layouts import to_saved
-from lib.metrics import memory_gb, mfu
+from lib.metrics import mfu
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
-from lib.save_weights import clip_json, phi_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_tokenizer
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, trained_parts
 from vision import VisionConfig
 
@@ -136,7 +137,7 @@ class Bench:
         self.config = TINY if args.dry else LLaVAConfig()
         self.dtype = torch.float32 if args.dry else torch.bfloat16
         self.shards = self.mesh.size(-1)
-        memory = torch.tensor(plan.memory_of(self.device))
+        memory = torch.tensor(memory_of(self.device))
         dist.all_reduce(memory, dist.ReduceOp.MIN)          # all have to choose the same configurations
         self.memory = float(memory)
         self.machine: dict = {}
@@ -312,7 +313,7 @@ def configurations(bench: Bench, flags: list[str]) -> list[Namespace]:
         chosen = plan.choose_recompute(cfg, model, bench.shards, bench.memory)
         for recompute in dict.fromkeys([chosen, *plan.RECOMPUTE_MODES]):
             for gather in ("on", "off") if bench.world > 1 else ("off",):
-                if plan.fits_in(bench.memory, cfg, model, bench.shards, recompute, gather):
+                if plan.fits(cfg, model, bench.shards, bench.memory, recompute, gather):
                     fitting.append(replace(cfg, recompute=recompute, gather=gather))
                     if recompute != "selective" and cfg.base_bits == 16:        # what --compile refuses
                         fitting.append(replace(fitting[-1], compile=True))
@@ -366,14 +367,13 @@ class Training:
             "mfu_%": "unknown" if peak_share is None else 100 * peak_share,
             "of_matmul_%": 100 * flops / bench.machine["matmul_tflops"] / 1e12,
             "first_step_s": first,
-            "peak_gb": memory_gb(bench.device),
+            "peak_gb": peak_memory(bench.device) / 1e9,
             "planned_gb": planned_bytes(self.cfg, self.model, bench.shards) / 1e9,
         }
 
 
 def planned_bytes(cfg: Namespace, model: LLaVAPhi, shards: int) -> float:
-    always, per_token = plan.memory_plan(cfg, model, shards, cfg.gather)
-    return sum(always.values()) + cfg.micro_tokens * per_token[cfg.recompute]
+    return sum(plan.memory_plan(cfg, model, shards, cfg.recompute, cfg.gather).values())
 
 
 def measure_configuration(bench: Bench, cfg: Namespace) -> dict:
@@ -506,7 +506,7 @@ def write_model(bench: Bench, folder: Path) -> None:
     tensors[to_saved("llm.lm_head.bias")[0]][eos] = 1000.0
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     settings = {"model_type": "llava", "text_config": phi_json(bench.config.llm, eos, "bfloat16"),
-                "vision_config": clip_json(bench.config.vision),
+                "vision_config": tower_json(bench.config.vision),
                 "vision_feature_layer": bench.config.vision.feature_layer}
     (folder / "config.json").write_text(json.dumps(settings))
     write_tokenizer(folder, tokenizer, image=True)

@@ -19,7 +19,7 @@ from data import load_tokenizer
 from lib.common import Parser, run_command
 from lib.folders import meta_model, saved_shapes
 from lib.layouts import PREFIX, to_saved
-from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_json, write_tokenizer
 from model import LLaVAConfig
 
 EOT = 50256
@@ -73,7 +73,7 @@ def make_clip(out: Path, config: LLaVAConfig, generator: torch.Generator) -> Non
     tensors["visual_projection.weight"] = random((768, 1024), torch.float32, generator)
     tensors["logit_scale"] = torch.tensor(2.6592)
     torch.save(tensors, out / "pytorch_model.bin")
-    write_json(out / "config.json", {"model_type": "clip", "vision_config": clip_json(config.vision)})
+    write_json(out / "config.json", {"model_type": "clip", "vision_config": tower_json(config.vision)})
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from llama_cpp import Llama, mtmd_cpp
 
-from data import encode_prompt, load_image, load_tokenizer, mean_color
+from data import ImageConfig, encode_prompt, load_image, load_tokenizer
 from lib.common import Parser, run_command
 from load_weights import load_model
 from model import LLaVAPhi
@@ -151,7 +151,7 @@ def main() -> None:
     compare_text(model, llm, ids, args.tokens)
     if args.mmproj:
         vision = model.config.vision
-        image = load_image(args.image, vision.image_size, model.config.image_mode, mean_color(vision.mean))
+        image = load_image(args.image, ImageConfig.of(vision, model.config.image_mode))
         compare_picture(model, llm, args.mmproj, image)
 
 
