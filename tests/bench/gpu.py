@@ -111,6 +111,7 @@ from lib.device import memory_of, peak_memory
 from lib.folders import meta_model, saved_shapes
 from lib.layouts import to_saved
 from lib.metrics import mfu
+from lib.processes import smallest
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
 from lib.save_weights import phi_json, tower_json, write_tokenizer
@@ -137,9 +138,7 @@ class Bench:
         self.config = TINY if args.dry else LLaVAConfig()
         self.dtype = torch.float32 if args.dry else torch.bfloat16
         self.shards = self.mesh.size(-1)
-        memory = torch.tensor(memory_of(self.device))
-        dist.all_reduce(memory, dist.ReduceOp.MIN)          # all have to choose the same configurations
-        self.memory = float(memory)
+        self.memory = smallest(memory_of(self.device))      # all have to choose the same configurations
         self.machine: dict = {}
         self.rows: dict[str, list[dict]] = {}
 
