@@ -303,12 +303,11 @@ MICRO_TOKENS = (16384, 24576, 8192, 4096, 2048)
 
 def configurations(bench: Bench, flags: list[str]) -> list[Namespace]:
     """Settings that fit into the card by plan: first what train.py would choose, last what differs most from it."""
+    base = parse_recipe([*flags, "--dtype", "fp32" if bench.dry else "bf16"])
+    model = train.build_on_meta(base, bench.config)
     fitting = []
     for micro_tokens in MICRO_TOKENS:
-        if bench.dry:
-            micro_tokens //= 64
-        cfg = parse_recipe([*flags, "--micro-tokens", str(micro_tokens), "--dtype", "fp32" if bench.dry else "bf16"])
-        model = train.build_on_meta(cfg, bench.config)
+        cfg = replace(base, micro_tokens=micro_tokens // 64 if bench.dry else micro_tokens)
         chosen = plan.choose_recompute(cfg, model, bench.shards, bench.memory)
         for recompute in dict.fromkeys([chosen, *plan.RECOMPUTE_MODES]):
             for gather in ("on", "off") if bench.world > 1 else ("off",):
