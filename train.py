@@ -298,8 +298,13 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
-    """Process 0 tokenizes all samples and writes their index, which the others read."""
-    on_process_0(lambda: len(data))
+    """Process 0 tokenizes all samples and writes their index, which the others read.
+
+    Millions of records take longer than the ten minutes that a collective of the run may take.
+    """
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    on_process_0(lambda: len(data), patient)
+    dist.destroy_process_group(patient)
     with_picture = int(data.index.image.sum())
     if with_picture and not has_tower(cfg):
         raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")

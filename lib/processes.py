@@ -19,11 +19,11 @@ def print0(text: str) -> None:
         print(text, flush=True)
 
 
-def on_process_0(work: Callable):
+def on_process_0(work: Callable, group: dist.ProcessGroup | None = None):
     """Call `work` on process 0 -> its result, on every process.
 
     An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
-    in their next collective until that times out.
+    in their next collective until that times out. They wait for `work` as long as the group's timeout allows.
     """
     result_and_error = [None, None]
     if dist.get_rank() == 0:
@@ -31,7 +31,7 @@ def on_process_0(work: Callable):
             result_and_error[0] = work()
         except (OSError, ValueError) as e:
             result_and_error[1] = e
-    dist.broadcast_object_list(result_and_error, src=0)
+    dist.broadcast_object_list(result_and_error, src=0, group=group)
     result, error = result_and_error
     if error:
         raise error
