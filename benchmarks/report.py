@@ -1,4 +1,4 @@
-"""How a result is shown: a table on the screen, and a self-contained page without scripts, to open or to send.
+"""Shows a result: a table on the screen, and a self-contained page without scripts, to open or to send.
 
 Everything that a model, a data file or a judge wrote is made harmless first: control characters are written out, and
 the page's html is escaped.
