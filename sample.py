@@ -67,7 +67,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import load_tokenizer
-from lib.chat import Clock, answer, ask, encode_chat, free_memory, open_image
+from lib.chat import Clock, answer, ask, encode_chat, open_image
+from lib.device import free_memory
 from lib.folders import open_weights
 from lib.generate import Session
 from load_weights import load_model
@@ -225,7 +226,7 @@ def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> t
     if bits == 8 or n_parameters < 100e6:
         return "fp32", "cpu in fp32"
     need = 1.1 * 4 * n_parameters                       # with a tenth for activations and the cache
-    if bits == 16 and dtype == "fp32" and need > free_memory():
+    if bits == 16 and dtype == "fp32" and need > free_memory("cpu"):
         return "bf16", "cpu in bf16, since fp32 does not fit into memory"
     return dtype, f"cpu in {dtype}"
 

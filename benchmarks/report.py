@@ -10,6 +10,8 @@ import json
 import math
 from pathlib import Path
 
+from PIL import Image
+
 from benchmarks import TASKS
 from benchmarks.scoring import BLANK, Example, Grade, published_columns
 from lib.common import html_page, visible
@@ -112,7 +114,6 @@ def thumbnail(image: Path | bytes | str | None) -> str:
 
     The picture is decoded and encoded anew, so that nothing else in its file gets into the page.
     """
-    from PIL import Image
     if image is None or image == BLANK:
         return ""
     source = io.BytesIO(image) if isinstance(image, bytes) else image

@@ -269,7 +269,7 @@ def test_a_picture_that_is_in_no_list_and_no_picture_at_all(tiny_model, tiny_tok
 ])
 def test_the_dtype_of_the_published_model_on_a_cpu(monkeypatch, has_bf16, free, bits, expected):
     monkeypatch.setattr(common, "has_bf16", lambda device: has_bf16)
-    monkeypatch.setattr(sample, "free_memory", lambda: free)
+    monkeypatch.setattr(sample, "free_memory", lambda device: free)
     assert sample.dtype_for(PUBLISHED, None, "cpu", bits) == expected
     assert sample.dtype_for(PUBLISHED, "fp32", "cpu", bits) == ("fp32", "cpu in fp32")
 
