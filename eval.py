@@ -321,12 +321,12 @@ def encode_question(example: Example, loaded: LoadedModel) -> list[int]:
     return expand(ids, None, config.vision.n_patches, config.llm.block_size)[0]
 
 
-def ask(loaded: LoadedModel, prompts: list[list[int]], images: list, max_new_tokens: int,
-        memory: list | None) -> Iterator[tuple[int, list[int]]]:
+def ask(session, prompts: list[list[int]], images: list, max_new_tokens: int,
+        eos_id: int) -> Iterator[tuple[int, list[int]]]:
     """Greedy answers of a batch: (index in the batch, tokens of its answer), each as soon as it ends."""
     tokens = [[] for _ in prompts]
     unfinished = list(range(len(prompts)))
-    columns = loaded.model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=loaded.eot_id, memory=memory)
+    columns = session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eos_id)
     for column in columns:                      # one token of each prompt, None where its answer has ended
         for i in unfinished:
             if column[i] is None:
@@ -342,6 +342,8 @@ def generate(data: Data, settings: dict, loaded: LoadedModel, todo: set[int], ra
              out: Path) -> None:
     """Answer the rows of `todo` that are this process's, appending each answer as it ends."""
     from tqdm import tqdm
+
+    from lib.generate import Session
     examples = data.examples
     config = loaded.model.config
     limit = settings["max_new_tokens"]
@@ -349,18 +351,19 @@ def generate(data: Data, settings: dict, loaded: LoadedModel, todo: set[int], ra
     lengths = {row: len(ids) for row, ids in prompts.items()}
     batches = plan_batches(examples, lengths, rank, world, args.batch)
     pictures = pictures_ahead(examples, batches, config.vision, settings["image_mode"])
-    # What the model keeps of the last picture, so that the next batch can go on with it.
-    memory = None if args.exact else []
+    session = Session(loaded.model)             # the next batch often goes on with the last one's picture
     path = out / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
     written = path.read_bytes() if path.exists() else b""
     progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=rank > 0)
     with open(path, "ab") as file, progress:
         file.truncate(written.rfind(b"\n") + 1)                 # a line that a kill left unfinished
         for batch, images in zip(batches, pictures):
-            for i, tokens in ask(loaded, [prompts[row] for row in batch], images, limit, memory):
+            if args.exact:
+                session = Session(loaded.model)
+            for i, tokens in ask(session, [prompts[row] for row in batch], images, limit, loaded.eot_id):
                 row = batch[i]
                 example = examples[row]
-                truncated = len(tokens) >= limit or lengths[row] + len(tokens) >= config.llm.block_size
+                truncated = session.finish[i] != "stop"
                 line = {"row": row, "question_id": example.question_id,
                         "prompt": example.info.get("saved", example.prompt),
                         "text": loaded.tok.decode(tokens, skip_special_tokens=True).strip(), "truncated": truncated}

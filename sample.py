@@ -92,7 +92,8 @@ from data import load_tokenizer
 from lib.chat import Clock, answer, ask, encode_chat, free_memory, open_image, peak_memory
 from lib.folders import load_config
 from load_weights import load_model
-from model import LLaVAConfig, LLaVAPhi, Prefix
+from lib.generate import Session
+from model import LLaVAConfig, LLaVAPhi
 
 with contextlib.suppress(ImportError):
     # Importing readline is all it takes to give input() arrow keys and a history. Windows does not have it.
@@ -126,7 +127,7 @@ def ask_once(model: LLaVAPhi, tok: Tokenizer, images: list[Tensor], args: Namesp
     """Ask the same question about every picture. One answer streams; several are printed when all are complete."""
     clock = Clock()
     if len(images) == 1 and not args.json:
-        for [piece] in answer(model, tok, [[args.prompt]], images, clock, **options):
+        for [piece] in answer(Session(model, args.compile), tok, [[args.prompt]], images, clock, **options):
             print_answer(piece)
         print()
     else:
@@ -147,27 +148,24 @@ class Chat:
     """A conversation in the terminal about one picture, or about none."""
 
     def __init__(self, model: LLaVAPhi, tok: Tokenizer, image: Tensor, args: Namespace, options: dict):
-        self.model = model
+        self.session = Session(model, args.compile)     # a turn computes only what is new
         self.tok = tok
         self.image = image
         self.source = args.image[0] if args.image else None
         self.verbose = args.verbose
         self.options = options
         self.turns: list[str] = []          # question, answer, question, ...
-        self.memory: list[Prefix] = []      # keys and values of everything so far: a turn computes only what is new
 
     def ask(self, question: str) -> None:
         """Stream the answer to stdout. Ctrl-C keeps what was said so far; an error leaves the chat as it was."""
         turns = [*self.turns, question]
         text = ""
         clock = Clock()
-        steps = answer(self.model, self.tok, [turns], [self.image], clock, memory=self.memory, **self.options)
         try:
-            for [piece] in steps:
+            for [piece] in answer(self.session, self.tok, [turns], [self.image], clock, **self.options):
                 text += piece
                 print_answer(piece)
         except KeyboardInterrupt:
-            steps.close()
             print_note(" [stopped]")
         print(flush=True)
         if text:                            # a question without any answer would break the order of speakers
@@ -176,11 +174,11 @@ class Chat:
 
     def explain_the_end(self, clock: Clock) -> None:
         """An answer that stops in the middle of a sentence looks like a defect: say which limit it met."""
-        block_size = self.model.config.llm.block_size
-        if clock.steps == self.options["max_new_tokens"]:
+        config = self.session.model.config
+        if self.session.finish == ["length"]:
             print_note(f"[stopped after {clock.steps} tokens: --max-new-tokens allows more]")
-        elif self.memory and len(self.memory[0].ids) + 1 >= block_size:
-            print_note(f"[the model's {block_size} positions are full: /reset starts anew]")
+        elif self.session.finish == ["context"]:
+            print_note(f"[the model's {config.llm.block_size} positions are full: /reset starts anew]")
         if self.verbose and clock.steps:
             print_note(str(clock))
 
@@ -192,7 +190,7 @@ class Chat:
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/image" and argument:
-            self.image = open_image(argument, self.model.config)
+            self.image = open_image(argument, self.session.model.config)
             self.source = argument
             self.turns = []
         elif command == "/reset":
@@ -242,7 +240,8 @@ def read_line() -> str:
 # Speed and memory
 
 
-def bench(model: LLaVAPhi, tok: Tokenizer, image: Tensor, options: dict, n: int = 32) -> dict[str, float]:
+def bench(model: LLaVAPhi, tok: Tokenizer, image: Tensor, options: dict, cuda_graph: bool = False,
+          n: int = 32) -> dict[str, float]:
     """Speed of one answer of n tokens, the best of three.
 
     To write a token, the decoder reads all of its weights once, so a single answer can be no faster than the memory
@@ -253,7 +252,8 @@ def bench(model: LLaVAPhi, tok: Tokenizer, image: Tensor, options: dict, n: int 
     clocks = []
     for _ in range(3):
         clock = Clock()
-        for column in model.generate([ids], [image], eos_id=-1, **options):     # no token has id -1: never ends early
+        # No token has id -1, so the answer never ends early.
+        for column in Session(model, cuda_graph).generate([ids], [image], eos_id=-1, **options):
             clock.tick(column)
         clocks.append(clock)
     first = min(clock.first for clock in clocks)
@@ -339,14 +339,13 @@ def main(argv: list[str] | None = None) -> None:
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
-        "fast": args.compile,
         "generator": torch.Generator(device).manual_seed(args.seed),
     }
     if server:
-        server.run(model, tok, folder.resolve().name, options)
+        server.run(model, tok, folder.resolve().name, options, args.compile)
     elif args.bench:
         image = images[0] if args.image else images[0].new_zeros(1, *images[0].shape[1:])       # black will do
-        for name, value in bench(model, tok, image, options).items():
+        for name, value in bench(model, tok, image, options, args.compile).items():
             print(f"{name:24}{value:10.2f}")
     elif args.prompt is not None:
         ask_once(model, tok, images, args, options)

@@ -34,7 +34,7 @@ from demo.shapes import NAMES, QUARTERS, SIZE, Scene, Shape, caption, converse, 
 from lib.common import Parser, run_command
 from lib.layouts import to_saved
 from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
-from model import Layout, Phi, PhiConfig, cross_entropy_sum, init_weights
+from model import Packed, Phi, PhiConfig, cross_entropy_sum, init_weights
 from vision import VisionConfig, VisionTower
 
 PHI = PhiConfig(
@@ -174,7 +174,7 @@ def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
         samples = [document(rng, tok) for _ in range(batch)]
         samples.sort(key=lambda sample: len(sample.ids))
         b = collate(samples, SIZE)
-        h = model(model.wte(b.ids), Layout(b.lengths, b.ids.device))                    # (T, C)
+        h = model(model.wte(b.ids), Packed(b.lengths, b.ids.device))                    # (T, C)
         return cross_entropy_sum(h[b.rows], model.lm_head, b.targets) / len(b.targets)
 
     fit("phi", model, next_loss, steps, lr, decay=0.01)

@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import encode_prompt, eot_id, expand, load_image, mean_color
-from model import Layout, LLaVAPhi, Phi
+from data import eot_id
+from lib.chat import ask
+from model import LLaVAPhi, Packed, Phi
 
 PAGES = Path(__file__).parent
 
@@ -84,7 +85,7 @@ def read_page(name: str) -> list[tuple[str, str]]:
 def logits_of(llm: Phi, ids: list[int]) -> Tensor:
     """One text's ids (T) -> logits (T, V) in fp32."""
     row = torch.tensor(ids, device=llm.wte.weight.device)
-    x = llm(llm.wte(row), Layout(torch.tensor([len(ids)]), row.device))             # (T, C)
+    x = llm(llm.wte(row), Packed([len(ids)], row.device))             # (T, C)
     return llm.lm_head(x).float()
 
 
@@ -168,22 +169,12 @@ def draw_circle(size: int = 336) -> tuple[Image.Image, Image.Image]:
     return drawn, blank
 
 
-def ask(model: LLaVAPhi, tok: Tokenizer, question: str, picture: Image.Image, n_tokens: int = 12) -> str:
-    """The model's greedy answer to one question about one picture."""
-    config = model.config
-    image = load_image(picture, config.vision.image_size, config.image_mode, mean_color(config.vision.mean))
-    image = image[None].to(model.llm.wte.weight.device)                             # (1, 3, S, S)
-    ids, _ = expand(encode_prompt([question], tok, True), None, config.vision.n_patches, config.llm.block_size)
-    columns = model.generate([ids], [image], max_new_tokens=n_tokens, eos_id=eot_id(tok))
-    return tok.decode([column[0] for column in columns]).strip()
-
-
 def judge_picture(model: LLaVAPhi, tok: Tokenizer, language: Language) -> Finding:
     """Whether the model names the colour of what it sees, and does not do so when there is nothing.
 
     A wrong answer is "unclear" only: a projector that has not been trained yet gives no better ones.
     """
-    drawn, blank = (ask(model, tok, language.question, picture) for picture in draw_circle())
+    drawn, blank = (ask(model, tok, language.question, [picture], max_new_tokens=12)[0] for picture in draw_circle())
     sees = "red" in drawn.lower() and "red" not in blank.lower()
     return Finding("a picture", f"a red circle is {drawn!r}, no circle is {blank!r}",
                    "red, and something else (once the projector is trained)", "sound" if sees else "unclear")

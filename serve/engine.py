@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lib.chat import Clock, answer, encode_chat, free_memory, open_image
 from lib.common import use_device
-from model import LLaVAConfig, LLaVAPhi, Prefix, whole_slots
+from lib.generate import KVCache, Session
+from model import LLaVAConfig, LLaVAPhi
 from serve.api import Busy, Request
 
 MAX_WAITING = 32                    # questions in the line; the next one is told to come back later
@@ -119,8 +120,7 @@ class Pictures:
 def key_value_limit(device: torch.device) -> int:
     """How many bytes a batch's keys and values may take: MAX_KEY_VALUE_BYTES, or a sixth of what is free now.
 
-    All in all they take up to three times that: the finished conversations that are remembered take as much, and so do
-    the copies that are kept of a batch, at the moment when it ends. Single conversations are let by, however long.
+    A single conversation is always admitted.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return min(MAX_KEY_VALUE_BYTES, free // 6)
@@ -128,28 +128,23 @@ def key_value_limit(device: torch.device) -> int:
 
 def position_bytes(model: LLaVAPhi) -> float:
     """What the keys and values of one position take."""
-    cache = model.new_cache(1, 1)
+    cache = KVCache(model.llm, [[]], 1)
     return (cache.k.nbytes + cache.v.nbytes) / cache.k.size(3)
-
-
-def held_bytes(prefixes: list[Prefix]) -> int:
-    """What their keys and values take: of a view, all that it keeps in memory."""
-    return sum(prefix.k.untyped_storage().nbytes() + prefix.v.untyped_storage().nbytes() for prefix in prefixes)
 
 
 class Engine:
     """The line, and the thread that answers it."""
 
-    def __init__(self, model: LLaVAPhi, tok: Tokenizer, top_k: int = 0, fast: bool = False):
+    def __init__(self, model: LLaVAPhi, tok: Tokenizer, top_k: int = 0, cuda_graph: bool = False):
         self.model = model
         self.tok = tok
-        self.options = {"top_k": top_k, "fast": fast}       # of `LLaVAPhi.generate`, the same for all requests
+        self.top_k = top_k                                  # the same for all requests
+        self.session = Session(model, cuda_graph)           # remembers the last conversation
         self.pictures = Pictures(model.config)
         self.changed = threading.Condition()                # guards the line and `stopping`
         self.waiting: list[Question] = []
         self.running: list[Question] = []
         self.stopping = False
-        self.memory: list[Prefix] = []                      # of the last conversations, oldest first
         self.key_value_limit = key_value_limit(model.device)
         self.max_positions = int(self.key_value_limit / position_bytes(model))      # of a batch, in all
         self.thread = threading.Thread(target=self.run, name="model", daemon=True)
@@ -241,7 +236,7 @@ class Engine:
     def has_room_for(self, batch: list[Question]) -> bool:
         """Whether so many may run together. In memory every conversation is as long as the longest may become."""
         longest = max(question.prompt_tokens + question.request.max_tokens for question in batch)
-        positions = whole_slots(min(longest, self.model.config.llm.block_size))
+        positions = -(-min(longest, self.model.config.llm.block_size) // 16) * 16       # as KVCache rounds them up
         return len(batch) <= MAX_BATCH and len(batch) * positions <= self.max_positions
 
     def answer_batch(self, batch: list[Question]) -> None:
@@ -253,25 +248,21 @@ class Engine:
         else:
             generator.manual_seed(settings.seed)
         clock = Clock()
-        memory = list(self.memory)          # `generate` replaces the list's content
         chats = [question.request.turns for question in batch]
         images = [question.image for question in batch]
         steps = answer(
-            self.model, self.tok, chats, images, clock, max_new_tokens=settings.max_tokens,
-            temperature=settings.temperature, top_p=settings.top_p, generator=generator,
-            memory=memory, remember_all=True, **self.options)
+            self.session, self.tok, chats, images, clock, max_new_tokens=settings.max_tokens,
+            temperature=settings.temperature, top_k=self.top_k, top_p=settings.top_p, generator=generator)
         for pieces in steps:
-            for question, piece, tokens in zip(batch, pieces, clock.tokens):
-                self.pass_on(question, piece, tokens, is_over=tokens < clock.steps)
+            for question, piece, tokens, finish in zip(batch, pieces, clock.tokens, self.session.finish):
+                self.pass_on(question, piece, tokens, finish if tokens < clock.steps else "")
             if all(question.finish for question in batch):
                 break
-        steps.close()                       # now `memory` holds this batch's keys and values
-        for question in batch:
-            self.pass_on(question, "", question.completion_tokens, is_over=True)
-        self.remember(memory)
+        for question, finish in zip(batch, self.session.finish):
+            self.pass_on(question, "", question.completion_tokens, finish)
 
-    def pass_on(self, question: Question, piece: str, tokens: int, is_over: bool) -> None:
-        """One step's text for one question. is_over: the model has ended this answer, others of the batch may go on."""
+    def pass_on(self, question: Question, piece: str, tokens: int, finish: str) -> None:
+        """One step's text for one question. finish: why this answer has ended, "" while it goes on."""
         if question.finish is not None:
             return
         if question.client_left():
@@ -279,20 +270,6 @@ class Engine:
             return
         question.completion_tokens = tokens
         question.add(piece)
-        if is_over and question.finish is None:
+        if finish and question.finish is None:
             question.flush()
-            n_positions = question.prompt_tokens + tokens
-            cut = tokens == question.request.max_tokens or n_positions >= self.model.config.llm.block_size
-            question.end("length" if cut else "stop")
-
-    def remember(self, conversations: list[Prefix]) -> None:
-        """Keep the keys and values of the last conversations, so that their next turn computes only what is new."""
-        for new in conversations:
-            kept = []
-            for old in self.memory:
-                is_continued = new.images is old.images and new.ids[:len(old.ids)] == old.ids
-                if not is_continued:
-                    kept.append(old)
-            self.memory = [*kept, new]
-        while len(self.memory) > 1 and (len(self.memory) > MAX_BATCH or held_bytes(self.memory) > self.key_value_limit):
-            self.memory.pop(0)
+            question.end("stop" if finish == "stop" else "length")

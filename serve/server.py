@@ -154,8 +154,8 @@ class Server(ThreadingHTTPServer):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_address[1]}"
 
-    def run(self, model: LLaVAPhi, tok: Tokenizer, name: str, options: dict) -> None:
-        """Answer until Ctrl-C or SIGTERM. name: what the model is called; options: of `LLaVAPhi.generate`, of which
+    def run(self, model: LLaVAPhi, tok: Tokenizer, name: str, options: dict, cuda_graph: bool = False) -> None:
+        """Answer until Ctrl-C or SIGTERM. name: what the model is called; options: of `lib.chat.answer`, of which
         requests can set their own max_new_tokens, temperature and top_p."""
         from serve.engine import Engine
 
@@ -167,7 +167,7 @@ class Server(ThreadingHTTPServer):
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
-        self.start(Engine(model, tok, options["top_k"], options["fast"]), name, options)
+        self.start(Engine(model, tok, options["top_k"], cuda_graph), name, options)
         print(self.url, flush=True)
         told_to_stop.wait()
         print("stopping after the running answers; again to stop at once", file=sys.stderr, flush=True)

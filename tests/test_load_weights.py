@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from data import load_image, load_tokenizer, mean_color
+from data import IMAGE_ID, load_image, load_tokenizer, mean_color
 from lib.common import read_json, without_control
 from lib.folders import blueprint, load_config, read_bin, read_folder
+from lib.generate import Session
 from lib.layouts import to_ours, to_saved
 from lib.save_weights import save_model
 from load_weights import export, export_parts, load_into, load_model, main, merge
-from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi
+from model import LLaVAConfig, LLaVAPhi, Packed
 from vision import SIGLIP_SO400M_384, VisionConfig, normalize
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,7 +80,7 @@ def rewrite(source: Path, out: Path, change=lambda tensors: tensors, config=lamb
 @torch.no_grad()
 def llm_logits(model: LLaVAPhi, ids: Tensor) -> Tensor:
     B, T = ids.shape
-    h = model.llm(model.llm.wte(ids.flatten().long()), Layout(torch.tensor([T] * B), ids.device))
+    h = model.llm(model.llm.wte(ids.flatten().long()), Packed(torch.tensor([T] * B), ids.device))
     return model.llm.lm_head(h).view(B, T, -1)
 
 
@@ -253,9 +254,9 @@ def test_mipha_golden(mipha):
     ids = prefix + [IMAGE_ID] * tower.n_patches + suffix
     row = torch.tensor(ids)
     x = mipha.embed(row.clamp_min(0), images[:1], (row == IMAGE_ID).nonzero().flatten())
-    logits = mipha.llm.lm_head(mipha.llm(x, Layout(torch.tensor([len(ids)]), x.device)))
+    logits = mipha.llm.lm_head(mipha.llm(x, Packed(torch.tensor([len(ids)]), x.device)))
     torch.testing.assert_close(logits, golden["mipha.logits"][0], atol=1e-5, rtol=0)
-    columns = mipha.generate([ids], [images[:1]], max_new_tokens=24, eos_id=-1)
+    columns = Session(mipha).generate([ids], [images[:1]], max_new_tokens=24, eos_id=-1)
     assert [column[0] for column in columns] == golden["generate.ids"].tolist()
 
 

@@ -192,7 +192,7 @@ def test_each_turn_equals_the_whole_chat_asked_anew(monkeypatch, capsys, model, 
     lines, _ = chat(monkeypatch, capsys, ["", *questions], "--image", PHOTO, "--max-new-tokens", 6)
     turns, image = [], sample.open_image(str(PHOTO), model.config)
     for question, said in zip(questions, lines, strict=True):
-        pieces = sample.answer(model, tok, [[*turns, question]], [image], sample.Clock(), max_new_tokens=6)
+        pieces = sample.answer(sample.Session(model), tok, [[*turns, question]], [image], sample.Clock(), max_new_tokens=6)
         assert said == "".join(piece for (piece,) in pieces)
         turns += [question, said]
 
@@ -256,7 +256,7 @@ def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, model, t
     assert names["texts"][0] == sample.ask(model, tok, "What is this?", [cat], max_new_tokens=32)[0]
     assert names["texts"][1] and names["texts"][1] != names["texts"][0]
     turns = ["What is this?", names["text"], "Why do you think so?"]
-    [last] = ["".join(pieces) for pieces in zip(*sample.answer(model, tok, [turns], [cat]))]
+    [last] = ["".join(pieces) for pieces in zip(*sample.answer(sample.Session(model), tok, [turns], [cat]))]
     assert capsys.readouterr().out == last
 
 

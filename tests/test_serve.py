@@ -24,10 +24,12 @@ import pytest
 import torch
 from PIL import Image
 
+import lib.generate
 import sample
 import serve.engine
 import serve.server
 from data import load_image, load_tokenizer
+from lib.generate import KVCache
 from load_weights import load_model
 from serve import api
 from serve.engine import MAX_WAITING, Engine, longest_beginning
@@ -201,26 +203,8 @@ def test_two_turns_about_a_picture_run_the_tower_once(server, model, tok, towers
     second = text_of(server, chat)
     assert sum(towers) == 1
     image = load_image(picture, model.config.vision.image_size, model.config.image_mode)[None]
-    alone = sample.answer(model, tok, [["What is this?", first, "Why?"]], [image], max_new_tokens=16)
+    alone = sample.answer(sample.Session(model), tok, [["What is this?", first, "Why?"]], [image], max_new_tokens=16)
     assert second == "".join(piece for (piece,) in alone)
-
-
-def test_chats_of_one_batch_all_keep_their_keys_and_values(model, tok, towers):
-    """Three users with a picture each ask at once, and once more: six answers, three runs of the tower."""
-    with running(model, tok) as server:
-        blocker = start_long_answer(server)
-        pictures = [ROOT / f"tests/golden/images/{name}" for name in ("photo.jpg", "alpha.png", "tall.png")]
-        chats = [[user(f"What is {i}?", picture)] for i, picture in enumerate(pictures)]
-        with ThreadPoolExecutor(3) as pool:
-            first = pool.map(lambda chat: text_of(server, chat), chats)
-            wait_until(lambda: len(server.engine.waiting) == 3)
-            blocker.close()
-            for chat, text in zip(chats, first):
-                chat += [said(text), user("Why?")]
-            together = list(pool.map(lambda chat: text_of(server, chat), chats))
-        assert sum(towers) == 3
-    with running(model, tok) as server:
-        assert together == [text_of(server, chat) for chat in chats]
 
 
 def test_sixteen_clients_at_once_get_what_they_get_alone(server):
@@ -232,21 +216,20 @@ def test_sixteen_clients_at_once_get_what_they_get_alone(server):
 
 
 def test_a_batch_takes_as_many_as_their_keys_and_values_leave_room_for(model, tok, monkeypatch):
-    """Counted as the model holds them: all as long as the longest may become. What is remembered keeps within it, too."""
+    """Counted as the model holds them: all as long as the longest may become."""
     llm = model.config.llm
     monkeypatch.setattr(serve.engine, "free_memory", lambda: 6 * 400 * 2 * 4 * llm.n_layer * llm.n_embd)
     caches = []
-    new_cache = model.new_cache
 
-    def count(batch: int, slots: int):
-        cache = new_cache(batch, slots)
-        caches.append(batch * cache.k.size(3))
-        return cache
+    class Counted(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(len(self.contents) * self.k.size(3))
 
     with running(model, tok) as server:
         engine = server.engine
         assert engine.max_positions == 400
-        monkeypatch.setattr(model, "new_cache", count)
+        monkeypatch.setattr(lib.generate, "KVCache", Counted)
         blocker = start_long_answer(server)
         with ThreadPoolExecutor(8) as pool:
             texts = pool.map(lambda i: text_of(server, [user(f"What is {i}?")], max_tokens=30), range(8))
@@ -254,7 +237,6 @@ def test_a_batch_takes_as_many_as_their_keys_and_values_leave_room_for(model, to
             blocker.close()
             texts = list(texts)
         assert len(caches) > 2 and max(caches[1:]) <= 400   # the first is the blocker's, alone
-        assert 0 < serve.engine.held_bytes(engine.memory) <= engine.key_value_limit
     with running(model, tok) as server:
         assert texts == [text_of(server, [user(f"What is {i}?")], max_tokens=30) for i in range(8)]
 
@@ -506,7 +488,7 @@ def test_memory_does_not_grow(server):
         before = resident()
         list(pool.map(one, range(200, 1200)))
     engine = server.engine
-    assert len(engine.memory) <= serve.engine.MAX_BATCH and len(engine.pictures.known) <= 16
+    assert len(engine.pictures.known) <= 16
     assert resident() - before < 60e6
     wait_until(lambda: threading.active_count() < 10)
 

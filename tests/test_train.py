@@ -36,7 +36,7 @@ from lib.folders import read_folder
 from lib.recipes import parse, replace
 from load_weights import load_model
 from load_weights import main as load_weights
-from model import Layout, LLaVAConfig, MIPHA_CONFIG, PhiConfig
+from model import LLaVAConfig, MIPHA_CONFIG, Packed, PhiConfig
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -518,7 +518,7 @@ def test_the_memory_plan_counts_what_forward_really_keeps(mode, learn):
         model.llm.recompute, model.vision.recompute = mode, mode != "none"
         x = torch.zeros(256, 128, dtype=torch.bfloat16, requires_grad=True)
         with Alive(model.llm) as decoder:
-            h = model.llm(x, Layout(torch.tensor([256]), x.device))
+            h = model.llm(x, Packed(torch.tensor([256]), x.device))
         with Alive(model.vision) as tower:
             patches = model.vision(torch.zeros(16, 3, 56, 56, dtype=torch.uint8))    # 256 tokens are 16 pictures
         assert h.shape == (256, 128) and patches.shape == (16, 16, 128)

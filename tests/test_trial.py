@@ -151,8 +151,8 @@ def test_random_weights_do_not_pass(capsys):
 ])
 def test_a_picture_has_to_be_seen(drawn, blank, verdict, monkeypatch):
     """The colour is named where the circle is, and not where there is none."""
-    def ask(model, tok, question, picture):
-        return drawn if len(picture.getcolors(1000)) > 1 else blank
+    def ask(model, tok, question, pictures, max_new_tokens):
+        return [drawn if len(picture.getcolors(1000)) > 1 else blank for picture in pictures]
     monkeypatch.setattr(lib.try_model, "ask", ask)
     tok = load_tokenizer(GOLDEN / "tiny-llava-phi")
     assert judge_picture(load_model(GOLDEN / "tiny-llava-phi"), tok, ENGLISH).verdict == verdict

@@ -31,9 +31,9 @@ from PIL import Image
 import eval as ev
 from benchmarks import textvqa
 from benchmarks.scoring import SHORT, Example, accuracy
-from data import load_image, load_tokenizer
+from data import IMAGE_ID, load_image, load_tokenizer
 from lib.quant import prepack_linears, quantize_linears
-from model import IMAGE_ID, LLaVAConfig, PhiConfig
+from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig, normalize
 
 SMALL = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=320, n_inner=1280, dropout=0.0),

@@ -73,12 +73,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from lib import plan
 import train
-from data import IGNORE, Sample, Step, collate
+from data import IGNORE, IMAGE_ID, Sample, Step, collate
 from lib.folders import blueprint
+from lib.generate import Session
 from lib.layouts import to_saved
 from lib.save_weights import clip_json, phi_json
 from load_weights import load_model
-from model import IMAGE_ID, LLaVAConfig, LLaVAPhi, PhiConfig
+from model import LLaVAConfig, LLaVAPhi, PhiConfig
 from vision import VisionConfig
 
 TINY = LLaVAConfig(
@@ -547,7 +548,7 @@ def decode(bench: Bench, model: LLaVAPhi, batch: int, captured: bool) -> dict:
         ends.clear()
         bench.sync()
         start = time.perf_counter()
-        for _ in model.generate(prompts, pictures, max_new_tokens=n, eos_id=-1, fast=captured):
+        for _ in Session(model, captured).generate(prompts, pictures, max_new_tokens=n, eos_id=-1):
             ends.append(time.perf_counter() - start)
     token = statistics.median(b - a for a, b in zip(ends, ends[1:]))
     # What a step has to read: every weight but the embedding's other rows, and the keys and values so far.
@@ -577,19 +578,19 @@ def part_c(bench: Bench, model: LLaVAPhi) -> None:
             free(bench)
 
 
-def answer_all(bench: Bench, model: LLaVAPhi, prompts: list, pictures: list, batch: int, fast: bool) -> None:
+def answer_all(bench: Bench, model: LLaVAPhi, prompts: list, pictures: list, batch: int, cuda_graph: bool) -> None:
     """Eight tokens each, as the short answers of a benchmark are."""
     for i in range(0, len(prompts), batch):
         chosen = slice(i, i + batch)
-        for _ in model.generate(prompts[chosen], pictures[chosen], max_new_tokens=8, eos_id=-1, fast=fast):
+        for _ in Session(model, cuda_graph).generate(prompts[chosen], pictures[chosen], max_new_tokens=8, eos_id=-1):
             pass
 
 
-def rate(bench: Bench, model: LLaVAPhi, n: int, a_picture: int, batch: int, fast: bool) -> dict:
+def rate(bench: Bench, model: LLaVAPhi, n: int, a_picture: int, batch: int, cuda_graph: bool) -> dict:
     """Questions that are all there from the start, answered `batch` at a time."""
     prompts, pictures = questions(bench, n, a_picture)
-    answer_all(bench, model, prompts[:batch], pictures[:batch], batch, fast)       # warm-up
-    seconds = seconds_of(lambda: answer_all(bench, model, prompts, pictures, batch, fast), bench, 1, 0)
+    answer_all(bench, model, prompts[:batch], pictures[:batch], batch, cuda_graph)       # warm-up
+    seconds = seconds_of(lambda: answer_all(bench, model, prompts, pictures, batch, cuda_graph), bench, 1, 0)
     return {"questions": n, "questions_per_s": n / seconds}
 
 
@@ -597,7 +598,7 @@ def part_d(bench: Bench, model: LLaVAPhi) -> None:
     # What 16 questions have in common, everything up to the end of the picture, is computed once for all of them.
     n = 8 if bench.dry else 512
     batch = 4 if bench.dry else 64
-    for name, count, a_picture, size, fast in (
+    for name, count, a_picture, size, cuda_graph in (
             ("a loop over single questions", n // 8, 1, 1, False),
             ("a picture each, in batches", n // 2, 1, batch, False),
             ("16 a picture, in batches", n, 16, batch, False),
@@ -606,7 +607,7 @@ def part_d(bench: Bench, model: LLaVAPhi) -> None:
             bench.note(f"part d: {name} left out, the time was up")
             continue
         row = {"what": name, "batch": size}
-        attempt(bench, "d", row, partial(rate, bench, model, count, a_picture, size, fast))
+        attempt(bench, "d", row, partial(rate, bench, model, count, a_picture, size, cuda_graph))
         free(bench)
 
 # ---------------------------------------------------------------------------------------------------

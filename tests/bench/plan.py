@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from lib import plan
 import train
 from lib.recipes import parse, replace
-from model import Layout, LLaVAConfig
+from model import LLaVAConfig, Packed
 
 LENGTH = {"pretrain": 597, "finetune": 848}     # positions of a sample, as in plan.PUBLISHED
 SUPERVISED = 256                                # of a sample: 16 samples fill a chunk of logits, as the plan assumes
@@ -89,20 +89,20 @@ def measure(cfg: Namespace, config: LLaVAConfig, gpus: int, samples: int, length
         model.vision.recompute = cfg.recompute != "none"
         train.shard(model, mesh, torch.bfloat16, cfg.gather)
         batch = make_batch(config, samples, length, supervised)
-        layout = Layout(batch[1], torch.device("cpu"))      # made of real lengths: the host computes with them
+        layout = Packed(batch[1], torch.device("cpu"))      # made of real lengths: the host computes with them
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             model.to_empty(device="cpu").train()
             if gpus == 1:
                 train.keep_masters(model, torch.bfloat16)
             optimizer = train.make_optimizer(model, cfg)
             fake = [mode.from_tensor(x) for x in batch]
-            for name in ("pos", "starts", "last"):
+            for name in ("pos", "cu_seqlens"):
                 setattr(layout, name, mode.from_tensor(getattr(layout, name)))
             if gpus > 1:
                 tracker = FSDPMemTracker(model, optimizer)
             else:
                 tracker = PeakMemory([*model.parameters(), *train.trained_weights(model).values()])
-            with tracker, patch("model.Layout", return_value=layout):
+            with tracker, patch("model.Packed", return_value=layout):
                 for step in range(2):
                     if gpus > 1:
                         tracker.reset_mod_stats()
