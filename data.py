@@ -1,52 +1,50 @@
 """From LLaVA's json, or one question, to packed tensors.
 
     picture      -> uint8 pixels of the size that the vision tower wants            load_image
-    conversation -> token ids, and for each the label that training is to learn     encode
+    conversation -> token ids, and for each its label                               encode
     samples      -> one row of tokens without padding                               collate
-    (seed, step) -> which samples a training step consists of, and who computes it  step_samples, split_step, Loader
+    (seed, step) -> the samples of a training step, split over ranks                step_samples, split_step, Loader
 
 The first two follow LLaVA's train.py (the chat template, where the image goes) and Hugging Face's CLIPImageProcessor
 and SiglipImageProcessor (the pixels, bit for bit). This file knows nothing of models: sizes arrive as arguments.
-
-    $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
-    $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
+`python data.py check --help` says how to find bad samples before training.
 """
 from __future__ import annotations
 
-import atexit
-import fcntl
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from lib.common import parse_or_exit, replacing, run_command
+from lib.recipes import IMAGE_MODES, parse_check
+
+if __name__ == "__main__":
+    ARGS = parse_or_exit(parse_check)   # --help and mistakes are answered before the imports below take seconds
+
 import hashlib
 import json
-import math
-import multiprocessing
 import os
 import re
-import signal
-import sys
 import warnings
-from argparse import BooleanOptionalAction, Namespace
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from tqdm import tqdm
 
-from lib.common import Parser, read_jsonl, run_command
-from lib.recipes import RECIPES
-
-# torch takes seconds to import: the functions that need it do so, and `python data.py --help` answers at once.
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from lib.records import BadSamples, find_records, id_of, lines_of, parse_record
+from lib.schedule import epoch_order, split_step, step_samples
+from lib.workers import map_in_chunks, map_in_workers
 
 IGNORE = -100                       # label of a position that is not supervised
-BAD_SAMPLES = "bad_samples.jsonl"   # in the folder of a training run: those that it went on without
 IMAGE_ID = -200                     # the one image slot in ids; after `expand`, every patch's place
 IMAGE = "<image>"                   # how LLaVA's json says "here": a tag in the first question, never a token
 EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
@@ -55,56 +53,62 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 
 
 class Sample(NamedTuple):
-    """One record, ready to be packed."""
+    """One record, or one prompt, ready to be packed."""
     id: str
     ids: list[int]                  # image slot expanded to P times IMAGE_ID
-    labels: list[int]               # as long as ids, unshifted: the label of a position is its own id, or IGNORE
+    labels: list[int] | None        # as long as ids, unshifted: a position's own id, or IGNORE; None for a prompt
     image: Tensor | None            # (3, S, S) uint8
 
 
 class Batch(NamedTuple):
-    """B samples one behind the other in a single row of T tokens; N images of P patches; M supervised tokens."""
+    """B samples packed into a single row of T tokens; N images of P patches; M supervised tokens."""
     ids: Tensor                     # (T,) int64, 0 at image positions
     lengths: Tensor                 # (B,) int64, their sum is T
     images: Tensor                  # (N, 3, S, S) uint8, N may be 0
-    slots: Tensor                   # (N * P,) int64, the image positions in ids
-    rows: Tensor                    # (M,) int64, positions whose next token, in the same sample, is learnt
+    image_positions: Tensor         # (N * P,) int64, where in ids the patches go
+    loss_positions: Tensor          # (M,) int64, where the next token, in the same sample, is supervised
     targets: Tensor                 # (M,) int64, those next tokens
 
 # ---------------------------------------------------------------------------------------------------
 # Picture
 
-IMAGE_MODES = ("crop", "pad", "squash")
-PAD_COLOR = (122, 116, 104)         # int(255 * CLIP's mean), what LLaVA pads with
 MAX_PIXELS = 89_478_485             # refused before decoding, like Pillow's own limit: 268 MB as RGB
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of telephones
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of phones
 warnings.filterwarnings("ignore", module="PIL")             # odd EXIF data and the like: a picture opens or it does not
 
 
-def mean_color(mean: tuple[float, float, float]) -> tuple[int, int, int]:
-    """The padding colour of a tower with this mean. Normalised, it is near zero: the tower sees no edge to speak of.
+class ImageConfig(NamedTuple):
+    """How a model wants its pictures."""
+    size: int                       # pixels per side
+    mode: str                       # one of IMAGE_MODES, see load_image
+    pad_color: tuple[int, int, int]
+    n_patches: int                  # positions that a picture takes in a sample
 
-    LLaVA cuts the fraction off instead of rounding, so (122, 116, 104) for CLIP and (127, 127, 127) for SigLIP.
-    """
-    red, green, blue = mean
-    return int(255 * red), int(255 * green), int(255 * blue)
+    @classmethod
+    def of(cls, vision, mode: str) -> ImageConfig:
+        """For the tower of a VisionConfig.
+
+        A picture is padded with the tower's mean color, which normalization turns into almost zero. LLaVA cuts the
+        fraction off instead of rounding: (122, 116, 104) for CLIP, (127, 127, 127) for SigLIP.
+        """
+        red, green, blue = vision.mean
+        pad_color = int(255 * red), int(255 * green), int(255 * blue)
+        return cls(vision.image_size, mode, pad_color, vision.n_patches)
 
 
-def load_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str,
-               pad_color: tuple[int, int, int] = PAD_COLOR) -> Tensor:
-    """A picture, from a file or open already, as the vision tower wants it -> (3, size, size) uint8.
+def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig) -> Tensor:
+    """A picture, as a file or already open -> uint8 (3, size, size).
 
-    mode "crop": the shortest edge becomes `size`, then the centre is cut out (CLIP's processor; LLaVA-Phi's stage 1).
+    mode "crop": the shortest edge becomes `size`, then the center is cut out (CLIP's processor; LLaVA-Phi's stage 1).
     mode "pad": the whole picture in the middle of a square of pad_color (LLaVA's stage 2 and inference).
     mode "squash": both edges become `size`, whatever that does to the proportions (SigLIP's processor).
 
-    The pixels equal those of Hugging Face's processors before they normalise, which here is the tower's work, except
-    that a photo lying on its side is put upright. ValueError names the file and says what is wrong with it.
+    The pixels equal those of Hugging Face's processors before normalization, which is the tower's work here, except
+    that a photo stored on its side is put upright. ValueError names the file and says what is wrong with it.
     """
-    import torch
-
+    size, mode, pad_color, _ = config
     assert mode in IMAGE_MODES, f"image mode {mode!r} is none of {', '.join(IMAGE_MODES)}"
-    image = open_image(source, size, mode)
+    image = open_rgb(source, size, mode)
     w, h = image.size
     if mode == "crop":
         W = size * w // min(w, h)
@@ -124,11 +128,10 @@ def load_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str
     return pixels.permute(2, 0, 1).contiguous()             # (3, S, S)
 
 
-def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
-    """Upright RGB. Alpha is dropped and the first frame of several is taken, as the original does.
+def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
+    """Upright RGB. Alpha is dropped and the first of several frames is taken, as the original does.
 
-    Pictures come from strangers: nothing is decoded before its size is known to be bearable. With decode=False
-    nothing is decoded at all, which tells quickly whether the header is good.
+    Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the given picture"
     if "://" in name:
@@ -152,10 +155,10 @@ def open_image(source: str | Path | BinaryIO | Image.Image, size: int, mode: str
 
 
 def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
-    """Pixels of the largest picture on the way to size x size.
+    """Pixels of the largest intermediate picture.
 
-    A strip of a million pixels by one is small in the file, but padded to a square, or with its shortest edge at
-    `size`, it would fill any memory.
+    A strip of a million pixels by one is a small file, but padded to a square, or with its shortest edge at `size`, it
+    would fill any memory.
     """
     if mode == "pad":
         return max(w, h) ** 2
@@ -166,7 +169,7 @@ def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a photo as its EXIF data asks. Phones store most photos lying on their side; annotators saw them upright."""
+    """Rotate a photo as its EXIF data says. Phones store most photos on their side; annotators saw them upright."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:               # broken EXIF data around a good picture
@@ -180,11 +183,9 @@ def upright(image: Image.Image) -> Image.Image:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """From tokenizer.json, else from vocab.json, merges.txt and added_tokens.json; both give the same ids.
 
-    The image slot and the end of a text are placed by id, never by spelling: "<image>" or "<|endoftext|>" that
-    somebody typed into a text stays text, and cannot move a picture or end an answer.
-    Raises FileNotFoundError, or ValueError with the file that is no tokenizer.
+    Special words in a text are text: the image slot and the end of text are placed by id, so an "<image>" or
+    "<|endoftext|>" that somebody typed cannot move a picture or end an answer.
     """
-    folder = Path(folder)
     if (folder / "tokenizer.json").exists():
         tok = read_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -192,10 +193,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     else:
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; "
                                 "get Phi-2's by: hf download microsoft/phi-2 --local-dir checkpoints/phi-2")
-    # encode_turns asks which token a character lies in. By default, tokens of white space report empty spans, and the
-    # labels would be wrong without any error.
+    # encode_turns asks which token a character lies in. With trimmed offsets, tokens of white space would report empty
+    # spans, and the labels would be silently wrong.
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    tok.encode_special_tokens = True                        # special words in a text are text
+    tok.encode_special_tokens = True                        # as text, that is
     eot_id(tok)                                             # raises if there is none
     return tok
 
@@ -211,7 +212,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def build_tokenizer(folder: Path) -> Tokenizer:
-    """GPT-2's kind of tokenizer from its older files; the released LLaVA-Phi and Mipha have only these."""
+    """From GPT-2's older files, the only ones that the released LLaVA-Phi and Mipha have."""
     try:
         tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     except Exception as e:
@@ -232,11 +233,20 @@ def build_tokenizer(folder: Path) -> Tokenizer:
 
 
 def eot_id(tok: Tokenizer) -> int:
-    """The id that ends an answer. config.json's eos_token_id is wrong in released checkpoints: never use that."""
+    """The id that ends an answer. Never config.json's eos_token_id, which is wrong in released checkpoints."""
     i = tok.token_to_id(EOT)
     if i is None:
         raise ValueError(f"the tokenizer has no {EOT} token")
     return i
+
+
+def tokenize(text: str, tok: Tokenizer) -> Encoding:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        around = text[max(0, e.start - 20):e.start + 20]
+        raise ValueError(f"broken unicode: a lone surrogate in {around!r}") from None
+    return tok.encode(text, add_special_tokens=False)
 
 # ---------------------------------------------------------------------------------------------------
 # Conversation -> ids and labels
@@ -260,8 +270,6 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
         if turn.get("from") != speaker:
             raise ValueError(f"wrong speaker: expected human and gpt in turns, found {turn.get('from')!r} "
                              f"for {speaker!r}")
-        if not turn["value"].isascii() and any("\ud800" <= c <= "\udfff" for c in turn["value"]):
-            raise ValueError(f"broken unicode: a lone surrogate in {turn['value'][:40]!r}")
     if not said or len(said) % 2:
         raise ValueError("no answer: the conversation " + ("ends with a question" if said else "is empty"))
 
@@ -271,18 +279,15 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
     if not isinstance(record["image"], str) or not record["image"]:
         raise ValueError(f"image name: expected one path, found {record['image']!r}")
     question = turns[0].strip()
-    if question.startswith(IMAGE):
-        question = question.removeprefix(IMAGE)
-    else:
-        question = question.removesuffix(IMAGE)
+    question = question.removeprefix(IMAGE) if question.startswith(IMAGE) else question.removesuffix(IMAGE)
     turns[0] = question.strip()
     return turns, True
 
 
 @lru_cache(maxsize=4)
 def encode_once(text: str, tok: Tokenizer) -> tuple[int, ...]:
-    """For the system text, which is the same in front of every conversation."""
-    return tuple(tok.encode(text, add_special_tokens=False).ids)
+    """For the system prompt, which opens every conversation."""
+    return tuple(tokenize(text, tok).ids)
 
 
 def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[int], list[int]]:
@@ -314,7 +319,7 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
         # tokenized in one piece. The tokenizer then says which token the answer's first character lies in, and the
         # labels cannot drift from the ids. LLaVA tokenizes the question again by itself to learn its length, which is
         # off by one in places.
-        encoded = tok.encode(text + answer, add_special_tokens=False)
+        encoded = tokenize(text + answer, tok)
         n_asked = encoded.char_to_token(len(text)) if answer else len(encoded.ids)
         ids += encoded.ids
         labels += [IGNORE] * n_asked + encoded.ids[n_asked:]
@@ -340,7 +345,7 @@ def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list
     if not image or len(turns) != 2:
         raise ValueError("not a caption: pretraining wants an image, one question and its answer, found "
                          f"{len(turns)} turns {'with' if image else 'without'} an image")
-    ids = tok.encode(turns[1] + "\n", add_special_tokens=False).ids
+    ids = tokenize(turns[1] + "\n", tok).ids
     return [IMAGE_ID] + ids, [IGNORE] + ids
 
 
@@ -374,195 +379,67 @@ def expand(ids: list[int], labels: list[int] | None, n_patches: int,
 
 
 def collate(samples: list[Sample], image_size: int = 336) -> Batch:
-    """Pack samples one behind the other into a single row: no padding is computed, lengths keep them apart.
+    """Pack samples into a single row: no padding is computed, lengths keep them apart. Prompts supervise nothing.
 
     image_size only gives `images` its shape when there are none.
     """
-    import torch
-
+    labels_of = [s.labels if s.labels is not None else [IGNORE] * len(s.ids) for s in samples]
+    labels = np.array(list(chain.from_iterable(labels_of)), dtype=np.int64)                    # (T,)
     ids = np.array(list(chain.from_iterable(s.ids for s in samples)), dtype=np.int64)          # (T,)
-    labels = np.array(list(chain.from_iterable(s.labels for s in samples)), dtype=np.int64)    # (T,)
     lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)                          # (B,)
-    # A token is predicted at the position before it. Before a sample's first token stands another sample, which must
-    # not be taught what follows it.
+    # A token is predicted at the position before it. The one before a sample's first token belongs to another sample,
+    # which must not be taught what follows it.
     first = np.cumsum(lengths) - lengths
     labels[first] = IGNORE
-    rows = np.flatnonzero(labels[1:] != IGNORE)                                                # (M,)
-    targets = labels[rows + 1]                                                                 # (M,)
-    slots = np.flatnonzero(ids == IMAGE_ID)                                                    # (N * P,)
-    ids[slots] = 0                      # any valid id: the embedding looks it up, then the patch takes its place
+    loss_positions = np.flatnonzero(labels[1:] != IGNORE)                                      # (M,)
+    targets = labels[loss_positions + 1]                                                       # (M,)
+    image_positions = np.flatnonzero(ids == IMAGE_ID)                                          # (N * P,)
+    ids[image_positions] = 0            # any valid id: the embedding looks it up, then the patch takes its place
     images = [s.image for s in samples if s.image is not None]
     if images:
-        assert len(slots) % len(images) == 0, f"{len(slots)} image positions for {len(images)} images"
+        assert len(image_positions) % len(images) == 0, f"{len(image_positions)} positions for {len(images)} images"
         pixels = torch.stack(images)                                                           # (N, 3, S, S)
     else:
-        assert len(slots) == 0, f"{len(slots)} image positions, but no image"
+        assert len(image_positions) == 0, f"{len(image_positions)} image positions, but no image"
         pixels = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-    return Batch(torch.from_numpy(ids), torch.from_numpy(lengths), pixels, torch.from_numpy(slots),
-                 torch.from_numpy(rows), torch.from_numpy(targets))
+    ids, lengths, image_positions, loss_positions, targets = map(
+        torch.from_numpy, (ids, lengths, image_positions, loss_positions, targets))
+    return Batch(ids, lengths, pixels, image_positions, loss_positions, targets)
 
 # ---------------------------------------------------------------------------------------------------
-# Records on disk. The json of stage 2 is a gigabyte, and every process of a training run needs it: instead of the
-# records themselves, their byte ranges are held in memory, and a record is read when its turn comes.
-
-BLOCK = 1 << 24                     # bytes looked at in one go
-CHUNK = 256                         # records given to a worker process in one go
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no value in json")
-
-
-STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)          # Python's own also reads NaN and Infinity
-
-
-def parse_record(record: bytes) -> dict:
-    try:
-        return STRICT_JSON.decode(record.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"not json: {json_problem(e)}") from e
-
-
-def json_problem(e: Exception, start: int = 0) -> str:
-    """What json's parser met, and how far behind `start`, where the record begins: its lines are not the file's."""
-    return f"{e.msg} after {e.pos - start} characters" if isinstance(e, json.JSONDecodeError) else str(e)
-
-
-def find_records(path: Path) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the records of a json list, or of the lines of a jsonl file."""
-    with open(path, "rb") as file:
-        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()     # without a byte order mark
-        if head.startswith(b"["):
-            yield from find_in_list(path, file)
-        elif head.startswith(b"{"):
-            position = file.seek(0)
-            for line in file:
-                if not line.isspace():
-                    yield position, position + len(line)
-                position += len(line)
-        else:
-            raise ValueError(f"{path} is not LLaVA's json: expected a list of records, found "
-                             f"{head[:20].decode('utf-8', 'replace')!r}")
-
-
-def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the records of a json list, found by parsing one window of the file after another.
-
-    The windows are decoded as latin-1, which makes one character of every byte, so that the parser's positions are
-    byte positions. Bytes above 127 occur inside strings only, where the parser looks for nothing but quotes and
-    backslashes.
-    """
-    space = re.compile(r"[ \t\r\n]*")
-    file.seek(0)
-    start = file.read(BLOCK).index(b"[") + 1                # where the window begins in the file
-    width = BLOCK
-    first = True
-    while True:
-        file.seek(start)
-        text = file.read(width).decode("latin-1")
-        i = 0                                               # in the window: everything before it is done
-        try:
-            while True:
-                i = space.match(text, i).end()
-                if first and text[i] == "]":
-                    return                                  # an empty list
-                _, end = STRICT_JSON.raw_decode(text, i)
-                after = space.match(text, end).end()
-                if text[after] not in ",]":
-                    raise ValueError("expected , or ] after this record")
-                yield start + i, start + end
-                if text[after] == "]":
-                    return
-                i = after + 1
-                first = False
-        except (ValueError, IndexError, RecursionError) as e:
-            # Either the window ends within this record, or the record is broken. A window that reached the end of
-            # the file, or that has grown to 16 blocks for one record, settles which.
-            if len(text) < width or width > 16 * BLOCK:
-                [line] = lines_of(path, [start + i])
-                raise ValueError(f"not json: {path}, line {line}: {json_problem(e, i)}; the record that begins there is "
-                                 "broken, and what follows cannot be found") from e
-            width = BLOCK if i else 2 * width
-            start += i
-
-
-def lines_of(path: Path, positions: list[int]) -> list[int]:
-    """Line numbers, from 1, of ascending byte positions."""
-    lines = []
-    line = 1
-    read = 0
-    with open(path, "rb") as file:
-        for position in positions:
-            while read < position:
-                block = file.read(min(BLOCK, position - read))
-                if not block:
-                    break
-                line += block.count(b"\n")
-                read += len(block)
-            lines.append(line)
-    return lines
-
-
-def image_path(folder: Path, name: str, follow_links: bool) -> Path:
-    """The file that a record names. The record is a stranger's: it must not reach outside of the image folder."""
-    if "://" in name or name.startswith("data:"):
-        raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
-    absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
-    if absolute or "\0" in name or "\\" in name or ".." in name.split("/"):
-        raise ValueError(f"image outside the folder: {name!r}; expected a path relative to the image folder")
-    path = folder / name
-    if not follow_links and not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"image outside the folder: {name!r} is a link to {path.resolve()}; --follow-links allows it")
-    return path
-
-
-class RecordInfo(NamedTuple):
-    """What one look at a record tells. A record with a problem counts as one position that teaches nothing."""
-    length: int = 1                 # positions: image expanded, cut to block_size
-    supervised: int = 0             # tokens
-    image: bool = False
-    cut: int = 0                    # positions lost to block_size
-    problem: str = ""               # "kind: detail", empty if there is none
-    notes: tuple[str, ...] = ()     # not wrong, but worth knowing
-    id_hash: int = 0                # of the record's "id", to find duplicates
-    folder: str = ""                # that its image is in
+# Dataset: a file of records, of which the index says what the schedule has to know
 
 
 class Index(NamedTuple):
-    """What the plan of a training run needs to know about all n records."""
+    """What the schedule needs to know of all n records. A bad one counts as one position that teaches nothing."""
     ranges: np.ndarray              # (n, 2) int64, bytes of the file
-    length: np.ndarray              # (n,) int32, and so on as in RecordInfo
-    supervised: np.ndarray
-    image: np.ndarray
-    cut: np.ndarray
+    length: np.ndarray              # (n,) int32, and so are the others: positions, image expanded, cut to block_size
+    supervised: np.ndarray          # tokens
+    image: np.ndarray               # 0 or 1
+    cut: np.ndarray                 # positions lost to block_size
 
 
+@dataclass(eq=False)
 class Dataset:
-    """LLaVA's json or jsonl. `index` is made when first asked for: a minute or more for 665 thousand records, once.
+    """LLaVA's json or jsonl. FileNotFoundError or ValueError if the file is not there or not LLaVA's.
 
-    on_bad_sample: "stop" raises at the first; "skip" puts a sample in its place that supervises nothing.
-    cache_dir: where the index and the list of bad samples are written; None: nowhere.
-    pad_color: for image_mode "pad", see mean_color.
-    Raises FileNotFoundError or ValueError if the file is not there or not LLaVA's json.
+    Each record goes through `prepare` once for the index, which needs its length, and again whenever it is sampled. The
+    index does not keep the ids: for the 665K records of stage 2 they would be a second gigabyte in every run's folder,
+    to save a worker 0.3 ms next to the 6 ms that a picture takes.
     """
+    path: Path
+    image_dir: Path
+    tok: Tokenizer
+    template: str                   # plain or v0, see encode
+    image_config: ImageConfig
+    block_size: int                 # positions of a sample at most
+    _: KW_ONLY
+    on_bad_sample: str = "stop"     # raise at the first; "skip": put in its place a sample that supervises nothing
+    cache_dir: Path | None = None   # where the index and the list of bad samples are written, if anywhere
+    follow_links: bool = False      # out of image_dir
 
-    def __init__(self, json_path: Path, image_dir: Path, tok: Tokenizer, template: str, image_size: int,
-                 image_mode: str, n_patches: int, block_size: int, on_bad_sample: str = "stop",
-                 cache_dir: Path | None = None, follow_links: bool = False,
-                 pad_color: tuple[int, int, int] = PAD_COLOR):
-        assert on_bad_sample in ("stop", "skip"), f"on_bad_sample {on_bad_sample!r} is neither stop nor skip"
-        self.path = Path(json_path)
-        self.image_dir = Path(image_dir)
-        self.tok = tok
-        self.template = template
-        self.image_size = image_size
-        self.image_mode = image_mode
-        self.pad_color = pad_color
-        self.n_patches = n_patches
-        self.block_size = block_size
-        self.on_bad_sample = on_bad_sample
-        self.cache_dir = Path(cache_dir) if cache_dir else None
-        self.follow_links = follow_links
+    def __post_init__(self):
+        assert self.on_bad_sample in ("stop", "skip"), f"{self.on_bad_sample!r} is neither stop nor skip"
         if not self.path.is_file():
             raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
         first = next(find_records(self.path), None)
@@ -578,8 +455,6 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.index.length)
 
-    # ---- all records at once
-
     @cached_property
     def checksum(self) -> str:
         with open(self.path, "rb") as file:
@@ -587,70 +462,71 @@ class Dataset:
 
     @cached_property
     def index(self) -> Index:
-        """Read from cache_dir if it was made for this very json, tokenizer and template; else made, and kept there."""
+        """Read from cache_dir if it was made for this very json, tokenizer and template; else made, and kept there.
+
+        No lock guards it: a run holds its folder, and lets process 0 make the index before the others ask for it.
+        """
         if self.cache_dir is None:
             return self.make_index()
-        key = [self.checksum, self.tok.to_str(), self.template, self.n_patches, self.block_size, self.on_bad_sample]
+        key = [self.checksum, self.tok.to_str(), self.template, self.image_config.n_patches, self.block_size,
+               self.on_bad_sample]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         path = self.cache_dir / f"index_{name}.npz"
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.cache_dir / "index.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                # one process makes it, the others wait and read
-            if not path.exists():
-                part = path.with_suffix(".part.npz")
+        if not path.exists():
+            with replacing(path) as part:
                 np.savez(part, **self.make_index()._asdict())
-                os.replace(part, path)
         with np.load(path) as arrays:
             return Index(**arrays)
-
-    def find_ranges(self) -> np.ndarray:
-        return np.fromiter(find_records(self.path), dtype=np.dtype((np.int64, 2)))          # (n, 2)
 
     def make_index(self) -> Index:
         ranges = self.find_ranges()
         workers = os.cpu_count() if len(ranges) > 2000 else 0           # a small file is done before workers start
         numbers = np.zeros((4, len(ranges)), dtype=np.int32)
-        for i, info in enumerate(self.inspect_all(ranges, "no", workers)):
-            if info.problem and self.on_bad_sample == "stop":
-                raise self.sample_error(ranges[i].tolist(), info.problem)
-            numbers[:, i] = (info.length, info.supervised, info.image, info.cut)
+        for i, measured in enumerate(self.map_records(self.measure, ranges, workers)):
+            if isinstance(measured, ValueError):
+                if self.on_bad_sample == "stop":
+                    raise self.sample_error(ranges[i].tolist(), measured)
+                measured = (1, 0, 0, 0)
+            numbers[:, i] = measured
         return Index(ranges, *numbers)
 
-    def inspect_all(self, ranges: np.ndarray, decode: str, workers: int) -> Iterator[RecordInfo]:
-        """What `sample` would meet at each record, in order, with a progress bar. decode: see `inspect`."""
-        chunks = [ranges[i:i + CHUNK] for i in range(0, len(ranges), CHUNK)]
-        inspected = parallel(partial(self.inspect_chunk, decode), chunks, workers)
-        infos = chain.from_iterable(inspected)
-        return iter(tqdm(infos, self.path.name, len(ranges), unit=" records", disable=None, leave=False))
+    def find_ranges(self) -> np.ndarray:
+        return np.fromiter(find_records(self.path), dtype=np.dtype((np.int64, 2)))          # (n, 2)
 
-    def inspect_chunk(self, decode: str, ranges: np.ndarray) -> list[RecordInfo]:
-        return [self.inspect(span, decode) for span in ranges.tolist()]
+    def map_records(self, function: Callable, ranges: np.ndarray, workers: int) -> Iterator:
+        """function(byte range) of every record, in order, in worker processes, with a progress bar."""
+        results = map_in_chunks(function, ranges.tolist(), workers)
+        return iter(tqdm(results, self.path.name, len(ranges), unit=" records", disable=None, leave=False))
 
-    def inspect(self, span: tuple[int, int], decode: str) -> RecordInfo:
-        """What `sample` would meet. The picture: decode "full" opens it, "header" asks for its size, "no" leaves it."""
+    def measure(self, span: tuple[int, int]) -> tuple[int, int, int, int] | ValueError:
+        """A record's numbers in the index, or what is wrong with it: as a value, so that it leaves the worker."""
         try:
-            record = parse_record(self.read(span))
-            ids, labels = encode(record, self.tok, self.template)
-            image = IMAGE_ID in ids
-            full_length = len(ids) - 1 + self.n_patches if image else len(ids)
-            ids, labels = expand(ids, labels, self.n_patches, self.block_size)
-            if image and decode != "no":
-                path = image_path(self.image_dir, record["image"], self.follow_links)
-                open_image(path, self.image_size, self.image_mode, decode == "full")
-            id_hash = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
-        except (ValueError, OSError) as e:
-            return RecordInfo(problem=str(e))
-        return RecordInfo(
-            length=len(ids),
-            supervised=len(labels) - labels.count(IGNORE),
-            image=image,
-            cut=full_length - len(ids),
-            notes=notes_on(record),
-            id_hash=int.from_bytes(id_hash.digest()),
-            folder=str(Path(record["image"]).parent) if image else "",
-        )
+            _, ids, labels, cut = self.prepare(span)
+        except ValueError as e:
+            return e
+        return len(ids), len(labels) - labels.count(IGNORE), int(IMAGE_ID in ids), cut
 
-    # ---- one record
+    def prepare(self, span: tuple[int, int]) -> tuple[dict, list[int], list[int], int]:
+        """Parse, apply the template, tokenize, expand -> the record, ids, labels, and how many positions were cut off.
+
+        ValueError says what is wrong with the record.
+        """
+        record = parse_record(self.read(span))
+        ids, labels = encode(record, self.tok, self.template)
+        n_patches = self.image_config.n_patches
+        full_length = len(ids) + (n_patches - 1 if IMAGE_ID in ids else 0)
+        ids, labels = expand(ids, labels, n_patches, self.block_size)
+        return record, ids, labels, full_length - len(ids)
+
+    def sample(self, i: int) -> Sample:
+        """Record i. ValueError names its id and line, what is wrong, and the command that finds all like it."""
+        span = self.index.ranges[i].tolist()
+        try:
+            record, ids, labels, _ = self.prepare(span)
+            image = load_image(self.image_path(record), self.image_config) if IMAGE_ID in ids else None
+        except (ValueError, OSError) as e:
+            raise self.sample_error(span, e) from e
+        return Sample(str(record.get("id", i)), ids, labels, image)
 
     def read(self, span: tuple[int, int]) -> bytes:
         start, end = span
@@ -658,33 +534,27 @@ class Dataset:
             file.seek(start)
             return file.read(end - start)
 
-    def name(self, span: tuple[int, int]) -> str:
-        """The record's id, also where the record cannot be parsed."""
-        match = re.search(rb'"id"\s*:\s*("[^"]*"|-?\d+)', self.read(span))
-        return match[1].decode("utf-8", "replace").strip('"') if match else "(none)"
+    def image_path(self, record: dict) -> Path:
+        """The file that a record names. The record is untrusted: it must not reach outside of the image folder."""
+        name = record["image"]
+        if "://" in name or name.startswith("data:"):
+            raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
+        absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
+        if absolute or "\0" in name or "\\" in name or ".." in name.split("/"):
+            raise ValueError(f"image outside the folder: {name!r}; expected a path relative to the image folder")
+        path = self.image_dir / name
+        if not self.follow_links and not path.resolve().is_relative_to(self.image_dir.resolve()):
+            raise ValueError(f"image outside the folder: {name!r} is a link to {path.resolve()}; "
+                             "--follow-links allows it")
+        return path
 
     def sample_error(self, span: tuple[int, int], problem: object) -> ValueError:
         [line] = lines_of(self.path, [span[0]])
-        return ValueError(f"sample {self.name(span)}, line {line} of {self.path}: {problem}; "
+        return ValueError(f"sample {id_of(self.read(span))}, line {line} of {self.path}: {problem}; "
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.image_dir}")
 
-    def sample(self, i: int) -> Sample:
-        """Record i. ValueError names its id and line, what is wrong, and the command that finds all like it."""
-        span = self.index.ranges[i].tolist()
-        try:
-            record = parse_record(self.read(span))
-            ids, labels = encode(record, self.tok, self.template)
-            ids, labels = expand(ids, labels, self.n_patches, self.block_size)
-            image = None
-            if IMAGE_ID in ids:
-                path = image_path(self.image_dir, record["image"], self.follow_links)
-                image = load_image(path, self.image_size, self.image_mode, self.pad_color)
-        except (ValueError, OSError) as e:
-            raise self.sample_error(span, e) from e
-        return Sample(str(record.get("id", i)), ids, labels, image)
-
     def summary(self) -> str:
-        """One line for the log. What is cut, and what then teaches nothing, is not passed over in silence."""
+        """One line for the log, with the samples that were cut and those that are left without a supervised token."""
         index = self.index
         n_cut = (index.cut > 0).sum()
         n_useless = (index.supervised == 0).sum()
@@ -692,199 +562,8 @@ class Dataset:
                 f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn")
 
 
-def notes_on(record: dict) -> tuple[str, ...]:
-    """What is not wrong with a good record, but may not be what its author meant."""
-    said = [turn["value"] for turn in record["conversations"]]
-    first = next(turn["value"] for turn in record["conversations"] if turn["from"] == "human").strip()
-    turns, image = to_turns(record)
-    has_tag = image and (first.startswith(IMAGE) or first.endswith(IMAGE))
-    n_tags = sum(text.count(IMAGE) for text in said)
-    notes = []
-    if not all(turns[1::2]):
-        notes.append("empty answer, only the end of text is learnt")
-    if image and not has_tag:
-        notes.append("no <image> where the first question begins or ends, the image is put in front")
-    if n_tags > (1 if has_tag else 0):
-        notes.append("<image> that stays text")
-    if sum(map(len, said)) > 100_000:
-        notes.append("more than 100,000 characters")
-    return tuple(notes)
-
 # ---------------------------------------------------------------------------------------------------
-# The plan: which samples make a training step, and which process computes them. Every process computes the whole plan
-# for itself, from the seed, the step and the index alone: they need not talk to each other, and a resumed run goes on
-# with exactly the samples that are next.
-
-
-def steps_per_epoch(n: int, global_batch: int) -> int:
-    return math.ceil(n / global_batch)                      # the last step of an epoch may be smaller
-
-
-def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.Generator | None,
-                   shuffle_steps: torch.Generator) -> list[int]:
-    """LLaVA's group_by_modality_length: runs of world * batch samples that are all with a picture, or all without.
-
-    lengths are negative for text-only samples. Each run is dealt to the processes by length, the longest first, to the
-    one with the least so far. The last, incomplete runs of both kinds are mixed.
-    """
-    import torch
-
-    run_length = world * batch
-    runs = []
-    rest = []
-    for kind in (np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)):
-        mixed = kind[torch.randperm(len(kind), generator=shuffle).numpy()]
-        of_kind = []
-        for i in range(0, len(mixed), run_length):
-            of_kind.append(deal(mixed[i:i + run_length], np.abs(lengths), world))
-        runs += of_kind[:-1]                                # like the original, the last counts as incomplete
-        rest += of_kind[-1] if of_kind else []
-    runs = [runs[i] for i in torch.randperm(len(runs), generator=shuffle_steps).tolist()]
-    if len(rest) >= run_length:
-        runs.insert(0, rest[:run_length])
-        rest = rest[run_length:]
-    return [*chain.from_iterable(runs), *rest]
-
-
-def deal(run: np.ndarray, lengths: np.ndarray, world: int) -> list[int]:
-    """Order a run so that its parts for the processes, one behind the other, are about equally long."""
-    by_length = run[np.argsort(-lengths[run], kind="stable")].tolist()
-    hands = [[] for _ in range(world)]
-    if world == 1 or len(by_length) % world:
-        for position, i in enumerate(by_length):
-            hands[position % world].append(i)
-        return [*chain.from_iterable(hands)]
-    sums = [0] * world
-    for i in by_length:
-        open_hands = [rank for rank in range(world) if len(hands[rank]) < len(by_length) // world]
-        rank = min(open_hands, key=lambda rank: sums[rank])
-        hands[rank].append(i)
-        sums[rank] += int(lengths[i])
-    return [*chain.from_iterable(hands)]
-
-
-def epoch_order(seed: int, index: Index, global_batch: int, group: str, epoch: int) -> np.ndarray:
-    """Every sample once. group "modality_length": the samples of a step are all with a picture, or all without."""
-    assert group in ("none", "modality_length"), f"group {group!r} is neither none nor modality_length"
-    epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    if group == "none":
-        return np.random.default_rng(epoch_seed).permutation(len(index.length))
-
-    import torch
-    generator = torch.Generator().manual_seed(epoch_seed)
-    lengths = np.where(index.image, index.length, -index.length)
-    return np.array(modality_order(lengths, 1, global_batch, generator, generator))
-
-
-def step_samples(step: int, n: int, global_batch: int, order: Callable[[int], np.ndarray]) -> list[int]:
-    """The samples of a global step, whatever the processes and the micro-batches. order: epoch -> its samples."""
-    epoch, k = divmod(step, steps_per_epoch(n, global_batch))
-    return order(epoch)[k * global_batch:(k + 1) * global_batch].tolist()
-
-
-TOKEN_COST = 0.0151                 # TFLOP to train Phi-2's linear layers on a token
-PICTURE_COST = 1.1                  # TFLOP to train CLIP-L-336 on a picture
-
-
-def training_cost(length: int, image: int, picture_cost: float = PICTURE_COST) -> float:
-    """TFLOP to train on a sample of so many positions: Phi-2's linear layers, its attention, the vision tower."""
-    return TOKEN_COST * length + 0.5e-6 * length ** 2 + picture_cost * image
-
-
-def split_step(lengths: list[int], images: list[int], world: int, budget: int,
-               picture_cost: float = PICTURE_COST) -> list[list[list[int]]]:
-    """Split a step into micro-batches -> [rank][micro-batch] -> positions in `lengths`.
-
-    Uses as few micro-batches as the budget of tokens allows, and the same number on every rank, because FSDP's
-    processes wait for each other after each. Samples are placed most expensive first, each in the cheapest micro-batch
-    that has room (greedy bin packing). A sample above the budget gets a micro-batch of its own, and with fewer samples
-    than ranks some are empty. Which samples share one depends on `world` only where their number has to be rounded up.
-    """
-    costs = [training_cost(length, image, picture_cost) for length, image in zip(lengths, images)]
-    order = sorted(range(len(lengths)), key=lambda i: -costs[i])
-    tokens = sum(min(length, budget) for length in lengths)
-    n = world * max(1, math.ceil(tokens / budget / world))
-    micro_batches = pack_greedily(order, lengths, costs, n, budget)
-    while micro_batches is None:                            # they did not fit into n: one more for every rank
-        n += world
-        micro_batches = pack_greedily(order, lengths, costs, n, budget)
-    # Equally expensive ones side by side: what ranks compute at the same time should take the same time.
-    micro_batches.sort(key=lambda micro: -sum(costs[i] for i in micro))
-    return [micro_batches[rank::world] for rank in range(world)]
-
-
-def pack_greedily(order: list[int], lengths: list[int], costs: list[float], n: int,
-                  budget: int) -> list[list[int]] | None:
-    """Distribute the samples, in this order, over n micro-batches; None if one fits into none of them."""
-    micro_batches = [[] for _ in range(n)]
-    tokens = [0] * n
-    sums = [0.0] * n                                        # of costs
-    for i in order:
-        with_room = [b for b in range(n) if not micro_batches[b] or tokens[b] + lengths[i] <= budget]
-        if not with_room:
-            return None
-        cheapest = min(with_room, key=lambda b: sums[b])
-        micro_batches[cheapest].append(i)
-        tokens[cheapest] += lengths[i]
-        sums[cheapest] += costs[i]
-    return [sorted(micro) for micro in micro_batches]
-
-# ---------------------------------------------------------------------------------------------------
-# Loader: the plan carried out, in worker processes ahead of the training
-
-
-class FunctionDataset:
-    """The least that torch's DataLoader accepts: looking up an item calls a function with it."""
-
-    def __init__(self, function: Callable):
-        self.function = function
-
-    def __getitem__(self, item):
-        return self.function(item)
-
-
-def as_it_is(item):
-    """In place of DataLoader's own collating, which would turn lists into tensors."""
-    return item
-
-
-def ignore_signals(worker: int) -> None:
-    """torchrun signals a whole process group; if workers died of it, the trainer could not save its last checkpoint."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def end_workers() -> None:
-    """At exit. Python would end workers with SIGTERM, which they ignore, and then wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch's own handler reports a dead worker as an error
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def parallel(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
-    """function(item) for every item, in order, in worker processes of one thread, at most one per core; 0: here.
-
-    pin: results come in page-locked memory, from which a GPU copies while it computes.
-    """
-    import torch
-    from torch.utils.data import DataLoader
-
-    workers = min(workers, os.cpu_count())
-    # Functions registered last run first, and this one has to run before multiprocessing's own, which torch's import
-    # registers. Unregistering first keeps it a single one.
-    atexit.unregister(end_workers)
-    atexit.register(end_workers)
-    return iter(DataLoader(
-        FunctionDataset(function),
-        batch_size=None,                                    # an item is a whole micro-batch already
-        sampler=items,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin,
-        worker_init_fn=ignore_signals,
-        collate_fn=as_it_is,
-        generator=torch.Generator(),                        # its own: the global one belongs to the training
-    ))
+# Loader: the schedule carried out, in worker processes ahead of the training
 
 
 class Step(NamedTuple):
@@ -894,65 +573,58 @@ class Step(NamedTuple):
     batches: list[Batch]            # this rank's micro-batches
 
 
+@dataclass(eq=False)
 class Loader:
     """The steps start_step, ..., steps - 1 of one rank. Pure in (seed, step): to resume is to start later.
 
-    micro_tokens: the budget of a micro-batch, as large as the GPU's memory allows. Raises ValueError at a bad sample,
-    or, if the dataset skips those, when there are too many.
+    Each worker holds up to four micro-batches in shared memory (/dev/shm) until they are asked for.
+    Raises ValueError at a bad sample, or, if the dataset skips those, when there are too many.
     """
-
-    def __init__(self, dataset: Dataset, *, global_batch: int, micro_tokens: int, rank: int, world: int, seed: int,
-                 steps: int, start_step: int = 0, workers: int = 0, group: str = "none", pin: bool = False,
-                 picture_cost: float = PICTURE_COST):
-        self.dataset = dataset
-        self.global_batch = global_batch
-        self.micro_tokens = micro_tokens
-        self.rank = rank
-        self.world = world
-        self.seed = seed
-        self.steps = steps
-        self.start_step = start_step
-        self.workers = workers
-        self.group = group
-        self.pin = pin
-        self.picture_cost = picture_cost
-        self.bad_samples: set[int] = set()
+    dataset: Dataset
+    _: KW_ONLY
+    global_batch: int               # samples
+    micro_tokens: int               # at most in a micro-batch: as many as the GPU's memory allows
+    rank: int
+    world: int
+    seed: int
+    steps: int
+    start_step: int = 0
+    workers: int = 0
+    group: str = "none"
+    pin: bool = False
+    picture_cost: float = 0.0       # computing a picture takes as long as this many tokens; balances the micro-batches
 
     def __iter__(self) -> Iterator[Step]:
-        # The workers ask `plan` for micro-batches some steps ahead of the training. It notes here which step they
-        # belong to, and their results come back in the same order.
-        planned: deque[tuple[int, list[int], int]] = deque()
-        results = parallel(self.make_batch, self.plan(planned), self.workers, self.pin)
+        # The workers ask for micro-batches some steps ahead of the training. `schedule` notes which step they belong
+        # to, and their results come back in the same order.
+        scheduled: deque[tuple[int, list[int], int]] = deque()
+        bad_samples = BadSamples(self.dataset.cache_dir, self.dataset.checksum, len(self.dataset))
+        results = map_in_workers(self.make_batch, self.schedule(scheduled), self.workers, self.pin)
         for first in results:
-            step, sample_ids, n_micro = planned.popleft()
-            batches = []
-            problems = []
-            for batch, bad in [first, *islice(results, n_micro - 1)]:
-                batches.append(batch)
-                problems += bad
-            self.report_bad(problems)
-            yield Step(step, sample_ids, batches)
+            step, sample_ids, n_micro = scheduled.popleft()
+            batches, problems = zip(first, *islice(results, n_micro - 1))
+            for problem in chain.from_iterable(problems):
+                if self.dataset.on_bad_sample == "stop":
+                    raise ValueError(problem["problem"])
+                bad_samples.add(problem)
+            yield Step(step, sample_ids, list(batches))
 
-    def plan(self, planned: deque) -> Iterator[list[int]]:
-        """The samples of one micro-batch of this rank after another; `planned` gets a line for each step."""
+    def schedule(self, scheduled: deque) -> Iterator[list[int]]:
+        """The samples of one micro-batch of this rank after another; `scheduled` gets an entry for each step."""
         index = self.dataset.index
-        make_order = partial(epoch_order, self.seed, index, self.global_batch, self.group)
-        order = lru_cache(maxsize=1)(make_order)            # once an epoch, not once a step
+        order = lru_cache(maxsize=1)(partial(               # computed once an epoch, not once a step
+            epoch_order, self.seed, index.length, index.image, self.global_batch, self.group))
         for step in range(self.start_step, self.steps):
             sample_ids = step_samples(step, len(self.dataset), self.global_batch, order)
-            lengths = index.length[sample_ids].tolist()
-            images = index.image[sample_ids].tolist()
-            ranks = split_step(lengths, images, self.world, self.micro_tokens, self.picture_cost)
-            mine = ranks[self.rank]
-            planned.append((step, sample_ids, len(mine)))
+            lengths = index.length[sample_ids]
+            costs = lengths + self.picture_cost * index.image[sample_ids]
+            mine = split_step(lengths.tolist(), costs.tolist(), self.world, self.micro_tokens)[self.rank]
+            scheduled.append((step, sample_ids, len(mine)))
             for micro in mine:
                 yield [sample_ids[i] for i in micro]
 
     def make_batch(self, sample_ids: list[int]) -> tuple[Batch | None, list[dict]]:
-        """In a worker: a micro-batch, and what was wrong with its samples.
-
-        Problems travel as values, not as exceptions, so that they reach the main process with their sample's name.
-        """
+        """In a worker: a micro-batch, and what was wrong with its samples, as values, which keep the sample's name."""
         nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # supervises nothing
         samples = []
         problems = []
@@ -964,86 +636,13 @@ class Loader:
                 problems.append({"sample": i, "data": str(self.dataset.path), "problem": str(e)})
                 if self.dataset.on_bad_sample == "stop":
                     return None, problems
-        return collate(samples or [nothing], self.dataset.image_size), problems
-
-    def report_bad(self, problems: list[dict]) -> None:
-        """Stop, or list them in BAD_SAMPLES, which all ranks share, and give up when it has too many."""
-        if not problems:
-            return
-        if self.dataset.on_bad_sample == "stop":
-            raise ValueError(problems[0]["problem"])
-        self.read_listed()
-        new = [problem for problem in problems if problem["sample"] not in self.bad_samples]    # once, not in every epoch
-        self.bad_samples.update(problem["sample"] for problem in new)
-        if self.dataset.cache_dir and new:
-            lines = "".join(json.dumps({"checksum": self.dataset.checksum, **problem}) + "\n" for problem in new)
-            with open(self.dataset.cache_dir / BAD_SAMPLES, "ab", buffering=0) as file:
-                file.write(lines.encode())                  # in one write: lines of several processes do not mix
-        self.read_listed()
-        limit = max(10, len(self.dataset) // 1000)
-        if len(self.bad_samples) > limit:
-            raise ValueError(f"{len(self.bad_samples)} bad samples, more than {limit} (0.1 % of the data, but at "
-                             f"least 10); the last: {problems[-1]['problem']}")
-
-    def read_listed(self) -> None:
-        """Learn which samples of this json other ranks have listed, or this run before it was resumed."""
-        if self.dataset.cache_dir:
-            for checksum, sample in read_bad_samples(self.dataset.cache_dir):
-                if checksum == self.dataset.checksum:
-                    self.bad_samples.add(sample)
+        return collate(samples or [nothing], self.dataset.image_config.size), problems
 
 
-def read_bad_samples(folder: Path) -> set[tuple[str | None, int]]:
-    """A run's BAD_SAMPLES so far: the checksum of the json, which may move, and the sample's number in it.
-
-    Lines written before there were checksums have None.
-    """
-    path = folder / BAD_SAMPLES
-    lines = read_jsonl(path, torn=True) if path.exists() else []
-    return {(line.get("checksum"), line["sample"]) for line in lines}
-
-# ---------------------------------------------------------------------------------------------------
-# python data.py check
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    """The command line. ValueError in one line for what cannot be."""
-    parser = Parser(prog="data.py", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="check")
-    check = commands.add_parser("check", help="find every bad sample before training")
-    add = check.add_argument
-    add("--data", type=Path, required=True, help="LLaVA's json, or one record a line")
-    add("--images", type=Path, required=True, help="the folder that the records' image paths start from")
-    add("--stage", choices=["pretrain", "finetune"], default="finetune", help="which stage the data is for")
-    add("--recipe", choices=list(RECIPES), default="llava-phi", help="whose; see train.py --help")
-    add("--model", type=Path, nargs="+", metavar="FOLDER",
-        help="what is to be trained, for its sizes: a model's folder, or Phi-2's and the vision tower's")
-    add("--tokenizer", type=Path, help="its folder; none: the model's, else checkpoints/phi-2; without it, no lengths")
-    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
-    add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--max-length", type=int, help="positions a sample may have, image expanded; none: the model's, up to 2048")
-    add("--n-patches", type=int, help="positions of an image; none: the model's, else 576 (CLIP at 336 pixels)")
-    add("--image-size", type=int, help="pixels of its side; none: the model's, else 336")
-    add("--image-mode", choices=IMAGE_MODES, help="how pictures are made square; none: as the stage's recipe says")
-    add("--follow-links", action=BooleanOptionalAction, default=False, help="allow links out of --images")
-    add("--show", type=int, default=20, help="how many samples to name of each kind")
-    add("--write-clean", type=Path, help="write the good records here, and the bad ones beside it")
-    args = parser.parse_args(argv)
-    for name in ("max_length", "n_patches", "image_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    if args.model and len(args.model) > 2:
-        parser.error(f"--model: expected one folder, or Phi-2's and the vision tower's, found {len(args.model)}")
-    if args.tokenizer is None:
-        args.tokenizer = args.model[0] if args.model else Path("checkpoints/phi-2")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    from lib.check_data import check_data  # a door: the check stands on this file and the loader
-    return check_data(parse(argv))
+def main(args: Namespace) -> int:
+    from lib.check_data import check_data  # a door upward
+    return check_data(args)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, ARGS))

@@ -158,12 +158,15 @@ class LoadedModel(NamedTuple):
     eot_id: int
 
 
-def load(folder: Path, args: Namespace) -> LoadedModel:
-    """The imports are here because torch takes seconds, and most of this program's work needs none."""
+def load(source, args: Namespace) -> LoadedModel:
+    """Load an opened folder (lib.folders.Weights) with its tokenizer.
+
+    The imports are here because torch takes seconds, and most of this program's work needs none.
+    """
     from data import eot_id, load_tokenizer
     from load_weights import load_model
-    model = load_model(folder, torch_dtype(args.dtype), args.device, bits=args.bits)
-    tok = load_tokenizer(folder)
+    model = load_model(source, torch_dtype(args.dtype), args.device, bits=args.bits)
+    tok = load_tokenizer(source.paths[0])
     return LoadedModel(model, tok, eot_id(tok))
 
 
@@ -280,15 +283,15 @@ def open_picture(image: Path | bytes | str | None, vision, mode: str):
     (0, 3, size, size) for a question without a picture."""
     import torch
 
-    from data import load_image, mean_color
+    from data import ImageConfig, load_image
     size = vision.image_size
-    pad_color = mean_color(vision.mean)
+    config = ImageConfig.of(vision, mode)
     if image is None:
         return torch.empty(0, 3, size, size, dtype=torch.uint8)
     if image == BLANK:
-        return torch.tensor(pad_color, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
+        return torch.tensor(config.pad_color, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
     source = io.BytesIO(image) if isinstance(image, bytes) else image
-    return load_image(source, size, mode, pad_color)[None]
+    return load_image(source, config)[None]
 
 
 def pictures_ahead(examples: list[Example], batches: list[list[int]], vision, mode: str) -> Iterator[list]:
@@ -641,9 +644,9 @@ def generate_and_score(args: Namespace) -> None:
     for data in tasks:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
-    from lib.folders import load_config
+    from lib.folders import open_weights
     choose_arithmetic(args)
-    config = load_config(folder)
+    source = open_weights(folder)
     fingerprint = model_fingerprint(folder)
     processes = join_processes()
     loaded = None
@@ -652,7 +655,7 @@ def generate_and_score(args: Namespace) -> None:
         out = Path(args.out or "out/eval")
         if len(tasks) > 1 or not args.out:
             out = out / data.name
-        settings = generation_settings(data, fingerprint, config, args)
+        settings = generation_settings(data, fingerprint, source.config, args)
         # The first process holds the folder for all that torchrun started.
         with begin(out, settings) if processes.rank == 0 else nullcontext():
             processes.barrier()
@@ -660,7 +663,7 @@ def generate_and_score(args: Namespace) -> None:
             asked = range(len(data.first(args.limit).examples))
             todo = set(asked) - answers_so_far(out, data.examples).keys()
             if todo and not loaded:                         # one model for all tasks, and none if all is answered
-                loaded = load(folder, args)
+                loaded = load(source, args)
             if todo:
                 generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
             processes.barrier()

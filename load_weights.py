@@ -1,10 +1,10 @@
 """Every way weights enter or leave: published folders of Phi-2, CLIP, SigLIP, LLaVA-Phi and Mipha in, one format out.
 
-A folder is recognised by the names of its tensors. Its config.json gives sizes only, and its own name means nothing.
-Reading is strict in both directions: a tensor that is missing, unknown or of the wrong shape is an error, and what is
-left out on purpose is listed in DROPPED. Tensors are read one at a time and copied into the model, so loading takes the
-memory of the model and of one tensor. What we save is a folder that is complete by itself and that transformers'
-LlavaForConditionalGeneration and vLLM read as well.
+A folder is recognized by the names of its tensors. Its config.json only gives sizes, and its own name means nothing.
+Loading is strict in both directions: a tensor that is missing, unknown or of the wrong shape is an error, and what is
+left out on purpose is listed in lib/layouts.py. Tensors are read one at a time and copied into the model, so loading
+takes the memory of the model and of one tensor. A saved folder is complete by itself, and transformers'
+LlavaForConditionalGeneration and vLLM read it as well.
 
     python load_weights.py merge --llm checkpoints/phi-2 --vision checkpoints/clip-vit-large-patch14-336 --out out/base
     python load_weights.py merge --vision checkpoints/siglip-so400m-patch14-384 --out out/mipha-base
@@ -13,16 +13,15 @@ LlavaForConditionalGeneration and vLLM read as well.
     python load_weights.py export --model out/finetune --out out/parts --to parts
 """
 import argparse
-import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lib.common import Parser, dtype_name, run_command, torch_dtype
+from lib.common import Parser, dtype_name, parse_or_exit, run_command, torch_dtype
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line of `python load_weights.py`. ValueError describes a mistake in it."""
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -48,73 +47,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_command_line() -> None:
-    parse()
-
-
 if __name__ == "__main__":
-    # The imports below take seconds. `--help` and a mistake in a flag are answered before them.
-    exit_code = run_command(check_command_line)
-    if exit_code:
-        sys.exit(exit_code)
+    ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below, which take seconds
 
 import torch
 from torch import Tensor
 
-from lib.folders import (PHI, Folder, blueprint, check_tensors, config_of, config_of_run, load_config, meta_model,
-                         read_all, read_folders, read_kind, read_tensor)
+from lib.checkpoint import read_for_export, trained_tensors
+from lib.folders import (Kind, Weights, check_tensors, config_of_run, in_order, meta_model, open_weights, read_tensor,
+                         saved_shapes)
 from lib.inspect import inspect
-from lib.layouts import is_siglip
 from lib.lora import merge_lora
-from lib.quant import check_int4_product, copy_weight, prepack_linears, quantize_linears
-from lib.save_weights import (SAVED_MODEL, Lazy, replacing_model, save, save_model, saved_dtypes, write_checksums,
-                              write_tensors)
-from model import LLaVAConfig, LLaVAPhi, Phi, init_weights
-
-# ---------------------------------------------------------------------------------------------------
-# Names
-#
-# We call a tensor "llm.h.3.attn.qkv.weight"; a published file calls it something else in each era. The tables hold
-# names without ".weight" and ".bias", {layer} stands for a layer's number and {qkv} for q, k and v in turn: three
-# published tensors whose rows follow each other in ours.
-
-
-# ---------------------------------------------------------------------------------------------------
-# Files
-
-
-# ---------------------------------------------------------------------------------------------------
-# Config
-
+from lib.quant import check_int4_product, copy_or_quantize, prepack_linears, quantize_linears
+from lib.save_weights import Lazy, save_model, save_parts, save_phi
+from model import LLaVAPhi, init_weights
 
 # ---------------------------------------------------------------------------------------------------
 # Loading
 
 
-def load_into(model: LLaVAPhi, folders: Iterable[Path], copy: Callable[[Tensor, Tensor], object] | None = None,
-              allow_missing: tuple[str, ...] = ()) -> None:
-    """Fill a model from one LLaVA-like folder, or from a Phi folder and a tower's, one tensor at a time.
-
-    copy(parameter, tensor): called once per parameter; it must cast, and be done with `tensor` (on the CPU, in the
-    file's dtype) when it returns. Not given: parameter.copy_(tensor).
-    allow_missing: parts such as "projector." that the folders need not have; they are left as they are.
-    """
-    # LoRA's adapters are in no folder: a run draws them, and a saved model has them merged.
-    parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    found = check_tensors(read_folders(folders), parameters, model.config, allow_missing)
-    wanted = {name: pieces for name, pieces in found.items() if name in parameters}
-    for name, tensor in read_all(wanted, model.config):
-        if copy:
-            copy(parameters[name], tensor)
-        else:
-            parameters[name].data.copy_(tensor)
-        del tensor              # else it would still be there while the next one is read
-
-
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+def load_model(source: Weights | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                bits: int = 16) -> LLaVAPhi:
-    """A LLaVA-like folder of any layout as a frozen model in eval mode, straight on its device.
+    """Load a folder of any layout as a frozen model in eval mode, straight on its device.
 
+    It has to hold a LLaVA-Phi or Mipha model. An opened Phi-2 folder becomes a model without a tower.
     bits: 8 or 4 quantizes the Linears. Each weight is quantized as it arrives, so the model never exists in a larger
     type. Plain Linears are prepacked where that makes a CPU faster. ValueError where 4 bits are not supported.
     """
@@ -122,36 +78,39 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
         raise ValueError(f"{dtype}: expected bfloat16 or float32; Phi-2's attention scores overflow in fp16")
     if bits == 4:
         check_int4_product(torch.device(device))
-    model = meta_model(load_config(folder)).to(dtype).eval()
-    if bits < 16:
-        quantize_linears(model, bits)       # on the meta device this only changes classes
+    weights = source if isinstance(source, Weights) else open_weights(source)
+    model = meta_model(weights.config, tower=weights.kind != Kind.PHI).to(dtype).eval()
     # Before memory is taken: a config.json can promise tensors of any size.
-    check_tensors(read_folders([folder]), dict(model.named_parameters()), model.config)
+    check_tensors(weights, saved_shapes(model), [name for name, _ in model.named_parameters()])
+    if bits < 16:
+        quantize_linears(model, bits)           # on the meta device this only changes classes
     model = model.to_empty(device=device).requires_grad_(False)
-    load_into(model, [folder], copy_weight(model, fill=Tensor.copy_))
+    copy_tensors(model, weights, Tensor.copy_)
     prepack_linears(model)
     return model
 
 
-def load_phi(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Phi:
-    """The same for a plain Phi-2 folder: the language model alone."""
-    source = read_kind(folder, PHI)
-    config = config_of(source)
-    llm = meta_model(config).llm.to(dtype)
-    found = check_tensors([source], [f"llm.{name}" for name, _ in llm.named_parameters()], config)
-    llm = llm.to_empty(device=device).eval().requires_grad_(False)
-    parameters = {f"llm.{name}": parameter for name, parameter in llm.named_parameters()}
-    for name, tensor in read_all(found, config):
-        parameters[name].copy_(tensor)
-    return llm
+def load_into(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+              allow_missing: tuple[str, ...] = ()) -> None:
+    """Fill a model from opened weights, one tensor at a time.
 
-# ---------------------------------------------------------------------------------------------------
-# Saving: the tensors
+    copy(parameter, tensor): called once per parameter that is not quantized; it must cast, and be done with `tensor`
+    (on the CPU, in the file's dtype) when it returns. Quantized layers quantize their tensors themselves.
+    allow_missing: parts such as "projector." that the source may lack altogether, but not in part; they are left alone.
+    """
+    absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in source.found))
+    stored = [name for name, _ in model.named_parameters() if ".lora_" not in name]     # adapters are in no folder
+    check_tensors(source, saved_shapes(model), [name for name in stored if not name.startswith(absent)])
+    copy_tensors(model, source, copy)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Saving: the text files that transformers and vLLM read beside the tensors
-
+@torch.no_grad()
+def copy_tensors(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor], object]) -> None:
+    """Read tensors in file order (sequential reads). Only one is alive at a time."""
+    names = {name for name, _ in model.named_parameters()}
+    for name in source.found:
+        if name in names:
+            copy_or_quantize(model, name, read_tensor(source, name), copy)
 
 # ---------------------------------------------------------------------------------------------------
 # Commands
@@ -159,58 +118,41 @@ def load_phi(folder: Path, dtype: torch.dtype = torch.float32, device: torch.dev
 
 def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | None) -> None:
     """Write one base model from a Phi-2 folder and a CLIP or SigLIP folder; the projector between them is new."""
-    folders = read_folders([llm, vision])
-    config = config_of(*folders)
-    needed = [name for name in blueprint(config) if not name.startswith("projector")]
-    found = check_tensors(folders, needed, config)
-    projector = meta_model(config).projector.to_empty(device="cpu")
+    bases = open_weights(llm, vision)
+    model = meta_model(bases.config)
+    shapes = saved_shapes(model)
+    check_tensors(bases, shapes, [name for name in shapes if not name.startswith("projector.")])
+    projector = model.projector.to_empty(device="cpu")
     init_weights(projector, torch.Generator().manual_seed(seed))
-    projector.to(dtype or found["llm.wte.weight"][""].dtype)
+    projector.to(dtype or in_order(bases.found["llm.wte.weight"])[0].dtype)
     tensors = {f"projector.{name}": parameter for name, parameter in projector.named_parameters()}
-    save_model(out, tensors, config, [llm, vision], dtype)
+    save_model(out, tensors, bases.config, bases, dtype)
 
 
 def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
     """Write any readable model, or a training checkpoint (out/step_NNNNNN), in the format we save."""
     if not (model / "checkpoint.json").is_file():
-        save_model(out, {}, load_config(model), [model], dtype)
+        source = open_weights(model)
+        save_model(out, {}, source.config, source, dtype)
         return
-    from lib.checkpoint import read_for_export  # brings torch.distributed, which takes a moment
-    settings, sources = read_for_export(model)
-    only_llm = settings["stage"] == "sft"
-    folders = [read_kind(*sources, PHI)] if only_llm else read_folders(sources)
-    config = config_of_run(folders, settings["dropout"], settings["image_mode"])
-    tensors = checkpoint_tensors(model, folders, config, settings["lora_alpha"])
-    part = "llm" if only_llm else ""
-    save(part, out, tensors, config, folders, dtype or torch_dtype(settings["dtype"]))
+    settings, paths = read_for_export(model)
+    is_phi = settings["stage"] == "sft"
+    source = open_weights(*paths, expect=(Kind.PHI,)) if is_phi else open_weights(*paths)
+    config = config_of_run(source.config, settings["dropout"], settings["image_mode"])
+    trained = merged_tensors(model, source, settings["lora_alpha"])
+    save = save_phi if is_phi else save_model
+    save(out, trained, config, source, dtype or torch_dtype(settings["dtype"]))
 
 
-def export_parts(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """A plain Phi folder, a tower's and LLaVA's mm_projector: what llama.cpp's converters and LLaVA take."""
-    folders = read_folders([model])
-    config = config_of(*folders)
-    found = check_tensors(folders, blueprint(config), config)
-    projector = [name for name in blueprint(config) if name.startswith("projector")]
-    with replacing_model(out) as made:
-        save("llm", made / "phi-2", {}, config, folders, dtype)
-        shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
-        save("vision", made / ("siglip" if is_siglip(config.vision) else "clip"), {}, config, folders, dtype)
-        write_tensors("projector", made, saved_dtypes(projector, {}, found, dtype), {}, found, config, "mm_projector")
-        write_checksums(made)
-    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-
-
-def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVAConfig,
-                       lora_alpha: float) -> dict[str, Lazy]:
-    """Everything that a run has changed, to be loaded when its turn comes, LoRA adapters merged into their weights."""
-    from lib.checkpoint import trained_tensors  # brings torch.distributed, which nothing else here needs
+def merged_tensors(checkpoint: Path, source: Weights, lora_alpha: float) -> dict[str, Lazy]:
+    """What a run has changed, each tensor to be loaded when its turn comes, LoRA adapters merged into their weights."""
     trained = trained_tensors(checkpoint)
     stems = [name.removesuffix("lora_a") for name in trained if name.endswith("lora_a")]
-    found = check_tensors(sources, [stem + "weight" for stem in stems], config)
+    check_tensors(source, saved_shapes(meta_model(source.config)), [stem + "weight" for stem in stems])
 
     def merged(stem: str) -> Tensor:
         name = stem + "weight"
-        weight = {name: read_tensor(name, found[name], config).float()}
+        weight = {name: read_tensor(source, name).float()}
         adapters = {stem + leaf: trained[stem + leaf]() for leaf in ("lora_a", "lora_b")}
         return merge_lora(weight | adapters, lora_alpha)[name]
 
@@ -220,15 +162,15 @@ def checkpoint_tensors(checkpoint: Path, sources: list[Folder], config: LLaVACon
     return tensors
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def main(args: argparse.Namespace) -> int:
     if args.command == "inspect":
-        return inspect(args.folder, args.try_out)
+        return inspect(args.folder, load_model if args.try_out else None)
     dtype = torch_dtype(args.dtype) if args.dtype else None
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, dtype)
     elif args.to == "parts":
-        export_parts(args.model, args.out, dtype)
+        save_parts(args.out, open_weights(args.model), dtype)
+        print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
         return 0
     else:
         export(args.model, args.out, dtype)
@@ -236,4 +178,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, ARGS))

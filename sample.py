@@ -90,7 +90,7 @@ from torch import Tensor
 
 from data import load_tokenizer
 from lib.chat import Clock, answer, ask, encode_chat, free_memory, open_image, peak_memory
-from lib.folders import load_config
+from lib.folders import open_weights
 from load_weights import load_model
 from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi
@@ -320,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--compile captures CUDA graphs, and there is no CUDA device here")
     device = choose_device(args.device)
     use_device(device)
-    config = load_config(folder)
+    source = open_weights(folder)
+    config = source.config
     tok = load_tokenizer(folder)
     dtype, where = dtype_for(config, args.dtype, device, args.bits)
 
@@ -333,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
 
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
     print_note(f"{folder} on {where}{weights}")
-    model = load_model(folder, torch_dtype(dtype), device, bits=args.bits)
+    model = load_model(source, torch_dtype(dtype), device, bits=args.bits)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,

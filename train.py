@@ -1,4 +1,4 @@
-"""Train LLaVA-Phi, all stages of the published recipe. One path from a laptop's CPU to many nodes.
+"""Train LLaVA-Phi, all stages of the published recipe, on a laptop's CPU, on one GPU, or on many nodes.
 
 There is always a process group and a mesh, of one process if need be; FSDP2 shards what trains and leaves alone what
 is frozen. A step is a set of samples: its loss is the mean over all supervised tokens of its global batch, so neither
@@ -8,6 +8,8 @@ $ torchrun --nproc_per_node=8 train.py --stage sft             # optional: Phi-2
 $ torchrun --nproc_per_node=8 train.py --stage pretrain        # projector only, frozen towers: picture -> caption
 $ torchrun --nproc_per_node=8 train.py --stage finetune        # everything, on conversations
 $ python train.py --stage finetune --model out/demo/pretrain --data my.json --images my_pictures --out out/mine
+
+Every flag and the recipes' values are in lib/recipes.py.
 """
 import dataclasses
 import math
@@ -15,53 +17,47 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-from lib.common import has_bf16, run_command, torch_dtype
+from lib.common import has_bf16, parse_or_exit, run_command, torch_dtype, torchrun_env
 from lib.recipes import parse, settings
 
-# ---------------------------------------------------------------------------------------------------
-# Configuration: lib/recipes.py has every flag; --recipe and --stage select a row of RECIPES
-
-
-def check_command_line() -> None:
-    parse(None)
-
-
 if __name__ == "__main__":
-    # The imports below take seconds. `--help` and a mistake in a flag are answered before them.
-    exit_code = run_command(check_command_line)
-    if exit_code:
-        sys.exit(exit_code)
+    ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
+
+# Micro-batches differ in length; expandable segments keep the CUDA allocator from fragmenting the card's memory. Torch
+# reads the variable when it is imported. A user's own choice stands.
+if "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import (BAD_SAMPLES, Batch, Dataset, Loader, Step, load_tokenizer, mean_color, read_bad_samples,
-                  steps_per_epoch)
-from lib.checkpoint import (State, hold_out, is_finished, load_checkpoint, on_process_0, prepare_out, print0,
-                            save_checkpoint, try_to_save)
-from lib.folders import PHI, check_tensors, config_of_run, read_all, read_folders, read_kind
-from lib.layouts import is_siglip
+from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
+from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
+                            try_to_save)
+from lib.device import memory_of
+from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
-from lib.plan import choose_gather, choose_recompute, count, memory_of, picture_cost, print_plan
-from lib.plot import plot
-from lib.quant import copy_weight
+from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
+from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
+from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import save_model, save_phi
+from lib.schedule import steps_per_epoch
 from load_weights import load_into
-from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Phi, Projector, init_weights, trained_parts
+from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
 # ---------------------------------------------------------------------------------------------------
 # Set-up: processes, model, optimizer, data
@@ -71,28 +67,29 @@ def setup() -> tuple[DeviceMesh, torch.device]:
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
-    then never leaves the fast links within a node.
+    then never leaves the fast links within a node. Nodes of one process each shard across all of them.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    env = torchrun_env()
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+        if env.local_rank >= torch.cuda.device_count():
+            raise ValueError(f"{env.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
                              "torchrun one for each (--nproc_per_node)")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between the hosts do not wait for the GPUs' queues
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-    timeout = timedelta(minutes=10)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    # A process that torchrun did not start needs no address: it finds nobody but itself.
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
+    except RuntimeError as e:
+        first_line = str(e).partition("\n")[0][:200]
+        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "
+                      "and NCCL_SOCKET_IFNAME to the network interface that they share; `ip addr` lists them") from None
     world = dist.get_world_size()
-    if world > local_world:
-        shape, names = (world // local_world, local_world), ("replicate", "shard")
+    if world > env.local_world > 1:
+        shape, names = (world // env.local_world, env.local_world), ("replicate", "shard")
     else:
         shape, names = (world,), ("shard",)
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
@@ -106,7 +103,7 @@ def check_arithmetic(dtype: str, device: torch.device) -> None:
 
 
 def folders(cfg: Namespace) -> list[Path]:
-    """The folders that the run starts from: a whole model, or a language model and a tower."""
+    """The folders that the run starts from: a whole model, or a language model and a tower, or a language model."""
     names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision]
     sources = [Path(name) for name in names if name]
     if Path(cfg.out).resolve() in [source.resolve() for source in sources]:
@@ -114,32 +111,22 @@ def folders(cfg: Namespace) -> list[Path]:
     return sources
 
 
-def read_config(cfg: Namespace) -> LLaVAConfig:
-    """The config that the folders give, with --image-mode and --dropout instead of theirs."""
-    if cfg.stage == "sft":
-        sources = [read_kind(*folders(cfg), PHI)]
-    else:
-        sources = read_folders(folders(cfg))
-    return config_of_run(sources, cfg.dropout, cfg.image_mode)
+def has_tower(cfg: Namespace) -> bool:
+    """Whether there is a vision tower; --stage sft trains a language model alone."""
+    return bool(cfg.model or cfg.vision)
 
 
-class PhiAlone(LLaVAPhi):
-    """--stage sft: a language model with LLaVAPhi's interface. Its data has no pictures, so it has no tower."""
-    def __init__(self, config: LLaVAConfig):
-        nn.Module.__init__(self)
-        self.config = config
-        self.vision = None
-        self.projector = None
-        self.llm = Phi(config.llm)
-
-    def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
-        return self.llm.wte(ids)
+def open_source(cfg: Namespace) -> tuple[Weights, LLaVAConfig]:
+    """The weights that the run starts from, and their config with --image-mode and --dropout instead of its own."""
+    expect = (Kind.LLAVA, Kind.MIPHA) if has_tower(cfg) else (Kind.PHI,)
+    source = open_weights(*folders(cfg), expect=expect)
+    return source, config_of_run(source.config, cfg.dropout, cfg.image_mode)
 
 
-def skeleton(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
-    """The model on the meta device, which costs no memory, with what is frozen marked as such."""
+def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
+    """Build the model on the meta device, which costs no memory, and freeze what does not train."""
     with torch.device("meta"):
-        model = PhiAlone(config) if cfg.stage == "sft" else LLaVAPhi(config)
+        model = LLaVAPhi(config, tower=has_tower(cfg))
         if cfg.lora_r:
             layers = ("attn", "mlp") if cfg.lora_on == "both" else (cfg.lora_on,)
             apply_lora(model.llm, cfg.lora_r, cfg.lora_alpha, layers, cfg.base_bits)
@@ -148,7 +135,7 @@ def skeleton(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
 
 
 def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
-    """Freeze all but --train minus --freeze, and print what learns. ValueError: a name that is no part of the model."""
+    """Freeze all but --train minus --freeze. ValueError: a name that is no part of the model."""
     parts = dict(model.named_children())
     trained, frozen = split_names(cfg.train), split_names(cfg.freeze)
     for name in trained + frozen:
@@ -162,11 +149,18 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
         raise ValueError("nothing would be trained: --train minus --freeze is empty")
     for name, part in parts.items():
         part.requires_grad_(name in trained)
-        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
+    for p in adapters:
+        p.requires_grad_(True)
+
+
+def print_parts(model: LLaVAPhi) -> None:
+    """How many parameters each part has, and whether they learn."""
+    learns = trained_parts(model)
+    for name, part in model.named_children():
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in learns else 'frozen'}")
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     if adapters:
-        for p in adapters:
-            p.requires_grad_(True)
-        print0(f"{'adapters':10s} {sum(p.numel() for p in adapters):>13,} of them, trained")
+        print0(f"{'adapters':10s} {adapters:>13,} of them, trained")
 
 
 def split_names(text: str) -> list[str]:
@@ -176,16 +170,18 @@ def split_names(text: str) -> list[str]:
 def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "off") -> None:
     """Apply FSDP2: a unit per decoder block, one for the tower, and the rest (projector, embeddings, head) in the root.
 
-    Frozen parts are held whole in the compute dtype on every process: nothing about them has to be synchronised, so
-    gathering them again and again would cost much and save little. What trains is gathered for every micro-batch, or
-    once a step (`gather`, see train_step). One process by itself has nothing to share out; keep_masters is for it.
+    FSDP holds the fp32 master weights and computes in `dtype`. Frozen parts are held whole in `dtype` on every
+    process: they need no synchronization, and gathering them in every pass would cost much and save little. What
+    trains is gathered for every micro-batch, or once a step (`gather`, see train_step).
+
+    One process takes the same path, so that what one GPU tests is what eight run. Master weights kept by hand would
+    spare it two copies of the gradients in each step: with --gather on, by computation, 49 GB or 10 ms of the 3.2 s
+    that a step of stage 2 takes on an H200.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
         if p.is_floating_point():               # and not bytes that hold two weights of 4 bits each
             p.data = p.data.to(dtype)
-    if mesh.size() == 1:
-        return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # FSDP would cast every floating-point argument of a block. The rotary angles among them have to stay fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
@@ -200,103 +196,55 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
     model.gather = gather
 
 
-def keep_masters(model: LLaVAPhi, dtype: torch.dtype) -> None:
-    """On one process: compute in `dtype`, train fp32 masters. Each trained weight's master is its attribute `master`.
-
-    It is what FSDP does on several processes, with the same result bit for bit. But FSDP on one process still casts
-    all weights anew for every micro-batch and copies all gradients twice: 110 GB through an H200's memory for the full
-    model, 26 ms of a micro-batch's 490.
-    """
-    for p in model.parameters():
-        if p.requires_grad:
-            p.master = nn.Parameter(p.data)
-            p.data = p.data.to(dtype)
-            p.register_post_accumulate_grad_hook(move_gradient_to_master)
-
-
-def move_gradient_to_master(p: Tensor) -> None:
-    """Called by autograd for each weight in each backward pass: micro-batches are summed in fp32."""
-    if p.master.grad is None:
-        p.master.grad = p.grad.float()
-    else:
-        p.master.grad += p.grad
-    p.grad = None
-
-
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> the fp32 tensor that the optimizer trains: a parameter or a shard of it, or its master."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.master if hasattr(p, "master") else p for name, p in trained.items()}
-
-
-@torch.no_grad()
-def copy_masters(model: nn.Module) -> None:
-    """Bring the compute weights up to date, after their masters have changed."""
-    weights = [p for p in model.parameters() if hasattr(p, "master")]
-    if weights:
-        torch._foreach_copy_(weights, [p.master for p in weights])
-
-
-def build(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
+def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
-    model = skeleton(cfg, config)
-    recompute = cfg.recompute
+    model = build_on_meta(cfg, config)
+    print_parts(model)
+    # Processes that chose differently would call different collectives, so the one with the least memory decides.
+    memory = smallest(memory_of(device))
+    warning = too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)
+    if warning:
+        print0(warning)
+    recompute, gather = cfg.recompute, cfg.gather
     if recompute == "auto":
-        recompute = choose_recompute(cfg, model, mesh.size(-1), memory_of(device))
+        recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
+    if gather == "auto":
+        gather = choose_gather(cfg, model, mesh.size(-1), memory, recompute)
     model.llm.recompute = recompute
     if model.vision:
         model.vision.recompute = recompute != "none"
-    gather = cfg.gather
-    if gather == "auto":
-        gather = choose_gather(cfg, model, mesh.size(-1), memory_of(device), recompute)
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    read_weights(model, cfg, config)
-    draw_new_weights(model, cfg, config)
-    if mesh.size() == 1 and cfg.dtype != "fp32":
-        keep_masters(model, torch_dtype(cfg.dtype))
+    read_weights(model, source, cfg)
+    init_new_parameters(model, cfg, config)
     if cfg.compile:
         compile_blocks(model, device)
-    print0(f"compute in {cfg.dtype}, recompute {recompute}" + (", compiled" if cfg.compile else ""))
+    print0(f"compute in {cfg.dtype}, recompute {recompute}, gather {gather}" + (", compiled" if cfg.compile else ""))
     return model.train()
 
 
-def read_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
+def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
     """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
-    copy = copy_weight(model, fill)
-    if cfg.stage == "sft":
-        parameters = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-        found = check_tensors([read_kind(Path(cfg.llm), PHI)], parameters, config)
-        for name, tensor in read_all(found, config):
-            copy(parameters[name], tensor)
-    else:
-        load_into(model, folders(cfg), copy, allow_missing=() if cfg.model else ("projector.",))
+    load_into(model, source, copy_into, allow_missing=() if cfg.model else ("projector.",))
 
 
-def read_base(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the weights that the run holds in 4 bits, as the folders have them."""
-    sources = [read_kind(Path(cfg.llm), PHI)] if cfg.stage == "sft" else read_folders(folders(cfg))
-    found = check_tensors(sources, names, config)
-    yield from read_all({name: found[name] for name in names}, config)
-
-
-def draw_new_weights(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
+def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
     """Start a new projector and adapters. Whole tensors are drawn, so any number of processes gets the same ones."""
     generator = torch.Generator().manual_seed(cfg.seed)
     if model.projector and not cfg.model:
         fresh = Projector(config.vision.n_embd, config.llm.n_embd)
         init_weights(fresh, generator)
         for parameter, value in zip(model.projector.parameters(), fresh.parameters()):
-            fill(parameter, value.data)
+            copy_into(parameter, value.data)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_a"):
-            fill(parameter, torch.randn(parameter.shape, generator=generator) / parameter.size(1) ** 0.5)
+            copy_into(parameter, torch.randn(parameter.shape, generator=generator) / parameter.size(1) ** 0.5)
         elif name.endswith("lora_b"):
-            fill(parameter, torch.zeros(parameter.shape))       # B A = 0: training starts from the model as it is
+            copy_into(parameter, torch.zeros(parameter.shape))       # B A = 0: training starts from the model as it is
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, tensor: Tensor) -> None:
+def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into a parameter; into a sharded one, this process's share of it."""
     if isinstance(parameter, DTensor):
         # src_data_rank=None: every process has the whole tensor and takes its share of it, nothing is sent.
@@ -322,30 +270,39 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
     for part, module in model.named_children():
-        trained = trained_weights(module).values()
+        trained = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         vectors = [p for p in trained if p.dim() <= 1]
         for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
             if params:
                 groups.append(dict(params=params, peak_lr=peak_lrs[part], lr=peak_lrs[part], weight_decay=decay))
-    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    # AdamW would make its moments in the first step. A checkpoint is loaded into them before that.
+    for group in groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
 
 
 def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
-    if cfg.stage != "sft" and not Path(cfg.images).is_dir():
+    if has_tower(cfg) and not Path(cfg.images).is_dir():
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
-                   config.vision.image_size, cfg.image_mode, config.vision.n_patches,
-                   min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links,
-                   pad_color=mean_color(config.vision.mean))
+                   ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
+                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
 
 
-def check_text_only(data: Dataset) -> None:
+def make_index(data: Dataset, cfg: Namespace) -> None:
+    """Process 0 tokenizes all samples and writes their index, which the others read."""
+    on_process_0(lambda: len(data))
     with_picture = int(data.index.image.sum())
-    if with_picture:
-        raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and sft is for text")
+    if with_picture and not has_tower(cfg):
+        raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
 
 # ---------------------------------------------------------------------------------------------------
 # The step
@@ -369,10 +326,10 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
     """
     ids = batch.ids.to(device, non_blocking=True)
     images = batch.images.to(device, non_blocking=True)
-    slots = batch.slots.to(device, non_blocking=True)
-    rows = batch.rows.to(device, non_blocking=True)
+    image_positions = batch.image_positions.to(device, non_blocking=True)
+    loss_positions = batch.loss_positions.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, slots, rows, targets
+    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -389,17 +346,15 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     """
     world = dist.get_world_size()
     total = torch.zeros((), device=device)
-    sharded = isinstance(model, FSDPModule)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
         torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
-        if sharded:
-            # What is exchanged once a step: gathered weights stay for the next micro-batch, and gradients pile up
-            # where they are, in fp32. The last micro-batch shares the sums out and frees the gathered weights, since
-            # the optimizer is about to change them.
-            last = i + 1 == len(step.batches)
-            model.set_reshard_after_backward(last or model.gather == "off")
-            model.set_requires_gradient_sync(last or model.gather == "off")
+        # With --gather on, gathered weights stay for the next micro-batch, and gradients are summed where they are, in
+        # fp32. The last micro-batch shares the sums out and frees the gathered weights, since the optimizer is about
+        # to change them.
+        last = i + 1 == len(step.batches)
+        model.set_reshard_after_backward(last or model.gather == "off")
+        model.set_requires_gradient_sync(last or model.gather == "off")
         loss = model(*to_device(batch, device)) / max(n_supervised, 1)
         # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
         # averages them: multiplying by the number of processes turns its mean into that sum.
@@ -408,10 +363,8 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     dist.all_reduce(total)
 
     # In the model's order, not the optimizer's: in another one the norm's last digit differs, and so does the run.
-    grads = [weight.grad for weight in trained_weights(model).values() if weight.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads).full_tensor()
     # Both numbers are read at once: it is the only time in a step that the host waits for the device.
     loss, norm = torch.stack([total, norm.to(total)]).tolist()
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -422,7 +375,6 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak_lr"]
         optimizer.step()
-        copy_masters(model)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, skipped
 
@@ -430,7 +382,56 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
 # The loop
 
 
-def train(state: State, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
+def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> None:
+    """One run from data to saved model. All of it happens on every process, in the same order."""
+    began = time.perf_counter()
+    out = Path(cfg.out)
+    if is_finished(settings(cfg)):
+        print0(f"already finished: {out} holds the trained model (--resume never trains afresh)")
+        return
+    # From here on a signal is noted, and obeyed after the next step.
+    signals = watch_signals()
+    data = open_data(cfg, config, cfg.data)
+    held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
+    checkpoint = prepare_out(settings(cfg), data.checksum)
+    make_index(data, cfg)
+    if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
+        make_index(held_out, cfg)
+    print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
+    if has_tower(cfg) and source.has_siglip != (cfg.recipe == "mipha"):
+        print0(f"note: the vision tower is {'SigLIP' if source.has_siglip else 'CLIP'}, and the defaults are those of "
+               f"--recipe {cfg.recipe}")
+
+    model = build(cfg, config, source, mesh, device)
+    state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
+    if checkpoint:
+        load_checkpoint(checkpoint, state)
+    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
+    if cfg.max_steps:
+        steps = min(steps, cfg.max_steps)
+    print_steps(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
+    # Days of training should not end with a model that finds no room.
+    need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
+
+    is_complete = train(state, cfg, data, held_out, steps, signals, device)
+    bad = read_bad_samples(out)
+    if bad:
+        print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
+    if not is_complete:
+        print0(f"stopped after step {state.step}; the same command goes on from there")
+        return
+    try:
+        save_final(cfg, config, source, model)
+    except OSError as e:
+        path = save_checkpoint(state)
+        raise OSError(f"the model was not written ({e}); {path} has it: make room, then run this again") from None
+    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+
+
+def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
           device: torch.device) -> bool:
     """Take the steps from state.step on -> True when all are done, False if stopped, with a checkpoint, before."""
     metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device)
@@ -462,8 +463,6 @@ def train(state: State, cfg: Namespace, data: Dataset, held_out: Dataset | None,
             break                               # the final model is written instead of a checkpoint
         if cfg.val_every and state.step % cfg.val_every == 0:
             measure_held_out(state, cfg, held_out, steps, metrics, device)
-        if state.step == cfg.stop_after:
-            stop = True
         if stop or (cfg.save_every and state.step % cfg.save_every == 0):
             try_to_save(state)
         if stop:
@@ -473,73 +472,12 @@ def train(state: State, cfg: Namespace, data: Dataset, held_out: Dataset | None,
     return True
 
 
-def run(cfg: Namespace, config: LLaVAConfig, mesh: DeviceMesh, device: torch.device) -> None:
-    """One run from data to saved model. All of it happens on every process, in the same order."""
-    began = time.perf_counter()
-    out = Path(cfg.out)
-    if is_finished(settings(cfg)):
-        print0(f"already finished: {out} holds the trained model (--resume never trains afresh)")
-        return
-    # From here on a signal is noted, and obeyed after the next step.
-    signals = watch_signals()
-    data = open_data(cfg, config, cfg.data)
-    held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
-    checkpoint = prepare_out(settings(cfg), data.checksum)
-    print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
-    if cfg.stage != "sft" and is_siglip(config.vision) != (cfg.recipe == "mipha"):
-        print0(f"note: the vision tower is {'SigLIP' if is_siglip(config.vision) else 'CLIP'}, and the defaults are "
-               f"those of --recipe {cfg.recipe}")
-    if cfg.stage == "sft":
-        check_text_only(data)
-        if held_out:
-            check_text_only(held_out)
-
-    model = build(cfg, config, mesh, device)
-    optimizer = make_optimizer(model, cfg)
-    state = State(settings(cfg), folders(cfg), data.checksum, model, trained_weights(model), optimizer)
-    if checkpoint:
-        load_checkpoint(checkpoint, state)
-        copy_masters(model)
-    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
-    if cfg.max_steps:
-        steps = min(steps, cfg.max_steps)
-    print_steps(cfg, steps, checkpoint)
-    # Days of training should not end with a model that finds no room.
-    need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
-
-    is_complete = train(state, cfg, data, held_out, steps, signals, device)
-    print_skipped(out)
-    if not is_complete:
-        print0(f"stopped after step {state.step}; the same command goes on from there")
-        return
-    try:
-        save_final(cfg, config, model)
-    except OSError as e:
-        path = save_checkpoint(state)
-        raise OSError(f"the model was not written ({e}); {path} has it: make room, then run this again") from None
-    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
-
-# ---------------------------------------------------------------------------------------------------
-# What the loop calls
-
-
-def print_steps(cfg: Namespace, steps: int, checkpoint: Path | None) -> None:
+def print_steps(cfg: Namespace, steps: int, resumed: str) -> None:
     warmup = math.ceil(cfg.warmup * steps)
-    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up"
-           + (f"; going on from {checkpoint}" if checkpoint else ""))
+    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up{resumed}")
     if steps == warmup == 1:
         print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
                "--global-batch, more --epochs, or --warmup 0")
-
-
-def print_skipped(out: Path) -> None:
-    """How many bad samples a run went on without. Each process has skipped some; the file has them all."""
-    bad = read_bad_samples(out)
-    if bad:
-        print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
 
 
 def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
@@ -562,8 +500,15 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         step = problem = None
         try:
             step = next(steps, None)
+            # A worker's death is to be found here, where all processes hear of it: torch's handler of this signal would
+            # raise in the middle of whatever this process does.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (ValueError, OSError) as e:
             problem = str(e)
+        except RuntimeError as e:
+            problem = explain_dead_worker(e)
+            if not problem:
+                raise
         if step is None and problem is None:
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
@@ -578,7 +523,7 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         yield step, supervised, n_signals > 0
 
 
-def measure_held_out(state: State, cfg: Namespace, held_out: Dataset | None, steps: int, metrics: "Metrics",
+def measure_held_out(state: TrainState, cfg: Namespace, held_out: Dataset | None, steps: int, metrics: Metrics,
                      device: torch.device) -> None:
     if held_out is None:
         return
@@ -603,91 +548,56 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     return float(total / max(supervised, 1))
 
 
-def save_final(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
+def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaVAPhi) -> None:
     """The model at the top of --out, in the saved format. Every process takes part in gathering; process 0 writes."""
+    dtype = torch_dtype(cfg.dtype)
     tensors = {}
     for name, p in model.named_parameters():
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         if dist.get_rank() == 0:
-            tensors[name] = whole.detach().to("cpu", torch_dtype(cfg.dtype) if p.is_floating_point() else None)
-    if dist.get_rank() == 0:
-        # Adapters are merged into the weights that the run started from, not into their 4-bit approximations.
-        in_4_bits = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
-        for name, tensor in read_base(cfg, config, in_4_bits):
-            tensors[name] = tensor.to(torch_dtype(cfg.dtype))
-    tensors = merge_lora(tensors, cfg.lora_alpha)
+            if p.is_floating_point():
+                tensors[name] = whole.detach().to("cpu", dtype)
+            else:
+                # In 4 bits. Its adapters are merged into the weights that the run started from.
+                tensors[name] = read_tensor(source, name).to(dtype)
 
     def write() -> None:
-        if cfg.stage == "sft":
-            save_phi(Path(cfg.out), tensors, config, Path(cfg.llm))
-        else:
-            save_model(Path(cfg.out), tensors, config, folders(cfg))
+        save = save_model if has_tower(cfg) else save_phi
+        save(Path(cfg.out), merge_lora(tensors, cfg.lora_alpha), config, source)
     on_process_0(write)
 
-
-def watch_signals() -> list[int]:
-    """A list that fills when SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and stop; a second Ctrl-C ends it now."""
-    received: list[int] = []
-
-    def note(number, frame):
-        if received and number == signal.SIGINT:
-            os._exit(130)
-        received.append(number)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, note)
-    return received
-
-# ---------------------------------------------------------------------------------------------------
-# What is logged
-
-
-# ---------------------------------------------------------------------------------------------------
-# The plan: memory and time, from shapes alone
-
-
-# ---------------------------------------------------------------------------------------------------
-# The plot
-
-
 # ---------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    cfg = parse(argv)
-    if cfg.plot:
-        plot(cfg.plot, cfg.plot[0] / "loss.html")
+def main(args: Namespace) -> None:
+    if args.plot:
+        from lib.plot import plot  # a door: drawing is no part of training
+        plot(args.plot, args.plot[0] / "loss.html")
         return
-    if cfg.plan:
+    if args.plan:
         # A plan needs no downloads: without the folders it is for the published model's sizes.
-        config = MIPHA_CONFIG if cfg.recipe == "mipha" else LLaVAConfig()
-        if all(folder.is_dir() for folder in folders(cfg)):
-            config = read_config(cfg)
-        print_plan(cfg, config, skeleton(cfg, config), cfg.gpus, cfg.gpu_memory)
+        config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
+        if all(folder.is_dir() for folder in folders(args)):
+            _, config = open_source(args)
+        print_parts(build_on_meta(args, config))
+        print_plan(args, config, partial(build_on_meta, config=config))
         return
-    config = read_config(cfg)
+    source, config = open_source(args)
     mesh, device = setup()
     try:
-        check_arithmetic(cfg.dtype, device)
-        with hold_out(Path(cfg.out)):
-            run(cfg, config, mesh, device)
+        check_arithmetic(args.dtype, device)
+        with lock_output(Path(args.out)):
+            run(args, config, source, mesh, device)
     except torch.OutOfMemoryError as e:
-        raise ValueError(out_of_memory(str(e), cfg)) from None
+        raise ValueError(out_of_memory(str(e), args)) from None
     except RuntimeError as e:
-        # Gloo and NCCL have no exception of their own for a lost process. The one that died first has printed the
-        # reason, or torchrun will.
-        if dist.get_world_size() == 1 or not is_lost_connection(str(e)):
+        problem = explain(e)
+        if not problem:
             raise
-        process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
-        reason = str(e).splitlines()[0][:200]
-        raise OSError(f"{process} lost another one ({reason}); "
-                      "start again to go on from the newest checkpoint") from None
-    finally:
+        raise OSError(problem) from None
+    else:
+        # After a success only: leaving waits for the other processes, and they may be waiting for one that failed.
         dist.destroy_process_group()
-
-
-def is_lost_connection(message: str) -> bool:
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "imed out")
-    return any(sign in message for sign in signs)
 
 
 def out_of_memory(message: str, cfg: Namespace) -> str:
@@ -700,6 +610,6 @@ def out_of_memory(message: str, cfg: Namespace) -> str:
 
 
 if __name__ == "__main__":
-    exit_code = run_command(main)
+    exit_code = run_command(main, ARGS)
     sys.stdout.flush()
     os._exit(exit_code)         # gloo's threads may still be letting go of tensors: tearing Python down aborts then

@@ -3,8 +3,8 @@
 One set of modules serves both towers that this project knows, CLIP ViT-L/14-336 (LLaVA-Phi) and SigLIP-so400m/14-384
 (Mipha). They are the same transformer; the few places where they differ are fields of VisionConfig.
 
-A third tower needs its numbers here, its tensors' names in load_weights.SAVED, its config.json in load_weights'
-vision_config and write_texts, and a recipe in lib/recipes.py.
+A third tower needs its numbers here, its tensors' names and config.json in lib/layouts.py and lib/save_weights.py, and
+a recipe in lib/recipes.py.
 
 Shapes: N images, P patches, S positions (P, and one more where there is a class token), D width, nh heads, hs head size.
 Follows https://github.com/openai/CLIP/blob/main/clip/model.py and transformers' modeling_siglip.py.
@@ -69,15 +69,21 @@ SIGLIP_SO400M_384 = VisionConfig(
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
-    """uint8 (N, 3, H, W) -> fp32: to 0..1, minus the mean, over the deviation.
+    """uint8 (N, 3, H, W) -> fp32: to 0..1, minus the mean, over the standard deviation.
 
     The operations are those of CLIPImageProcessor and SiglipImageProcessor in the same order, so the result is equal
     to theirs bit for bit.
     """
-    # Made on the device at once, they would hold up the host until a GPU has finished all that it was given before.
-    mean = torch.tensor(mean).view(3, 1, 1).to(images.device, non_blocking=images.is_cuda)
-    std = torch.tensor(std).view(3, 1, 1).to(images.device, non_blocking=images.is_cuda)
-    return (images.float() / 255 - mean) / std
+    return (images.float() / 255 - per_channel(mean, images.device)) / per_channel(std, images.device)
+
+
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) in fp32, filled on the device itself.
+
+    As buffers, the values would be cast to bf16 with the model. Copied from the CPU, they would make the host wait for
+    the GPU once per micro-batch, since their memory is not pinned.
+    """
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 class Attention(nn.Module):         # every position sees every position

@@ -19,8 +19,25 @@ import math
 import random
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+
+from lib.common import Parser, parse_or_exit, run_command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(prog="-m demo.pretrain_bases", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("demo"), help="folder of the two folders")
+    add("--only", choices=["phi", "clip"], help="one of them; none: both")
+    add("--phi-steps", type=int, default=2600, help="training steps of the language model")
+    add("--clip-steps", type=int, default=1000, help="training steps of the vision tower")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_or_exit(parse)
 
 import numpy as np
 import torch
@@ -31,13 +48,12 @@ from torch import Tensor, nn
 
 from data import EOT, IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_tokenizer
 from demo.shapes import NAMES, QUARTERS, SIZE, Scene, Shape, caption, converse, draw_scene, paint, to_conversation
-from lib.common import Parser, run_command
 from lib.layouts import to_saved
-from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_json, write_tokenizer
 from model import Packed, Phi, PhiConfig, cross_entropy_sum, init_weights
 from vision import VisionConfig, VisionTower
 
-PHI = PhiConfig(
+TINY_PHI = PhiConfig(
     vocab_size=640,                                 # more than the tokenizer uses, as in Phi-2
     block_size=512,
     n_layer=4,
@@ -47,7 +63,7 @@ PHI = PhiConfig(
     rotary_dim=8,
     dropout=0.0,
 )
-CLIP = VisionConfig(
+TINY_CLIP = VisionConfig(
     image_size=SIZE,
     patch_size=14,
     n_layer=4,
@@ -78,7 +94,7 @@ def fit(name: str, module: nn.Module, next_loss: Callable[[], Tensor], steps: in
             print(f"{name} {step + 1}/{steps} | loss {recent:.4f} | {time.time() - start:.0f} s", flush=True)
 
 
-def save(folder: Path, tensors: dict[str, Tensor], prefix: str, config: dict) -> None:
+def save_base(folder: Path, tensors: dict[str, Tensor], prefix: str, config: dict) -> None:
     """Write tensors of LLaVAPhi as a base by itself: the published names without `prefix`, and q, k and v apart.
 
     In fp16, as Phi-2 is published: half the bytes in the repository.
@@ -99,9 +115,9 @@ def save(folder: Path, tensors: dict[str, Tensor], prefix: str, config: dict) ->
 PATCH_WORDS = {}                                    # Shape -> the word for a patch that shows it, where it is
 for quarter, quarter_name in enumerate(QUARTERS):
     for shape_name in NAMES:
-        colour, kind = shape_name.split()
+        color, kind = shape_name.split()
         word = f"{shape_name}{quarter_name}".replace(" ", "")
-        PATCH_WORDS[Shape(quarter, colour, kind)] = word
+        PATCH_WORDS[Shape(quarter, color, kind)] = word
 
 
 def in_words(scene: Scene) -> str:
@@ -167,7 +183,7 @@ def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
     """The language model and its tokenizer, to the folder `out`."""
     rng = random.Random(1)
     tok = train_tokenizer(rng, out)
-    model = Phi(PHI)
+    model = Phi(TINY_PHI)
     init_weights(model, torch.Generator().manual_seed(1))
 
     def next_loss() -> Tensor:
@@ -175,11 +191,11 @@ def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
         samples.sort(key=lambda sample: len(sample.ids))
         b = collate(samples, SIZE)
         h = model(model.wte(b.ids), Packed(b.lengths, b.ids.device))                    # (T, C)
-        return cross_entropy_sum(h[b.rows], model.lm_head, b.targets) / len(b.targets)
+        return cross_entropy_sum(h[b.loss_positions], model.lm_head, b.targets) / len(b.targets)
 
     fit("phi", model, next_loss, steps, lr, decay=0.01)
     tensors = {f"llm.{name}": parameter for name, parameter in model.state_dict().items()}
-    save(out, tensors, "language_model.", phi_json(PHI, eot_id(tok), "float16"))
+    save_base(out, tensors, "language_model.", phi_json(TINY_PHI, eot_id(tok), "float16"))
 
 # ---------------------------------------------------------------------------------------------------
 # Vision tower
@@ -200,10 +216,10 @@ class Contrast(nn.Module):
 
     def __init__(self, width: int = 64):
         super().__init__()
-        self.tower = VisionTower(dataclasses.replace(CLIP, feature_layer=-1))          # LLaVA's leaves the last out
-        self.ln_post = nn.LayerNorm(CLIP.n_embd, eps=CLIP.eps)
-        self.project_quarter = nn.Linear(CLIP.n_embd, width, bias=False)
-        self.project_whole = nn.Linear(CLIP.n_embd, width, bias=False)
+        self.tower = VisionTower(dataclasses.replace(TINY_CLIP, feature_layer=-1))     # LLaVA's leaves the last out
+        self.ln_post = nn.LayerNorm(TINY_CLIP.n_embd, eps=TINY_CLIP.eps)
+        self.project_quarter = nn.Linear(TINY_CLIP.n_embd, width, bias=False)
+        self.project_whole = nn.Linear(TINY_CLIP.n_embd, width, bias=False)
         self.phrases = nn.Embedding(len(PHRASES), width)
         self.caption = nn.Linear(4 * width, width)
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -215,7 +231,7 @@ class Contrast(nn.Module):
         self.hidden.append(out)                                                         # (N, 1 + P, D)
 
     def similarity(self, seen: Tensor, said: Tensor) -> Tensor:
-        """seen (A, width), said (B, width) -> cosines (A, B), divided by the learnt temperature."""
+        """seen (A, width), said (B, width) -> cosines (A, B), divided by the learned temperature."""
         seen = F.normalize(seen, dim=-1)
         said = F.normalize(said, dim=-1)
         return self.scale.exp() * seen @ said.T
@@ -272,7 +288,7 @@ def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
     tensors = {f"vision.{name}": parameter for name, parameter in model.tower.state_dict().items()}
     for name, parameter in model.ln_post.state_dict().items():
         tensors[f"vision.ln_post.{name}"] = parameter
-    save(out, tensors, "vision_tower.", clip_json(CLIP) | {"torch_dtype": "float16"})
+    save_base(out, tensors, "vision_tower.", tower_json(TINY_CLIP) | {"torch_dtype": "float16"})
     write_json(out / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -283,14 +299,7 @@ def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
     })
 
 
-def main() -> None:
-    parser = Parser(prog="-m demo.pretrain_bases", description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("demo"), help="folder of the two folders")
-    add("--only", choices=["phi", "clip"], help="one of them; none: both")
-    add("--phi-steps", type=int, default=2600, help="training steps of the language model")
-    add("--clip-steps", type=int, default=1000, help="training steps of the vision tower")
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     if args.only != "clip":
         pretrain_phi(args.out / "phi", args.phi_steps, batch=40, lr=3e-3)
     if args.only != "phi":
@@ -298,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, ARGS))

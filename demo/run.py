@@ -36,7 +36,7 @@ STAGE_2 = ["train.py", "--stage", "finetune", "--model", f"{OUT}/pretrain",
 EVAL = ["eval.py", "--task", "shapes", "--root", f"{DATA}", "--model", f"{OUT}/finetune", "--out", f"{OUT}/eval"]
 
 
-def run(*args: str) -> None:
+def run_step(*args: str) -> None:
     """Run one command as a user would type it. Its output is shown; a failure ends the demo with its exit code."""
     print(f"\n$ python {shlex.join(args)}", flush=True)
     began = time.time()
@@ -55,7 +55,7 @@ def caption_losses() -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------
 # The report
 
-STYLE = """
+REPORT_STYLE = """
 .two { display: flex; gap: 2em; flex-wrap: wrap }
 .two > div { flex: 1; min-width: 380px }
 .cards { display: grid; grid-template-columns: 1fr 1fr; gap: 1em }
@@ -88,7 +88,7 @@ ones.</p>
 <h2>Questions about pictures it never saw</h2>
 <table>{table}</table>
 <div class="cards">{cards()}</div>"""
-    return write_whole(OUT / "report.html", html_page("LLaVA-Phi, in miniature", body, STYLE))
+    return write_whole(OUT / "report.html", html_page("LLaVA-Phi, in miniature", body, REPORT_STYLE))
 
 
 def cards(limit: int = 12) -> str:
@@ -122,16 +122,16 @@ def main() -> None:
 
 
 def run_demo(began: float) -> None:
-    run("-m", "demo.shapes", "--out", str(DATA))
-    run(*STAGE_1, *COMMON)
-    run(*STAGE_2, *COMMON)
-    run(*EVAL)
+    run_step("-m", "demo.shapes", "--out", str(DATA))
+    run_step(*STAGE_1, *COMMON)
+    run_step(*STAGE_2, *COMMON)
+    run_step(*EVAL)
 
     # One question about what is in the picture, asked through sample.py as a user would.
     questions = read_jsonl(DATA / "shapes" / "questions.jsonl")
     question = next(q for q in questions if q["category"] == "thing")
     picture = f"{DATA}/shapes/images/{question['image']}"
-    run("sample.py", "--model", f"{OUT}/finetune", "--image", picture, "--prompt", question["text"])
+    run_step("sample.py", "--model", f"{OUT}/finetune", "--image", picture, "--prompt", question["text"])
     print(f"  (what the picture really shows there: {question['answer']})")
 
     before, after = caption_losses()

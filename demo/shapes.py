@@ -1,4 +1,4 @@
-"""The demo's world: pictures of one to three coloured shapes, captions, and questions whose answers the scene decides.
+"""The demo's world: pictures of one to three colored shapes, captions, and questions whose answers the scene decides.
 
 Since a scene is known exactly, every answer is known to be right, and what the trained model says about pictures that
 it never saw can be scored without any human. Training and held-out pictures never show the same scene: a quarter of
@@ -10,35 +10,51 @@ import json
 import random
 import sys
 import zlib
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.common import Parser, parse_or_exit, run_command
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = Parser(prog="-m demo.shapes", description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/demo/data"), help="folder")
+    add("--pretrain", type=int, default=3000, help="captioned pictures")
+    add("--finetune", type=int, default=16000, help="conversations")
+    add("--heldout", type=int, default=100, help="held-out pictures")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_or_exit(parse)
+
 from PIL import Image, ImageDraw
 
-from lib.common import Parser, run_command
-
 SIZE = 56                                           # pixels per side: 4 x 4 patches of 14, so a quarter is 2 x 2
-COLOURS = {
+COLORS = {
     "red": (214, 48, 49),
     "green": (39, 174, 96),
     "blue": (52, 90, 220),
     "yellow": (241, 196, 15),
 }
-KINDS = ("circle", "square", "triangle")
-NAMES = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
+SHAPE_KINDS = ("circle", "square", "triangle")
+NAMES = [f"{color} {kind}" for color in COLORS for kind in SHAPE_KINDS]
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three")
 
 
 class Shape(NamedTuple):
     quarter: int                                    # of the picture: an index of QUARTERS
-    colour: str
+    color: str
     kind: str
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.kind}"
+        return f"{self.color} {self.kind}"
 
     @property
     def column(self) -> int:
@@ -62,14 +78,14 @@ def draw_scene(rng: random.Random, held_out: bool) -> Scene:
     while True:
         n = rng.choice((1, 2, 3))
         quarters = sorted(rng.sample(range(4), n))
-        scene = tuple(Shape(quarter, rng.choice(list(COLOURS)), rng.choice(KINDS)) for quarter in quarters)
+        scene = tuple(Shape(quarter, rng.choice(list(COLORS)), rng.choice(SHAPE_KINDS)) for quarter in quarters)
         all_differ = len({shape.name for shape in scene}) == n
         if all_differ and is_held_out(scene) == held_out:
             return scene
 
 
 def paint(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene on a dark ground. Size, exact position and shade of each shape vary, so pixels cannot be memorised."""
+    """The scene on a dark ground. Size, exact position and shade of each shape vary, so pixels cannot be memorized."""
     scale = 4                                       # painted larger and reduced at the end: smooth edges
     ground = rng.randint(20, 60)
     image = Image.new("RGB", (SIZE * scale, SIZE * scale), (ground, ground, ground + 8))
@@ -79,7 +95,7 @@ def paint(scene: Scene, rng: random.Random) -> Image.Image:
         x = 28 * shape.column + rng.uniform(r + 1, 27 - r)
         y = 28 * shape.row + rng.uniform(r + 1, 27 - r)
         left, top, right, bottom = scale * (x - r), scale * (y - r), scale * (x + r), scale * (y + r)
-        fill = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLOURS[shape.colour])
+        fill = tuple(max(0, min(255, channel + rng.randint(-14, 14))) for channel in COLORS[shape.color])
         if shape.kind == "circle":
             pen.ellipse((left, top, right, bottom), fill)
         elif shape.kind == "square":
@@ -94,7 +110,8 @@ def caption(scene: Scene) -> str:
 
 # ---------------------------------------------------------------------------------------------------
 # Questions. Each of these functions asks about one shape of the scene, or returns None if its kind of question has no
-# single answer there: "What colour is the circle?" presumes that there is one circle.
+# single answer there: "What colour is the circle?" presumes that there is one circle. The demo's committed bases and
+# published accuracies belong to these very texts, British spelling included.
 
 
 class Question(NamedTuple):
@@ -103,18 +120,18 @@ class Question(NamedTuple):
     n_answers: int                                  # how many answers are possible: 1 / n_answers is chance
 
 
-def colour_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+def color_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
     kinds = [s.kind for s in scene]
     if kinds.count(shape.kind) > 1:
         return None
-    return Question(f"What colour is the {shape.kind}?", shape.colour, len(COLOURS))
+    return Question(f"What colour is the {shape.kind}?", shape.color, len(COLORS))
 
 
 def kind_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    colours = [s.colour for s in scene]
-    if colours.count(shape.colour) > 1:
+    colors = [s.color for s in scene]
+    if colors.count(shape.color) > 1:
         return None
-    return Question(f"What shape is {shape.colour}?", shape.kind, len(KINDS))
+    return Question(f"What shape is {shape.color}?", shape.kind, len(SHAPE_KINDS))
 
 
 def quarter_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
@@ -130,7 +147,7 @@ def how_many(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
 
 
 def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    """Yes as often as no. A no asks for something that shares its colour or its kind with the shape.
+    """Yes as often as no. A no asks for something that shares its color or its kind with the shape.
 
     Something unlike everything in the picture would be too easy: half of the answer would do.
     """
@@ -139,8 +156,8 @@ def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
     present = {s.name for s in scene}
     similar = []
     for name in NAMES:
-        colour, kind = name.split()
-        shares_one = (colour == shape.colour) != (kind == shape.kind)
+        color, kind = name.split()
+        shares_one = (color == shape.color) != (kind == shape.kind)
         if shares_one and name not in present:
             similar.append(name)
     return Question(f"Is there a {rng.choice(similar)}?", "no", 2)
@@ -163,7 +180,7 @@ def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question | None
 
 
 QUESTIONS = {
-    "colour": colour_of,
+    "colour": color_of,
     "shape": kind_of,
     "place": quarter_of,
     "thing": shape_at,
@@ -173,7 +190,7 @@ QUESTIONS = {
 }
 
 
-def ask(scene: Scene, shape: Shape, rng: random.Random) -> tuple[str, str]:
+def question_about(scene: Scene, shape: Shape, rng: random.Random) -> tuple[str, str]:
     """A question about this shape of any kind but the count, and its answer."""
     while True:
         category = rng.choice([name for name in QUESTIONS if name != "count"])
@@ -191,13 +208,13 @@ def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     if rng.random() < 1 / 8:
         return [("Describe the picture.", caption(scene))]
     turns = []
-    told = []                                       # shapes whose colour and kind an earlier turn says
+    told = []                                       # shapes whose color and kind an earlier turn says
     for shape in rng.sample(scene, len(scene)):
         if shape in told:
             continue
-        question, answer = ask(scene, shape, rng)
+        question, answer = question_about(scene, shape, rng)
         while any(old.name in question for old in told):
-            question, answer = ask(scene, shape, rng)
+            question, answer = question_about(scene, shape, rng)
         turns.append((question, answer))
         told += [s for s in scene if s == shape or s.name in question]
     # The count comes first or second: behind three shapes that were all talked about, nobody needs to look any more.
@@ -289,18 +306,10 @@ def write_data(out: Path, n_pretrain: int, n_finetune: int, n_heldout: int, seed
             file.write(json.dumps(row) + "\n")
 
 
-def main() -> None:
-    parser = Parser(prog="-m demo.shapes", description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("out/demo/data"), help="folder")
-    add("--pretrain", type=int, default=3000, help="captioned pictures")
-    add("--finetune", type=int, default=16000, help="conversations")
-    add("--heldout", type=int, default=100, help="held-out pictures")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
-    args = parser.parse_args()
+def main(args: Namespace) -> None:
     write_data(args.out, args.pretrain, args.finetune, args.heldout, args.seed)
     print(f"{args.out}: {args.pretrain} captions, {args.finetune} conversations, {args.heldout} held-out pictures")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, ARGS))

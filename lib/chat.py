@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from data import encode_prompt, eot_id, expand, load_image, mean_color
+from data import ImageConfig, encode_prompt, eot_id, expand, load_image
 from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi
 
@@ -161,7 +161,7 @@ def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
         source = io.BytesIO(sys.stdin.buffer.read())
     elif isinstance(source, str):
         source = pasted_path(source)
-    return load_image(source, size, config.image_mode, mean_color(config.vision.mean))[None]
+    return load_image(source, ImageConfig.of(config.vision, config.image_mode))[None]
 
 
 def pasted_path(text: str) -> Path:

@@ -1,29 +1,153 @@
 """`python data.py check`: every bad sample, before a GPU is used."""
+import hashlib
 import json
-import os
 from argparse import Namespace
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from data import EOT, Dataset, RecordInfo, lines_of, load_tokenizer, steps_per_epoch
-from lib.common import read_json
+from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, open_rgb, to_turns
+from lib.common import read_json, replacing
+from lib.folders import open_weights
 from lib.recipes import RECIPES
+from lib.records import id_of, lines_of
+from lib.schedule import steps_per_epoch
+from model import LLaVAConfig
+
+
+def check_data(args: Namespace) -> int:
+    """Look at every record as training would -> exit code: 0 all is well, 1 something is wrong."""
+    recipe = RECIPES[args.recipe][args.stage]
+    if not args.images.is_dir():
+        raise FileNotFoundError(f"no image folder at {args.images} (--images)")
+    if args.write_clean and args.write_clean.resolve() == args.data.resolve():
+        raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
+    image_config, block_size = sizes_to_check(args, args.image_mode or recipe["image_mode"])
+    has_tokenizer = args.tokenizer.exists()
+    if has_tokenizer:
+        tok = load_tokenizer(args.tokenizer)
+    else:
+        tok = bytes_as_tokens()
+        block_size = 1 << 30                                # bytes are more than tokens: nothing must seem too long
+    try:
+        dataset = Dataset(args.data, args.images, tok, recipe["template"], image_config, block_size,
+                          follow_links=args.follow_links)
+        ranges = dataset.find_ranges()
+    except ValueError as e:                                 # the file as a whole is what is wrong
+        print(e)
+        return 1
+
+    survey = Survey(len(ranges))
+    inspected = dataset.map_records(partial(inspect_record, dataset, args.decode), ranges, args.workers)
+    for i, info in enumerate(inspected):
+        survey.add(i, info, block_size)
+    print_records(survey, dataset, ranges, args.show)
+    if not has_tokenizer and survey.good.any():
+        print(f"no lengths: there is no tokenizer at {args.tokenizer} (--tokenizer)")
+    elif survey.good.any():
+        print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
+        global_batch = recipe["global_batch"]
+        steps = steps_per_epoch(survey.good.sum(), global_batch)
+        print(f"{args.stage}: {steps:,} steps of {global_batch} samples an epoch")
+    if args.write_clean:
+        write_clean(args.write_clean, dataset, ranges, survey.problems)
+    return 1 if survey.problems else 0
+
+
+def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
+    """Size and positions of a picture, positions of a sample: from the flags, else those of the model to be trained,
+    else LLaVA-Phi's. --tokenizer names a model, too, if there is a vision tower in its folder."""
+    folders = args.model or []
+    config_file = args.tokenizer / "config.json"
+    if not folders and config_file.is_file() and "vision_config" in read_json(config_file):
+        folders = [args.tokenizer]
+    given = (args.image_size, args.n_patches, args.max_length)
+    config = LLaVAConfig()
+    if folders and None in given:
+        config = open_weights(*folders).config
+    image = ImageConfig.of(config.vision, mode)
+    block_size = min(2048, config.llm.block_size)
+    if folders and None in given:
+        print(f"{' and '.join(map(str, folders))}: pictures of {image.size} pixels are {image.n_patches} positions, "
+              f"samples have up to {block_size}")
+    image = image._replace(size=args.image_size or image.size, n_patches=args.n_patches or image.n_patches)
+    return image, args.max_length or block_size
 
 
 def bytes_as_tokens() -> Tokenizer:
-    """A stand-in where no tokenizer was downloaded: with one token a byte, all but the lengths can be checked."""
+    """A stand-in where no tokenizer was downloaded: with one token per byte, all but the lengths can be checked."""
     alphabet = [*pre_tokenizers.ByteLevel.alphabet(), EOT]
     tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
     return tok
 
+# ---------------------------------------------------------------------------------------------------
+# One record, in a worker
+
+
+class RecordInfo(NamedTuple):
+    """What the check learns from one record."""
+    length: int = 1                 # positions: image expanded, cut to block_size
+    supervised: int = 0             # tokens
+    image: bool = False
+    cut: int = 0                    # positions lost to block_size
+    problem: str = ""               # "kind: detail", empty if there is none
+    notes: tuple[str, ...] = ()     # not wrong, but worth knowing
+    id_hash: int = 0                # of the record's "id", to find duplicates
+    folder: str = ""                # of its image
+
+
+def inspect_record(dataset: Dataset, decode: str, span: tuple[int, int]) -> RecordInfo:
+    """What `Dataset.sample` would meet. The picture: "full" decodes it, "header" only reads its size."""
+    try:
+        record, ids, labels, cut = dataset.prepare(span)
+        image = IMAGE_ID in ids
+        if image:
+            size, mode, *_ = dataset.image_config
+            open_rgb(dataset.image_path(record), size, mode, decode == "full")
+        id_hash = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
+    except (ValueError, OSError) as e:
+        return RecordInfo(problem=str(e))
+    return RecordInfo(
+        length=len(ids),
+        supervised=len(labels) - labels.count(IGNORE),
+        image=image,
+        cut=cut,
+        notes=notes_on(record),
+        id_hash=int.from_bytes(id_hash.digest()),
+        folder=str(Path(record["image"]).parent) if image else "",
+    )
+
+
+def notes_on(record: dict) -> tuple[str, ...]:
+    """What is not wrong with a good record, but may not be what its author meant."""
+    said = [turn["value"] for turn in record["conversations"]]
+    first = next(turn["value"] for turn in record["conversations"] if turn["from"] == "human").strip()
+    turns, image = to_turns(record)
+    has_tag = image and (first.startswith(IMAGE) or first.endswith(IMAGE))
+    n_tags = sum(text.count(IMAGE) for text in said)
+    notes = []
+    if not all(turns[1::2]):
+        notes.append("empty answer, only the end of text is learned")
+    if image and not has_tag:
+        notes.append("no <image> where the first question begins or ends, the image is put in front")
+    if n_tags > (1 if has_tag else 0):
+        notes.append("<image> that stays text")
+    if sum(map(len, said)) > 100_000:
+        notes.append("more than 100,000 characters")
+    return tuple(notes)
+
+# ---------------------------------------------------------------------------------------------------
+# All records
+
 
 class Survey:
-    """All that a check finds out about n records."""
+    """The findings of a check on n records."""
 
     def __init__(self, n: int):
         self.length = np.zeros(n, dtype=np.int64)
@@ -56,70 +180,8 @@ class Survey:
             self.headings["worth knowing: answer cut at the end"].append(i)
 
 
-def sizes_to_check(args: Namespace) -> tuple[int, int, int]:
-    """Picture size in pixels, positions of a picture, positions of a sample: as the model has them that is trained.
-
-    Flags come first, then the model's config, then the sizes of LLaVA-Phi. --tokenizer names a model too if there is
-    a vision tower in that folder.
-    """
-    folders = args.model or []
-    config_file = args.tokenizer / "config.json"
-    if not folders and config_file.is_file() and "vision_config" in read_json(config_file):
-        folders = [args.tokenizer]
-    image_size, n_patches, block_size = 336, 576, 2048
-    given = (args.image_size, args.n_patches, args.max_length)
-    if folders and None in given:
-        from lib.folders import load_config  # imports torch and the model
-        config = load_config(*folders)
-        image_size = config.vision.image_size
-        n_patches = config.vision.n_patches
-        block_size = min(block_size, config.llm.block_size)
-        print(f"{' and '.join(map(str, folders))}: pictures of {image_size} pixels are {n_patches} positions, "
-              f"samples have up to {block_size}")
-    return args.image_size or image_size, args.n_patches or n_patches, args.max_length or block_size
-
-
-def check_data(args: Namespace) -> int:
-    """Look at every record as training would -> exit code: 0 all is well, 1 something is wrong."""
-    recipe = RECIPES[args.recipe][args.stage]
-    if not args.images.is_dir():
-        raise FileNotFoundError(f"no image folder at {args.images} (--images)")
-    if args.write_clean and args.write_clean.resolve() == args.data.resolve():
-        raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
-    image_size, n_patches, block_size = sizes_to_check(args)
-    has_tokenizer = args.tokenizer.exists()
-    if has_tokenizer:
-        tok = load_tokenizer(args.tokenizer)
-    else:
-        tok = bytes_as_tokens()
-        block_size = 1 << 30                                # bytes are more than tokens: nothing must seem too long
-    try:
-        dataset = Dataset(args.data, args.images, tok, recipe["template"], image_size,
-                          args.image_mode or recipe["image_mode"], n_patches, block_size,
-                          follow_links=args.follow_links)
-        ranges = dataset.find_ranges()
-    except ValueError as e:                                 # the file as a whole is what is wrong
-        print(e)
-        return 1
-
-    survey = Survey(len(ranges))
-    for i, info in enumerate(dataset.inspect_all(ranges, args.decode, args.workers)):
-        survey.add(i, info, block_size)
-    print_records(survey, dataset, ranges, args.show)
-    if not has_tokenizer and survey.good.any():
-        print(f"no lengths: there is no tokenizer at {args.tokenizer} (--tokenizer)")
-    elif survey.good.any():
-        print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
-        global_batch = recipe["global_batch"]
-        steps = steps_per_epoch(survey.good.sum(), global_batch)
-        print(f"{args.stage}: {steps:,} steps of {global_batch} samples an epoch")
-    if args.write_clean:
-        write_clean(args.write_clean, dataset, ranges, survey.problems)
-    return 1 if survey.problems else 0
-
-
 def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: int) -> None:
-    """How many records there are of each kind, and the first `show` of every bad or odd kind by line and id."""
+    """Counts by kind, and the first `show` records of every bad or odd kind by line and id."""
     n_image = survey.image[survey.good].sum()
     n_text = survey.good.sum() - n_image
     print(f"{dataset.path}: {len(ranges):,} records: {n_image:,} with an image, {n_text:,} of text only, "
@@ -129,7 +191,7 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
         shown = records[:show]
         lines = lines_of(dataset.path, ranges[shown, 0].tolist())
         for i, line in zip(shown, lines):
-            print(f"    line {line}, id {dataset.name(ranges[i])} {survey.problems.get(i, '')[:200]}".rstrip())
+            print(f"    line {line}, id {id_of(dataset.read(ranges[i]))} {survey.problems.get(i, '')[:200]}".rstrip())
     good_ids = survey.id_hash[survey.good]
     print(f"\nids that were used before: {len(good_ids) - len(np.unique(good_ids)):,}")
     folders = [f"{folder} {n:,}" for folder, n in survey.image_folders.most_common(20)]
@@ -137,7 +199,7 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
 
 
 def print_lengths(length: np.ndarray, supervised: int) -> None:
-    """How long the samples are, as numbers and as a histogram, and how much of them teaches."""
+    """Lengths in numbers and as a histogram, and the share of positions that is supervised."""
     percentiles = [f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)]
     print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; " + ", ".join(percentiles))
     spread = int(length.max() - length.min())
@@ -150,11 +212,10 @@ def print_lengths(length: np.ndarray, supervised: int) -> None:
 
 
 def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict[int, str]) -> None:
-    """The good records, byte for byte, as a json list; beside it the bad ones with what is wrong with them."""
+    """The good records, byte for byte, as a json list; next to it the bad ones with what is wrong with them."""
     rejects = path.with_suffix(".rejects.jsonl")
-    part = path.with_name(path.name + ".part")              # takes its name when it is complete
     separator = b"\n"
-    with open(part, "wb") as clean, open(rejects, "w", encoding="utf-8") as bad:
+    with replacing(path) as part, open(part, "wb") as clean, open(rejects, "w", encoding="utf-8") as bad:
         clean.write(b"[")
         for i, span in enumerate(ranges.tolist()):
             record = dataset.read(span)
@@ -165,5 +226,4 @@ def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict
                 clean.write(separator + record.strip())
                 separator = b",\n"
         clean.write(b"\n]\n")
-    os.replace(part, path)
     print(f"wrote {path} ({len(ranges) - len(problems):,} records) and {rejects} ({len(problems):,})")

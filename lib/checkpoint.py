@@ -1,21 +1,24 @@
 """The output folder of a training run and its checkpoints: save, find, resume, read for export.
 
 A checkpoint is a folder out/step_NNNNNN that is either complete or absent. It holds what training changes, and nothing
-else: the trained weights in fp32 and AdamW's two moments, in safetensors files that torch.distributed.checkpoint
-writes, one per process, and reads back on any number of processes. Frozen weights are not in it; checkpoint.json names
+else: the trained weights in fp32 and AdamW's two moments, in safetensors files that torch.distributed.checkpoint (dcp)
+writes for each process, and reads back on any number of processes. Frozen weights are not in it; checkpoint.json names
 the folders that they come from, together with the run's settings and the size and checksum of every file.
 """
 import json
+import secrets
 import shutil
+import socket
+import time
 import warnings
 import zlib
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,153 +26,138 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
-from data import BAD_SAMPLES, IMAGE_MODES
-from lib.common import LOCK, dtype_name, hold_folder, read_json, sync_folder, write_whole
+from lib.common import DTYPES, LOCK, hold_folder, read_json, remove, sync_folder, torchrun_env, write_whole
+from lib.device import free_memory
+from lib.processes import on_every_process, on_process_0, print0
+from lib.recipes import IMAGE_MODES
+from lib.records import BAD_SAMPLES
 
 # Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
 # Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values
 # count, and they are compared one by one.
 MAY_CHANGE = {
     "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every",
-    "resume", "stop_after", "workers", "micro_tokens", "recompute", "gather", "compile",
+    "resume", "workers", "micro_tokens", "recompute", "gather", "compile",
 }
-
-# ---------------------------------------------------------------------------------------------------
-# What one process does for all
-
-
-def print0(text: str) -> None:
-    """Print on one process of the run."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def on_process_0(work: Callable):
-    """Call `work` on process 0 -> its result, on every process.
-
-    An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
-    in their next collective until that times out.
-    """
-    result_and_error = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            result_and_error[0] = work()
-        except (OSError, ValueError) as e:
-            result_and_error[1] = e
-    dist.broadcast_object_list(result_and_error, src=0)
-    result, error = result_and_error
-    if error:
-        raise error
-    return result
-
-
-def on_every_process(work: Callable) -> list:
-    """Call `work` on every process -> all their results, on every process. What one of them raises, all raise."""
-    result_and_error = [None, None]
-    try:
-        result_and_error[0] = work()
-    except (OSError, ValueError) as e:
-        result_and_error[1] = e
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, result_and_error)
-    for _, error in gathered:
-        if error:
-            raise error
-    return [result for result, _ in gathered]
-
-# ---------------------------------------------------------------------------------------------------
-# State: what a checkpoint is made of
 
 
 @dataclass
-class State:
-    settings: dict                  # those of the run, see lib/recipes.py
+class TrainState:
+    settings: dict                  # the run's flags
     sources: list[Path]             # folders that the run started from
     data_checksum: str
     model: nn.Module
-    weights: dict[str, Tensor]      # name -> what the optimizer trains, in fp32
     optimizer: torch.optim.Optimizer
     step: int = 0                   # steps done
     updates: int = 0                # of them, those that changed the weights
     failed_saves: int = 0           # in a row
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME.
-
-        AdamW makes its moments in its first step. Before that they are made here, as zeros, so that a checkpoint can
-        be loaded into an optimizer that has not taken a step yet.
-        """
+        """All that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME."""
         tensors = {}
-        for name, p in self.weights.items():
-            moments = self.optimizer.state[p]
-            if not moments:
-                moments["step"] = torch.zeros((), device=p.device)
-                moments["exp_avg"] = torch.zeros_like(p)
-                moments["exp_avg_sq"] = torch.zeros_like(p)
-            tensors[f"exp_avg.{name}"] = moments["exp_avg"]
-            tensors[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
-            tensors[f"model.{name}"] = p.data
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                tensors[f"exp_avg.{name}"] = self.optimizer.state[p]["exp_avg"]
+                tensors[f"exp_avg_sq.{name}"] = self.optimizer.state[p]["exp_avg_sq"]
+                tensors[f"model.{name}"] = p.data
         return tensors
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    manifest: dict                  # the content of checkpoint.json
 
 # ---------------------------------------------------------------------------------------------------
 # Saving
 
 
-def save_checkpoint(state: State) -> Path:
+def save_checkpoint(state: TrainState) -> Path:
     """Write out/step_NNNNNN -> its path. All processes take part.
 
     The files are written to a folder with another name, forced to the disk, and only then renamed, so a crash at any
     moment leaves the older checkpoints as they were. OSError on every process when any of them cannot write.
     """
-    out = Path(state.settings["out"])
-    final = out / f"step_{state.step:06d}"
-    temporary = out / f".writing_step_{state.step:06d}"
+    final = Path(state.settings["out"]) / f"step_{state.step:06d}"
+    part = final.with_name(f".writing_{final.name}")
     tensors = state.tensors()
-
-    def begin() -> None:
-        need = sum(t.numel() * t.element_size() for t in tensors.values())
-        free = shutil.disk_usage(out).free
-        if free < 1.02 * need:
-            raise OSError(f"it needs {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB free")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-
-    def checksums_of_own_files() -> dict[str, str]:
-        # dcp names a process's files by its rank, starting at 1. Reading them back is cheap, since they are still in
-        # the page cache; it is also why the checksum covers what we wrote and not what the disk will return later.
-        own = temporary.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")
-        return {file.name: checksum(file) for file in own}
-
-    def commit() -> None:
-        write_whole(temporary / "checkpoint.json", json.dumps(manifest(state, temporary, checksums), indent=2))
-        sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_folder(out)
-        drop_old_checkpoints(final, state.settings["keep"])
-
     try:
-        on_process_0(begin)
+        on_every_process(check_host_memory)
+        on_process_0(lambda: make_folder(part, tensors))
         # dcp forces its own files to the disk.
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        files = split_into_files(tensors)
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), files, save_distributed=True))
         checksums = {}
-        for of_one_process in on_every_process(checksums_of_own_files):
+        for of_one_process in on_every_process(lambda: checksums_of_own_files(part)):
             checksums |= of_one_process
-        on_process_0(commit)
+        on_process_0(lambda: complete(state, part, final, checksums))
     except (OSError, CheckpointException) as e:
         # dcp.save, like on_process_0, fails on all processes when it fails on one.
         if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(part)
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise OSError(f"checkpoint of step {state.step} not written: {cause}") from None
     return final
 
 
-def checksum(path: Path) -> str:
-    """CRC-32 of a file. It finds every flipped bit and all but one in four thousand million other accidents.
+FILE_BYTES = 2 ** 29        # of a checkpoint's files; Phi-2's embedding, the largest tensor, has as many
+HOST_COPIES = 2             # dcp holds a whole file in host memory, as tensors and as bytes, before it writes
 
-    The fastest of the standard library (one core, one GB: crc32 0.3 s, sha256 0.6 s, blake2b 1.4 s): a stage-2
+
+def host_memory_to_save(processes: int) -> int:
+    """Bytes, for all processes of a machine."""
+    return HOST_COPIES * FILE_BYTES * processes
+
+
+def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Number the file that each tensor goes to, so that a process's part of a file has at most FILE_BYTES.
+
+    A single file would take host memory for two checkpoints: 74 GB at stage 2. A tensor above the limit has a file of
+    its own.
+    """
+    files = {}
+    number, filled = 1, 0
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if filled and filled + local.nbytes > FILE_BYTES:
+            number, filled = number + 1, 0
+        files[name] = number
+        filled += local.nbytes
+    return files
+
+
+def check_host_memory() -> None:
+    need = host_memory_to_save(torchrun_env().local_world)
+    free = free_memory("cpu")
+    if free < need:
+        raise OSError(f"writing it takes {need / 1e9:.1f} GB of host memory, and {socket.gethostname()} has "
+                      f"{free / 1e9:.1f} GB free")
+
+
+def make_folder(part: Path, tensors: dict[str, Tensor]) -> None:
+    """An empty folder to write to, if the disk has room for the checkpoint."""
+    need = sum(t.numel() * t.element_size() for t in tensors.values())
+    free = shutil.disk_usage(part.parent).free
+    if free < 1.02 * need:
+        raise OSError(f"it needs {need / 1e9:.1f} GB and {part.parent} has {free / 1e9:.1f} GB free")
+    remove(part)
+    part.mkdir()
+
+
+def checksums_of_own_files(part: Path) -> dict[str, str]:
+    """CRC-32 of the files that this process wrote: dcp names them by the process's rank, starting at 1.
+
+    Reading them back is cheap, since they are still in the page cache; it is also why a checksum covers what we wrote
+    and not what the disk will return later.
+    """
+    return {file.name: crc32(file) for file in part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")}
+
+
+def crc32(path: Path) -> str:
+    """CRC-32 of a file. It detects any single flipped bit, and misses other corruption with a probability of 2^-32.
+
+    The fastest checksum of the standard library (one core, one GB: crc32 0.3 s, sha256 0.6 s, blake2b 1.4 s): a stage-2
     checkpoint of 37 GB costs 11 s on one process, 1.4 s on eight. It is no protection against malice, but who can
     change the files can change checkpoint.json, too.
     """
@@ -180,18 +168,27 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def manifest(state: State, folder: Path, checksums: dict[str, str]) -> dict:
-    """The content of checkpoint.json: what was saved, in which files, and how to go on from it."""
-    return {
+def complete(state: TrainState, part: Path, final: Path, checksums: dict[str, str]) -> None:
+    """Write checkpoint.json, give the folder its name, and drop the checkpoints that are not kept."""
+    for name in checksums:
+        if not (part / name).is_file():
+            raise OSError(f"{name} was written by another process, and {part} does not have it")
+    manifest = {
         "step": state.step,
         "updates": state.updates,
         "data": state.data_checksum,
-        "files": {file.name: file.stat().st_size for file in folder.iterdir()},
+        "files": {file.name: file.stat().st_size for file in part.iterdir()},
         "crc32": checksums,
         "torch": torch.__version__,
         "config": state.settings,
         "sources": [str(source) for source in state.sources],
     }
+    write_whole(part / "checkpoint.json", json.dumps(manifest, indent=2))
+    sync_folder(part)
+    remove(final)
+    part.rename(final)
+    sync_folder(final.parent)
+    drop_old_checkpoints(final, state.settings["keep"])
 
 
 def drop_old_checkpoints(newest: Path, keep: int) -> None:
@@ -208,7 +205,7 @@ def drop_old_checkpoints(newest: Path, keep: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-def try_to_save(state: State) -> None:
+def try_to_save(state: TrainState) -> None:
     """Save; a full disk does not end the run, the third failure in a row does."""
     try:
         path = save_checkpoint(state)
@@ -225,71 +222,43 @@ def try_to_save(state: State) -> None:
 # Finding and resuming
 
 
-# What checkpoint.json must hold, and what of the run's settings is used and not only compared.
-MANIFEST = {"step": int, "updates": int, "data": str, "files": dict, "config": dict, "sources": list}
+# What checkpoint.json must hold, and the settings that are used and not only compared.
+MANIFEST = {"step": int, "updates": int, "data": str, "files": dict, "crc32": dict, "config": dict, "sources": list}
 SETTINGS = {"stage": str, "dtype": str, "image_mode": str, "dropout": (int, float), "lora_alpha": (int, float)}
 
 
-def wrong_field(values: dict, kinds: dict[str, type | tuple[type, ...]]) -> str:
-    """The first of these fields that is missing or of another type, in words, or ""."""
-    for name, kind in kinds.items():
-        if name not in values:
-            return f"lacks {name!r}"
-        if not isinstance(values[name], kind):
-            return f"has {str(values[name])[:40]!r} for {name!r}"
-    return ""
-
-
-def read_for_export(checkpoint: Path) -> tuple[dict, list[Path]]:
-    """The run's settings and the folders that it started from. ValueError if checkpoint.json is damaged."""
+def read_manifest(checkpoint: Path) -> dict:
+    """checkpoint.json. ValueError: a field that is missing or of another type."""
     path = checkpoint / "checkpoint.json"
-    saved = read_json(path)
-    wrong = wrong_field(saved, {"config": dict, "sources": list}) or wrong_field(saved["config"], SETTINGS)
-    if wrong:
-        raise ValueError(f"{path} {wrong}: it is damaged")
-    settings = dict(saved["config"])
-    try:
-        settings["dtype"] = dtype_name(settings["dtype"])
-    except ArgumentTypeError as e:
-        raise ValueError(f"{path}: dtype {str(e)[:80]}") from None
-    if settings["image_mode"] not in IMAGE_MODES:
-        raise ValueError(f"{path}: image_mode is {settings['image_mode'][:40]!r}, expected {', '.join(IMAGE_MODES)}")
-    if not all(isinstance(source, str) for source in saved["sources"]):
-        raise ValueError(f"{path}: 'sources' are not the names of folders: it is damaged")
-    return settings, [Path(source) for source in saved["sources"]]
+    manifest = read_json(path)
+    for part, kinds in (("", MANIFEST), ("config", SETTINGS)):
+        values = manifest[part] if part else manifest
+        for name, kind in kinds.items():
+            if name not in values:
+                raise ValueError(f"{path} lacks {name!r}")
+            if not isinstance(values[name], kind):
+                raise ValueError(f"{path} has {str(values[name])[:40]!r} for {name!r}")
+    return manifest
 
 
-def problem_with(checkpoint: Path) -> str:
-    """Why this folder is not a complete and intact checkpoint, or "" if it is one. Reads all of its files."""
-    try:
-        saved = json.loads((checkpoint / "checkpoint.json").read_text())
-        wrong = wrong_field(saved, MANIFEST) or wrong_field(saved["config"], SETTINGS)
-        if wrong:
-            return f"checkpoint.json {wrong}"
-        for name, size in saved["files"].items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes, checkpoint.json says {size}"
-        return damage(checkpoint, saved)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        return f"checkpoint.json cannot be read ({type(e).__name__})"
-
-
-def damage(checkpoint: Path, saved: dict) -> str:
-    """Which file's content is not what was written, or "". Checkpoints of earlier versions have no checksums."""
-    expected = saved.get("crc32", {})
+def check_files(checkpoint: Path, manifest: dict) -> None:
+    """ValueError: a file that is missing or does not hold what was written. Reads all of them."""
+    for name, size in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, checkpoint.json says {size}")
+    expected = manifest["crc32"]
     # Both reading and the checksum release Python's lock: threads keep the disk and several cores busy.
     with ThreadPoolExecutor() as pool:
-        found = pool.map(checksum, [checkpoint / name for name in expected])
+        found = pool.map(crc32, [checkpoint / name for name in expected])
         for name, value in zip(expected, found):
             if value != expected[name]:
-                return f"{name} is damaged: its checksum is {value}, checkpoint.json says {expected[name]}"
-    return ""
+                raise ValueError(f"{name} is damaged: its checksum is {value}, checkpoint.json says {expected[name]}")
 
 
-def find_checkpoint(settings: dict) -> Path | None:
+def find_checkpoint(settings: dict) -> Checkpoint | None:
     """The newest intact checkpoint under --out, or the one that --resume names. Prints which it passes over.
 
     ValueError if there are some and none is complete: a new run would delete them, and nobody asked for that.
@@ -303,23 +272,41 @@ def find_checkpoint(settings: dict) -> Path | None:
         candidates = [Path(settings["resume"])]
         advice = ""
     for path in candidates:
-        problem = problem_with(path)
-        if not problem:
-            return path
-        print0(f"passing over {path}: {problem}")
+        try:
+            manifest = read_manifest(path)
+            check_files(path, manifest)
+            return Checkpoint(path, manifest)
+        except (ValueError, OSError) as e:
+            problem = e
+            print0(f"passing over {path}: {problem}")
     if candidates:
         raise ValueError(f"{candidates[0]}: not a complete checkpoint: {problem}{advice}")
     return None
 
 
-def load_checkpoint(path: Path, state: State) -> None:
+def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
     """Restore weights, moments and step, whatever number of processes wrote them."""
-    saved = json.loads((path / "checkpoint.json").read_text())
-    dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(path)))
-    state.step = saved["step"]
-    state.updates = saved["updates"]
+    dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(checkpoint.path)))
+    state.step = checkpoint.manifest["step"]
+    state.updates = checkpoint.manifest["updates"]
     for moments in state.optimizer.state.values():
         moments["step"].fill_(state.updates)
+
+# ---------------------------------------------------------------------------------------------------
+# Export
+
+
+def read_for_export(checkpoint: Path) -> tuple[dict, list[Path]]:
+    """The run's settings and the folders that it started from. ValueError if checkpoint.json is damaged."""
+    manifest = read_manifest(checkpoint)
+    settings, sources = manifest["config"], manifest["sources"]
+    for name, choices in (("dtype", DTYPES), ("image_mode", IMAGE_MODES)):
+        if settings[name] not in choices:
+            raise ValueError(f"{checkpoint / 'checkpoint.json'}: {name} is {settings[name][:40]!r}, expected "
+                             f"{', '.join(choices)}")
+    if not all(isinstance(source, str) for source in sources):
+        raise ValueError(f"{checkpoint / 'checkpoint.json'}: 'sources' are not the names of folders")
+    return settings, [Path(source) for source in sources]
 
 
 def trained_tensors(checkpoint: Path) -> dict[str, Callable[[], Tensor]]:
@@ -328,9 +315,10 @@ def trained_tensors(checkpoint: Path) -> dict[str, Callable[[], Tensor]]:
     For `load_weights.py export`. LoRA adapters are there under their own names, to be merged by the caller. ValueError
     if a file is damaged.
     """
-    problem = damage(checkpoint, read_json(checkpoint / "checkpoint.json"))
-    if problem:
-        raise ValueError(f"{checkpoint}: {problem}")
+    try:
+        check_files(checkpoint, read_manifest(checkpoint))
+    except ValueError as e:
+        raise ValueError(f"{checkpoint}: {e}") from None
     sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
 
     def read(name: str) -> Tensor:
@@ -360,17 +348,42 @@ def read_settings(out: Path) -> dict:
 
 
 @contextmanager
-def hold_out(out: Path) -> Iterator[None]:
+def lock_output(out: Path, patience: float = 40) -> Iterator[None]:
     """Keep --out for this run: process 0 holds the lock, and all processes end if another run has it.
 
-    ValueError, before the lock's file is written, if `out` holds something that is not a training run's.
+    ValueError, before the lock's file is written, if `out` holds something that is not a training run's; and if it is
+    not the same folder for all processes.
     """
     with ExitStack() as stack:
         def hold() -> None:
             refuse_foreign(out)
             stack.enter_context(hold_folder(out))
         on_process_0(hold)
+        check_shared(out, patience)
         yield
+
+
+def check_shared(out: Path, patience: float) -> None:
+    """ValueError on every process if one does not see a file that process 0 has just written to `out`.
+
+    Each process writes its part of a checkpoint there: on nodes with separate folders none would be complete. NFS may
+    show a new folder half a minute late, hence the seconds of patience.
+    """
+    token = on_process_0(lambda: f".writing_token_{secrets.token_hex(8)}")
+    on_process_0((out / token).touch)
+
+    def look() -> str:
+        wait_until = time.monotonic() + patience
+        while not (out / token).exists():
+            if time.monotonic() > wait_until:
+                return socket.gethostname()
+            time.sleep(0.1)
+        return ""
+    blind = [host for host in on_every_process(look) if host]
+    on_process_0((out / token).unlink)
+    if blind:
+        raise ValueError(f"--out {out} is not shared: {blind[0]} does not see what process 0 writes there; give a "
+                         "folder that is the same one on all nodes")
 
 
 def refuse_foreign(out: Path) -> None:
@@ -382,9 +395,6 @@ def refuse_foreign(out: Path) -> None:
 
 def check_same_settings(then: dict, now: dict, may_change: set[str], problem: str) -> None:
     """ValueError with `problem` and every setting that changes the maths and differs."""
-    if "dtype" in then:
-        with suppress(ArgumentTypeError):                       # what is no dtype is shown below as it stands
-            then = then | {"dtype": dtype_name(then["dtype"])}  # older runs wrote "bfloat16" for "bf16"
     different = []
     for name, value in now.items():
         if name not in may_change and then.get(name) != value:
@@ -405,7 +415,7 @@ def is_finished(settings: dict) -> bool:
     return True
 
 
-def prepare_out(settings: dict, data_checksum: str) -> Path | None:
+def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
     """Make --out ready for a run on data of this checksum -> the checkpoint to go on from, if there is one.
 
     ValueError, before anything is changed, if that was made with other settings.
@@ -415,17 +425,16 @@ def prepare_out(settings: dict, data_checksum: str) -> Path | None:
 
     def prepare() -> None:
         if checkpoint:
-            saved = json.loads((checkpoint / "checkpoint.json").read_text())
-            then = saved["config"] | {"data checksum": saved["data"]}
+            then = checkpoint.manifest["config"] | {"data checksum": checkpoint.manifest["data"]}
             now = settings | {"data checksum": data_checksum}
-            check_same_settings(then, now, MAY_CHANGE, f"{checkpoint} was made with other settings; "
+            check_same_settings(then, now, MAY_CHANGE, f"{checkpoint.path} was made with other settings; "
                                 "give the same, or --resume never and another --out")
         leftovers = [".writing_*"]
         if not checkpoint:
             leftovers += ["step_[0-9]*", "model*.safetensors*", BAD_SAMPLES]
         for pattern in leftovers:
             for path in out.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
         write_whole(out / "config.json", json.dumps({"training": settings}, indent=2) + "\n")
 
     on_process_0(prepare)

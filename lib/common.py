@@ -124,9 +124,8 @@ def replacing(path: Path) -> Iterator[Path]:
             remove(path)            # a rename replaces a file, but no folder that holds anything
         os.replace(part, path)
         sync_folder(path.parent)
-    except BaseException:
-        remove(part)
-        raise
+    finally:
+        remove(part)                # on success it has another name by now
 
 
 def remove(path: Path) -> None:
@@ -197,9 +196,9 @@ JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's to
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...] = dict) -> dict | list:
-    """Read a json file that somebody else wrote. ValueError names the file and says what it looks like instead.
+    """Read a json file that somebody else wrote. ValueError names the file and says what is wrong with it.
 
-    `kind` is what is expected in it: an object (dict), unless the caller can read a list too.
+    kind: what is expected in it, an object (dict) unless the caller can read a list too.
     """
     if not path.is_file():
         raise ValueError(f"{path}: not there; it belongs to the download")
@@ -209,17 +208,16 @@ def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...]
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not json, begins with {data[:40]!r}: was a web page saved in its place?") from None
+        value = None
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: expected a json object, found {type(value).__name__}")
+        raise ValueError(f"{path}: not a json object, begins with {data[:40]!r}: was a web page saved in its place?")
     return value
 
 
 def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
-    """Read a file with one json object a line.
+    """Read a file with one json object per line. ValueError names the first line that is something else.
 
-    `torn` is for files that a killed process may have left with an unfinished last line: that line is dropped.
-    ValueError names the line that is not an object.
+    torn: a killed process may have left an unfinished last line, which is dropped.
     """
     rows = []
     lines = path.read_bytes().split(b"\n")
@@ -228,10 +226,10 @@ def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({e})") from e
+        except (ValueError, RecursionError):
+            row = None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+            raise ValueError(f"{path}, line {number}: not a json object, begins with {line[:40]!r}")
         rows.append(row)
     return rows
 
@@ -246,12 +244,10 @@ def dtype_name(text: str) -> str:
 
     fp16 is refused: Phi-2's attention scores overflow in it, and the model answers with NaN.
     """
-    if text in ("fp16", "float16", "half"):
-        raise argparse.ArgumentTypeError(f"{text}: Phi-2's attention scores overflow in fp16; take bf16 or fp32")
     for ours, torchs in DTYPES.items():
         if text in (ours, torchs):
             return ours
-    raise argparse.ArgumentTypeError(f"{text}: expected fp32 or bf16")
+    raise argparse.ArgumentTypeError(f"{text}: expected fp32 or bf16; Phi-2's attention scores overflow in fp16")
 
 
 def torch_dtype(name: str):

@@ -1,4 +1,9 @@
-"""What tensors and settings are called in published folders of all eras, and what we call them."""
+"""The names of tensors and settings in published folders of all eras, and our names for them.
+
+We call a tensor "llm.h.3.attn.qkv.weight"; a published file calls it something else in each era. The tables hold names
+without ".weight" and ".bias". {layer} stands for a layer's number and {qkv} for q, k and v in turn: three published
+tensors whose rows follow each other in ours.
+"""
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -7,7 +12,7 @@ from pathlib import Path
 from model import PhiConfig
 from vision import SIGLIP_SO400M_384, VisionConfig
 
-SAVED = {       # our name -> the name behind PREFIX in the folders we save, which are transformers' own names
+SAVED = {       # our name -> its name in the folders we save, after PREFIX; they are transformers' own names
     "llm.wte": "model.embed_tokens",
     "llm.h.{layer}.ln": "model.layers.{layer}.input_layernorm",
     "llm.h.{layer}.attn.qkv": "model.layers.{layer}.self_attn.{qkv}_proj",
@@ -19,15 +24,15 @@ SAVED = {       # our name -> the name behind PREFIX in the folders we save, whi
     "vision.cls": "embeddings.class_embedding",
     "vision.patch": "embeddings.patch_embedding",
     "vision.pos": "embeddings.position_embedding.weight",
-    "vision.ln_pre": "pre_layrnorm",                                # [sic], in every CLIP there is
+    "vision.ln_pre": "pre_layrnorm",                                # [sic], in every CLIP
     "vision.h.{layer}.ln_1": "encoder.layers.{layer}.layer_norm1",
     "vision.h.{layer}.attn.qkv": "encoder.layers.{layer}.self_attn.{qkv}_proj",
     "vision.h.{layer}.attn.proj": "encoder.layers.{layer}.self_attn.out_proj",
     "vision.h.{layer}.ln_2": "encoder.layers.{layer}.layer_norm2",
     "vision.h.{layer}.mlp.fc": "encoder.layers.{layer}.mlp.fc1",
     "vision.h.{layer}.mlp.proj": "encoder.layers.{layer}.mlp.fc2",
-    "vision.ln_post": "post_layernorm",                             # this and what follows is not in our model: it
-    "vision.head.probe": "head.probe",                              # is only passed on when a folder is saved
+    "vision.ln_post": "post_layernorm",                             # this and the head below are not in our model,
+    "vision.head.probe": "head.probe",                              # they are only passed on when a folder is saved
     "vision.head.attn.in_proj_weight": "head.attention.in_proj_weight",
     "vision.head.attn.in_proj_bias": "head.attention.in_proj_bias",
     "vision.head.attn.proj": "head.attention.out_proj",
@@ -39,8 +44,7 @@ SAVED = {       # our name -> the name behind PREFIX in the folders we save, whi
 }
 PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
 
-
-BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, what SAVED and OTHER have there
+BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, how SAVED or OTHER have it begin
     ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
     ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi, Mipha
     ("model.vision_tower.vision_tower.", "vision", ""),
@@ -81,21 +85,14 @@ OTHER = {       # other published names -> ours
 # the same shape, so the name alone says which it is.
 PACKED_BY_HEAD = "query_key_value"
 
-
-DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason that `inspect` gives
+DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason for `inspect`
     (r".*rotary_emb", "rotary angles are computed in every forward"),
     (r".*position_ids", "they are 0, 1, 2, ..."),
     (r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias",
      "the text tower and contrastive heads, with which the vision tower was trained"),
 )
-KEPT = "not loaded, but kept when a model is saved"
-UNUSED_LAYERS = f"layers and LayerNorm after the hidden state that is read: {KEPT}"
-UNUSED_HEAD = f"attention-pooling head, which makes one vector of a picture where LLaVA wants all patches: {KEPT}"
 
-
-# Relatives that are not implemented here: a piece of a tensor's name that gives them away, and what they are. Without
-# this they would be refused just as well, but by a list of names.
-FOREIGN = (
+FOREIGN = (     # part of a tensor's name in a related model that is not implemented here, and which model that is
     ("mlp.gate_up_proj", "Phi-3"),
     ("mlp.gate_proj", "Gemma, or another language model in the manner of Llama"),
     ("layer_scale1.", "DINOv2"),
@@ -112,10 +109,10 @@ def known_names() -> dict[tuple[str, str], tuple[str, str]]:
             for letter in "qkv":
                 names[part, theirs.replace("{qkv}", letter)] = (ours, letter)
         else:
-            names[part, theirs] = (ours, "")
+            names[part, theirs] = (ours, "whole")
     for theirs, ours in OTHER.items():
         part = ours.split(".")[0]
-        names[part, theirs] = (ours, "heads" if theirs.endswith(PACKED_BY_HEAD) else "")
+        names[part, theirs] = (ours, "by head" if theirs.endswith(PACKED_BY_HEAD) else "whole")
     return names
 
 
@@ -145,10 +142,9 @@ def to_saved(name: str) -> list[str]:
 
 
 def to_ours(name: str) -> tuple[str, str] | None:
-    """A tensor's name in any layout -> (our name, piece), or None for a name that we do not know.
+    """A tensor's name in any layout -> (our name, piece), or None for an unknown name.
 
-    The piece is "" for the whole of our tensor; "q", "k" or "v" for a third of its rows; "heads" for all of its rows,
-    but packed head by head.
+    The piece is "whole"; "q", "k" or "v", a third of the rows each; or "by head", all rows, but packed head by head.
     """
     for beginning, part, standard in BEGINNINGS:
         if name.startswith(beginning):
@@ -167,7 +163,7 @@ def to_ours(name: str) -> tuple[str, str] | None:
 
 
 def rename_sequential(names: Iterable[str]) -> dict[str, str]:
-    """The earliest Phi files are one list, from layers.0 (the embedding) to the last (the head) -> their later names."""
+    """The earliest Phi files are one list: layers.0 is the embedding, the last one the head -> their later names."""
     numbers = {}
     for name in names:
         match = re.match(r"layers\.(\d+)\.", name)
@@ -186,12 +182,10 @@ def rename_sequential(names: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
-def is_siglip(config: VisionConfig) -> bool:
-    """Which of the two towers it is. CLIP has a class token, SigLIP pools its patches by attention instead."""
-    return not config.class_token
+# ---------------------------------------------------------------------------------------------------
+# config.json
 
-
-# Our field -> its spellings in config.json through the years, and what transformers takes where none is there.
+# Our field -> its spellings in config.json through the years, and transformers' default where none is there.
 PHI_KEYS = {
     "vocab_size": (("vocab_size",), 51200),
     "block_size": (("max_position_embeddings", "n_positions"), 2048),
@@ -216,23 +210,17 @@ VISION_KEYS = {
 SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
 
 
-def is_number(value: object, default: int | float | None) -> bool:
-    """Whether a value of somebody's json can stand for a field with this default."""
-    if isinstance(default, float):
-        return type(value) in (int, float) and 0 <= value < 1e9
-    return type(value) is int and 0 < value < 1e9
-
-
 def config_fields(config: dict, keys: dict, path: Path) -> dict:
-    """Our config fields from a config.json of any era. A null there is the same as nothing."""
+    """Our config fields from a config.json of any era. null is the same as a missing key."""
     fields = {}
     for field, (spellings, default) in keys.items():
         fields[field] = default
+        types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
         for key in spellings:
             value = config.get(key)
             if value is None:
                 continue
-            if not is_number(value, default):
+            if type(value) not in types or not least <= value < 1e9:
                 raise ValueError(f"{path}: {key} is {value!r}, expected a number")
             fields[field] = value
             break
@@ -250,7 +238,7 @@ def subconfig(config: dict, key: str, default: dict, path: Path) -> dict:
 
 
 def require(path: Path, what: str, value: object, *implemented: object) -> None:
-    """Refuse a variant of the model that is not implemented here, instead of computing something else."""
+    """Refuse a variant of the model that is not implemented here, rather than compute something else."""
     if value not in implemented:
         choices = " or ".join(repr(choice) for choice in implemented)
         raise ValueError(f"{path}: {what} is {value!r}, and only {choices} is implemented here")
@@ -273,8 +261,8 @@ def phi_config(config: dict, path: Path) -> PhiConfig:
     require(path, "the number of key and value heads", kv_heads, None, fields["n_head"])
     if fields["n_embd"] % fields["n_head"]:
         raise ValueError(f"{path}: hidden_size {fields['n_embd']} is not a multiple of {fields['n_head']} heads")
-    # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. Nobody has compared their numbers with the original's
-    # here, so they are refused instead of half supported.
+    # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. They are refused because their outputs were never
+    # compared with the original's here.
     if (fields["n_layer"], fields["n_embd"]) == (24, 2048):
         raise ValueError(f"{path}: 24 layers of width 2048 are Phi-1 or Phi-1.5, and only Phi-2 is implemented here")
     if rotary_dim is None:
@@ -283,7 +271,7 @@ def phi_config(config: dict, path: Path) -> PhiConfig:
 
 
 def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path) -> VisionConfig:
-    """The tower's sizes come from config.json; which of the two towers it is, its tensors have told."""
+    """The tower's sizes come from config.json. Whether it is CLIP or SigLIP is known from its tensors."""
     require(path, "num_channels", config.get("num_channels", 3), 3)
     activation = config.get("hidden_act")
     if siglip:
@@ -299,7 +287,7 @@ def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path)
 
 
 def feature_strategy(siglip: bool) -> str:
-    """transformers' word for "the patches": all positions but the first, or all, since SigLIP has no class token."""
+    """transformers' word for "the patches": CLIP's first position is the class token, SigLIP has none."""
     return "full" if siglip else "default"
 
 

@@ -1,54 +1,84 @@
-"""LoRA: low-rank adapters beside frozen weights (Hu et al. 2021), and QLoRA on weights in 4 bits (Dettmers et al. 2023)."""
+"""LoRA: low-rank adapters next to frozen weights (Hu et al. 2021); QLoRA: on 4-bit weights (Dettmers et al. 2023)."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.quant import Int4Linear, UnpackedProduct, pack_int4
+from lib.quant import group_size, nibbles, quantize_into_int4
 from model import Phi
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / r) B A x with W and b frozen (Hu et al. 2021). B starts at 0: at first the plain layer.
-
-    On a 4-bit base (QLoRA, Dettmers et al. 2023) W is what pack_int4 made of it, and `scales` its groups' scales.
-    """
+    """y = W x + b + (alpha / r) B A x with W and b frozen. B starts at zero, and the layer with it as a plain one."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight = base.weight
         self.bias = base.bias
-        self.register_buffer("scales", base.scales if isinstance(base, Int4Linear) else None)
-        self.scale = alpha / r
+        self.lora_scale = alpha / r
         self.lora_a = nn.Parameter(torch.empty(r, base.in_features, device=base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, r, device=base.weight.device))
 
-    def quantize(self, weight: Tensor) -> None:
-        pack_int4(weight, self.weight.data, self.scales)
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.scales is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = UnpackedProduct.apply(x, self.weight, self.scales)[..., :self.out_features] + self.bias
-        return y + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return self.frozen(x) + self.lora_scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
-def apply_lora(llm: Phi, r: int, alpha: float, on: tuple[str, ...] = ("attn", "mlp"), bits: int = 16) -> int:
-    """Give the Linears of every block's `on` a low-rank companion, in place -> how many.
+class Int4LoRALinear(LoRALinear):
+    """The same with W in 4 bits, two neighbors in a byte, dequantized for every product."""
 
-    bits 4: the Linears that get companions are then held in 4 bits themselves.
+    def __init__(self, base: nn.Linear, r: int, alpha: float):
+        super().__init__(base, r, alpha)
+        n_out, n_in = base.weight.shape
+        packed = torch.empty(n_out, n_in // 2, dtype=torch.uint8, device=base.weight.device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        scales = torch.empty(n_in // group_size(n_in), n_out, 2, dtype=torch.bfloat16, device=base.weight.device)
+        self.register_buffer("group_scales", scales)
+
+    def quantize(self, weight: Tensor) -> None:
+        """Take over a weight (out, in) in any float dtype."""
+        quantize_into_int4(self.weight, self.group_scales, weight, nibbles)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        return Int4Product.apply(x, self.weight, self.group_scales) + self.bias
+
+
+class Int4Product(torch.autograd.Function):
+    """x (..., K) times nibbles (N, K / 2), with a gradient for x. -> (..., N)
+
+    The backward pass dequantizes the weight once more. Autograd by itself would keep the dequantized weights of all
+    layers for it, and with them the memory that 4 bits are there to save.
     """
-    count = 0
+
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(packed, scales)
+        return F.linear(x, dequantize(packed, scales).type_as(x))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        packed, scales = ctx.saved_tensors
+        return grad @ dequantize(packed, scales).type_as(grad), None, None
+
+
+def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
+    """Nibbles (N, K / 2), scales and zeros of their groups (K / group, N, 2) -> weights (N, K) in fp32."""
+    q = torch.stack([packed >> 4, packed & 15], dim=-1)                            # (N, K / 2, 2)
+    q = q.view(len(packed), len(scales), -1).float()                               # (N, K / group, group)
+    scale, zero = scales.float().transpose(0, 1).unsqueeze(2).unbind(-1)           # (N, K / group, 1)
+    return q.sub_(8).mul_(scale).add_(zero).flatten(1)
+
+
+def apply_lora(llm: Phi, r: int, alpha: float, on: tuple[str, ...] = ("attn", "mlp"), bits: int = 16) -> None:
+    """Give the Linears of every block's `on` adapters, in place; with bits = 4, on weights in 4 bits (QLoRA)."""
+    kind = Int4LoRALinear if bits == 4 else LoRALinear
     for block in llm.h:
         for branch in on:
             module = getattr(block, branch)
             for name, base in list(module.named_children()):
-                if bits == 4:
-                    base = Int4Linear(base)
-                setattr(module, name, LoRALinear(base, r, alpha))
-                count += 1
-    return count
+                setattr(module, name, kind(base, r, alpha))
 
 
 def merge_lora(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

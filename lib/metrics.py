@@ -1,7 +1,6 @@
 """What a training run writes down about itself: metrics.jsonl, and a line on the screen for each step."""
 import json
-import resource
-import sys
+import re
 import time
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import torch.distributed as dist
 
 from data import Dataset, Step
 from lib.common import read_jsonl, write_whole
-from lib.plan import PEAK_FLOPS, step_flops
+from lib.device import peak_memory
+from lib.plan import step_flops
 from model import LLaVAConfig
 
 
@@ -61,7 +61,7 @@ class Metrics:
             "seconds": seconds,
             "tokens_per_second": lengths.sum() / seconds,
             "mfu": mfu(flops / seconds / dist.get_world_size(), self.device),
-            "memory_gb": memory_gb(self.device),
+            "memory_gb": peak_memory(self.device) / 1e9,
             "skipped": skipped,
         }
         self.add(record)
@@ -102,21 +102,31 @@ def progress_line(r: dict, steps: int, seconds_left: float) -> str:
         parts.append("SKIPPED: not finite")
     return " | ".join(parts)
 
+# ---------------------------------------------------------------------------------------------------
+# Speed
 
-def memory_gb(device: torch.device) -> float:
-    """Peak so far: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024          # Linux counts in KiB, macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+# Dense bf16 products with fp32 sums, from NVIDIA's datasheets. A name stands for cards that have all of its words;
+# those with more words come first.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100 HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
+    "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A30": 165e12, "A10": 125e12, "RTX A6000": 154.8e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
+}
+SLOWER = {"Laptop", "MIG", "Max", "D", "Ti"}                # words for a part of a card, or another one
+
+
+def peak_flops(name: str) -> float | None:
+    """A card's floating-point operations a second, by torch's name of it; None where no datasheet is known."""
+    words = set(re.split(r"[ -]", name))
+    if words & SLOWER:
+        return None
+    for model, peak in PEAK_FLOPS.items():
+        if words >= set(model.split()):
+            return peak
+    return None
 
 
 def mfu(flops_per_second: float, device: torch.device) -> float | None:
-    """Share of one GPU's datasheet peak (dense bf16); None where no peak is known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    for model, peak in PEAK_FLOPS.items():
-        if model in name:
-            return flops_per_second / peak
-    return None
+    """Model FLOPs utilization: the share of one GPU's peak; None where that is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return flops_per_second / peak if peak else None

@@ -1,17 +1,23 @@
-"""What a training run will need: memory, floating-point operations and time, from shapes alone."""
+"""What a training run needs, computed from shapes alone: memory on each GPU, and floating-point operations."""
 import math
-import os
 from argparse import Namespace
-from bisect import bisect_left
+from collections.abc import Callable
 
-import torch
-
-from data import TOKEN_COST, steps_per_epoch
+from lib.checkpoint import host_memory_to_save
 from lib.common import torch_dtype
+from lib.device import USABLE
 from lib.recipes import replace
+from lib.schedule import steps_per_epoch
 from model import LLaVAConfig, LLaVAPhi, trained_parts
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}    # dense bf16, datasheets
+RECOMPUTE_MODES = ("none", "selective", "full")         # the fastest first
+# Samples, the share of them with a picture, and per sample mean text tokens and supervised tokens. Estimates; `data.py
+# check` measures them on the real data.
+PUBLISHED = {
+    "pretrain": (558_128, 1.0, 21, 21),
+    "finetune": (665_298, 0.939, 307, 132),
+    "sft": (40_688, 0.0, 1126, 800),
+}
 
 
 def step_flops(config: LLaVAConfig, parts: list[str], tokens: float, squares: float, images: float,
@@ -36,22 +42,11 @@ def step_flops(config: LLaVAConfig, parts: list[str], tokens: float, squares: fl
 
 
 def picture_cost(config: LLaVAConfig, parts: list[str]) -> float:
-    """What a picture's way through tower and projector costs, in the units of data.training_cost."""
-    picture = step_flops(config, parts, 0, 0, 1, 0)
-    token = step_flops(config, parts, 1, 0, 0, 0)
-    return TOKEN_COST * picture / token
+    """What a picture's way through tower and projector costs, in tokens through the decoder's linear layers."""
+    return step_flops(config, parts, 0, 0, 1, 0) / step_flops(config, parts, 1, 0, 0, 0)
 
-
-# Samples, the share of them with a picture, and per sample mean text tokens and supervised tokens. Estimates; `data.py
-# check` measures them on the real data.
-PUBLISHED = {
-    "pretrain": (558_128, 1.0, 21, 21),
-    "finetune": (665_298, 0.939, 307, 132),
-    "sft": (40_688, 0.0, 1126, 800),
-}
-GPUS_A_NODE = 8
-RECOMPUTE_MODES = ("none", "selective", "full")         # the fastest first
-H100_PEAK = PEAK_FLOPS["H100"]
+# ---------------------------------------------------------------------------------------------------
+# Memory
 
 
 def count(parameters) -> int:
@@ -59,77 +54,90 @@ def count(parameters) -> int:
     return sum(p.numel() if p.is_floating_point() else 2 * p.numel() for p in parameters)
 
 
-def memory_plan(cfg: Namespace, model: LLaVAPhi, shards: int,
-                gather: str = "off") -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes on each of `shards` GPUs -> (always there, by kind; added by a token of a micro-batch, by --recompute)."""
+def memory_plan(cfg: Namespace, model: LLaVAPhi, shards: int, recompute: str, gather: str,
+                pictures: float | None = None) -> dict[str, float]:
+    """Bytes on one of `shards` GPUs at the peak of a step of several micro-batches, by kind.
+
+    pictures: in a micro-batch. None: as many as --micro-tokens has room for, since its text may be short.
+    """
     llm = model.config.llm
+    if pictures is None:
+        pictures = cfg.micro_tokens / model.config.vision.n_patches if model.vision else 0
     width = torch_dtype(cfg.dtype).itemsize
-    parts = trained_parts(model)
     total = count(model.parameters())
     trained = count(p for p in model.parameters() if p.requires_grad)
     in_4_bits = count(p for p in model.parameters() if not p.is_floating_point())
     scales = sum(b.nbytes for b in model.buffers())
-    # FSDP's units: a decoder block, the tower, and the root with everything else that is trained.
+
+    # FSDP's units: the decoder's blocks, the tower, and the root with everything else that is trained.
+    parts = trained_parts(model)
     block = count(model.llm.h[0].parameters()) if "llm" in parts else 0
     tower = count(model.vision.parameters()) if "vision" in parts else 0
     root = trained - tower - block * llm.n_layer
-    if shards == 1:
-        gathered = 0 if cfg.dtype == "fp32" else trained    # the compute weights beside their masters
-        waiting = 0
+    if gather == "on":
+        gathered, gradients = trained, 4 * trained
     else:
-        one_unit = max(root, tower, block)
-        gathered = root + tower + 2 * block if gather == "off" else trained     # one block in use, the next on its way
-        waiting = 4 * trained if gather == "on" else 4 * one_unit               # fp32 gradients, not yet shared out
-    # A trained weight takes 4 bytes for itself, 8 for AdamW's two moments and 4 for its gradient. A logit takes 12: as
-    # bf16 and fp32 in the forward pass, its gradient in both in the backward pass, of which not all live at once. The
-    # workspace is what cuBLAS, NCCL and the allocator's fragments need; it is a guess.
-    always = {
-        "frozen weights, whole": width * (total - trained - in_4_bits) + in_4_bits / 2 + scales,
-        "weights, moments and gradients, fp32, shared out": 16 * trained / shards,
-        "weights gathered for use": width * gathered,
-        "gradients before they are shared out": width * max(root, tower, block) + waiting,
-        "logits": 12 * min(4096, cfg.micro_tokens) * llm.vocab_size,
-        "workspace": 1e9,
+        gathered, gradients = root + block, 4 * trained / shards
+
+    # The peak is where the backward pass begins, with all activations alive and a chunk of logits, which takes 12 bytes
+    # each: in fp32 their logarithms, the loss's gradient and their own. Few tokens leave it at the end, where a unit's
+    # gradients are copied into fp32 to be reduced.
+    activations = activation_bytes(model, recompute, width, cfg.micro_tokens, pictures)
+    logits = 12 * min(4096, cfg.micro_tokens) * llm.vocab_size + width * root
+    reduction = (width + 4) * max(root, tower, block) + width * tower
+    return {
+        "frozen weights": width * (total - trained - in_4_bits) + in_4_bits / 2 + scales,
+        "fp32 weights and moments, sharded": 12 * trained / shards,
+        "gradients": gradients,
+        "gathered weights": width * gathered,
+        "activations and logits": max(activations + logits, reduction),
+        "workspace": 1e9,       # cuBLAS, NCCL and the allocator's fragments: a guess
     }
-    return always, {mode: width * numbers_per_token(model, parts, mode) for mode in RECOMPUTE_MODES}
 
 
-def numbers_per_token(model: LLaVAPhi, parts: list[str], mode: str) -> float:
-    """Numbers that forward keeps for backward, per token; a test holds these counts against measured ones.
-
-    Any token may be a picture's, so each carries its share of the tower.
-    """
+def activation_bytes(model: LLaVAPhi, recompute: str, width: int, tokens: int, pictures: float) -> float:
+    """What the forward pass keeps for the backward pass; numbers take `width` bytes."""
     llm, vision = model.config.llm, model.config.vision
     C, I = llm.n_embd, llm.n_inner
-    needs_weight_gradients = any(p.requires_grad for p in model.llm.parameters())
-    # Kept of a block are nine tensors of the model's width (its input, LayerNorm's output, q, k and v, q and k again
-    # when they are rotated, attention's output in two layouts) and two of the MLP's (before and after GELU). Frozen
-    # linear layers do not need their inputs in the backward pass.
-    block = 9 * C + 2 * I if needs_weight_gradients else 7 * C + I
-    if llm.dropout:
-        block += C                              # two masks of a byte a number, half of bf16 each
-    kept = {"none": block, "selective": 5 * C + I, "full": C}[mode]
-    in_decoder = llm.n_layer * kept
-    if mode != "none":
-        in_decoder += block                     # one block at a time is computed again, and then held as a whole
-    if "vision" not in parts:
-        return in_decoder
+    # A decoder block keeps its input, LayerNorm's output, q, k and v, q and k again when they are rotated, attention's
+    # output, and two tensors of the MLP's width, before and after GELU. A frozen linear layer does not need its input.
+    # Attention that is not ragged, as in fp32, copies its output.
+    learns = any(p.requires_grad for p in model.llm.parameters())
+    block = {
+        "none": width * (8 * C + 2 * I if learns else 7 * C + I),
+        "selective": width * (5 * C + I),
+        "full": width * C,
+    }[recompute]
+    if recompute == "none" and learns and width == 4:
+        block += width * C
+    if recompute == "none" and llm.dropout:
+        block += 2 * C                              # two masks of a byte a number
+    decoder = tokens * (llm.n_layer * block + width * 2 * C)        # with the embeddings before and after the pictures
+    if model.vision is None:
+        return decoder
+
     D = vision.n_embd
-    tower_block = 12 * D + 2 * vision.n_inner if mode == "none" else D
-    return in_decoder + vision.n_used * tower_block * vision.n_positions / vision.n_patches
+    projector = pictures * vision.n_patches * width * (3 * C + D)
+    if "vision" not in trained_parts(model):
+        return decoder + projector
+    if recompute == "none":
+        # A block of the tower keeps its input, twice LayerNorm's output, q, k, v, attention's output, the sum after it,
+        # and tensors of the MLP's width: quick GELU, as CLIP has it, needs three.
+        tower_block = 8 * D + (3 if vision.gelu == "quick" else 2) * vision.n_inner
+    else:
+        tower_block = D
+    return decoder + projector + pictures * vision.n_positions * width * (vision.n_used * tower_block + 3 * D)
 
 
-def fits_in(memory: float, cfg: Namespace, model: LLaVAPhi, shards: int, recompute: str, gather: str) -> bool:
-    """Whether a micro-batch fits into so many bytes."""
-    always, per_token = memory_plan(cfg, model, shards, gather)
-    return sum(always.values()) + cfg.micro_tokens * per_token[recompute] <= memory
+def fits(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute: str, gather: str) -> bool:
+    return sum(memory_plan(cfg, model, shards, recompute, gather).values()) <= memory
 
 
 def choose_recompute(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float) -> str:
-    """The fastest --recompute with which a micro-batch fits into so many bytes; the leanest if none does."""
+    """The fastest --recompute with which a micro-batch fits into `memory` bytes; the leanest if none does."""
     for mode in ("none", "selective"):
         refused = mode == "selective" and cfg.compile
-        if not refused and fits_in(memory, cfg, model, shards, mode, "off"):
+        if not refused and fits(cfg, model, shards, memory, mode, "off"):
             return mode
     return "full"
 
@@ -139,113 +147,82 @@ def choose_gather(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, r
 
     Recomputing costs more than sending: within a node, FSDP sends while it computes.
     """
-    return "on" if fits_in(memory, cfg, model, shards, recompute, "on") else "off"
+    return "on" if fits(cfg, model, shards, memory, recompute, "on") else "off"
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes that a process may fill."""
-    if device.type == "cuda":
-        return 0.95 * torch.cuda.get_device_properties(device).total_memory
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+def shards_of(gpus: int, per_node: int) -> int:
+    """Over how many GPUs a weight is sharded: those of a node, or all of them where each node has only one."""
+    return gpus if per_node == 1 else min(gpus, per_node)
 
 
-def plan_micro_batch(cfg: Namespace, model: LLaVAPhi, gpus: int, memory: float, share: int) -> dict[str, int]:
-    """--micro-tokens by --recompute, the best first: what fits, not above a GPU's `share` of a step, in steps of 1024.
+def most_tokens(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute: str, gather: str) -> int:
+    """The largest --micro-tokens that fits, in steps of 1024 and up to 24 of them; 0 if none does."""
+    sizes = range(1024, 24 * 1024 + 1, 1024)
+    return max((n for n in sizes if fits(replace(cfg, micro_tokens=n), model, shards, memory, recompute, gather)),
+               default=0)
 
-    Below 8192 tokens the matrix products are too small to be fast: better to recompute than to take less at a time.
+
+def too_small(cfg: Namespace, build: Callable[[Namespace], LLaVAPhi], shards: int, memory: float) -> str:
+    """If full recomputation needs more than `memory` bytes, a line that says so and which flags fit; else "".
+
+    build: settings -> their model, on the meta device.
     """
-    sizes = range(1024, min(24576, share + 1023) + 1, 1024)
-    fits = {}
-    for mode in RECOMPUTE_MODES:
-        def is_too_large(micro_tokens: int) -> bool:
-            # Asked for each size anew, since the logits' share depends on it, too.
-            smaller = replace(cfg, micro_tokens=micro_tokens)
-            return not fits_in(memory, smaller, model, min(gpus, GPUS_A_NODE), mode, "off")
-        n_fitting = bisect_left(sizes, True, key=is_too_large)
-        if n_fitting > 0:
-            fits[mode] = sizes[n_fitting - 1]
-    return dict(sorted(fits.items(), key=lambda mode_and_n: -min(mode_and_n[1], 8192)))
+    model = build(cfg)
+    need = sum(memory_plan(cfg, model, shards, "full", "off").values())
+    if need <= memory:
+        return ""
+    small = {"micro_tokens": min(2048, cfg.micro_tokens)}
+    changes = [small]
+    if "llm" in cfg.train:
+        frozen = {"freeze": f"{cfg.freeze},vision".strip(",")} if "vision" in trained_parts(model) else {}
+        lora = {"lora_r": cfg.lora_r or 64}
+        qlora = lora | {"base_bits": 4}
+        changes += [frozen, lora, lora | frozen, qlora, qlora | frozen, qlora | frozen | small]
+    advice = "take larger GPUs or more of them"
+    for change in changes:
+        other = replace(cfg, **change)
+        try:
+            other_fits = fits(other, build(other), shards, memory, "full", "off")
+        except ValueError:                      # a model too narrow for 4 bits
+            continue
+        if other_fits:
+            advice = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items()) + " would fit"
+            break
+    return (f"planned {need / 1e9:.0f} GB on each GPU even with --recompute full, and {memory / 1e9:.0f} GB can be "
+            f"used: {advice}")
 
 
-def print_plan(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi, gpus: int, gpu_memory: float) -> None:
-    """`--plan`: what a run needs on these GPUs, and how long it takes on 1 to 512, from formulas, without weights."""
+def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace], LLaVAPhi]) -> None:
+    """`--plan`: what fits into --gpus GPUs of --gpu-memory GB, without weights."""
+    model = build(cfg)
+    shards = shards_of(cfg.gpus, cfg.gpus_per_node)
+    memory = USABLE * cfg.gpu_memory * 1e9
+    columns = [(mode, gather) for mode in RECOMPUTE_MODES for gather in ("on", "off")]
+    plans = [memory_plan(cfg, model, shards, *column) for column in columns]
+    rows = {"--recompute": [mode for mode, _ in columns], "--gather": [gather for _, gather in columns]}
+    for kind in plans[0]:
+        rows[kind + ", GB"] = [f"{plan[kind] / 1e9:.1f}" for plan in plans]
+    rows[f"in all, with --micro-tokens {cfg.micro_tokens}"] = [f"{sum(plan.values()) / 1e9:.1f}" for plan in plans]
+    rows["the most --micro-tokens"] = [most_tokens(cfg, model, shards, memory, *column) or "none" for column in columns]
+    print(f"stage {cfg.stage} in {cfg.dtype} on {cfg.gpus} x {cfg.gpu_memory:g} GB, of which {memory / 1e9:.0f} can be "
+          f"used; weights sharded over {shards}\n")
+    for title, cells in rows.items():
+        print(f"{title:40}" + "".join(f"{cell:>11}" for cell in cells))
+
+    mode = choose_recompute(cfg, model, shards, memory)
+    gather = choose_gather(cfg, model, shards, memory, mode)
+    print("\n" + (too_small(cfg, build, shards, memory) or f"auto takes --recompute {mode} --gather {gather}"))
+    trained = count(p for p in model.parameters() if p.requires_grad)
+    in_memory = host_memory_to_save(min(cfg.gpus, cfg.gpus_per_node))
+    print(f"a checkpoint takes {12 * trained / 1e9:.1f} GB of disk, and writing it {in_memory / 1e9:.1f} GB of host "
+          "memory on each node")
+    print_steps(cfg, config, model)
+
+
+def print_steps(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
+    """How long a run on the published data is."""
     samples, with_picture, text_tokens, supervised = PUBLISHED[cfg.stage]
     length = round(text_tokens + with_picture * config.vision.n_patches)
-    print(f"stage {cfg.stage} on {gpus} x {gpu_memory:.0f} GB\n")
-    print_memory(cfg, model, gpus, gpu_memory * 1e9, cfg.global_batch * length // gpus)
     steps = math.ceil(cfg.epochs * steps_per_epoch(samples, cfg.global_batch))
-    pictures = f", {with_picture:.0%} with a picture" if with_picture else ""
     flops = cfg.global_batch * step_flops(config, trained_parts(model), length, length ** 2, with_picture, supervised)
-    print(f"\n{steps:,} steps of {cfg.global_batch} samples of {length} tokens, {supervised} supervised{pictures}: "
-          f"{flops / 1e15:.2f} PFLOP a step")
-    print_hours(cfg, model, gpu_memory * 1e9, steps, flops, cfg.global_batch * length)
-
-
-def print_memory(cfg: Namespace, model: LLaVAPhi, gpus: int, memory: float, share: int) -> None:
-    fits = plan_micro_batch(cfg, model, gpus, memory, share)
-    if fits:
-        cfg = replace(cfg, micro_tokens=next(iter(fits.values())))
-    always, per_token = memory_plan(cfg, model, min(gpus, GPUS_A_NODE))
-    print(f"\nneeded on each GPU (--dtype {cfg.dtype} --micro-tokens {cfg.micro_tokens}):")
-    for kind, size in always.items():
-        print(f"  {kind:50s} {size / 1e9:6.1f} GB")
-    for mode, size in per_token.items():
-        verdict = f"--micro-tokens {fits[mode]}" if mode in fits else "does not fit"
-        print(f"  --recompute {mode:10s} {size / 2 ** 20:5.2f} MiB a token: {verdict}")
-    if fits:
-        best = next(iter(fits))
-        print(f"best: --recompute {best} --micro-tokens {fits[best]}")
-    else:
-        print("best: does not fit; take more GPUs, --lora-r 64 (--base-bits 4) or --freeze")
-    if cfg.base_bits == 4:
-        print_small_gpus(cfg, model)
-
-
-def print_small_gpus(cfg: Namespace, model: LLaVAPhi) -> None:
-    """What QLoRA is for: the largest micro-batch that one small GPU can take, with full recomputation."""
-    print("\none GPU with --base-bits 4 --recompute full:")
-    for gb in (8, 12, 16, 24):
-        verdict = "does not fit" + ("; with --freeze vision it may" if "vision" in trained_parts(model) else "")
-        for micro_tokens in (1024, 2048, 4096, 8192, 16384):
-            smaller = replace(cfg, micro_tokens=micro_tokens)
-            if fits_in(gb * 1e9, smaller, model, shards=1, recompute="full", gather="off"):
-                verdict = f"--micro-tokens {micro_tokens}"
-        print(f"  {gb:2d} GB  {verdict}")
-
-
-def print_hours(cfg: Namespace, model: LLaVAPhi, memory: float, steps: int, flops: float, step_tokens: int) -> None:
-    """Time and traffic by the number of GPUs. flops and step_tokens are of a whole step."""
-    trained = count(p for p in model.parameters() if p.requires_grad)
-    print("\n  GPUs   hours   GB sent by a GPU in a step")
-    for n in (1, 2, 4, 8, 64, 512):
-        fits = plan_micro_batch(cfg, model, n, memory, step_tokens // n)
-        if not fits:
-            print(f"  {n:4d}   does not fit")
-            continue
-        mode, micro_tokens = next(iter(fits.items()))
-        gather = cfg.gather
-        if gather == "auto":
-            micro = replace(cfg, micro_tokens=micro_tokens)
-            gather = choose_gather(micro, model, min(n, GPUS_A_NODE), memory, mode)
-        sent = traffic(trained, n, math.ceil(step_tokens / n / micro_tokens), gather)
-        busy = min(n, cfg.global_batch)
-        hours = flops * steps / busy / (0.5 * H100_PEAK) / 3600
-        note = f"    --gather {gather}" if n > 1 else ""
-        if busy < n:
-            note += f"    only {busy} of them have a sample"
-        print(f"  {n:4d} {hours:7.2f} {sent / 1e9:9.1f}{note}")
-    print("\nhours at 50% of 989 TFLOP/s (dense bf16 of an H100 or H200): an assumption, no measurement")
-
-
-def traffic(trained: int, gpus: int, micro_batches: int, gather: str) -> float:
-    """Bytes that one GPU sends in a step with so many trained weights.
-
-    Within a node weights are gathered in bf16, for the forward and again for the backward pass unless they stay, and
-    gradients are shared out in fp32. Then the nodes exchange their sums, in fp32 and both ways.
-    """
-    near = min(gpus, GPUS_A_NODE)
-    weights = 2 if gather == "on" else (2 + 2) * micro_batches
-    reductions = 1 if gather == "on" else micro_batches
-    between_nodes = 8 * reductions if gpus > near else 0
-    return trained * ((weights + 4 * reductions) * (near - 1) + between_nodes) / near
+    print(f"{steps:,} steps of {cfg.global_batch} samples of {length} tokens: {flops / 1e15:.2f} PFLOP a step")

@@ -1,12 +1,15 @@
-"""The published recipes and every flag of train.py.
+"""The published recipes, every flag of train.py, and those of data.py, which checks data for a recipe.
 
 It imports no torch, so that `--help` and a mistake are answered at once.
 """
 import argparse
+import os
 from argparse import Namespace
 from pathlib import Path
 
 from lib.common import Parser, at_least, between, dtype_name
+
+IMAGE_MODES = ("crop", "pad", "squash")         # how a picture is made square, see data.load_image
 
 # What differs between stages or recipes; what all share is a default in `parse`. `data.py check` reads these, too.
 # llava-phi: its scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of its paper (arXiv 2401.02330).
@@ -136,7 +139,7 @@ def add_flags(parser: Parser) -> None:
     add("--base-bits", type=int, choices=(4, 16), default=16, help="4: QLoRA, the language model under the adapters is "
         "held in 4 bits")
     add("--template", choices=("plain", "v0"), help="prompt: plain (image, caption, newline) or v0 (chat)")
-    add("--image-mode", choices=("crop", "pad", "squash"), help="how a picture is made square")
+    add("--image-mode", choices=IMAGE_MODES, help="how a picture is made square")
     add("--max-length", type=at_least(1), default=2048, help="positions per sample, image expanded; longer samples are "
         "cut on the right")
     add("--group", choices=("none", "modality_length"), help="order within an epoch: random, or by modality and length "
@@ -168,7 +171,7 @@ def add_flags(parser: Parser) -> None:
     add("--micro-tokens", type=at_least(1), default=16384, help="tokens per forward pass on one process: as many as "
         "fit into its memory")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto", help="activation checkpointing: "
-        "none, selective (half the memory, 3 %% more compute) or full (least memory, 22 %% more); auto: the first "
+        "none, selective (half the memory, 3 %% more operations) or full (least memory, 22 %% more); auto: the first "
         "that fits")
     # "on" saves both halves of FSDP's traffic in every micro-batch but the last: 4 bytes a weight for gathering it in
     # bf16 twice, 4 for reducing its gradient in fp32. Saving one half only would fit into a little less memory, and be
@@ -184,7 +187,6 @@ def add_flags(parser: Parser) -> None:
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: only when interrupted")
     add("--keep", type=at_least(1), default=2, help="checkpoints kept")
-    add("--stop-after", type=at_least(0), default=0, help="save and leave after this step, as if interrupted; 0: no")
     add("--resume", default="auto", help="auto: from the newest checkpoint in --out; never; or a checkpoint folder")
 
     add = parser.add_argument_group("instead of training").add_argument
@@ -221,3 +223,40 @@ def settings(cfg: Namespace) -> dict:
 def replace(cfg: Namespace, **changes) -> Namespace:
     """A copy of the settings with some of them changed."""
     return Namespace(**vars(cfg) | changes)
+
+# ---------------------------------------------------------------------------------------------------
+# python data.py check
+
+CHECK = """Finds every bad sample before a GPU is used: records, pictures, lengths.
+
+    $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
+    $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
+"""
+
+
+def parse_check(argv: list[str] | None) -> Namespace:
+    parser = Parser(prog="data.py", description=CHECK)
+    check = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="find every bad sample")
+    add = check.add_argument
+    add("--data", type=Path, required=True, help="LLaVA's json, or one record per line")
+    add("--images", type=Path, required=True, help="the folder that the records' image paths start from")
+    add("--stage", choices=["pretrain", "finetune"], default="finetune", help="the stage that the data is for")
+    add("--recipe", choices=list(RECIPES), default="llava-phi", help="whose; see train.py --help")
+    add("--model", type=Path, nargs="+", metavar="FOLDER",
+        help="the model to be trained, for its sizes: one folder, or Phi-2's and the vision tower's")
+    add("--tokenizer", type=Path, help="its folder; none: the model's, else checkpoints/phi-2; without it, no lengths")
+    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--max-length", type=at_least(1), help="positions of a sample, image expanded; none: the model's, up to 2048")
+    add("--n-patches", type=at_least(1), help="positions of an image; none: the model's, else 576 (CLIP at 336 pixels)")
+    add("--image-size", type=at_least(1), help="pixels of its side; none: the model's, else 336")
+    add("--image-mode", choices=IMAGE_MODES, help="how pictures are made square; none: as the stage's recipe says")
+    add("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
+    add("--show", type=int, default=20, help="samples to name of each kind")
+    add("--write-clean", type=Path, help="write the good records here, and the bad ones to a .rejects.jsonl next to it")
+    args = parser.parse_args(argv)
+    if args.model and len(args.model) > 2:
+        parser.error(f"--model: expected one folder, or Phi-2's and the vision tower's, found {len(args.model)}")
+    if args.tokenizer is None:
+        args.tokenizer = args.model[0] if args.model else Path("checkpoints/phi-2")
+    return args

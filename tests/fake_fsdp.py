@@ -1,11 +1,12 @@
 """train.py on eight GPUs that are not there: FSDP2 on device type "cuda", with any build of torch, in seconds.
 
 $ python tests/fake_fsdp.py --tiny                                  # every combination of flags, ranks 0 and 7 of 8
-$ python tests/fake_fsdp.py --tiny --nodes 2                        # the same as two nodes of four: hybrid sharding
+$ python tests/fake_fsdp.py --tiny --nodes 2                        # as two nodes of four: hybrid sharding
+$ python tests/fake_fsdp.py --tiny --world 1                        # one process, which takes the same path
 $ python tests/fake_fsdp.py --only "--stage finetune --lora-r 64"   # at full size: minutes, and no memory
 
-It calls train.py's own setup, build, make_optimizer, train_step (twice), validate and save_final, with torch's "fake"
-process group. CUDA tensors are fake: they have shapes, dtypes, devices and strides, and
+It calls train.py's own setup, build, make_optimizer, train_step (three times), save_checkpoint, load_checkpoint,
+validate and save_final, with torch's "fake" process group. CUDA tensors are fake: they have shapes, dtypes, devices and strides, and
 no content. CPU tensors are real. A step has three micro-batches: pictures, text alone, and no sample at all; odd ranks
 take them in the opposite order, and rank 7 has less memory than rank 0.
 
@@ -14,12 +15,14 @@ What it shows, for each rank:
 - the host waits for the GPU once a step;
 - matrix products and attention are computed in bf16, and ragged attention is chosen;
 - every trained weight is fp32 on the GPU and gets an fp32 gradient there;
+- a checkpoint has each of them and its two moments, and a run goes on from it as it would have without;
 - all ranks call the same collectives with the same shapes in the same order, without which NCCL hangs;
 - the allocator's peak, to be compared with the plan's.
 
 What it cannot show: any number; that a kernel takes these shapes (attention is replaced by its shape function); NCCL;
-fragments, workspaces and the CUDA context; reading weights and data. Streams are stubs that never wait, so a missing
-wait would go unseen; therefore it fails if the project makes a stream of its own.
+fragments, workspaces and the CUDA context; reading weights and data; --compile, since Dynamo traces on fake tensors of
+its own, for which the question below has no answer (test_cuda.py traces the blocks). Streams are stubs that never
+wait, so a missing wait would go unseen; therefore it fails if the project makes a stream of its own.
 
 How a backward pass works without a driver: autograd asks each tensor's device in C++ and then wants CUDA's streams.
 FakeGPU answers that question (prim.device) with a backend written in Python, whose streams do nothing, while Python
@@ -41,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives        # teaches fake tensors the shapes of c10d's operators
+import torch.distributed._tools.fake_collectives  # teaches fake tensors the shapes of c10d's operators
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -49,9 +52,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_iter
 
+import lib.checkpoint
 import lib.plan
 import train
 from data import IGNORE, IMAGE_ID, Batch, Sample, Step, collate
+from lib.recipes import replace
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
 
@@ -93,6 +98,7 @@ class Notes:
 
     def __init__(self):
         self.sizes: dict[int, int] = {}             # storage -> bytes
+        self.saved: dict[str, tuple] = {}           # name in the checkpoint -> shape, dtype, device
         self.allocated = 0
         self.reset()
 
@@ -330,7 +336,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
     mesh, device = train.setup()
     try:
         with FakeGPU(device), torch.autograd.set_multithreading_enabled(False):
-            model = train.build(cfg, config, mesh, device)
+            model = train.build(cfg, config, None, mesh, device)
             optimizer = train.make_optimizer(model, cfg)
             watch_update(model, optimizer)
             batches = make_micro_batches(config, cfg.stage != "sft", 128 if tiny else cfg.micro_tokens)
@@ -346,19 +352,33 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
             step = Step(1, list(range(world)), batches[::-1])
             train.train_step(model, optimizer, step, cfg, n_supervised, 1.0, device)
             seen, peak, peak_at, second = dict(notes.seen), notes.peak, notes.peak_at, notes.collectives
+
+            state = lib.checkpoint.TrainState({"out": "out", "keep": 1}, [], "", model, optimizer, step=2, updates=2)
+            lib.checkpoint.save_checkpoint(state)
+            manifest = {"step": 2, "updates": 2}
+            lib.checkpoint.load_checkpoint(lib.checkpoint.Checkpoint(Path("out/step_000002"), manifest), state)
+            notes.reset()
+            train.train_step(model, optimizer, step._replace(step=2), cfg, n_supervised, 1.0, device)
+            third = notes.collectives
             notes.reset()
             train.validate(model, [Step(0, [], batches)], device)
             if cfg.base_bits == 16:                             # what lies under 4 bits would come from the folders
-                train.save_final(cfg, config, model)
-        always, per_token = lib.plan.memory_plan(cfg, model, mesh.size(-1), model.gather)
-        tokens = max(len(batch.ids) for batch in batches)
-        planned = sum(always.values()) - always["workspace"] + tokens * per_token[model.llm.recompute]
+                train.save_final(cfg, config, None, model)
+        planned = max(plan_for(batch, cfg, model, mesh.size(-1)) for batch in batches)
         print(f"  rank {rank}: gather {model.gather}, recompute {model.llm.recompute}; peak {peak / 1e9:.2f} GB at "
-              f"{peak_at}, planned without workspace {planned / 1e9:.2f} GB", file=sys.stderr)
-        return types.SimpleNamespace(cfg=cfg, seen=seen, collectives=[first, second, notes.collectives])
+              f"{peak_at}, planned without workspace {planned / 1e9:.2f} GB ({planned / peak:.3f})", file=sys.stderr)
+        return types.SimpleNamespace(cfg=cfg, seen=seen, saved=notes.saved,
+                                     collectives=[first, second, third, notes.collectives])
     finally:
         dist.destroy_process_group()
         _clear_sharding_prop_cache()                            # its entries name the process group that has just gone
+
+
+def plan_for(batch: Batch, cfg: argparse.Namespace, model: torch.nn.Module, shards: int) -> float:
+    """The bytes that --plan counts on for this micro-batch, without what a tracker cannot see."""
+    cfg = replace(cfg, micro_tokens=len(batch.ids))
+    plan = lib.plan.memory_plan(cfg, model, shards, model.llm.recompute, model.gather, pictures=len(batch.images))
+    return sum(plan.values()) - plan["workspace"]
 
 
 def watch_update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -366,7 +386,9 @@ def watch_update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
     update = optimizer.step
 
     def look_then_update() -> None:
-        for p in train.trained_weights(model).values():
+        for p in model.parameters():
+            if not p.requires_grad:
+                continue
             kinds = []
             for x in (p, p.grad):
                 local = x.to_local() if hasattr(x, "to_local") else x
@@ -374,6 +396,11 @@ def watch_update(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
             Machine.notes.seen["weights and gradients"][" and ".join(kinds)] += 1
         update()
     optimizer.step = look_then_update
+
+
+def note_saved(tensors: dict[str, torch.Tensor], **kwargs) -> None:
+    for name, tensor in tensors.items():
+        Machine.notes.saved[name] = tuple(tensor.shape), tensor.dtype, tensor.to_local().device.type
 
 
 def find_problems(ranks: list[types.SimpleNamespace]) -> list[str]:
@@ -391,7 +418,14 @@ def find_problems(ranks: list[types.SimpleNamespace]) -> list[str]:
                 found.append(f"computed in fp32: {place}")
             if "_varlen_attn bfloat16" not in r.seen["products"]:
                 found.append(f"ragged attention is not chosen: {dict(r.seen['products'])}")
-    for k, part in enumerate(("first step", "second step", "validation and saving")):
+        trained = [name.removeprefix("model.") for name in r.saved if name.startswith("model.")]
+        expected = {f"{kind}.{name}" for kind in ("model", "exp_avg", "exp_avg_sq") for name in trained}
+        kinds = {(dtype, device) for _, dtype, device in r.saved.values()}
+        if set(r.saved) != expected or not trained or kinds != {(torch.float32, "cuda")} or r.saved != ranks[0].saved:
+            found.append(f"the checkpoint has {len(r.saved)} tensors of {len(trained)} weights, {kinds}")
+        if r.collectives[1] != r.collectives[2]:
+            found.append("the step after a checkpoint calls other collectives than the one before it")
+    for k, part in enumerate(("first step", "second step", "step after a checkpoint", "validation and saving")):
         if any(r.collectives[k] != ranks[0].collectives[k] for r in ranks):
             found.append(f"ranks call different collectives in the {part}: this hangs")
     return found
@@ -426,8 +460,10 @@ def main() -> int:
     ranks = args.ranks or sorted({0, args.world - 1})
     pretend_there_are_gpus()
     train.read_weights = lambda *args: None                     # there are no folders
-    train.read_base = lambda *args: []
-    train.on_process_0 = lambda write: None                     # nothing is written
+    train.on_process_0 = lib.checkpoint.on_process_0 = lambda write: None       # nothing is written
+    lib.checkpoint.on_every_process = lambda work: []
+    lib.checkpoint.dcp.save = note_saved
+    lib.checkpoint.dcp.load = lambda *args, **kwargs: None
     began = time.perf_counter()
     failed = 0
     cases = []

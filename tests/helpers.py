@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+import load_weights
 from data import IGNORE, IMAGE_ID, Sample
+from lib.folders import open_weights
 from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig, init_weights
 from vision import CLIP_MEAN, CLIP_STD, VisionConfig
@@ -22,6 +24,8 @@ from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 TINY_MODEL = GOLDEN / "tiny-llava-phi"
+TINY_PHI, TINY_CLIP = GOLDEN / "tiny-phi", GOLDEN / "tiny-clip"
+TINY_MIPHA = ROOT / "tests" / "golden-mipha" / "tiny-mipha"
 
 # What the original code answers to the first golden prompt, decoded and stripped.
 GOLDEN_ANSWER = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"
@@ -201,6 +205,11 @@ def metrics(out: Path) -> list[dict]:
 # Model folders
 
 
+def load_weights_command(argv: list[str]) -> int:
+    """`python load_weights.py ARGV` in this process -> its exit code."""
+    return load_weights.main(load_weights.parse(argv))
+
+
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     if (folder / "pytorch_model.bin").exists():
         return torch.load(folder / "pytorch_model.bin", weights_only=True)
@@ -225,3 +234,44 @@ def rewrite(source: Path, out: Path, change: Callable[[dict], dict] = unchanged,
     tensors = {name: tensor.contiguous() for name, tensor in change(tensors_of(source)).items()}
     save_file(tensors, out / "model.safetensors")
     return out
+
+
+def same(a: nn.Module, b: nn.Module, prefix: str = "") -> bool:
+    """Do two models have the same tensors, bit for bit, among those whose names begin with `prefix`?"""
+    a, b = ({name: x for name, x in m.state_dict().items() if name.startswith(prefix)} for m in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def model_from(phi: Path, tower: Path) -> LLaVAPhi:
+    """The model that a Phi folder and a tower's make together. Its projector is drawn anew every time."""
+    bases = open_weights(phi, tower)
+    model = LLaVAPhi(bases.config)
+    load_weights.load_into(model, bases, allow_missing=("projector.",))
+    return model
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def without(config: dict, *keys: str) -> dict:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def siglip_folder(kind: str, out: Path) -> Path:
+    """google's SiglipModel with its text tower, or the vision tower alone, made of the tower in tiny-mipha."""
+    old, new = "model.vision_tower.vision_model.", "" if kind == "without prefix" else "vision_model."
+
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tower = {new + name.removeprefix(old): x for name, x in tensors.items() if name.startswith(old)}
+        text = {"text_model.final_layer_norm.weight": torch.ones(4), "text_model.head.weight": torch.ones(4, 4),
+                "logit_scale": torch.ones(1), "logit_bias": torch.ones(1)}
+        return tower | text if kind == "whole" else tower
+
+    def config(mipha: dict) -> dict:
+        tower = {key: value for key, value in mipha["vision_config"]["vision_tower"].items() if key[:3] != "mm_"}
+        tower = without(tower, "hidden_act", "layer_norm_eps", "num_channels")      # published files leave defaults out
+        return {"model_type": "siglip", "vision_config": tower} if kind == "whole" else tower
+
+    return rewrite(TINY_MIPHA, out, change, config, keep=("config.json", "preprocessor_config.json"))

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from lib.common import choose_device, choose_dtype, replacing, torchrun_env, write_whole
+from lib.common import choose_device, choose_dtype, read_jsonl, replacing, torchrun_env, write_whole
 
 
 def test_a_process_that_torchrun_did_not_start_is_the_only_one(monkeypatch):
@@ -97,3 +97,13 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
     with replacing(tmp_path / "model") as part:
         part.mkdir()
     assert os.listdir(tmp_path) == ["model"] and os.listdir(tmp_path / "model") == []
+
+
+@pytest.mark.parametrize("line", ["[1]", "7", "{", "<html>", "[" * 100_000])
+def test_a_line_that_is_no_json_object_is_named(line, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: not a json object, begins with "):
+        read_jsonl(path)
+    path.write_text('{"a": 1}\n' + line)
+    assert read_jsonl(path, torn=True) == [{"a": 1}]        # as a killed process may leave its last line

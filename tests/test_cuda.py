@@ -9,32 +9,24 @@ through twice as many. bf16 keeps 8 bits, so each rounding is off by up to 0.4 %
 some per cent of a gradient, and less of a loss, which is a mean over many tokens.
 """
 import copy
-import dataclasses
 import json
 import random
-import subprocess
-import sys
 import warnings
 from argparse import Namespace
 from functools import partial
 
 import pytest
-
-pytest.importorskip("tokenizers", reason="the packages of requirements.txt are not installed")
-pytest.importorskip("safetensors", reason="the packages of requirements.txt are not installed")
-
 import torch
-from helpers import (GOLDEN, ROOT, TINY_MODEL, draw_prompt, draw_samples, draw_words, expanded, fast_answers,
-                     random_model, to_uint8)
+from helpers import (GOLDEN, draw_prompt, draw_samples, draw_words, expanded, fast_answers, metrics,
+                     random_model, to_uint8, train_flags)
 from safetensors.torch import load_file
-from test_train import arguments, data, keep_signal_handlers, metrics  # noqa: F401 (two of them are fixtures)
 from test_varlen import HS, LENGTHS, NH, WIDE
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from training import train_here
 
 import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate
-from lib import plan, quant
+from lib import plan
 from lib.generate import KVCache, Session, prefill
 from lib.quant import quantize_linears
 from lib.recipes import parse
@@ -150,7 +142,7 @@ def test_varlen_attention_equals_the_loop(name, device, monkeypatch):
 def test_greedy_text_of_the_goldens(which, device):
     golden = load_file(GOLDEN / "forward.safetensors")
     # Its heads have 20 channels, so this is the loop on a GPU, too, and decoding with a graph.
-    model = load_model(TINY_MODEL, torch.float32, device)
+    model = load_model(GOLDEN / "tiny-llava-phi", torch.float32, device)
     prompt = expanded(json.loads((GOLDEN / "text.json").read_text())["prompts"][which]["input_ids_tiny"])
     images = to_uint8(golden["llava.pixel_values"])
     for captured in (False, True):
@@ -210,8 +202,8 @@ def test_sampling_is_repeatable(wide, device):
 
 
 @pytest.mark.parametrize("bits, bound", [(8, 0.09), (4, 0.4)])
-def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
-    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another order.
+def test_quantized_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype, bits, bound):
+    """8 bits: weight-only on a GPU, weights and activations on a CPU. 4 bits: the same weights in another layout.
 
     So narrow a model averages little of the rounding out.
     """
@@ -225,7 +217,7 @@ def test_quantised_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 
     def quantized(device: torch.device) -> LLaVAPhi:
         model = copy.deepcopy(wide).to(device, dtype)
-        quant.quantize_linears(model, bits)
+        quantize_linears(model, bits)
         return model
     got = logits(quantized(device))
     assert relative(got, logits(wide)) < bound
@@ -252,25 +244,11 @@ def two_batches(device: torch.device) -> list:
     return [pinned(collate(draw_samples()[:3], 28), device), pinned(collate(draw_samples()[3:], 28), device)]
 
 
-def apply_fsdp(model: LLaVAPhi, mesh, dtype: torch.dtype, gather: str) -> None:
-    """What train.shard does on several processes. On one it has nothing to share out, and does nothing."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    for unit in [*model.llm.h, model.vision]:
-        fully_shard(unit, mesh=mesh, mp_policy=block_policy, reshard_after_forward=gather == "off")
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    model.gather = gather
-
-
 def prepared(wide: LLaVAPhi, cfg: Namespace, mesh, device: torch.device, batches: list | None = None,
-             gather: str = "") -> tuple:
+             gather: str = "on") -> tuple:
     """A copy of the model on the device, ready for training, and train.py's step on it, ready to be taken."""
     model = copy.deepcopy(wide).requires_grad_().to(device).train()
-    dtype = train.torch_dtype(cfg.dtype)
-    if gather:
-        apply_fsdp(model, mesh, dtype, gather)
-    elif dtype != torch.float32:
-        train.keep_masters(model, dtype)
+    train.shard(model, mesh, train.torch_dtype(cfg.dtype), gather)
     optimizer = train.make_optimizer(model, cfg)
     batches = batches or two_batches(device)
     supervised = sum(len(batch.targets) for batch in batches)
@@ -305,12 +283,9 @@ def plain_step(wide: LLaVAPhi, cfg: Namespace, device: torch.device) -> tuple[fl
     return total, masters
 
 
-@pytest.mark.parametrize("gather", ["", "off", "on"])
+@pytest.mark.parametrize("gather", ["off", "on"])
 def test_a_step_equals_plain_adamw(wide, device, dtype, group, gather):
-    """With masters, as one process trains; and with FSDP over NCCL (gloo on a CPU), as several do, with any --gather.
-
-    Sharding, casting, copying ahead and summing add nothing of their own.
-    """
+    """FSDP's sharding, casting and summing add nothing of their own."""
     cfg = settings("--dtype", "fp32" if dtype == torch.float32 else "bf16")
     model, step = prepared(wide, cfg, group, device, gather=gather)
     loss, norm, skipped = step()
@@ -319,8 +294,7 @@ def test_a_step_equals_plain_adamw(wide, device, dtype, group, gather):
     # In bf16 the last sum of the loss may be rounded at another place. The weights are compared as they have moved.
     assert loss == pytest.approx(plain_loss, rel=1e-5 if dtype == torch.float32 else 2e-3)
     bound = 1e-3 if dtype == torch.float32 else 0.05
-    trained = train.trained_weights(model).values()
-    moved = torch.cat([(whole(p) - old.to(device)).flatten() for p, old in zip(trained, wide.parameters())])
+    moved = torch.cat([(whole(p) - old.to(device)).flatten() for p, old in zip(model.parameters(), wide.parameters())])
     expected = torch.cat([(new - old.to(device)).flatten() for new, old in zip(masters, wide.parameters())])
     assert relative(moved.detach(), expected) < bound
 
@@ -369,14 +343,14 @@ def test_compiled_training_equals_eager(wide, device, group, recompute, monkeypa
     assert results[1][2][0] < results[1][0][0]              # it does learn
 
 
-def test_a_run_stopped_and_resumed_goes_on_where_it_was(data, device, tmp_path):
+def test_a_run_stopped_and_resumed_goes_on_where_it_was(chat_json, device, tmp_path):
     """Bit for bit on a CPU. On a GPU some sums (of the embedding's gradient) are taken in any order."""
     if device.type == "cpu" and torch.cuda.is_available():
         pytest.skip("there is a GPU, and train.py takes it")
     more = ["--max-steps", "6", "--dropout", "0.1"]
-    train.main(arguments(tmp_path / "whole", data, *more))
-    train.main(arguments(tmp_path / "parts", data, *more, "--stop-after", "3"))
-    train.main(arguments(tmp_path / "parts", data, *more))
+    train_here(train_flags(tmp_path / "whole", chat_json, *more))
+    train_here(train_flags(tmp_path / "parts", chat_json, *more), stop_after=3)
+    train_here(train_flags(tmp_path / "parts", chat_json, *more))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -414,10 +388,10 @@ def test_peak_memory_is_what_the_plan_says(stage, recompute, device, group, monk
     on_gpu = device.type == "cuda"
     config, tokens = (LARGE, 8192) if on_gpu else (LONG, 256)
     cfg = settings("--stage", stage, "--recompute", recompute, "--micro-tokens", str(tokens))
-    monkeypatch.setattr(train, "read_weights", lambda model, cfg, config: zero_all(model))
-    model = train.build(cfg, config, group, device)
-    always, per_token = plan.memory_plan(cfg, model, 1)
-    planned = sum(always.values()) - always["workspace"] + per_token[recompute] * tokens
+    monkeypatch.setattr(train, "read_weights", lambda model, source, cfg: zero_all(model))
+    model = train.build(cfg, config, None, group, device)
+    memory = plan.memory_plan(cfg, model, 1, recompute, model.gather)
+    planned = sum(memory.values()) - memory["workspace"]
     if on_gpu and planned > 0.8 * torch.cuda.get_device_properties(device).total_memory:
         pytest.skip(f"the test needs a GPU with {planned / 0.8e9:.0f} GB")
     batch = worst_batch(config, tokens)
@@ -448,26 +422,3 @@ def worst_batch(config: LLaVAConfig, tokens: int):
         ids = [IMAGE_ID] * P + [5] * P
         made.append(Sample(str(i), ids, [IGNORE] * P + [5] * P, image))
     return collate(made, S)
-
-# ---------------------------------------------------------------------------------------------------
-# The campaign
-
-
-@pytest.mark.slow
-def test_the_campaign_walks_through_every_part_on_a_cpu(tmp_path):
-    """tests/bench/gpu.py --dry: whoever has a GPU for half an hour must not find a slip in it."""
-    command = [sys.executable, "tests/bench/gpu.py", "--dry", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    table = (tmp_path / "gpu.md").read_text()
-    assert "broke off" not in table and "failed" not in table
-    for part in "abcdf":
-        assert f"## Part {part}" in table
-
-
-@pytest.mark.parametrize("flags, message", [(["--parts", "a,x"], "--parts x: expected some of a, b, c, d, e, f"),
-                                            (["--part", "a"], "unrecognized arguments")])
-def test_a_mistake_in_the_campaigns_flags_is_one_line(flags, message):
-    command = [sys.executable, "tests/bench/gpu.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1

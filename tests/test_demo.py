@@ -5,15 +5,14 @@ import random
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from data import encode, load_tokenizer
 from demo import run
-from demo.shapes import (COLOURS, NAMES, QUARTERS, QUESTIONS, Shape, caption, converse, draw_scene, is_held_out, paint,
+from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTIONS, Shape, caption, converse, draw_scene, is_held_out, paint,
                          write_data)
-from lib.folders import load_config
+from lib.folders import open_weights
 from load_weights import load_into
 from model import LLaVAPhi, init_weights
 
@@ -110,7 +109,7 @@ def test_the_same_seed_draws_the_same_files_in_llavas_format(tmp_path):
             assert len(ids) == len(labels) and (tmp_path / "a" / "images" / record["image"]).is_file()
 
 
-def test_a_picture_shows_its_colours_where_the_scene_says():
+def test_a_picture_shows_its_colors_where_the_scene_says():
     rng = random.Random(8)
     for _ in range(50):
         scene = draw_scene(rng, False)
@@ -121,15 +120,16 @@ def test_a_picture_shows_its_colours_where_the_scene_says():
             bright, there = quarter[quarter.max(1) > 120], [s for s in scene if s.quarter == place]
             assert (len(bright) > 40) == bool(there)
             if there:
-                nearest = min(COLOURS, key=lambda c: np.abs(np.median(bright, 0) - COLOURS[c]).sum())
-                assert nearest == there[0].colour
+                nearest = min(COLORS, key=lambda c: np.abs(np.median(bright, 0) - COLORS[c]).sum())
+                assert nearest == there[0].color
 
 
 def test_the_committed_bases_load_in_the_official_layouts():
     folders = [ROOT / "demo" / "phi", ROOT / "demo" / "clip"]
-    model = LLaVAPhi(load_config(*folders))
+    bases = open_weights(*folders)
+    model = LLaVAPhi(bases.config)
     init_weights(model, torch.Generator().manual_seed(0))
-    load_into(model, folders, allow_missing=("projector.",))
+    load_into(model, bases, allow_missing=("projector.",))
     assert sum(p.numel() for p in model.parameters()) < 3e6
     assert all(file.stat().st_size < 3e6 for folder in folders for file in folder.iterdir())
 

@@ -84,8 +84,9 @@ def test_prefill_with_and_without_a_prefix_then_a_step(model, batch):
 
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
 @pytest.mark.parametrize("n_in, n_out", [(2560, 7680), (10240, 2560), (2560, 51200)])
-def test_quantised_products_take_the_published_widths(fake, kind, n_in, n_out):
-    linear = kind(torch.nn.Linear(n_in, n_out, device="cuda", dtype=torch.bfloat16)).eval()
+def test_quantized_products_take_the_published_widths(fake, kind, n_in, n_out):
+    """Both steps: weights into the layout of the product on CUDA, and the product."""
+    linear = kind(torch.nn.Linear(n_in, n_out, device="cuda", dtype=torch.bfloat16))
     for rows in (1, 640):
         y = linear(torch.empty(rows, n_in, dtype=torch.bfloat16, device="cuda"))
         assert y.shape == (rows, n_out) and y.dtype == torch.bfloat16 and y.is_cuda

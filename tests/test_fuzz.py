@@ -21,16 +21,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, load_weights_command, pattern, talk
 from PIL import Image
-from test_data import drawn, talk
+from training import train_here
 
 import data
 import load_weights
 import serve.server
-import train
-from data import Dataset, Loader, load_image, load_tokenizer
+from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
 from lib.common import run_command
+from lib.recipes import parse_check
 from serve.engine import Engine
 from serve.server import Server
 
@@ -202,7 +202,7 @@ def test_pictures(capsys):
     seeds = [path.read_bytes() for path in sorted((GOLDEN / "images").iterdir()) if path.stat().st_size < 100_000]
     for form, pil_mode in (("GIF", "P"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("JPEG", "CMYK"), ("PNG", "I;16"),
                            ("PNG", "LA"), ("BMP", "1"), ("MPO", "RGB"), ("TIFF", "RGB")):
-        image = drawn(60, 40)
+        image = pattern(60, 40)
         image = image.convert("L").convert("I").convert(pil_mode) if pil_mode == "I;16" else image.convert(pil_mode)
         exif = Image.Exif()
         exif[0x0112] = 6
@@ -215,7 +215,7 @@ def test_pictures(capsys):
         mode = rng.choice(data.IMAGE_MODES)
 
         def case() -> None:
-            image = load_image(io.BytesIO(picture), 28, mode)
+            image = load_image(io.BytesIO(picture), ImageConfig(28, mode, (122, 116, 104), 4))
             assert image.shape == (3, 28, 28) and image.dtype == torch.uint8
         return case
 
@@ -265,9 +265,11 @@ def test_data_files(tmp_path, tok, capsys):
 
         def case() -> None:
             path.write_bytes(content)
-            assert data.main(["check", "--data", str(path), "--images", str(GOLDEN / "images"), "--tokenizer",
-                              str(TINY), "--workers", "0", "--decode", "header"]) in (0, 1)
-            dataset = Dataset(path, GOLDEN / "images", tok, "v0", 28, "pad", 4, 128, on_bad_sample)
+            args = parse_check(["check", "--data", str(path), "--images", str(GOLDEN / "images"), "--tokenizer",
+                                str(TINY), "--workers", "0", "--decode", "header"])
+            assert data.main(args) in (0, 1)
+            dataset = Dataset(path, GOLDEN / "images", tok, "v0", ImageConfig(28, "pad", (122, 116, 104), 4), 128,
+                              on_bad_sample=on_bad_sample)
             for _ in Loader(dataset, global_batch=4, micro_tokens=300, rank=0, world=1, seed=1, steps=3):
                 pass
         return case
@@ -327,7 +329,7 @@ def test_model_folders(tmp_path, capsys):
         def case() -> None:
             load_tokenizer(folder)
             load_weights.load_model(folder)
-            load_weights.main(["inspect", str(folder)])
+            load_weights_command(["inspect", str(folder)])
         return case
 
     campaign("model folders", 2000, 300_000_000, make_case, capsys)
@@ -345,8 +347,8 @@ def test_checkpoints(tmp_path, capsys):
             "--out", str(out), "--dtype", "fp32", "--workers", "0", "--global-batch", "4", "--save-every", "1",
             "--max-steps", "3"]
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([*args, "--stop-after", "2"])
-        load_weights.main(["export", "--model", str(out / "step_000002"), "--out", str(tmp_path / "exported")])
+        train_here(args, stop_after=2)
+        load_weights_command(["export", "--model", str(out / "step_000002"), "--out", str(tmp_path / "exported")])
     intact = shutil.copytree(out, tmp_path / "intact")
 
     def make_case(rng: random.Random) -> Callable:
@@ -362,9 +364,9 @@ def test_checkpoints(tmp_path, capsys):
         else:
             target.write_bytes(mutate_bytes(content, rng))
         if rng.random() < 0.5:
-            return lambda: train.main(args)
+            return lambda: train_here(args)
         exported = tmp_path / f"exported {rng.random()}"
-        return lambda: load_weights.main(["export", "--model", str(newest), "--out", str(exported)])
+        return lambda: load_weights_command(["export", "--model", str(newest), "--out", str(exported)])
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:

@@ -43,7 +43,7 @@ def test_help_shows_the_defaults_of_the_stage_and_recipe_it_is_asked_for(capsys)
     (["--lr", "inf"], "--lr: expected a number of at least 0.0, found inf"),
     (["--dropout", "2"], "--dropout: expected a number of at least -1.0 and at most 0.99, found 2"),
     (["--gpus", "0"], "--gpus: expected a whole number of at least 1, found 0"),
-    (["--dtype", "fp16"], "overflow in fp16; take bf16 or fp32"),
+    (["--dtype", "fp16"], "fp16: expected fp32 or bf16; .* overflow in fp16"),
     (["--gather", "weights"], "--gather: invalid choice: 'weights'"),
     (["--stage", "finetune", "--llm", "demo/phi"], "--model out/pretrain has one already"),
     (["--stage", "sft", "--model", "x"], "--stage sft trains a language model alone"),

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import lib.common as common
 import lib.chat
+import lib.common as common
 import sample
 from data import load_tokenizer
 from lib.common import without_control
-from lib.folders import load_config
+from lib.folders import open_weights
 from load_weights import load_model
 from model import LLaVAConfig
 
@@ -214,7 +214,7 @@ def test_a_full_context_says_so(monkeypatch, capsys):
 
 
 def test_ctrl_c_stops_the_answer_and_twice_leaves(monkeypatch, capsys, model, tok):
-    args = argparse.Namespace(image=None, verbose=False)
+    args = argparse.Namespace(image=None, verbose=False, compile=False)
     it = sample.Chat(model, tok, sample.open_image(None, model.config), args, {"max_new_tokens": 20})
     shown, lines = [], iter(["Who?", "And?", KeyboardInterrupt, "Well?", KeyboardInterrupt, KeyboardInterrupt, "never"])
 
@@ -292,7 +292,7 @@ def test_a_gpu_that_only_emulates_bf16_answers_in_fp32(monkeypatch):
 
 def test_a_small_model_says_the_same_on_every_machine(monkeypatch):
     monkeypatch.setattr(common, "has_bf16", lambda device: True)
-    assert sample.dtype_for(load_config(MODEL), None, "cpu", 16) == ("fp32", "cpu in fp32")
+    assert sample.dtype_for(open_weights(MODEL).config, None, "cpu", 16) == ("fp32", "cpu in fp32")
 
 
 def test_bits_are_refused_in_one_line():

@@ -28,7 +28,7 @@ import lib.generate
 import sample
 import serve.engine
 import serve.server
-from data import load_image, load_tokenizer
+from data import ImageConfig, load_image, load_tokenizer
 from lib.generate import KVCache
 from load_weights import load_model
 from serve import api
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests/golden/tiny-llava-phi"
 PHOTO = ROOT / "tests/golden/images/photo.jpg"
 GOLDEN = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"    # as in test_sample.py
-OPTIONS = {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "fast": False}
+OPTIONS = {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "top_k": 0}
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_two_turns_about_a_picture_run_the_tower_once(server, model, tok, towers
     chat += [said(first), user("Why?")]
     second = text_of(server, chat)
     assert sum(towers) == 1
-    image = load_image(picture, model.config.vision.image_size, model.config.image_mode)[None]
+    image = load_image(picture, ImageConfig.of(model.config.vision, model.config.image_mode))[None]
     alone = sample.answer(sample.Session(model), tok, [["What is this?", first, "Why?"]], [image], max_new_tokens=16)
     assert second == "".join(piece for (piece,) in alone)
 

@@ -1,36 +1,38 @@
-"""The saved folder read by transformers: logits, prompt ids, pixels and greedy text equal ours. Skipped where it is not installed.
+"""The saved folder read by transformers: logits, prompt ids, pixels and greedy text equal ours.
+
+Skipped where transformers is not installed:
 
 $ python -m venv .hf && .hf/bin/pip install -r requirements.txt transformers jinja2
 $ .hf/bin/python -m pytest tests/test_transformers.py
 """
 import importlib.util
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
-from data import IMAGE_ID, encode_prompt, expand, load_image, load_tokenizer, mean_color
-from lib.folders import blueprint
+from data import IMAGE_ID, ImageConfig, encode_prompt, expand, load_image, load_tokenizer
+from lib.folders import open_weights, saved_shapes
 from lib.generate import Session
-from lib.save_weights import phi_json, saved_pieces, siglip_json, write_json, write_tokenizer
-from load_weights import export, export_parts, load_model, merge
+from lib.save_weights import phi_json, save_parts, saved_pieces, tower_json, write_json, write_tokenizer
+from load_weights import export, load_model, merge
 from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig, init_weights
 from vision import SIGLIP_SO400M_384, normalize
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 
-GOLDEN = Path(__file__).parent / "golden"
-MIPHA = Path(__file__).parent / "golden-mipha" / "tiny-mipha"
-TURNS = (["What is this?"], ["What is this?", "It is a dog.", "What breed?"], ["How many?", "7", "Where?", " left\n", "Why  is it so?"])
+TURNS = (["What is this?"], ["What is this?", "It is a dog.", "What breed?"],
+         ["How many?", "7", "Where?", " left\n", "Why  is it so?"])
 
 
-@pytest.fixture(scope="module", params=[GOLDEN / "tiny-llava-phi", MIPHA], ids=["clip", "siglip"])
+@pytest.fixture(scope="module", params=[TINY_MODEL, TINY_MIPHA], ids=["clip", "siglip"])
 def folder(request, tmp_path_factory) -> Path:
     """The tiny LLaVA-Phi, or Mipha, in the saved format, with a head bias that cannot be overlooked."""
     out = tmp_path_factory.mktemp("hf") / "model"
@@ -63,15 +65,24 @@ def processor(folder: Path):
 
 def messages(turns: list[str]) -> list[dict]:
     """Turns (user, assistant, user, ...) as transformers wants them, the picture in the first."""
-    chat = [{"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(turns)]
+    chat = []
+    for i, text in enumerate(turns):
+        chat.append({"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]})
     chat[0]["content"].insert(0, {"type": "image"})
     return chat
 
 
 def pixels_of(model: LLaVAPhi, name: str) -> torch.Tensor:
-    """Our picture (3, S, S) for this model, not normalised yet."""
+    """Our picture (3, S, S) for this model, not normalized yet."""
     config = model.config
-    return load_image(GOLDEN / "images" / name, config.vision.image_size, config.image_mode, mean_color(config.vision.mean))
+    return load_image(GOLDEN / "images" / name, ImageConfig.of(config.vision, config.image_mode))
+
+
+def prompt_of(model: LLaVAPhi, turns: list[str], tok: Tokenizer) -> list[int]:
+    """Our ids of a question about a picture, IMAGE_ID at every patch position."""
+    config = model.config
+    ids, _ = expand(encode_prompt(list(turns), tok, True), None, config.vision.n_patches, config.llm.block_size)
+    return ids
 
 
 def logits(model: LLaVAPhi, ids: list[int], images: torch.Tensor) -> torch.Tensor:
@@ -88,13 +99,14 @@ def logits(model: LLaVAPhi, ids: list[int], images: torch.Tensor) -> torch.Tenso
 def test_everything_equals_ours(folder, ours, theirs, processor, turns, name):
     tokenizer = load_tokenizer(folder)
     picture = pixels_of(ours, name)
-    prompt, _ = expand(encode_prompt(list(turns), tokenizer, True), None, ours.config.vision.n_patches, ours.config.llm.block_size)
+    prompt = prompt_of(ours, turns, tokenizer)
 
     text = processor.apply_chat_template(messages(turns), add_generation_prompt=True, tokenize=False)
     inputs = processor(images=Image.open(GOLDEN / "images" / name).convert("RGB"), text=text, return_tensors="pt")
     image_id = theirs.config.image_token_index
     assert [IMAGE_ID if i == image_id else i for i in inputs["input_ids"][0].tolist()] == prompt
-    assert torch.equal(inputs["pixel_values"], normalize(picture[None], ours.config.vision.mean, ours.config.vision.std))
+    tower = ours.config.vision
+    assert torch.equal(inputs["pixel_values"], normalize(picture[None], tower.mean, tower.std))
 
     torch.testing.assert_close(theirs(**inputs).logits[0], logits(ours, prompt, picture[None]), atol=1e-4, rtol=0)
     made = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
@@ -117,10 +129,10 @@ def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
 
 def test_pixels_of_two_bases(tmp_path):
     """Before stage 1 a model sees pictures as its tower's own processor makes them: CLIP's crops, SigLIP's squashes."""
-    export_parts(MIPHA, tmp_path / "parts", None)
-    for vision, mode in ((GOLDEN / "tiny-clip", "crop"), (tmp_path / "parts" / "siglip", "squash")):
+    save_parts(tmp_path / "parts", open_weights(TINY_MIPHA))
+    for vision, mode in ((TINY_CLIP, "crop"), (tmp_path / "parts" / "siglip", "squash")):
         out = tmp_path / mode
-        merge(GOLDEN / "tiny-phi", vision, out, 0, None)
+        merge(TINY_PHI, vision, out, 0, None)
         model, processor = load_model(out), transformers.AutoProcessor.from_pretrained(out)
         picture = Image.open(GOLDEN / "images" / "wide.png").convert("RGB")
         pixels = processor(images=picture, text="<image>", return_tensors="pt")["pixel_values"]
@@ -130,8 +142,8 @@ def test_pixels_of_two_bases(tmp_path):
 
 
 def test_parts_are_plain_folders(tmp_path):
-    ours = load_model(GOLDEN / "tiny-llava-phi")
-    export_parts(GOLDEN / "tiny-llava-phi", tmp_path / "parts", None)
+    ours = load_model(TINY_MODEL)
+    save_parts(tmp_path / "parts", open_weights(TINY_MODEL))
     phi = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "phi-2")
     clip, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -145,10 +157,11 @@ def test_parts_are_plain_folders(tmp_path):
 
 def test_siglip_as_a_plain_folder(tmp_path):
     """What export --to parts writes, transformers reads as SiglipVisionModel, its pooling head included."""
-    export_parts(MIPHA, tmp_path / "parts", None)
-    theirs, info = transformers.SiglipVisionModel.from_pretrained(tmp_path / "parts" / "siglip", output_loading_info=True)
+    save_parts(tmp_path / "parts", open_weights(TINY_MIPHA))
+    folder = tmp_path / "parts" / "siglip"
+    theirs, info = transformers.SiglipVisionModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    ours = load_model(MIPHA)
+    ours = load_model(TINY_MIPHA)
     pixels = normalize(pixels_of(ours, "photo.jpg")[None], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     features = theirs(pixels, output_hidden_states=True).hidden_states[-2]
     torch.testing.assert_close(features, ours.vision(pixels_of(ours, "photo.jpg")[None]), atol=1e-4, rtol=0)
@@ -156,17 +169,18 @@ def test_siglip_as_a_plain_folder(tmp_path):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_siglip_as_transformers_saves_it(whole, tmp_path):
-    """The whole SiglipModel with its text tower, as google publishes it, and the vision tower alone, without a prefix."""
+    """The whole SiglipModel with its text tower, as google publishes it, and the vision tower without a prefix."""
     vision = {"hidden_size": 36, "intermediate_size": 116, "num_hidden_layers": 3, "num_attention_heads": 2,
               "image_size": 33, "patch_size": 14}
     if whole:
-        text = {"hidden_size": 36, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+        text = {"hidden_size": 36, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "vocab_size": 64}
         theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
         tower = theirs.vision_model
     else:
         theirs = tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
     theirs.eval().save_pretrained(tmp_path / "siglip")
-    merge(GOLDEN / "tiny-phi", tmp_path / "siglip", tmp_path / "base", 0, None)
+    merge(TINY_PHI, tmp_path / "siglip", tmp_path / "base", 0, None)
     ours = load_model(tmp_path / "base")
     picture = pixels_of(ours, "photo.jpg")[None]
     pixels = normalize(picture, ours.config.vision.mean, ours.config.vision.std)
@@ -178,7 +192,7 @@ def test_siglip_as_transformers_saves_it(whole, tmp_path):
 def test_mipha_at_full_width(tmp_path):
     """Two layers of random weights at the published widths: 1152 and 2560, 384 pixels, 729 patches, 16 heads of 72."""
     tower = replace(SIGLIP_SO400M_384, n_layer=3)           # two of them are computed
-    tokenizer = load_tokenizer(MIPHA)
+    tokenizer = load_tokenizer(TINY_MIPHA)
     config = LLaVAConfig(llm=PhiConfig(vocab_size=512, n_layer=2), vision=tower)
     model = LLaVAPhi(config)
     init_weights(model, torch.Generator().manual_seed(0))
@@ -191,10 +205,12 @@ def test_mipha_at_full_width(tmp_path):
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
     picture = pixels_of(ours, "photo.jpg")
     turns = ["What is this?"]
-    prompt, _ = expand(encode_prompt(turns, tokenizer, True), None, tower.n_patches, config.llm.block_size)
+    prompt = prompt_of(ours, turns, tokenizer)
     text = processor.apply_chat_template(messages(turns), add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=Image.open(GOLDEN / "images" / "photo.jpg").convert("RGB"), text=text, return_tensors="pt")
-    assert tower.n_patches == 729 and torch.equal(inputs["pixel_values"], normalize(picture[None], tower.mean, tower.std))
+    image = Image.open(GOLDEN / "images" / "photo.jpg").convert("RGB")
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    assert tower.n_patches == 729
+    assert torch.equal(inputs["pixel_values"], normalize(picture[None], tower.mean, tower.std))
     torch.testing.assert_close(theirs(**inputs).logits[0], logits(ours, prompt, picture[None]), atol=1e-4, rtol=0)
 
 
@@ -202,10 +218,10 @@ def save_at_full_width(folder: Path, model: LLaVAPhi, tokenizer) -> None:
     """A Mipha folder with these weights; what the model does not hold (the last layer, the pooling head) is zero."""
     folder.mkdir()
     parameters, tensors = dict(model.named_parameters()), {}
-    for name, shape in blueprint(model.config).items():
+    for name, shape in saved_shapes(model).items():
         tensor = parameters[name].detach() if name in parameters else torch.zeros(shape)
-        tensors |= saved_pieces("", name, tensor)
+        tensors |= saved_pieces(name, tensor)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    write_json(folder / "config.json", {"image_aspect_ratio": "pad", "text_config": phi_json(model.config.llm, 0, "float32"),
-                                        "vision_config": siglip_json(model.config.vision)})
+    text, vision = phi_json(model.config.llm, 0, "float32"), tower_json(model.config.vision)
+    write_json(folder / "config.json", {"image_aspect_ratio": "pad", "text_config": text, "vision_config": vision})
     write_tokenizer(folder, tokenizer, image=False)

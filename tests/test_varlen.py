@@ -293,7 +293,7 @@ def test_a_training_step_equals_the_loops(wide, on_gpu_kernel):
 def test_bfloat16_is_as_close_to_fp32_as_the_loop_is(wide, on_gpu_kernel):
     """Neither of the two rounds worse than the other: flash attention keeps its sums in fp32."""
     batch = collate(draw_samples(), 28)
-    inputs = batch.ids, batch.lengths, batch.images, batch.slots, batch.rows, batch.targets
+    inputs = batch.ids, batch.lengths, batch.images, batch.image_positions, batch.loss_positions, batch.targets
     rounded = copy.deepcopy(wide).bfloat16()
     with torch.no_grad():
         exact, loop = wide(*inputs), rounded(*inputs)

@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from load_weights import load_model
 from vision import CLIP_L_336, CLIP_MEAN, CLIP_STD, SIGLIP_SO400M_384, VisionConfig, VisionTower, normalize
@@ -55,6 +57,27 @@ def test_pictures_do_not_see_each_other(model, golden):
 def test_the_tower_normalises_itself_and_says_so(model, golden):
     with pytest.raises(AssertionError, match="uint8"):
         model.vision(golden["vision.pixel_values"])
+
+
+class OpsOnHostTensors(TorchDispatchMode):
+    """Notes every operation that is given a tensor in host memory, a copy to another device among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in tree_leaves((args, kwargs))):
+            self.found.append(str(op))
+        return op(*args, **kwargs or {})
+
+
+def test_normalizing_copies_nothing_from_the_host():
+    """On a GPU, a copy from memory that is not pinned waits until all queued work is done, once per micro-batch."""
+    images = torch.empty(2, 3, 28, 28, dtype=torch.uint8, device="meta")
+    with OpsOnHostTensors() as ops:
+        assert normalize(images).device.type == "meta"
+    assert ops.found == []
 
 
 @pytest.mark.parametrize("feature_layer, n_used", [(-2, 23), (-1, 24), (20, 20)])

@@ -1,6 +1,6 @@
 """Speed of the data path, next to transformers' image processor and to the original's way of making labels.
 
-    $ python -m tests.bench.data                            # pixels, tokens, plan: about a minute on one core
+    $ python -m tests.bench.data                            # pixels, tokens, schedule: about a minute on one core
     $ python -m tests.bench.data --records 665298           # and the check and the index on that many synthetic records
 
 The comparisons are made in the same process, alternating, in CPU seconds of one thread. What needs transformers, or
@@ -26,8 +26,10 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-import data
-from data import IGNORE, IMAGE, IMAGE_ID, SYSTEM, Dataset, Index, Loader, encode, load_image, load_tokenizer
+from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, Dataset, ImageConfig, Index, Loader, Sample, encode, load_image,
+                  load_tokenizer)
+from lib.schedule import epoch_order, modality_order, split_step, step_samples
+from vision import CLIP_L_336
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -61,7 +63,7 @@ def bench_pixels() -> None:
     for w, h in ((640, 480), (1024, 768)):
         raw = jpeg(w, h)
         for mode in ("crop", "pad"):
-            functions = {"data.py": lambda: load_image(io.BytesIO(raw), 336, mode)}
+            functions = {"data.py": lambda: load_image(io.BytesIO(raw), ImageConfig.of(CLIP_L_336, mode))}
             if CLIPImageProcessor:
                 processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
                 functions["transformers"] = partial(theirs, processor, raw, mode)
@@ -109,10 +111,10 @@ def encode_as_the_original(record: dict, tok: Tokenizer, slow=None) -> tuple[lis
 
     text = SYSTEM + " "
     for human, gpt in zip(record["conversations"][::2], record["conversations"][1::2]):
-        text += f"USER: {human['value']} ASSISTANT: {gpt['value']}{data.EOT}"
+        text += f"USER: {human['value']} ASSISTANT: {gpt['value']}{EOT}"
     ids = ids_of(text)
     labels, at = list(ids), 0
-    for part in text.split(data.EOT):
+    for part in text.split(EOT):
         if not part:
             break
         length, question = len(ids_of(part)) + 1, len(ids_of(part.split(" ASSISTANT: ")[0] + " ASSISTANT: ")) - 1
@@ -157,26 +159,32 @@ def mix_index() -> Index:
     return Index(np.zeros((len(length), 2), np.int64), length, length // 4, image, np.zeros(len(length), np.int32))
 
 
-def bench_plan() -> None:
+def training_cost(length: int, has_image: int) -> float:
+    """In tokens through Phi-2's linear layers; a picture through CLIP-L-336 costs as much as 73 of them."""
+    return length + 73 * has_image
+
+
+def bench_schedule() -> None:
     """Packed micro-batches hold no padding, so what is left to waste is the waiting of processes for each other."""
     index = mix_index()
-    order = lru_cache(maxsize=1)(partial(data.epoch_order, 0, index, 128, "none"))
+    order = lru_cache(maxsize=1)(partial(epoch_order, 0, index.length, index.image, 128, "none"))
     for world in (1, 2, 8):
         tokens = work = waited = micros = 0
         start = time.perf_counter()
         for step in range(200):
-            ids = data.step_samples(step, len(index.length), 128, order)
+            ids = step_samples(step, len(index.length), 128, order)
             length, image = index.length[ids].tolist(), index.image[ids].tolist()
-            for together in zip(*data.split_step(length, image, world, 16384)):
-                costs = [sum(data.training_cost(length[i], image[i]) for i in micro) for micro in together]
+            of_sample = [training_cost(*sample) for sample in zip(length, image)]
+            for together in zip(*split_step(length, of_sample, world, 16384)):
+                costs = [sum(of_sample[i] for i in micro) for micro in together]
                 work, waited, micros = work + sum(costs), waited + world * max(costs), micros + world
             tokens += sum(length)
         ms = (time.perf_counter() - start) / 200 * 1e3
-        print(f"plan, {world} processes, 16,384 tokens: padding 0 %, waiting {1 - work / waited:.1%}, micro-batches "
+        print(f"schedule, {world} processes, 16,384 tokens: padding 0 %, waiting {1 - work / waited:.1%}, micro-batches "
               f"{tokens / micros / 16384:.0%} full, {micros / 200 / world:.1f} a step and process, {ms:.1f} ms a step")
     lengths = np.where(index.image, index.length, -index.length)
     generator = torch.Generator().manual_seed(0)
-    grouped = data.modality_order(lengths, 8, 16, generator, generator)
+    grouped = modality_order(lengths, 8, 16, generator, generator)
     for name, ids in (("random", order(0)), ("modality_length", grouped)):
         rows = index.length[ids][:len(ids) // 16 * 16].reshape(-1, 16)
         waste = 1 - rows.sum() / (16 * rows.max(1).sum())
@@ -187,11 +195,12 @@ def bench_resume() -> None:
     """What stands between the start of the program and the first read of step 5000 of 665,298 samples."""
     class NoReading(Dataset):
         def __init__(self, index: Index):
-            self.index, self.on_bad_sample, self.image_size = index, "stop", 336
+            self.index, self.checksum, self.cache_dir, self.on_bad_sample = index, "", None, "stop"
+            self.image_config = ImageConfig.of(CLIP_L_336, "pad")
             self.tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
 
-        def sample(self, i: int) -> data.Sample:
-            return data.Sample(str(i), [1], [IGNORE], None)
+        def sample(self, i: int) -> Sample:
+            return Sample(str(i), [1], [IGNORE], None)
 
     dataset = NoReading(mix_index())
     for group in ("none", "modality_length"):
@@ -225,8 +234,8 @@ def bench_records(n: int, tokenizer: Path) -> None:
               f"{n / seconds:,.0f} records/s, all processes {peak / 1e3:.2f} GB, exit code {process.returncode}")
         for how in ("made", "read again"):
             start = time.perf_counter()
-            dataset = Dataset(root / "data.json", root, load_tokenizer(tokenizer), "v0", 336, "pad", 576, 2048,
-                              cache_dir=root / "out")
+            dataset = Dataset(root / "data.json", root, load_tokenizer(tokenizer), "v0",
+                              ImageConfig.of(CLIP_L_336, "pad"), 2048, cache_dir=root / "out")
             next(iter(Loader(dataset, global_batch=128, micro_tokens=16384, rank=0, world=8, seed=1, steps=10**6,
                              start_step=5000)))
             print(f"index {how}, and the first micro-batches of step 5000: {time.perf_counter() - start:.1f} s")
@@ -255,7 +264,7 @@ def main() -> None:
     bench_pixels()
     if args.tokenizer.exists():
         bench_tokens(args.tokenizer)
-    bench_plan()
+    bench_schedule()
     bench_resume()
     if args.records:
         bench_records(args.records, args.tokenizer)

@@ -31,7 +31,7 @@ from PIL import Image
 import eval as ev
 from benchmarks import textvqa
 from benchmarks.scoring import SHORT, Example, accuracy
-from data import IMAGE_ID, load_image, load_tokenizer
+from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
 from lib.quant import prepack_linears, quantize_linears
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig, normalize
@@ -68,7 +68,7 @@ def ask_theirs(theirs, loaded: ev.LoadedModel, examples: list[Example]) -> list[
     """One question after the other, the pixels the same."""
     texts = []
     for example in examples:
-        pixels = normalize(load_image(example.image, loaded.model.config.vision.image_size, "pad")[None]).to(theirs.dtype)
+        pixels = normalize(load_image(example.image, ImageConfig.of(loaded.model.config.vision, "pad"))[None]).to(theirs.dtype)
         ids = torch.tensor([ev.encode_question(example, loaded)])
         ids[ids == IMAGE_ID] = theirs.config.image_token_index
         out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,

@@ -1,19 +1,19 @@
-"""Seconds and memory of loading a saved model, next to transformers on the same folder and to a plain read of its files.
+"""Seconds and memory of loading a saved model, next to transformers on the same folder and a plain read of its files.
 
-The plain read comes twice: into one small buffer (what the disk can do), and into fresh memory of the files' size (what
-the disk and the kernel's page faults can do; every model that is not a mapped file pays for both).
+The plain read comes twice: into one small buffer (the speed of the disk), and into fresh memory of the files' size (with
+the kernel's page faults, which every model pays for that is not a mapped file).
 
 Memory is the peak of RssAnon, watched from outside every few milliseconds: what the kernel cannot take back. Pages of
 mapped files come and go and are not counted. Each measurement is a fresh process. --drop asks the kernel to forget the
 files first, so that they come from the disk.
 
-    python tests/bench/make_checkpoints.py --tokenizer checkpoints/phi-2
-    python load_weights.py merge --llm checkpoints/random/phi-2 --vision checkpoints/random/clip --out checkpoints/random/base
-    python tests/bench/load.py --model checkpoints/random/base --drop
+    cd checkpoints/random
+    python ../../tests/bench/make_checkpoints.py --out . --tokenizer ../phi-2
+    python ../../load_weights.py merge --llm phi-2 --vision clip --out base
+    python ../../tests/bench/load.py --model base --drop
 """
 import argparse
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from lib.common import Parser, dtype_name, run_command
+from lib.folders import meta_model, open_weights
 
 # What a measured process runs: imports, START, the loading itself, END.
 IMPORTS = """
@@ -81,15 +82,14 @@ def measure(code: str, folder: Path, dtype: str) -> tuple[float, int, int]:
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     if line.strip() != "start":
-        raise ValueError(process.communicate()[1].strip().splitlines()[-1])
+        raise ValueError(process.stderr.read().strip().splitlines()[-1])
     before = peak = anonymous(process.pid)
     while process.poll() is None:
         peak = max(peak, anonymous(process.pid))
         time.sleep(0.002)
-    output, errors = process.communicate()
     if process.returncode:
-        raise ValueError(errors.strip().splitlines()[-1])
-    return float(output.split()[-1]), before, peak
+        raise ValueError(process.stderr.read().strip().splitlines()[-1])
+    return float(process.stdout.read()), before, peak
 
 
 def main() -> None:
@@ -100,8 +100,7 @@ def main() -> None:
                         help="measure with the files out of the page cache")
     parser.add_argument("--repeat", type=int, default=2, help="how many times each way is measured")
     args = parser.parse_args()
-    from lib.folders import load_config, meta_model
-    parameters = sum(p.numel() for p in meta_model(load_config(args.model)).parameters())
+    parameters = sum(p.numel() for p in meta_model(open_weights(args.model).config).parameters())
     weights = parameters * {"bf16": 2, "fp32": 4}[args.dtype]
     size = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
     print(f"{args.model}: {size / 1e9:.2f} GB of files, {weights / 1e9:.2f} GB of {args.dtype} weights in the model")

@@ -1,10 +1,11 @@
 """Random checkpoints of the published sizes, in the published layouts: what tests/bench/load.py measures on.
 
 Phi-2 in bf16 as two safetensors shards (5.6 GB), CLIP ViT-L/14-336 whole, in fp32, as pytorch_model.bin (1.7 GB).
-Needs a tokenizer beside the weights to be complete: --tokenizer copies one.
+A folder is only complete with a tokenizer: --tokenizer copies one.
 
-    python tests/bench/make_checkpoints.py --out checkpoints/random
-    python load_weights.py merge --llm checkpoints/random/phi-2 --vision checkpoints/random/clip --out checkpoints/random/base
+    python tests/bench/make_checkpoints.py --out checkpoints/random --tokenizer checkpoints/phi-2
+
+tests/bench/load.py says how to go on.
 """
 import sys
 from dataclasses import replace
@@ -16,9 +17,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import load_tokenizer
 from lib.common import Parser, run_command
-from lib.folders import blueprint
+from lib.folders import meta_model, saved_shapes
 from lib.layouts import PREFIX, to_saved
-from lib.save_weights import clip_json, phi_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, tower_json, write_json, write_tokenizer
 from model import LLaVAConfig
 
 EOT = 50256
@@ -31,7 +32,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
 def names_and_shapes(part: str, config: LLaVAConfig) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of one part, q, k and v apart."""
     shapes = {}
-    for name, (rows, *rest) in blueprint(config).items():
+    for name, (rows, *rest) in saved_shapes(meta_model(config)).items():
         if name.startswith(part):
             pieces = to_saved(name)
             for piece in pieces:
@@ -72,7 +73,7 @@ def make_clip(out: Path, config: LLaVAConfig, generator: torch.Generator) -> Non
     tensors["visual_projection.weight"] = random((768, 1024), torch.float32, generator)
     tensors["logit_scale"] = torch.tensor(2.6592)
     torch.save(tensors, out / "pytorch_model.bin")
-    write_json(out / "config.json", {"model_type": "clip", "vision_config": clip_json(config.vision)})
+    write_json(out / "config.json", {"model_type": "clip", "vision_config": tower_json(config.vision)})
 
 
 def main() -> None:

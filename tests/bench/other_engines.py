@@ -7,7 +7,6 @@ Needs `pip install gguf llama-cpp-python` beside requirements.txt. Three things 
 that a difference names its cause: the decoder's tensors in the GGUF file, the logits and greedy ids of a question
 without a picture, and what the tower and the projector make of a picture, which is what the decoder then reads.
 """
-import argparse
 import ctypes
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from llama_cpp import Llama, mtmd_cpp
 
-from data import encode_prompt, load_image, load_tokenizer, mean_color
+from data import ImageConfig, encode_prompt, load_image, load_tokenizer
 from lib.common import Parser, run_command
 from lib.generate import KVCache, Session, prefill
 from load_weights import load_model
@@ -46,7 +45,7 @@ def our_tensor(model: LLaVAPhi, name: str) -> torch.Tensor:
     stem, leaf = name.rsplit(".", 1)
     layer = next((part for part in stem.split(".") if part.isdigit()), "")
     pattern = stem.replace(f".{layer}.", ".{}.") if layer else stem
-    tensor = model.get_parameter(f"{TENSORS[pattern].format(layer)}.{leaf}")
+    tensor = model.get_parameter(f"{TENSORS[pattern].format(layer)}.{leaf}").to_dense()           # also if prepacked
     for third, ending in enumerate(("attn_q", "attn_k", "attn_v")):
         if stem.endswith(ending):
             return tensor.chunk(3)[third]
@@ -153,7 +152,7 @@ def main() -> None:
     compare_text(model, llm, ids, args.tokens)
     if args.mmproj:
         vision = model.config.vision
-        image = load_image(args.image, vision.image_size, model.config.image_mode, mean_color(vision.mean))
+        image = load_image(args.image, ImageConfig.of(vision, model.config.image_mode))
         compare_picture(model, llm, args.mmproj, image)
 
 

@@ -1,0 +1,106 @@
+"""What the processes of a run do together: print once, fail together, agree, and say in one line why a run ended."""
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+# ---------------------------------------------------------------------------------------------------
+# One for all, and all together
+
+
+def print0(text: str) -> None:
+    """Print on one process of the run."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def on_process_0(work: Callable):
+    """Call `work` on process 0 -> its result, on every process.
+
+    An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
+    in their next collective until that times out.
+    """
+    result_and_error = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            result_and_error[0] = work()
+        except (OSError, ValueError) as e:
+            result_and_error[1] = e
+    dist.broadcast_object_list(result_and_error, src=0)
+    result, error = result_and_error
+    if error:
+        raise error
+    return result
+
+
+def on_every_process(work: Callable) -> list:
+    """Call `work` on every process -> all their results, on every process. What one of them raises, all raise."""
+    result_and_error = [None, None]
+    try:
+        result_and_error[0] = work()
+    except (OSError, ValueError) as e:
+        result_and_error[1] = e
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, result_and_error)
+    for _, error in gathered:
+        if error:
+            raise error
+    return [result for result, _ in gathered]
+
+
+def smallest(number: float) -> float:
+    """The smallest of all processes' numbers. It goes over the CPU, and no process waits for its GPU."""
+    numbers = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+    return numbers.item()
+
+# ---------------------------------------------------------------------------------------------------
+# The end of a run
+
+
+def watch_signals() -> list[int]:
+    """A list that fills when SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and stop; a second Ctrl-C ends it now."""
+    received: list[int] = []
+
+    def note(number, frame):
+        if received and number == signal.SIGINT:
+            os._exit(130)
+        received.append(number)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, note)
+    return received
+
+
+# What gloo and NCCL write when another process has gone. They have no exception of their own for it.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "operation timeout",
+        "remote process exited")
+
+
+def explain(error: RuntimeError) -> str:
+    """One line about a collective that failed; "" for every other error, which is a defect and keeps its traceback.
+
+    The process that was lost has printed its own reason, or torchrun will. NCCL's messages have several lines, of which
+    the last names the cause.
+    """
+    message = str(error)
+    process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
+    first_line = message.partition("\n")[0][:200]
+    if dist.get_world_size() > 1 and any(sign in message for sign in LOST):
+        return f"{process} lost another one ({first_line}); start again to go on from the newest checkpoint"
+    if "NCCL error" in message:
+        cause = message.partition("Last error:")[2].strip() or first_line
+        return f"{process}: NCCL failed: {' '.join(cause.split())[:300]}; NCCL_DEBUG=INFO says more"
+    return ""
+
+
+def explain_dead_worker(error: RuntimeError) -> str:
+    """One line about a data worker that died; "" for every other error."""
+    message = str(error)
+    if "DataLoader worker" not in message:
+        return ""
+    first_line = message.partition(". ")[0][:200]
+    return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({first_line}). In a container "
+            "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or take fewer --workers")

@@ -1,0 +1,133 @@
+"""`python data.py check` names every kind of bad record and picture, and what it writes as clean is clean."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import GOLDEN, ROOT, talk
+from zoo import open_dataset, write_data, write_zoo_images, zoo
+
+import data
+from data import IMAGE
+from lib.recipes import parse_check
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_tokenizer):
+    return tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def zoo_images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    write_zoo_images(folder)
+    return folder
+
+
+def check(flags: list) -> int:
+    return data.main(parse_check([str(flag) for flag in flags]))
+
+
+def run_check(capsys, path: Path, images: Path, *more: str) -> tuple[int, str]:
+    flags = "--max-length 300 --n-patches 4 --image-size 28 --workers 0".split()
+    code = check(["check", "--data", str(path), "--images", str(images), "--tokenizer",
+                      str(GOLDEN / "tiny-llava-phi"), *flags, *more])
+    return code, capsys.readouterr().out
+
+
+def test_the_check_names_every_animal_of_the_zoo(tmp_path, zoo_images, capsys):
+    """And writes what is good, byte for byte, with the rejects beside it; what it wrote passes the check."""
+    animals = list(zoo(zoo_images).values())
+    names = ["good.jpg", "gif.jpg", "cmyk.jpg", "deep.png", "palette.png", "thin.png", "inside.jpg"]
+    good = [talk(f"{IMAGE}\nwhat?", "this", id=name, image=name) for name in names] + [talk("é", "ü", id="text")]
+    path, clean = tmp_path / "data.json", tmp_path / "clean.json"
+    records = [good[0], *[record for _, record in animals], *good[1:]]
+    lines = [json.dumps(record, ensure_ascii=record["id"] != "text") for record in records]
+    path.write_text("[" + ",\n".join(lines) + "]", encoding="utf-8")
+    code, out = run_check(capsys, path, zoo_images, "--write-clean", str(clean), "--show", "100")
+    assert code == 1 and f"{len(animals)} bad" in out
+    for i, (kind, record) in enumerate(animals):
+        block = out[out.index(f"bad: {kind}"):].split("\n\n")[0]
+        assert f"line {i + 2}, id {json.dumps(record['id'])[1:-1]} {kind}" in block, record
+    rejects = map(json.loads, (tmp_path / "clean.rejects.jsonl").read_text().splitlines())
+    assert [json.loads(r["record"]) for r in rejects] == [r for _, r in animals]
+    assert json.loads(clean.read_text(encoding="utf-8")) == good
+    code, out = run_check(capsys, clean, zoo_images, "--workers", "2")
+    assert code == 0 and "0 bad" in out and "1 steps of 128 samples" in out
+    code, out = run_check(capsys, path, zoo_images, "--decode", "header")
+    assert code == 1 and f"{len(animals) - 1} bad" in out              # only the truncated picture has a good head
+
+
+DEEP = '{"id": "deep", "conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
+GOOD = json.dumps(talk("q", "a", id="good"))
+
+
+@pytest.mark.parametrize("text, problem", [
+    (b"", "not LLaVA's json"), (b"<html>", "not LLaVA's json"), (b"[]", "no records"), (b"[1, 2]", "not LLaVA's json"),
+    (b'{"a": 1}', "not LLaVA's json"), (b'[{"question": "a"}]', "not LLaVA's json"),
+    (f"[{GOOD},\n]".encode(), "line 2"), (f"[{GOOD},\n{GOOD}".encode(), "line 2"),
+    (f"[{GOOD}\n{GOOD}]".encode(), "line 1"),
+    (f'[{GOOD},\n{{"id": NaN}}]'.encode(), "line 2.*NaN"), (f"[{GOOD},\n{DEEP}]".encode(), "line 2"),
+    (f'{GOOD}\n{{"id": "b", \n{GOOD}'.encode(), "line 2, id b"),
+    (GOOD.encode() + b'\n{"id": "latin", "x": "\xe9"}', "line 2, id latin not json"),
+    (f'[{GOOD},\n{{"id": "latin", "x": "'.encode() + b'\xe9"}]', "line 2, id latin not json")])
+def test_files_that_are_not_the_right_json(text, problem, tmp_path, tiny, capsys):
+    """One clear line with the place, from the check and from training alike; never a traceback."""
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    code, out = run_check(capsys, path, tmp_path)
+    assert code == 1 and re.search(problem, out), out
+    with pytest.raises(ValueError, match=str(path)) as e:
+        open_dataset(path, tiny).index
+    assert "\n" not in str(e.value)
+
+
+def test_the_check_without_a_tokenizer_and_with_mistaken_flags(tmp_path, monkeypatch, capsys):
+    path, images = write_data(tmp_path), str(GOLDEN / "images")
+    monkeypatch.chdir(tmp_path)
+    assert check(["check", "--data", str(path), "--images", images, "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "no lengths" in out and "0 bad" in out
+    for bad in (["--images", "absent"], ["--images", images, "--tokenizer", str(tmp_path)],
+                ["--images", images, "--write-clean", str(path)]):
+        with pytest.raises((ValueError, OSError)):
+            check(["check", "--data", str(path), "--workers", "0", *bad])
+    command = [sys.executable, ROOT / "data.py", "check", "--data", "absent", "--images", images]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no data at absent") and done.stderr.count("\n") == 1
+    assert json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("args", [["data.py", "--help"], ["data.py", "check", "--bogus"], ["sample.py", "--help"],
+                                  ["sample.py", "--top-p", "2"]])
+def test_help_and_mistaken_flags_do_not_wait_for_torch(args):
+    """Importing it takes seconds. The program runs in a process where that import is an error."""
+    code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if "--help" in args:
+        assert done.returncode == 0 and "usage" in done.stdout and done.stderr == ""
+    else:
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_check_takes_its_sizes_from_the_model(tmp_path, capsys):
+    """So that nobody has to know how many patches a tower makes. What is given as a flag comes first."""
+    flags = ["check", "--data", str(write_data(tmp_path)), "--images", str(GOLDEN / "images"), "--workers", "0"]
+    tiny = str(GOLDEN / "tiny-llava-phi")
+    for model in (["--model", tiny], ["--tokenizer", tiny]):
+        assert check(flags + model) == 0
+        assert "pictures of 28 pixels are 4 positions, samples have up to 2048" in capsys.readouterr().out
+    assert check([*flags, "--model", str(ROOT / "demo/phi"), str(ROOT / "demo/clip")]) == 0
+    by_model = capsys.readouterr().out
+    assert "pictures of 56 pixels are 16 positions, samples have up to 512" in by_model
+    assert check([*flags, "--tokenizer", str(ROOT / "demo/phi"), "--n-patches", "16", "--max-length", "512"]) == 0
+    assert by_model.split("\n", 1)[1] == capsys.readouterr().out
+    assert check([*flags, "--model", tiny, "--n-patches", "100"]) == 0
+    assert "positions: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="found 3"):
+        check([*flags, "--model", tiny, tiny, tiny])
+    with pytest.raises(ValueError, match="--n-patches: expected a whole number of at least 1"):
+        check([*flags, "--n-patches", "0"])

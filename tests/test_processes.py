@@ -1,0 +1,372 @@
+"""Processes: how they are set up, and what ends a run: signals, kills, lost peers, full memory, unreadable data."""
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, metrics, start_script, train_flags
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from training import assert_same_run, run_train, start_train, train_here
+
+import train
+from lib.checkpoint import check_files, read_manifest
+from lib.common import LOCK
+from lib.processes import explain
+from lib.recipes import parse
+from model import LLaVAConfig
+
+# ---------------------------------------------------------------------------------------------------
+# Setting up
+
+
+def test_help_and_wrong_flags_import_no_torch():
+    """Protects the half second in which --help answers; torch alone takes three."""
+    for flags, code in ((["--help"], 0), (["--lerning-rate", "1"], 2), (["--lr", "-1"], 2)):
+        asked = subprocess.run([sys.executable, "-X", "importtime", "train.py", *flags], cwd=ROOT, text=True,
+                               capture_output=True)
+        assert asked.returncode == code
+        assert not any(line.split("|")[-1].strip() == "torch" for line in asked.stderr.splitlines())
+
+
+def test_64_processes_shard_within_a_node_and_replicate_across_nodes(monkeypatch, tmp_path):
+    """The full-size model's wrapping, with a process group that only pretends."""
+    real = train.dist.init_process_group
+    monkeypatch.setattr(train.dist, "init_process_group",
+                        lambda *a, **k: real("fake", store=FakeStore(), rank=11, world_size=64))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    mesh, _ = train.setup()
+    try:
+        assert mesh.shape == (8, 8) and mesh.mesh_dim_names == ("replicate", "shard")
+        for stage, units, trained in (("finetune", 34, 3_079_773_184), ("pretrain", 1, 9_180_160)):
+            model = train.build_on_meta(parse(["--stage", stage]), LLaVAConfig())
+            train.shard(model, mesh, torch.bfloat16)
+            assert sum(isinstance(m, FSDPModule) for m in model.modules()) == units
+            sharded = [p for p in model.parameters() if isinstance(p, train.DTensor)]
+            assert sum(p.numel() for p in sharded) == trained
+            assert sum(p.to_local().numel() for p in sharded) == pytest.approx(trained / 8, rel=1e-3)
+            assert all(str(p.placements) == "(Replicate(), Shard(dim=0))" for p in sharded)
+            whole = [p for p in model.parameters() if not isinstance(p, train.DTensor)]
+            assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in whole)
+    finally:
+        train.dist.destroy_process_group()
+
+
+def test_nodes_of_one_process_each_share_the_weights_out(monkeypatch):
+    """A mesh of (nodes, 1) would shard nothing."""
+    real = train.dist.init_process_group
+    monkeypatch.setattr(train.dist, "init_process_group",
+                        lambda *a, **k: real("fake", store=FakeStore(), rank=1, world_size=2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    mesh, _ = train.setup()
+    try:
+        assert mesh.shape == (2,) and mesh.mesh_dim_names == ("shard",)
+    finally:
+        train.dist.destroy_process_group()
+
+
+def test_processes_that_cannot_reach_each_other_name_the_variables(monkeypatch):
+    """Debian's host name leads to 127.0.1.1, where no other node can reach gloo."""
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:144] no error\nand more")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train.dist, "init_process_group", refuse)
+    with pytest.raises(OSError, match="connectFullMesh failed.*GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME") as refused:
+        train.setup()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("users, expected", [({}, "expandable_segments:True"),
+                                             ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+                                              "backend:cudaMallocAsync"),
+                                             ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, "None")])
+def test_the_allocator_may_expand_its_segments_unless_the_user_chose(users, expected):
+    """Each micro-batch has another length, which fragments the default allocator. Torch reads it when imported."""
+    code = """
+import builtins, os
+real = builtins.__import__
+def look(name, *args, **kwargs):
+    if name == "torch":
+        print(os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), flush=True)
+        os._exit(0)
+    return real(name, *args, **kwargs)
+builtins.__import__ = look
+import train
+"""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH_")} | users
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.stdout.strip() == expected
+
+
+def test_the_process_with_the_least_memory_decides_for_all(chat_json, tmp_path, monkeypatch):
+    """Processes that recompute or gather differently call other collectives and wait for each other for ever."""
+    def reduce(tensor, op=None, **kwargs):
+        assert op == train.dist.ReduceOp.MIN
+        tensor.fill_(1.0)                       # another process has one byte
+    flags = ["--gather", "auto", "--recompute", "auto"]
+    cfg = parse(train_flags(tmp_path, chat_json, *flags))
+    mesh, device = train.setup()
+    try:
+        monkeypatch.setattr(train.dist, "all_reduce", reduce)
+        source, config = train.open_source(cfg)
+        model = train.build(cfg, config, source, mesh, device)
+        assert model.llm.recompute == "full" and model.gather == "off"
+    finally:
+        train.dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+JOIN_AND_LOCK = """
+import sys
+from pathlib import Path
+import train
+from lib.checkpoint import lock_output
+from lib.common import run_command
+
+def main():
+    train.setup()
+    with lock_output(Path(sys.argv[1]), patience=0.5):
+        print("locked")
+sys.exit(run_command(main))
+"""
+
+
+@pytest.mark.parametrize("folders, code, words", [
+    (["out", "out"], 0, "locked"),
+    (["node0", "node1"], 2, "is not shared: .* does not see what process 0 writes there"),
+])
+def test_nodes_without_a_shared_folder_are_refused(folders, code, words, tmp_path):
+    """Each would write its part of every checkpoint into a folder of its own, and none could be read."""
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
+                        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    nodes = [start_script("-c", JOIN_AND_LOCK, tmp_path / folder, env=env | {"RANK": str(rank)})
+             for rank, folder in enumerate(folders)]
+    for node in nodes:
+        stdout, stderr = node.communicate(timeout=120)
+        assert node.returncode == code, stderr
+        assert re.search(words, stdout + stderr) and (stdout + stderr).count("\n") == 1
+    assert not [path for path in tmp_path.rglob(".*")]
+
+
+def test_gpus_that_have_no_bf16(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(ValueError, match="V100-SXM2-32GB has no bf16 arithmetic; give --dtype fp32"):
+        train.check_arithmetic("bf16", cuda)
+    train.check_arithmetic("fp32", cuda)
+
+# ---------------------------------------------------------------------------------------------------
+# The end of a run
+
+
+def wait_for(path: Path, lines: int = 1) -> None:
+    """Until a run has written so many lines."""
+    wait_until = time.time() + 120
+    while not (path.exists() and len(path.read_text().splitlines()) >= lines):
+        assert time.time() < wait_until, f"{path} does not grow"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def test_a_failing_rank_says_why_before_it_leaves_the_group(chat_json, tmp_path, monkeypatch):
+    """On NCCL, leaving waits for the other processes, which wait in a collective for the one that failed."""
+    def fail(*args):
+        raise ValueError("a reason")
+    monkeypatch.setattr(train, "train_step", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.dist, "destroy_process_group", lambda: pytest.fail("this would block"))
+        with pytest.raises(ValueError, match="a reason"):
+            train.main(parse(train_flags(tmp_path / "out", chat_json)))
+    train.dist.destroy_process_group()
+
+
+NCCL = "NCCL error in: NCCLUtils.cpp:77, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
+
+
+@pytest.mark.parametrize("message, line", [
+    ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345", "lost another one"),
+    ("Timed out waiting 600000ms for recv operation to complete", "lost another one"),
+    (NCCL.format("remote process exited or there was a network error", "ncclRemoteError: ...", "socket closed"),
+     "lost another one"),
+    (NCCL.format("unhandled cuda error", "ncclUnhandledCudaError: ...", "Cuda failure 2 'out of memory'"),
+     "NCCL failed: Cuda failure 2 'out of memory'"),
+    (NCCL.format("unhandled system error", "ncclSystemError: ...", "Error while creating shared memory segment"),
+     "NCCL failed: Error while creating shared memory segment"),
+])
+def test_only_a_lost_connection_counts_as_a_lost_process(message, line, monkeypatch):
+    """Any message with "NCCL" in it did, and the cause, which NCCL writes last, was cut off."""
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 8)
+    said = explain(RuntimeError(message))
+    assert line in said and "process 3 of 8" in said and "\n" not in said
+
+
+def test_other_errors_of_torch_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 8)
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
+def test_a_data_worker_that_dies_ends_all_processes_and_names_the_flag(chat_json, tmp_path):
+    """In a container with little shared memory a worker dies of SIGBUS, and only its own process would know."""
+    out = tmp_path / "out"
+    process = start_train(train_flags(out, chat_json, "--epochs", "1000", "--workers", "1"), processes=2)
+    wait_for(out / "metrics.jsonl")
+    worker = children(children(process.pid)[-1])[-1]
+    os.kill(worker, signal.SIGBUS)
+    _, stderr = process.communicate(timeout=120)
+    assert stderr.count("error: a data worker") == 2, stderr[-3000:]
+    assert "--ipc=host or --shm-size" in stderr and "RuntimeError" not in stderr
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(chat_json, tmp_path):
+    """Protects two runs from sharing one metrics.jsonl and deleting each other's checkpoints.
+
+    Data workers outlive a killed run by some seconds: they must not keep its folder locked.
+    """
+    out, more = tmp_path / "out", ["--epochs", "1000", "--workers", "1"]
+    first = start_train(train_flags(out, chat_json, *more))
+    wait_for(out / "metrics.jsonl")
+    second = start_train(train_flags(out, chat_json, *more), processes=2)
+    _, stderr = second.communicate(timeout=120)
+    refusals = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    # Both processes say it, unless torchrun, which ends all when one has ended, was faster than the second.
+    assert second.returncode != 0 and len(refusals) in (1, 2)
+    assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 20" in refusals[0]
+    first.kill()
+    first.wait()
+    train_here(train_flags(out, chat_json, *more[:-2], "--resume", "never"), stop_after=1)
+    assert [m["step"] for m in metrics(out)] == [0] and not (out / LOCK).exists()
+    first.communicate(timeout=120)
+
+
+def test_a_rank_that_dies_ends_all_within_a_minute_and_is_named(chat_json, tmp_path):
+    """Protects the hours that the others would wait for it."""
+    out = tmp_path / "out"
+    process = start_train(train_flags(out, chat_json, "--epochs", "1000"), processes=2)
+    wait_for(out / "metrics.jsonl")
+    began = time.time()
+    doomed = children(process.pid)[-1]
+    os.kill(doomed, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.time() - began < 60
+    assert "on " + socket.gethostname() + " lost another one" in stderr
+    assert re.search(rf"rank\s*:\s*\d.*\n.*\n?.*(exitcode|pid).*({doomed}|-9)", stderr), stderr[-3000:]
+
+
+PARAGRAPH = ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.25 "
+             "GiB is free. Including non-PyTorch memory, this process has 77.80 GiB memory in use. See documentation.")
+
+
+def test_out_of_memory_ends_with_one_line_and_the_flag_to_lower(chat_json, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError(PARAGRAPH)
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(ValueError) as refused:
+        train_here(train_flags(tmp_path / "out", chat_json, "--recompute", "none"))
+    said = str(refused.value)
+    assert "\n" not in said and "--micro-tokens less than 300 or --recompute full" in said
+    assert "Tried to allocate 2.50 GiB, total capacity of 79.10 GiB, 1.25 GiB is free" in said
+
+
+def test_data_that_one_process_cannot_read_ends_all_with_its_name(chat_json, tmp_path):
+    records = json.loads(chat_json.read_text())
+    records[13]["image"] = "missing.png"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    process = start_train(train_flags(tmp_path / "out", tmp_path / "bad.json"), processes=2)
+    start = time.time()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.time() - start < 30
+    assert stderr.count("error: sample r13") == 2 and "missing.png" in stderr
+
+
+def test_a_bad_sample_can_be_skipped_and_is_listed(chat_json, tmp_path, capsys):
+    records = json.loads(chat_json.read_text())
+    records[13]["image"] = "missing.png"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    skip = ["--on-bad-sample", "skip", "--epochs", "2"]
+    train_here(train_flags(tmp_path / "out", tmp_path / "bad.json", *skip), stop_after=7)
+    (tmp_path / "bad.json").rename(tmp_path / "moved.json")
+    train_here(train_flags(tmp_path / "out", tmp_path / "moved.json", *skip))
+    assert len(metrics(tmp_path / "out")) == 12
+    assert json.loads((tmp_path / "out" / "bad_samples.jsonl").read_text())["sample"] == 13  # one line in two epochs
+    assert capsys.readouterr().out.count("\nbad samples skipped: 1; ") == 2
+
+
+def kill_and_resume(kills: int, processes: int, chat_json: Path, tmp_path: Path, seed: int) -> None:
+    """Kill a run `kills` times, every second time inside a save; in the end it is as if nothing had been.
+
+    With torchrun either one process is killed, and torchrun ends the others, or all are at once.
+    """
+    rng, out = random.Random(seed), tmp_path / "killed"
+    more = ["--epochs", "100", "--max-steps", str(30 + 8 * kills), "--save-every", "3", "--dropout", "0.1"]
+    run_train(train_flags(tmp_path / "whole", chat_json, *more), processes)
+    for i in range(kills):
+        process = start_train(train_flags(out, chat_json, *more), processes)
+        began, path = time.time_ns(), out / "metrics.jsonl"
+        wait = rng.randrange(1, 8)                          # steps
+        last = b""
+        while wait if i % 2 else not any(out.glob(".writing_*")):
+            assert process.poll() is None and time.time_ns() < began + 120e9, process.communicate()[1][-9000:]
+            if path.exists() and path.stat().st_mtime_ns > began and path.read_bytes() != last:
+                last, wait = path.read_bytes(), wait - 1
+        ranks = children(process.pid) if processes > 1 else []
+        doomed = [rng.choice(ranks)] if ranks and rng.random() < 0.5 else [process.pid, *ranks]
+        for pid in doomed:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=120)
+    assert "model_type" not in json.loads((out / "config.json").read_text())        # it was killed before it was done
+    run_train(train_flags(out, chat_json, *more), processes)
+    assert_same_run(tmp_path / "whole", out)
+    assert not list(out.glob(".writing_*"))
+
+
+def test_three_kills_leave_no_trace(chat_json, tmp_path):
+    """Protects guarantee 4 against power cuts and schedulers."""
+    kill_and_resume(3, 1, chat_json, tmp_path, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_twenty_kills_leave_no_trace(processes, chat_json, tmp_path):
+    kill_and_resume(20, processes, chat_json, tmp_path, seed=processes)
+
+
+@pytest.mark.parametrize("processes, workers, to",
+                         [(1, 1, "launcher"), (2, 0, "launcher"), (2, 1, "one"), (2, 1, "group")])
+def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_json, tmp_path):
+    """Protects against losing work to a scheduler, whomever it signals: a group includes the data workers."""
+    more, path = ["--epochs", "100", "--workers", str(workers)], tmp_path / "out" / "metrics.jsonl"
+    process = start_train(train_flags(tmp_path / "out", chat_json, *more), processes)
+    wait_for(path, lines=3)
+    if to == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        os.kill(children(process.pid)[-1] if to == "one" else process.pid, signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert "stopped after step" in stdout, stderr[-3000:]
+    [saved] = (tmp_path / "out").glob("step_*")
+    check_files(saved, read_manifest(saved))
+    done = int(saved.name[5:])
+    train_here(train_flags(tmp_path / "out", chat_json, *more), stop_after=done + 2)
+    assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(done + 2))
