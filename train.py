@@ -14,7 +14,6 @@ Every flag and the recipes' values are in lib/recipes.py.
 import dataclasses
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -52,7 +51,8 @@ from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
-from lib.processes import explain, explain_dead_worker, on_process_0, print0, smallest, watch_signals
+from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, on_process_0, print0, smallest,
+                           watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import save_model, save_phi
 from lib.schedule import steps_per_epoch
@@ -298,8 +298,13 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
-    """Process 0 tokenizes all samples and writes their index, which the others read."""
-    on_process_0(lambda: len(data))
+    """Process 0 tokenizes all samples and writes their index, which the others read.
+
+    Millions of records take longer than the ten minutes that a collective of the run may take.
+    """
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    on_process_0(lambda: len(data), patient)
+    dist.destroy_process_group(patient)
     with_picture = int(data.index.image.sum())
     if with_picture and not has_tower(cfg):
         raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
@@ -503,12 +508,12 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             # A worker's death is to be found here, where all processes hear of it: torch's handler of this signal would
             # raise in the middle of whatever this process does.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        except (ValueError, OSError) as e:
-            problem = str(e)
-        except RuntimeError as e:
+        except (RuntimeError, EOFError, ConnectionError) as e:
             problem = explain_dead_worker(e)
             if not problem:
                 raise
+        except (ValueError, OSError) as e:
+            problem = str(e)
         if step is None and problem is None:
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
@@ -589,7 +594,7 @@ def main(args: Namespace) -> None:
         with lock_output(Path(args.out)):
             run(args, config, source, mesh, device)
     except torch.OutOfMemoryError as e:
-        raise ValueError(out_of_memory(str(e), args)) from None
+        raise ValueError(explain_out_of_memory(e, args)) from None
     except RuntimeError as e:
         problem = explain(e)
         if not problem:
@@ -598,15 +603,6 @@ def main(args: Namespace) -> None:
     else:
         # After a success only: leaving waits for the other processes, and they may be waiting for one that failed.
         dist.destroy_process_group()
-
-
-def out_of_memory(message: str, cfg: Namespace) -> str:
-    """One line of torch's paragraph -> what was asked for, what there is, and which flag to lower."""
-    facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", message)
-    advice = f"give --micro-tokens less than {cfg.micro_tokens}"
-    if cfg.recompute != "full":
-        advice += " or --recompute full"
-    return f"process {dist.get_rank()} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"
 
 
 if __name__ == "__main__":

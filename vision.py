@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# fp32 means fp32. Left alone, cuDNN would round the inputs of the convolution to the ten bits of TF32 on NVIDIA's GPUs;
-# matrix products are not rounded unless asked for. bf16 is not concerned.
+# Disable TF32 in cuDNN, where it is on by default, so that fp32 convolutions keep full precision. Matrix products have
+# it off by default, and bf16 is not affected.
 torch.backends.cudnn.allow_tf32 = False
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # of RGB in 0..1, over CLIP's training pictures
@@ -133,7 +133,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.recompute = False      # True: keep only each block's input for the backward pass
+        self.recompute = False      # activation checkpointing: keep only each block's input
         self.patch = nn.Conv2d(3, config.n_embd, config.patch_size, stride=config.patch_size, bias=config.patch_bias)
         self.cls = nn.Parameter(torch.zeros(config.n_embd)) if config.class_token else None
         self.pos = nn.Parameter(torch.zeros(config.n_positions, config.n_embd))
@@ -143,8 +143,8 @@ class VisionTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, P, D). N may be 0.
 
-        The pixels are normalised here, because mean and deviation belong to the weights: nobody else can forget to do
-        it, or do it twice.
+        The pixels are normalized here, because mean and standard deviation belong to the weights: no caller can forget
+        it or do it twice.
         """
         assert images.dtype == torch.uint8, f"the tower normalises raw uint8 pixels itself, got {images.dtype}"
         pixels = normalize(images, self.config.mean, self.config.std)

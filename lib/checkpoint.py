@@ -157,9 +157,9 @@ def checksums_of_own_files(part: Path) -> dict[str, str]:
 def crc32(path: Path) -> str:
     """CRC-32 of a file. It detects any single flipped bit, and misses other corruption with a probability of 2^-32.
 
-    The fastest checksum of the standard library (one core, one GB: crc32 0.3 s, sha256 0.6 s, blake2b 1.4 s): a stage-2
-    checkpoint of 37 GB costs 11 s on one process, 1.4 s on eight. It is no protection against malice, but who can
-    change the files can change checkpoint.json, too.
+    The fastest checksum of the standard library (one core, one GB: crc32 0.3 s, sha256 0.6 s, blake2b 1.4 s). From that
+    the 37 GB of a stage-2 checkpoint take 11 s on one process and 1.4 s on eight. It is no protection against malice,
+    but who can change the files can change checkpoint.json, too.
     """
     value = 0
     with open(path, "rb", buffering=0) as file:

@@ -216,11 +216,7 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     in_memory = host_memory_to_save(min(cfg.gpus, cfg.gpus_per_node))
     print(f"a checkpoint takes {12 * trained / 1e9:.1f} GB of disk, and writing it {in_memory / 1e9:.1f} GB of host "
           "memory on each node")
-    print_steps(cfg, config, model)
 
-
-def print_steps(cfg: Namespace, config: LLaVAConfig, model: LLaVAPhi) -> None:
-    """How long a run on the published data is."""
     samples, with_picture, text_tokens, supervised = PUBLISHED[cfg.stage]
     length = round(text_tokens + with_picture * config.vision.n_patches)
     steps = math.ceil(cfg.epochs * steps_per_epoch(samples, cfg.global_batch))

@@ -26,7 +26,7 @@ def loss_curve(path: Path) -> list[tuple[int, float]]:
 
 def loss_svg(curves: dict[str, list[tuple[int, float]]], width: int = 800, height: int = 360) -> str:
     """Curves of (step, loss) as inline SVG: each thin as measured and thick as a running mean, on common axes."""
-    colours = ["#1f6fb2", "#c8501e", "#2f8f4e", "#8a4fa3", "#7a6a00"]
+    colors = ["#1f6fb2", "#c8501e", "#2f8f4e", "#8a4fa3", "#7a6a00"]
     points = [point for curve in curves.values() for point in curve]
     if not points:
         return "<p>no steps yet</p>"
@@ -50,13 +50,13 @@ def loss_svg(curves: dict[str, list[tuple[int, float]]], width: int = 800, heigh
         svg.append(f'<text x="6" y="{y(loss):.1f}">{loss:.2f}</text>')
         svg.append(f'<text x="{x(step):.1f}" y="{height - 8}" text-anchor="middle">{step:.0f}</text>')
     for i, (name, curve) in enumerate(curves.items()):
-        colour = colours[i % len(colours)]
+        color = colors[i % len(colors)]
         window = max(1, len(curve) // 50)
         losses = np.array([loss for _, loss in curve])
         means = np.convolve(losses, np.ones(window) / window, "valid")
         steps = [step for step, _ in curve[window - 1:]]
-        svg.append(line(curve, f'stroke="{colour}" stroke-width="1" opacity="0.3"'))
-        svg.append(line([*zip(steps, means)], f'stroke="{colour}" stroke-width="2"'))
-        svg.append(f'<text x="{width - 12}" y="{22 + 16 * i}" text-anchor="end" fill="{colour}">'
+        svg.append(line(curve, f'stroke="{color}" stroke-width="1" opacity="0.3"'))
+        svg.append(line([*zip(steps, means)], f'stroke="{color}" stroke-width="2"'))
+        svg.append(f'<text x="{width - 12}" y="{22 + 16 * i}" text-anchor="end" fill="{color}">'
                    f'{html.escape(name)}</text>')
     return "".join(svg) + "</svg>"

@@ -1,7 +1,9 @@
 """What the processes of a run do together: print once, fail together, agree, and say in one line why a run ended."""
 import os
+import re
 import signal
 import socket
+from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -17,11 +19,11 @@ def print0(text: str) -> None:
         print(text, flush=True)
 
 
-def on_process_0(work: Callable):
+def on_process_0(work: Callable, group: dist.ProcessGroup | None = None):
     """Call `work` on process 0 -> its result, on every process.
 
     An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
-    in their next collective until that times out.
+    in their next collective until that times out. They wait for `work` as long as the group's timeout allows.
     """
     result_and_error = [None, None]
     if dist.get_rank() == 0:
@@ -29,7 +31,7 @@ def on_process_0(work: Callable):
             result_and_error[0] = work()
         except (OSError, ValueError) as e:
             result_and_error[1] = e
-    dist.broadcast_object_list(result_and_error, src=0)
+    dist.broadcast_object_list(result_and_error, src=0, group=group)
     result, error = result_and_error
     if error:
         raise error
@@ -96,11 +98,22 @@ def explain(error: RuntimeError) -> str:
     return ""
 
 
-def explain_dead_worker(error: RuntimeError) -> str:
-    """One line about a data worker that died; "" for every other error."""
-    message = str(error)
-    if "DataLoader worker" not in message:
+def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str:
+    """One line about a data worker that died; "" for every other error.
+
+    DataLoader says it in a RuntimeError, unless a tensor was just coming from the worker: then the connection ended.
+    """
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
         return ""
-    first_line = message.partition(". ")[0][:200]
-    return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({first_line}). In a container "
+    reason = str(error).partition("\n")[0].partition(". ")[0][:200] or "it closed the connection"
+    return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({reason}). In a container "
             "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or take fewer --workers")
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError, cfg: Namespace) -> str:
+    """One line of torch's paragraph -> what was asked for, what there is, and which flag to lower."""
+    facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", str(error))
+    advice = f"give --micro-tokens less than {cfg.micro_tokens}"
+    if cfg.recompute != "full":
+        advice += " or --recompute full"
+    return f"process {dist.get_rank()} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"

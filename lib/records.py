@@ -1,5 +1,8 @@
-"""Where the records of a large json file lie. LLaVA's stage 2 is a list of one gigabyte, and every process of a run needs
-it: they keep the byte ranges of its records in memory and read a record when its turn comes."""
+"""Where the records of a large json file lie, and which of them a run has skipped.
+
+LLaVA's stage 2 is a list of one gigabyte, and every process of a run needs it. So the byte ranges of its records are
+kept in memory, and a record is read when its turn comes.
+"""
 import json
 import re
 from collections.abc import Iterator

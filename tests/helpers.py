@@ -1,4 +1,4 @@
-"""Small things that several test files need: where the goldens are, random prompts, records, rewritten model folders."""
+"""What several test files need: processes, pictures, random prompts, records, training runs, changed model folders."""
 import json
 import os
 import random

@@ -63,7 +63,8 @@ def test_several_processes_measure_training_only(monkeypatch):
 
 def test_two_processes_measure_training_with_each_gather(run_script, tmp_path):
     """On GPUs the same lines run FSDP over NCCL. Process 0 alone writes."""
-    done = run_script("tests/bench/gpu.py", "--dry", "--parts", "a", "--runs", "pretrain", "--out", tmp_path, processes=2)
+    flags = ["--dry", "--parts", "a", "--runs", "pretrain", "--out", tmp_path]
+    done = run_script("tests/bench/gpu.py", *flags, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = found["parts"]["a"]

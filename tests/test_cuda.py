@@ -29,6 +29,7 @@ from data import IGNORE, IMAGE_ID, Sample, Step, collate
 from lib import plan
 from lib.generate import KVCache, Session, prefill
 from lib.quant import quantize_linears
+from lib.processes import explain_out_of_memory
 from lib.recipes import parse
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig
@@ -365,12 +366,12 @@ OUT_OF_MEMORY = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a to
 
 def test_out_of_memory_is_told_with_what_was_asked_and_what_is_free(device, group):
     """From the message that this very PyTorch writes: its wording is all there is to read the numbers from."""
-    message = OUT_OF_MEMORY
+    problem = torch.OutOfMemoryError(OUT_OF_MEMORY)
     if device.type == "cuda":
         with pytest.raises(torch.OutOfMemoryError) as error:
             torch.empty(2 ** 45, dtype=torch.uint8, device=device)
-        message = str(error.value)
-    line = train.out_of_memory(message, settings("--recompute", "none"))
+        problem = error.value
+    line = explain_out_of_memory(problem, settings("--recompute", "none"))
     for part in ("Tried to allocate", "total capacity of", "is free", "--micro-tokens", "--recompute full"):
         assert part in line
 

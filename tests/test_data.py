@@ -95,7 +95,8 @@ def test_the_padding_color_follows_the_mean():
     strip = pattern(60, 20)
     assert load_image(strip, for_clip(28, "pad"))[:, 0, 0].tolist() == [122, 116, 104]
     assert load_image(strip, for_clip(28, "pad")._replace(pad_color=(1, 2, 3)))[:, 0, 0].tolist() == [1, 2, 3]
-    assert torch.equal(load_image(pattern(30, 30), for_clip(28, "squash")), load_image(pattern(30, 30), for_clip(28, "pad")))
+    square = pattern(30, 30)
+    assert torch.equal(load_image(square, for_clip(28, "squash")), load_image(square, for_clip(28, "pad")))
 
 
 def drawn_as(mode: str, w: int, h: int) -> Image.Image:
@@ -309,7 +310,8 @@ def test_a_stray_tag_leaves_the_neighbours_alone(tiny):
 
     def hidden(samples: list[Sample]) -> tuple[torch.Tensor, ...]:
         batch = collate(samples)
-        h = model.llm(model.embed(batch.ids, batch.images, batch.image_positions), Packed(batch.lengths, batch.ids.device))
+        x = model.embed(batch.ids, batch.images, batch.image_positions)
+        h = model.llm(x, Packed(batch.lengths, batch.ids.device))
         return h.split(batch.lengths.tolist())
 
     with torch.no_grad():
@@ -385,7 +387,8 @@ def test_collate_packs_and_shifts():
     assert batch.targets.tolist() == [6, 7, 9, 4]           # not 8: it opens a sample, nothing in that sample says it
     assert torch.equal(batch.images, torch.stack([image, image + 1])) and batch.images.dtype == torch.uint8
     empty = collate([Sample("", [3], [IGNORE], None)], image_size=2)
-    assert empty.images.shape == (0, 3, 2, 2) and empty.loss_positions.shape == empty.targets.shape == empty.image_positions.shape == (0,)
+    assert empty.images.shape == (0, 3, 2, 2)
+    assert empty.loss_positions.shape == empty.targets.shape == empty.image_positions.shape == (0,)
     prompts = collate([Sample("", [1, IMAGE_ID, IMAGE_ID, 2], None, image), Sample("", [3], None, None)])
     assert prompts.lengths.tolist() == [4, 1] and prompts.image_positions.tolist() == [1, 2]
     assert len(prompts.loss_positions) == len(prompts.targets) == 0

@@ -14,7 +14,7 @@ from helpers import ROOT
 
 CORE = {"vision", "model", "data"}
 SCRIPTS = {"train", "sample", "eval", "load_weights"}
-MAY_IMPORT = {                          # a room or a file -> rooms and files; a file's own line counts before its room's
+MAY_IMPORT = {                          # file or room -> files and rooms; a file's own line replaces its room's
     "vision": {"lib.common"},
     "model": {"lib.common", "vision"},
     "data": {"lib.common", "lib.recipes", "lib.records", "lib.schedule", "lib.workers"},    # which import nothing of it
@@ -30,7 +30,12 @@ MAY_IMPORT = {                          # a room or a file -> rooms and files; a
     "saved_model": set(),               # copied into every saved model, so that it stands alone
 }
 # What may be imported inside a function, where it is needed by one command out of several.
-DOORS = {"data": {"lib.check_data"}, "sample": {"serve.server"}, "train": {"lib.plot"}, "eval": {"lib.asking", "load_weights"}}
+DOORS = {
+    "data": {"lib.check_data"},
+    "sample": {"serve.server"},
+    "train": {"lib.plot"},
+    "eval": {"lib.asking", "load_weights"},     # so that scoring needs no torch
+}
 
 CODE = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
         for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", ".venv", "out")}

@@ -278,6 +278,7 @@ def test_links_out_of_the_folder_can_be_allowed(tmp_path, zoo_images, tiny):
 
 def test_an_error_outside_the_workers_ends_the_process():
     """Protects against a hang at exit: workers ignore the signal that Python sends them then."""
-    code = "from lib.workers import map_in_workers\nx = map_in_workers(abs, iter(int, 1), 2)\nnext(x)\nraise KeyboardInterrupt"
+    code = ("from lib.workers import map_in_workers\nx = map_in_workers(abs, iter(int, 1), 2)\n"
+            "next(x)\nraise KeyboardInterrupt")
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode != 0 and ended.stderr.strip().endswith("KeyboardInterrupt")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from training import assert_same_run, run_train, start_train, train_here
 import train
 from lib.checkpoint import check_files, read_manifest
 from lib.common import LOCK
-from lib.processes import explain
+from lib.processes import explain, explain_dead_worker
 from lib.recipes import parse
 from model import LLaVAConfig
 
@@ -130,6 +131,7 @@ def free_port() -> int:
 
 
 JOIN_AND_LOCK = """
+import os
 import sys
 from pathlib import Path
 import train
@@ -140,7 +142,9 @@ def main():
     train.setup()
     with lock_output(Path(sys.argv[1]), patience=0.5):
         print("locked")
-sys.exit(run_command(main))
+exit_code = run_command(main)
+sys.stdout.flush()
+os._exit(exit_code)
 """
 
 
@@ -225,6 +229,19 @@ def test_other_errors_of_torch_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 8)
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
+@pytest.mark.parametrize("error, reason", [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
+     "DataLoader worker (pid 7) is killed by signal: Bus error"),
+    (EOFError("Caught EOFError in pin memory thread for device 0.\nOriginal Traceback"), "Caught EOFError in pin memory"),
+    (ConnectionResetError(), "it closed the connection"),
+])
+def test_a_dead_worker_is_known_by_any_of_its_errors(error, reason, monkeypatch):
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
+    said = explain_dead_worker(error)
+    assert f"a data worker of process 3 on {socket.gethostname()} died ({reason}" in said and "\n" not in said
+    assert explain_dead_worker(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
 
 
 def test_a_data_worker_that_dies_ends_all_processes_and_names_the_flag(chat_json, tmp_path):
@@ -320,7 +337,8 @@ def kill_and_resume(kills: int, processes: int, chat_json: Path, tmp_path: Path,
     """
     rng, out = random.Random(seed), tmp_path / "killed"
     more = ["--epochs", "100", "--max-steps", str(30 + 8 * kills), "--save-every", "3", "--dropout", "0.1"]
-    run_train(train_flags(tmp_path / "whole", chat_json, *more), processes)
+    train_whole = partial(run_train, processes=processes) if processes > 1 else train_here
+    train_whole(train_flags(tmp_path / "whole", chat_json, *more))
     for i in range(kills):
         process = start_train(train_flags(out, chat_json, *more), processes)
         began, path = time.time_ns(), out / "metrics.jsonl"
@@ -336,7 +354,7 @@ def kill_and_resume(kills: int, processes: int, chat_json: Path, tmp_path: Path,
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=120)
     assert "model_type" not in json.loads((out / "config.json").read_text())        # it was killed before it was done
-    run_train(train_flags(out, chat_json, *more), processes)
+    train_whole(train_flags(out, chat_json, *more))
     assert_same_run(tmp_path / "whole", out)
     assert not list(out.glob(".writing_*"))
 

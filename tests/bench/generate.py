@@ -121,7 +121,7 @@ def take_turns(sides: dict[str, Callable[[], object]], repeats: int, warmups: in
 
 
 def report(title: str, times: dict[str, list[float]], unit: float = 1e3, label: str = "ms") -> None:
-    print(f"\n{title}, {label}: median, minimum, quartiles; times as fast as transformers' best (by medians, by minima)")
+    print(f"\n{title}, {label}: median, minimum, quartiles; speed-up over transformers' best (medians, minima)")
     peers = [t for name, t in times.items() if name.startswith("transformers")]
     usual, best = min(map(statistics.median, peers)), min(map(min, peers))
     for name, t in times.items():

@@ -112,6 +112,7 @@ from lib.folders import meta_model, saved_shapes
 from lib.generate import Session
 from lib.layouts import to_saved
 from lib.metrics import mfu
+from lib.processes import smallest
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
 from lib.save_weights import phi_json, tower_json, write_tokenizer
@@ -138,9 +139,7 @@ class Bench:
         self.config = TINY if args.dry else LLaVAConfig()
         self.dtype = torch.float32 if args.dry else torch.bfloat16
         self.shards = self.mesh.size(-1)
-        memory = torch.tensor(memory_of(self.device))
-        dist.all_reduce(memory, dist.ReduceOp.MIN)          # all have to choose the same configurations
-        self.memory = float(memory)
+        self.memory = smallest(memory_of(self.device))      # all have to choose the same configurations
         self.machine: dict = {}
         self.rows: dict[str, list[dict]] = {}
 
@@ -305,12 +304,11 @@ MICRO_TOKENS = (16384, 24576, 8192, 4096, 2048)
 
 def configurations(bench: Bench, flags: list[str]) -> list[Namespace]:
     """Settings that fit into the card by plan: first what train.py would choose, last what differs most from it."""
+    base = parse_recipe([*flags, "--dtype", "fp32" if bench.dry else "bf16"])
+    model = train.build_on_meta(base, bench.config)
     fitting = []
     for micro_tokens in MICRO_TOKENS:
-        if bench.dry:
-            micro_tokens //= 64
-        cfg = parse_recipe([*flags, "--micro-tokens", str(micro_tokens), "--dtype", "fp32" if bench.dry else "bf16"])
-        model = train.build_on_meta(cfg, bench.config)
+        cfg = replace(base, micro_tokens=micro_tokens // 64 if bench.dry else micro_tokens)
         chosen = plan.choose_recompute(cfg, model, bench.shards, bench.memory)
         for recompute in dict.fromkeys([chosen, *plan.RECOMPUTE_MODES]):
             for gather in ("on", "off") if bench.world > 1 else ("off",):
@@ -567,6 +565,7 @@ def main(args: Namespace) -> int:
         torch.compile = partial(torch.compile, backend="aot_eager")     # traced, but no C++ compiler to wait for
     elif not torch.cuda.is_available():
         raise ValueError("no CUDA GPU here; --dry walks through the parts on a CPU")
+    train.print0 = lambda text: None            # what it says of each model is in the rows
     bench = Bench(args)
     bench.machine = describe_machine(bench)
     parts = {"a": part_a, "c": part_c, "d": part_d}

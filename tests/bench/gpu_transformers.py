@@ -4,8 +4,9 @@ $ pip install transformers
 $ python tests/bench/gpu_transformers.py         # some four minutes; writes out/gpu/transformers/gpu.json and gpu.md
 $ python tests/bench/gpu_transformers.py --dry   # a tiny model on the CPU
 
-It gets its best: sdpa, everything in bf16, AdamW's moments too (less memory traffic than our fp32 masters), no attention
-mask (causality hides the padding on the right), and a batch either padded as a whole or as four of like length.
+It gets its best: sdpa, everything in bf16, AdamW's moments too (less memory traffic than our fp32 masters), no
+attention mask (causality hides the padding on the right), and a batch either padded as a whole or as four of like
+length.
 """
 import os
 import sys
@@ -40,7 +41,7 @@ from gpu import Bench, draw_samples, make_model, questions, seconds_of
 from torch import Tensor, nn
 
 from data import IGNORE, IMAGE_ID, Sample
-from lib.metrics import memory_gb
+from lib.device import peak_memory
 from vision import normalize
 
 
@@ -104,7 +105,7 @@ def train_step(bench: Bench, model: nn.Module, pieces: list[list[Sample]], recom
     tokens = sum(len(sample.ids) for piece in pieces for sample in piece)
     with_padding = sum(batch["input_ids"].numel() for batch in batches)
     return {"tokens": tokens, "padding_%": 100 * (1 - tokens / with_padding), "step_ms": 1e3 * seconds,
-            "tokens_per_s": tokens / seconds, "peak_gb": memory_gb(bench.device)}
+            "tokens_per_s": tokens / seconds, "peak_gb": peak_memory(bench.device) / 1e9}
 
 
 def main(args: Namespace) -> int:

@@ -133,7 +133,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--memory", k, "--only", name, "--threads", str(args.threads)]
             grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
             seconds = statistics.median(times[k])
-            print(f"  {k:20}{len(samples) / seconds:10.1f} samples/s {tokens / seconds:10,.0f} tokens/s {grown:6.0f} MB")
+            rates = f"{len(samples) / seconds:10.1f} samples/s {tokens / seconds:10,.0f} tokens/s"
+            print(f"  {k:20}{rates} {grown:6.0f} MB")
         train.dist.destroy_process_group()
 
 
