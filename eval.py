@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
+from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
 from benchmarks.files import first_existing, read_answers, short_sha256, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--score", help="only score this answers file, ours or LLaVA's; needs no model")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two answers files")
     add("--allow-missing", action=on_or_off, default=False, help="count missing answers as wrong instead of stopping")
-    add_flags(parser)
+    add_benchmark_flags(parser)
     args = parser.parse_args(argv)
     if args.exact:
         args.batch = 1

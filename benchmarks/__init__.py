@@ -34,7 +34,7 @@ PAPER = ("vqav2", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "m
 QUESTION_FLAGS = ("ocr", "img_only")        # these change what is asked, so they are saved with the answers
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
     on_or_off = argparse.BooleanOptionalAction
     judged = ", ".join(name for name, task in TASKS.items() if task.judge)
     add = parser.add_argument
