@@ -13,7 +13,6 @@ $ python eval.py --task pope --score answers.jsonl             # no model, no GP
 $ python eval.py --task pope --compare A.jsonl B.jsonl         # paired test and the list of flips
 $ python eval.py --task jsonl --questions my.jsonl --images my_images
 """
-import functools
 import hashlib
 import json
 import platform
@@ -33,8 +32,8 @@ from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
 from benchmarks.files import first_existing, read_answers, short_sha256, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
-from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, choose_dtype, dtype_name, find_model, hold_folder,
-                        parse_or_exit, read_json, read_jsonl, run_command, torch_dtype, visible, write_whole)
+from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
+                        read_json, read_jsonl, run_command, visible, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -511,11 +510,8 @@ def answer_and_score(args: Namespace) -> None:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
     args.device = asking.own_device(args.device)
-    if not args.dtype and not args.device.startswith("cuda"):
-        args.dtype = "fp32"                 # on a CPU, so that batching does not change answers
-    args.dtype = choose_dtype(args.dtype, args.device)
-    read_weights = functools.partial(load_model, dtype=torch_dtype(args.dtype), device=args.device, bits=args.bits)
-    model = asking.Model(folder, read_weights)
+    args.dtype = asking.own_dtype(args.dtype, args.device)
+    model = asking.Model(folder, load_model, args.dtype, args.device, args.bits)
     fingerprint = model_fingerprint(folder)
     processes = asking.join_processes()
     results = []

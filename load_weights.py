@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from lib.common import Parser, dtype_name, parse_or_exit, run_command, torch_dtype
+from lib.common import Parser, dtype_name, parse_or_exit, run_command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,6 +54,7 @@ import torch
 from torch import Tensor
 
 from lib.checkpoint import read_for_export, trained_tensors
+from lib.device import torch_dtype
 from lib.folders import (Kind, Weights, check_tensors, config_of_run, in_order, meta_model, open_weights, read_tensor,
                          saved_shapes)
 from lib.inspect import inspect

@@ -15,8 +15,8 @@ import sys
 from argparse import BooleanOptionalAction, Namespace
 from math import prod
 
-from lib.common import (USUAL_MODELS, Parser, at_least, between, choose_device, choose_dtype, dtype_name, find_model,
-                        parse_or_exit, run_command, torch_dtype, use_device, without_control)
+from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, find_model, parse_or_exit, run_command,
+                        without_control)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -68,7 +68,7 @@ from torch import Tensor
 
 from data import load_tokenizer
 from lib.chat import Clock, answer, ask, encode_chat, open_image
-from lib.device import free_memory
+from lib.device import choose_device, choose_dtype, free_memory, torch_dtype, use_device
 from lib.folders import open_weights
 from lib.generate import Session
 from load_weights import load_model

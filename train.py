@@ -24,7 +24,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from lib.common import has_bf16, parse_or_exit, run_command, torch_dtype, torchrun_env
+from lib.common import parse_or_exit, run_command, torchrun_env
 from lib.recipes import parse, settings
 
 if __name__ == "__main__":
@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
-from lib.device import memory_of
+from lib.device import has_bf16, memory_of, torch_dtype
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line

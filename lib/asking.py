@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from data import ImageConfig, eot_id, load_tokenizer
 from lib.chat import encode_chat, open_image
-from lib.common import choose_device, torchrun_env, use_device
-from lib.folders import Weights, open_weights
+from lib.common import torchrun_env
+from lib.device import choose_device, choose_dtype, torch_dtype, use_device
+from lib.folders import open_weights
 from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi
 
@@ -57,6 +59,13 @@ def own_device(asked: str | None) -> str:
     use_device(device)
     return device
 
+
+def own_dtype(asked: str | None, device: str) -> str:
+    """--dtype, else fp32 on a CPU, where batching then changes no answer, and the usual rule on a GPU."""
+    if asked is None and not device.startswith("cuda"):
+        return "fp32"
+    return choose_dtype(asked, device)
+
 # ---------------------------------------------------------------------------------------------------
 # Questions and answers
 
@@ -70,16 +79,17 @@ class Answer(NamedTuple):
 class Model:
     """The model under test. Its weights are read when a task has questions to ask, and then stay for all tasks."""
 
-    def __init__(self, folder: Path, read_weights: Callable[[Weights], LLaVAPhi]):
+    def __init__(self, folder: Path, load_model: Callable[..., LLaVAPhi], dtype: str, device: str, bits: int):
+        """load_model: load_weights.load_model, which a file of lib/ does not import itself."""
         self.source = open_weights(folder)
         self.config = self.source.config
         self.tok = load_tokenizer(folder)
-        self.read_weights = read_weights
+        self.load_model = partial(load_model, self.source, torch_dtype(dtype), device, bits)
         self.session: Session | None = None
 
     def load(self) -> None:
         if self.session is None:
-            self.session = Session(self.read_weights(self.source))
+            self.session = Session(self.load_model())
 
     def encode(self, examples: list, rows: Iterable[int]) -> dict[int, list[int]]:
         """Row -> the ids of its prompt, with the picture's positions. ValueError: one is too long to be answered."""

@@ -250,12 +250,6 @@ def dtype_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text}: expected fp32 or bf16; Phi-2's attention scores overflow in fp16")
 
 
-def torch_dtype(name: str):
-    """Our name of a dtype -> torch's object."""
-    import torch
-    return getattr(torch, DTYPES[name])
-
-
 class Torchrun(NamedTuple):
     rank: int               # of this process, among all
     world: int              # how many there are
@@ -271,88 +265,6 @@ def torchrun_env() -> Torchrun:
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
-
-
-def choose_device(asked: str | None) -> str:
-    """The device that was asked for, else the best one here. ValueError if this machine or this torch lacks it."""
-    import torch
-    here = ["cpu"]
-    if torch.backends.mps.is_available():
-        here.append("mps")
-    problem = ""
-    if torch.cuda.is_available():
-        number = asked.partition(":")[2] if asked else ""
-        problem = missing_kernels(int(number) if number.isdecimal() else 0)
-        if not problem:
-            here.append("cuda")
-        elif not asked:
-            print(f"{problem}; computing on the {here[-1]}", file=sys.stderr)
-    device = asked or here[-1]
-    if device.split(":")[0] not in here:
-        raise ValueError(f"--device {device}: this machine and this torch {torch.__version__} offer {', '.join(here)}"
-                         + (f"; {problem}" if problem else ""))
-    try:
-        torch.empty(0, device=device)       # "cuda:7" on a machine with two
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
-    return device
-
-
-def use_device(device) -> None:
-    """Make a GPU the current one of this thread: streams, events, graphs and memory statistics are the current GPU's.
-
-    Every thread has its own and starts on cuda:0, so a thread that works on another one calls this first. The CPU, and
-    "cuda" without a number, which means the current one, need nothing.
-    """
-    import torch
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-
-
-def missing_kernels(card: int) -> str:
-    """Why this build of torch cannot compute on a CUDA card that it sees; "" if it can.
-
-    Kernels built for sm_86 also run on later cards of major version 8. Code for compute_90 is compiled anew on any
-    later card.
-    """
-    import torch
-    if card >= torch.cuda.device_count() or torch.version.cuda is None:     # AMD's cards count otherwise
-        return ""
-    major, minor = torch.cuda.get_device_capability(card)
-    built_for = torch.cuda.get_arch_list()
-    for arch in built_for:
-        kind, number = re.match(r"(sm|compute)_(\d+)", arch).groups()
-        arch_major, arch_minor = divmod(int(number), 10)
-        if kind == "sm" and arch_major == major and arch_minor <= minor:
-            return ""
-        if kind == "compute" and (arch_major, arch_minor) <= (major, minor):
-            return ""
-    return (f"{torch.cuda.get_device_name(card)} has compute capability {major}.{minor}, and this torch "
-            f"{torch.__version__} has kernels for {', '.join(built_for)}")
-
-
-def choose_dtype(asked: str | None, device: str) -> str:
-    """--dtype, else bf16 where the device has instructions for it, else fp32.
-
-    It is looked up and not timed, so the same machine always computes the same numbers. sample.py follows this rule.
-    eval.py does on a GPU; on a CPU it stays with fp32, where the batch size changes no answer. train.py computes in
-    bf16 unless told otherwise, and refuses a GPU that would have to emulate it.
-    """
-    if asked:
-        return asked
-    return "bf16" if has_bf16(device) else "fp32"
-
-
-def has_bf16(device: str) -> bool:
-    """Whether bf16 products run in hardware: not on a V100 or T4, and on CPUs with AVX-512 BF16, AMX or Arm's BF16."""
-    import torch
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return True                                 # Apple's GPUs
 
 
 USUAL_MODELS = (Path("out/finetune"), Path("checkpoints/llava-phi"), Path("checkpoints/mipha-3b"))

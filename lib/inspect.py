@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
 from lib.chat import ask
-from lib.common import choose_device
+from lib.device import choose_device
 from lib.folders import (Folder, Kind, Weights, check_tensors, config_of, meta_model, open_folder, saved_shapes,
                          tensor_files)
 from lib.save_weights import verify_checksums

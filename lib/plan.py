@@ -4,8 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from lib.checkpoint import host_memory_to_save
-from lib.common import torch_dtype
-from lib.device import USABLE
+from lib.device import USABLE, torch_dtype
 from lib.recipes import replace
 from lib.schedule import steps_per_epoch
 from model import LLaVAConfig, LLaVAPhi, trained_parts

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lib.chat import Clock, answer, encode_chat, open_image
-from lib.common import use_device
+from lib.device import use_device
 from serve.api import Request, RequestError, StopStrings
 
 MAX_WAITING = 32                # questions in the line; the next one is told to come back later

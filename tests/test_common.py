@@ -4,7 +4,8 @@ import os
 import pytest
 import torch
 
-from lib.common import choose_device, choose_dtype, read_jsonl, replacing, torchrun_env, write_whole
+from lib.common import read_jsonl, replacing, torchrun_env, write_whole
+from lib.device import choose_device, choose_dtype
 
 
 def test_a_process_that_torchrun_did_not_start_is_the_only_one(monkeypatch):

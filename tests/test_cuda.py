@@ -17,8 +17,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import (GOLDEN, draw_prompt, draw_samples, draw_words, expanded, fast_answers, metrics,
-                     random_model, to_uint8, train_flags)
+from helpers import (GOLDEN, draw_prompt, draw_samples, draw_words, expanded, fast_answers, metrics, random_model,
+                     to_uint8, train_flags)
 from safetensors.torch import load_file
 from test_varlen import HS, LENGTHS, NH, WIDE
 from torch import Tensor
@@ -28,8 +28,8 @@ import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate
 from lib import plan
 from lib.generate import KVCache, Session, prefill
-from lib.quant import quantize_linears
 from lib.processes import explain_out_of_memory
+from lib.quant import quantize_linears
 from lib.recipes import parse
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import GOLDEN, ROOT, TINY_MODEL, run_script, start_script
-from tiny_benchmarks import (CASES, evaluate, llava_file, make_pope, make_scienceqa, make_shapes, picture, prepare,
-                             write)
+from tiny_benchmarks import CASES, evaluate, llava_file, make_pope, make_scienceqa, make_shapes, picture, prepare, write
 
 import eval as ev
-import lib.common as common
+import lib.device
 import load_weights
 import vision
 from benchmarks import scoring
@@ -227,7 +226,7 @@ def test_answers_in_8_bits_say_so(tmp_path, short, capsys):
 def test_questions_are_encoded_like_sample_pys():
     """The golden prompt's ids, by way of a benchmark."""
     golden = json.loads((GOLDEN / "text.json").read_text())["prompts"]["one"]
-    model = asking.Model(TINY_MODEL, read_weights=None)
+    model = asking.Model(TINY_MODEL, load_weights.load_model, "fp32", "cpu", bits=16)
     [ids] = model.encode([scoring.Example(1, ev.BLANK, golden["turns"][0])], [0]).values()
     assert [i for i in ids if i != IMAGE_ID] == [i for i in golden["input_ids_tiny"] if i != -200]
     assert ids.count(IMAGE_ID) == model.config.vision.n_patches
@@ -419,7 +418,7 @@ def test_bf16_is_for_gpus_that_have_it(tmp_path, monkeypatch, device, has_bf16, 
     def load(source, dtype, device, bits):
         raise Loading(dtype)
 
-    monkeypatch.setattr(common, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(lib.device, "has_bf16", lambda device: has_bf16)
     monkeypatch.setattr(asking, "own_device", lambda asked: device)
     monkeypatch.setattr(load_weights, "load_model", load)
     with pytest.raises(Loading) as loading:

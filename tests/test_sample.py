@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import GOLDEN, GOLDEN_ANSWER, ROOT, TINY_MODEL, run_script
 
-import lib.common as common
+import lib.device
 import sample
 from lib.chat import Clock, TextStream, answer, ask, open_image
 from lib.common import run_command, without_control
@@ -268,7 +268,7 @@ def test_a_picture_that_is_in_no_list_and_no_picture_at_all(tiny_model, tiny_tok
     (True, 16e9, 8, ("fp32", "cpu in fp32")),               # its products are in int8 anyway
 ])
 def test_the_dtype_of_the_published_model_on_a_cpu(monkeypatch, has_bf16, free, bits, expected):
-    monkeypatch.setattr(common, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(lib.device, "has_bf16", lambda device: has_bf16)
     monkeypatch.setattr(sample, "free_memory", lambda device: free)
     assert sample.dtype_for(PUBLISHED, None, "cpu", bits) == expected
     assert sample.dtype_for(PUBLISHED, "fp32", "cpu", bits) == ("fp32", "cpu in fp32")
@@ -281,7 +281,7 @@ def test_a_gpu_that_only_emulates_bf16_answers_in_fp32(monkeypatch):
 
 
 def test_a_small_model_says_the_same_on_every_machine(monkeypatch):
-    monkeypatch.setattr(common, "has_bf16", lambda device: True)
+    monkeypatch.setattr(lib.device, "has_bf16", lambda device: True)
     assert sample.dtype_for(50_000_000, None, "cpu", 16) == ("fp32", "cpu in fp32")
 
 

@@ -28,7 +28,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from transformers import PhiConfig as TheirPhiConfig
 
 from data import IMAGE_ID
-from lib.common import choose_dtype
+from lib.device import choose_dtype
 from lib.generate import Session
 from lib.quant import prepack_linears, quantize_linears
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights

@@ -105,7 +105,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 import train
-from data import IGNORE, IMAGE_ID, Sample, Step, collate, load_tokenizer, split_step
+from data import IGNORE, IMAGE_ID, Sample, Step, collate, load_tokenizer
 from lib import plan
 from lib.device import memory_of, peak_memory
 from lib.folders import meta_model, saved_shapes
@@ -116,6 +116,7 @@ from lib.processes import smallest
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
 from lib.save_weights import phi_json, tower_json, write_tokenizer
+from lib.schedule import split_step
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, trained_parts
 from vision import VisionConfig
 
