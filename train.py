@@ -96,14 +96,14 @@ def setup() -> tuple[DeviceMesh, torch.device]:
 
 
 def check_arithmetic(dtype: str, device: torch.device) -> None:
-    """ValueError where a GPU could only imitate bf16, many times slower than it computes in fp32 (V100, T4)."""
+    """ValueError where a GPU can only emulate bf16 (V100, T4), many times slower than it computes in fp32."""
     if device.type == "cuda" and dtype == "bf16" and not has_bf16("cuda"):
         raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; give --dtype fp32, which takes "
                          "twice the memory and no flash attention")
 
 
 def folders(cfg: Namespace) -> list[Path]:
-    """The folders that the run starts from: a whole model, or a language model and a tower, or a language model."""
+    """The folders that the run starts from: of a whole model, or of a language model and perhaps a tower."""
     names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision]
     sources = [Path(name) for name in names if name]
     if Path(cfg.out).resolve() in [source.resolve() for source in sources]:
@@ -229,7 +229,7 @@ def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
 
 
 def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
-    """Start a new projector and adapters. Whole tensors are drawn, so any number of processes gets the same ones."""
+    """Initialize a new projector and adapters. Whole tensors are drawn, the same on any number of processes."""
     generator = torch.Generator().manual_seed(cfg.seed)
     if model.projector and not cfg.model:
         fresh = Projector(config.vision.n_embd, config.llm.n_embd)
@@ -254,7 +254,7 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
 
 
 def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
-    """Compile each block, inside of what FSDP and recomputation wrap, with one graph for all lengths."""
+    """Compile each block, inside of FSDP and activation checkpointing, with one graph for all lengths."""
     blocks = [*model.llm.h]
     if device.type != "cuda":
         # Attention on a CPU is a loop over the samples' lengths, which are new in every step. It stays out.
@@ -314,7 +314,7 @@ def make_index(data: Dataset, cfg: Namespace) -> None:
 
 
 def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
-    """Share of the peak rate at `step` (from 0): up from 0 over the warm-up, then down to 0, as Hugging Face's do."""
+    """Share of the peak rate at `step`, counted from 0: linear warm-up, then decay to 0, as in Hugging Face's schedules."""
     if step < warmup:
         return step / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -338,7 +338,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """Dropout is a function of these four, so a resumed run draws what an uninterrupted one would have drawn."""
+    """Seed dropout from these four, so that a resumed run draws what an uninterrupted one would have drawn."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
 
 
@@ -414,7 +414,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
-    print_steps(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
+    print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
     # Days of training should not end with a model that finds no room.
     need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
     free = shutil.disk_usage(out).free
@@ -477,7 +477,7 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
     return True
 
 
-def print_steps(cfg: Namespace, steps: int, resumed: str) -> None:
+def print_run_length(cfg: Namespace, steps: int, resumed: str) -> None:
     warmup = math.ceil(cfg.warmup * steps)
     print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up{resumed}")
     if steps == warmup == 1:

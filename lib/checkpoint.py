@@ -343,7 +343,7 @@ def read_settings(out: Path) -> dict:
     try:
         saved = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
-        raise ValueError(f"{path}: not json; delete it to go on from the newest checkpoint beside it") from None
+        raise ValueError(f"{path}: not json; delete it to go on from the newest checkpoint next to it") from None
     return saved if "training" in saved else {}
 
 
@@ -394,7 +394,7 @@ def refuse_foreign(out: Path) -> None:
 
 
 def check_same_settings(then: dict, now: dict, may_change: set[str], problem: str) -> None:
-    """ValueError with `problem` and every setting that changes the maths and differs."""
+    """ValueError with `problem` and every setting that differs and changes what is learned."""
     different = []
     for name, value in now.items():
         if name not in may_change and then.get(name) != value:

@@ -178,7 +178,7 @@ def test_gpus_that_have_no_bf16(monkeypatch):
 
 
 def wait_for(path: Path, lines: int = 1) -> None:
-    """Until a run has written so many lines."""
+    """Wait until a run has written this many lines."""
     wait_until = time.time() + 120
     while not (path.exists() and len(path.read_text().splitlines()) >= lines):
         assert time.time() < wait_until, f"{path} does not grow"
