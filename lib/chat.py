@@ -1,6 +1,5 @@
 """The one way to ask a model: the terminal, the server, the benchmarks and a notebook all use it."""
 import io
-import os
 import re
 import sys
 import time
@@ -16,6 +15,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from data import ImageConfig, encode_prompt, eot_id, expand, load_image
+from lib.device import peak_memory
 from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi
 
@@ -87,8 +87,9 @@ class Clock:
         return (self.steps - 1) / (self.last - self.first)
 
     def __str__(self) -> str:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         return (f"first token {self.first:.2f} s | {self.steps} tokens | {self.rate:.1f} tokens/s | "
-                f"peak memory {peak_memory() / 1e9:.1f} GB")
+                f"peak memory {peak_memory(device) / 1e9:.1f} GB")
 
 
 def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
@@ -177,20 +178,3 @@ def pasted_path(text: str) -> Path:
     if unescaped.exists() and not path.exists():
         return unescaped                # a backslash is also a legal character of a file name, hence the check
     return path
-
-
-def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak        # macOS counts bytes, Linux kilobytes
-
-
-def free_memory() -> int:
-    """Bytes that a new process can have without swapping; where the system does not say (macOS), all of the memory."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
