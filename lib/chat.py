@@ -149,10 +149,9 @@ def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Pi
 def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
     """A picture -> uint8 (1, 3, S, S), of the size and in the manner that this model wants. None -> (0, 3, S, S).
 
-    It comes as a path, the way people type, paste or drag it, as "-" for stdin, or opened by Pillow. What is a tensor
-    already stays as it is. Raises ValueError or FileNotFoundError, which name the file.
+    It comes as a path, the way people type, paste or drag it, as "-" for stdin, or opened by Pillow. A tensor is
+    returned unchanged. Raises ValueError or FileNotFoundError, which name the file.
     """
-
     if isinstance(source, torch.Tensor):
         return source
     size = config.vision.image_size

@@ -1,7 +1,7 @@
 """Fast generation: KV cache, prefix caching, sampling, CUDA graphs. Token ids in, token ids out.
 
 A Session answers prompts and remembers the last one, so that the next question about the same picture, or the next turn
-of a chat, computes only what is new. What it says is what LLaVAPhi.generate says, which is the place to start reading.
+of a chat, computes only what is new. Its greedy answers are those of LLaVAPhi.generate: start reading there.
 
 Prompts hold IMAGE_ID at every patch position, as data.expand makes them.
 
@@ -19,17 +19,11 @@ from torch.nn.attention.bias import causal_lower_right
 from data import IMAGE_ID
 from model import LLaVAPhi, Packed, Phi, as_batch, to_device_async, varlen_attention
 
-# On Hopper, torch prefers cuDNN's attention, which builds an execution plan for every new shape and stride: tens to
-# hundreds of milliseconds, and generation meets new shapes all the time (prompts, batches, cache lengths). So a process
-# that generates uses torch's other kernels. Training does not import this file and keeps torch's choice: its decoder
-# calls varlen_attn, and its tower only ever sees a few dozen numbers of pictures, whose plans last for the whole run.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
 CPU_PREFILL = 1200                  # tokens, two LLaVA prompts: measured, 16 pictures at a time are a fifth slower
 
 
 class Session:
-    """A model that remembers the last prompt: its keys and values, and those of the answer."""
+    """A model with its KV cache. It remembers the last prompt and answer, and reuses what the next one shares."""
 
     def __init__(self, model: LLaVAPhi, cuda_graph: bool = False):
         """cuda_graph: for long answers on CUDA. Decoding steps are captured as a graph, and each is queued before the
@@ -38,6 +32,11 @@ class Session:
         self.cuda_graph = cuda_graph
         self.cache: KVCache | None = None       # of the last call
         self.finish: list[str] = []             # why each of its answers ended, "" while it is being written
+        # On Hopper, torch prefers cuDNN's attention, which builds an execution plan for every new shape and stride, in
+        # tens to hundreds of milliseconds. Generation meets new shapes all the time (prompts, batches, cache lengths),
+        # so a process that generates uses torch's other kernels. Training has no session and keeps torch's choice: its
+        # decoder calls varlen_attn, and its tower sees only a few dozen different numbers of pictures in a whole run.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], images: list[Tensor], *, max_new_tokens: int, eos_id: int,
@@ -73,9 +72,11 @@ class Session:
                 logits = self.decode(ids, cache)
 
     def start_cache(self, prompts: list[list[int]], images: list[Tensor], slots: int) -> "KVCache":
-        """A cache that holds the beginnings of these prompts, as far as they are known or several prompts share them."""
+        """A cache that already holds the prefixes known from the last call, and those that several prompts share."""
         n_patches = self.model.config.vision.n_patches
-        contents = [content_of(prompt, pictures, n_patches) for prompt, pictures in zip(prompts, images, strict=True)]
+        digests = {id(pictures): digests_of(pictures) for pictures in images}      # questions often share a tensor
+        contents = [content_of(prompt, digests[id(pictures)], n_patches)
+                    for prompt, pictures in zip(prompts, images, strict=True)]
         prefixes = self.known_prefixes(contents)
         groups = shared_beginnings(contents, prefixes)
         if groups:
@@ -90,7 +91,10 @@ class Session:
         return self.cache
 
     def known_prefixes(self, contents: "list[Content]") -> "list[Prefix | None]":
-        """What the last call's last prompt and answer have in common with each of these. Ends that call's cache."""
+        """For each of these, the part that it shares with the last call's last prompt and answer.
+
+        Drops that call's cache.
+        """
         if self.cache is None:
             return [None] * len(contents)
         last = self.cache.prefix(-1)
@@ -258,12 +262,12 @@ class KVCache:
         self.pos.add_(1).clamp_(max=last)
 
     def prefix(self, row: int) -> "Prefix":
-        """What a row holds: a view, which keeps the whole cache in memory."""
+        """The tokens that a row holds. A view: it keeps the whole cache in memory."""
         content = self.contents[row][:self.lengths[row]]
         return Prefix(content, self.k[:, row, :, :len(content)], self.v[:, row, :, :len(content)])
 
     def restore(self, prefixes: "list[Prefix | None]") -> None:
-        """Begin each row with what is known of it."""
+        """Start each row with its known prefix."""
         for row, prefix in enumerate(prefixes):
             if prefix is not None:
                 n = len(prefix.content)
@@ -388,13 +392,17 @@ class CudaGraph:
 Content = list[int | bytes]         # of a sequence: token ids, and at patch positions the digest of the picture
 
 
-def content_of(prompt: list[int], images: Tensor, n_patches: int) -> Content:
-    """The prompt with its pictures recognizable: the same pixels give the same content, whatever tensor they are in."""
-    digests = [hashlib.sha256(image.cpu().contiguous().numpy()).digest() for image in images]
+def digests_of(images: Tensor) -> list[bytes]:
+    """A key for each picture: the same pixels give the same one, whatever tensor they are in."""
+    return [hashlib.sha256(image.cpu().contiguous().numpy()).digest() for image in images]
+
+
+def content_of(prompt: list[int], digests: list[bytes], n_patches: int) -> Content:
+    """The prompt with the digests of its pictures at their patch positions."""
     content: Content = list(prompt)
     patches = [i for i, token in enumerate(prompt) if token == IMAGE_ID]
-    assert len(patches) == len(images) * n_patches, \
-        f"{len(patches)} image positions for {len(images)} images of {n_patches} patches"
+    assert len(patches) == len(digests) * n_patches, \
+        f"{len(patches)} image positions for {len(digests)} images of {n_patches} patches"
     for i, position in enumerate(patches):
         content[position] = digests[i // n_patches]
     return content
@@ -417,9 +425,9 @@ def common_prefix(content: Content, known: Prefix) -> Prefix | None:
 
 
 def shared_beginnings(contents: list[Content], prefixes: list[Prefix | None]) -> list[tuple[Content, list[int]]]:
-    """Prompts that are the same up to the end of their last picture, where that is more than is known of them already.
+    """(beginning, rows) of prompts that are the same up to the end of their last picture.
 
-    -> (the beginning, the rows that have it)
+    Only where that is more than is known of them already.
     """
     groups: dict[tuple, list[int]] = {}
     for row, (content, prefix) in enumerate(zip(contents, prefixes)):

@@ -1,4 +1,4 @@
-"""Asking a model through lib/chat.py: pieces that add up, pictures in any form, sessions that know what was asked before."""
+"""Asking a model through lib/chat.py: pieces that add up, pictures in any form, sessions that recognize them."""
 import pytest
 import torch
 from helpers import GOLDEN_ANSWER
@@ -29,7 +29,7 @@ def test_an_answer_is_the_sum_of_its_pieces(tiny_model, tiny_tokenizer, photo):
 
 
 def test_a_picture_opened_again_is_recognized(tiny_model, tiny_tokenizer, photo, towers):
-    """As a path, and decoded anew for the next turn: the tower looks at it once, and the answer is that of a new session."""
+    """As a path, and decoded again for the next turn: the tower runs once, the answer is that of a new session."""
     session = Session(tiny_model)
     first = text_of(session, tiny_tokenizer, ["What is this?"], photo, max_new_tokens=8)
     turns = ["What is this?", first, "Why?"]

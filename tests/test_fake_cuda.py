@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lib.generate import CudaGraph, Decode, KVCache, Prefill, copy_to_host_async, decode_step
+from lib.generate import CudaGraph, Decode, KVCache, Prefill, Session, copy_to_host_async, decode_step
 from lib.quant import Int4Linear, Int8Linear
 from model import LLaVAConfig, LLaVAPhi, Packed, cross_entropy_sum
 
@@ -96,8 +96,10 @@ def test_a_graph_is_captured_on_the_device_of_the_ids(recorded, ids_on_gpu_1, mo
     assert steps == [1, 1] and recorded.current == 0
 
 
-def test_generation_does_not_use_cudnns_attention():
+def test_generation_does_not_use_cudnns_attention(tiny_model):
     """It builds an execution plan for every new shape, and generation has a new one for almost every prompt."""
+    torch.backends.cuda.enable_cudnn_sdp(True)              # torch's default, which training keeps
+    Session(tiny_model)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 # ---------------------------------------------------------------------------------------------------

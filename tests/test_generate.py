@@ -1,4 +1,4 @@
-"""Fast generation against model.py's, which has no cache: batches, prefixes, fixed shapes, steps queued ahead; sampling."""
+"""Fast generation against model.py's, which has no cache: batches, prefixes, buckets, steps queued ahead; sampling."""
 import copy
 import math
 import random
