@@ -186,6 +186,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Special words in a text are text: the image slot and the end of text are placed by id, so an "<image>" or
     "<|endoftext|>" that somebody typed cannot move a picture or end an answer.
     """
+    folder = Path(folder)               # in a notebook it is text
     if (folder / "tokenizer.json").exists():
         tok = read_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():

@@ -1,5 +1,4 @@
-"""
-Score a model on thirteen benchmarks: generate answers (resumable, on any number of processes), then score them.
+"""Score a model on thirteen benchmarks: generate answers (resumable, on any number of processes), then score them.
 
 Prompts, token limits, parsing and metrics are those of the code behind the published numbers, quirks included: LLaVA's
 and LLaVA-Phi's eval scripts, GT-Vision-Lab's VQA scorer, the scorers of POPE, MME, MMMU, MM-Vet, VLMEvalKit (MMBench).
@@ -14,34 +13,80 @@ $ python eval.py --task pope --score answers.jsonl             # no model, no GP
 $ python eval.py --task pope --compare A.jsonl B.jsonl         # paired test and the list of flips
 $ python eval.py --task jsonl --questions my.jsonl --images my_images
 """
-import argparse
+import functools
 import hashlib
-import io
 import json
-import os
 import platform
 import sys
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_flags
 from benchmarks.files import first_existing, read_answers, short_sha256, to_json, to_jsonl
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
-from lib.common import (LOCK, USUAL_MODELS, Parser, choose_device, choose_dtype, dtype_name, find_model, hold_folder,
-                        read_json, read_jsonl, run_command, torch_dtype, torchrun_env, use_device, visible, write_whole)
+from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, choose_dtype, dtype_name, find_model, hold_folder,
+                        parse_or_exit, read_json, read_jsonl, run_command, torch_dtype, visible, write_whole)
 
-# torch and the model are imported inside the functions that generate, so that scoring needs neither.
+# ---------------------------------------------------------------------------------------------------
+# The command line
 
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The command line. ValueError: a flag that is wrong by itself."""
+    parser = Parser(prog="eval.py", description=__doc__)
+    on_or_off = BooleanOptionalAction
+    special = []
+    for name, task in TASKS.items():
+        if (task.paper_mode, task.mipha_mode) != ("pad", "pad"):
+            special.append(f"{name} {task.paper_mode} (Mipha {task.mipha_mode})")
+    add = parser.add_argument
+    add("--task", help=f"one or several with commas: {', '.join(TASKS)}; paper: {', '.join(PAPER)}")
+    add("--root", default="data/eval", help="folder of the benchmarks, in the layout of LLaVA's playground/data/eval")
+    add("--split", help="a split other than the one of the published score")
+    add("--model", help=f"model folder; none: the first of {', '.join(map(str, USUAL_MODELS))} that is there")
+    add("--out", help="folder for answers and results; of several tasks, a subfolder each; none: out/eval/TASK")
+    add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
+        help="model: as it was trained; paper: as the published scores were made, which is pad except for "
+             + ", ".join(special))
+    add("--bits", type=int, choices=(4, 8, 16), default=16,
+        help="bits of a weight; on a GPU 8 bits save memory, not time; 16: as --dtype says")
+    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU that has it, fp32 on a CPU")
+    add("--device", help="cpu or cuda; none: cuda where there is one")
+    add("--batch", type=at_least(1), default=16, help="questions answered at a time")
+    add("--exact", action=on_or_off, default=False,
+        help="one question at a time and nothing shared between them, as official runs; changes nothing in fp32, "
+             "unless --bits is 4")
+    add("--limit", type=at_least(1), help="only the first N questions")
+    add("--check-data", action=on_or_off, default=False, help="only check that the data is there and official")
+    add("--score", help="only score this answers file, ours or LLaVA's; needs no model")
+    add("--compare", nargs=2, metavar=("A", "B"), help="only compare two answers files")
+    add("--allow-missing", action=on_or_off, default=False, help="count missing answers as wrong instead of stopping")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    if args.exact:
+        args.batch = 1
+    return args
+
+
+def chosen_tasks(args: Namespace) -> list[str]:
+    """--task with its commas and "paper" -> names, each once. ValueError on one that is not in the table."""
+    names = []
+    for word in (args.task or "").split(","):
+        names += PAPER if word.strip() == "paper" else [word.strip()]
+    for name in names:
+        if name not in TASKS:
+            problem = f"{name} is unknown" if name else "is missing"
+            raise ValueError(f"--task {problem}: expected one or several of {', '.join(TASKS)}, or paper")
+    return list(dict.fromkeys(names))
 
 # ---------------------------------------------------------------------------------------------------
 # Data: loaded and checked before any model
@@ -151,25 +196,6 @@ def check_benchmarks(names: list[str], args: Namespace) -> None:
 # Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that any number of them can go on after a kill.
 
 
-class LoadedModel(NamedTuple):
-    """A model and what it takes to ask it."""
-    model: object               # model.LLaVAPhi
-    tok: object                 # tokenizers.Tokenizer
-    eot_id: int
-
-
-def load(source, args: Namespace) -> LoadedModel:
-    """Load an opened folder (lib.folders.Weights) with its tokenizer.
-
-    The imports are here because torch takes seconds, and most of this program's work needs none.
-    """
-    from data import eot_id, load_tokenizer
-    from load_weights import load_model
-    model = load_model(source, torch_dtype(args.dtype), args.device, bits=args.bits)
-    tok = load_tokenizer(source.paths[0])
-    return LoadedModel(model, tok, eot_id(tok))
-
-
 def model_fingerprint(folder: Path) -> str:
     """Changes with any weight, with the config and with the tokenizer."""
     total = hashlib.sha256()
@@ -181,7 +207,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def question_settings(data: Data, args: Namespace) -> dict:
-    """Which questions, in which words. `score_file` takes these back from the settings beside a file of answers."""
+    """Which questions, in which words. `score_file` reads these back from settings.json."""
     settings = {"task": data.name, "split": data.split}
     for flag in QUESTION_FLAGS:
         settings[flag] = getattr(args, flag)
@@ -189,15 +215,15 @@ def question_settings(data: Data, args: Namespace) -> dict:
 
 
 def reference_model(config) -> str:
-    """Which published model a LLaVAConfig is built like (a key of PUBLISHED_MODELS). Mipha's SigLIP has no class token."""
+    """The published model (a key of PUBLISHED_MODELS) with this LLaVAConfig's tower: Mipha's has no class token."""
     return "llava_phi" if config.vision.class_token else "mipha"
 
 
 def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -> dict:
-    """All that an answer depends on. Processes and batch size are not in it: in fp32 they change nothing, and in bf16 or
-    with 4-bit weights, whose product for few rows is another than that for many, one answer in some hundreds.
+    """Everything that an answer depends on. config: the model's LLaVAConfig.
 
-    fingerprint, config: of the model, a LLaVAConfig.
+    Processes and batch size are not in it: they change nothing in fp32, and one answer in some hundreds in bf16 or with
+    4-bit weights, which are multiplied in another way for few rows than for many.
     """
     reference = reference_model(config)
     image_mode = args.image_mode
@@ -255,121 +281,50 @@ def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
     return answers
 
 
-def plan_batches(examples: list[Example], lengths: dict[int, int], rank: int, world: int,
+def plan_batches(examples: list[Example], prompts: dict[int, list[int]], rank: int, world: int,
                  batch: int) -> list[list[int]]:
-    """The rows that this process answers, in batches: of like length, and those about one picture together.
+    """The rows that this process answers, in batches of similar length, with questions about one picture together.
 
-    lengths: tokens of the prompt of each row that is still to be answered. Pictures are dealt to the processes in turn,
-    in the order of the task and whatever is answered already, so that the split is the same after a restart.
+    prompts: token ids of each row that is still to be answered. Pictures are dealt to the processes in turn, in the
+    order of the task and whatever is answered already, so that the split is the same after a restart.
     """
     rows_of_picture: dict[object, list[int]] = defaultdict(list)
     for row, example in enumerate(examples):
-        # There is no picture to share where there is none or a blank one; those are dealt out 64 rows at a time.
+        # Where there is no picture, or a blank one, there is nothing to share: those are dealt out 64 rows at a time.
         no_picture = example.image is None or example.image == BLANK
         key = (example.image, row // 64) if no_picture else example.image
         rows_of_picture[key].append(row)
     groups = []
     for i, rows in enumerate(rows_of_picture.values()):
-        open_rows = [row for row in rows if row in lengths]
+        open_rows = [row for row in rows if row in prompts]
         if i % world == rank and open_rows:
-            groups.append(sorted(open_rows, key=lengths.get))
-    groups.sort(key=lambda rows: (lengths[rows[-1]], min(rows)))
+            groups.append(sorted(open_rows, key=lambda row: len(prompts[row])))
+    groups.sort(key=lambda rows: (len(prompts[rows[-1]]), min(rows)))
     in_order = [row for rows in groups for row in rows]
     return [in_order[start:start + batch] for start in range(0, len(in_order), batch)]
 
 
-def open_picture(image: Path | bytes | str | None, vision, mode: str):
-    """A question's picture as the tower of this VisionConfig wants it -> uint8 (1, 3, size, size), or
-    (0, 3, size, size) for a question without a picture."""
-    import torch
-
-    from data import ImageConfig, load_image
-    size = vision.image_size
-    config = ImageConfig.of(vision, mode)
-    if image is None:
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
-    if image == BLANK:
-        return torch.tensor(config.pad_color, dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, size, size)
-    source = io.BytesIO(image) if isinstance(image, bytes) else image
-    return load_image(source, config)[None]
-
-
-def pictures_ahead(examples: list[Example], batches: list[list[int]], vision, mode: str) -> Iterator[list]:
-    """The pictures of each batch, decoded while the batches before it run.
-
-    One picture is one tensor: by its identity the model knows which questions can share the tower's work.
-    """
-    with ThreadPoolExecutor(4) as pool:
-        decoding = {}
-        for i, batch in enumerate(batches):
-            upcoming = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
-            decoding = {image: job for image, job in decoding.items() if image in upcoming}    # forget what is done
-            for image in upcoming:
-                if image not in decoding:
-                    decoding[image] = pool.submit(open_picture, image, vision, mode)
-            yield [decoding[examples[row].image].result() for row in batch]
-
-
-def encode_question(example: Example, loaded: LoadedModel) -> list[int]:
-    """Prompt -> token ids, the picture's positions included. ValueError if no room is left for an answer."""
-    from data import encode_prompt, expand
-    config = loaded.model.config
-    has_image = example.image is not None
-    ids = encode_prompt([example.prompt], loaded.tok, image=has_image)
-    room = config.llm.block_size
-    if has_image:
-        room -= config.vision.n_patches
-    if len(ids) >= room:
-        raise ValueError(f"question {example.question_id!r} has {len(ids):,} tokens, the model room for {room - 1:,}")
-    return expand(ids, None, config.vision.n_patches, config.llm.block_size)[0]
-
-
-def ask(loaded: LoadedModel, prompts: list[list[int]], images: list, max_new_tokens: int,
-        memory: list | None) -> Iterator[tuple[int, list[int]]]:
-    """Greedy answers of a batch: (index in the batch, tokens of its answer), each as soon as it ends."""
-    tokens = [[] for _ in prompts]
-    unfinished = list(range(len(prompts)))
-    columns = loaded.model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=loaded.eot_id, memory=memory)
-    for column in columns:                      # one token of each prompt, None where its answer has ended
-        for i in unfinished:
-            if column[i] is None:
-                yield i, tokens[i]
-            else:
-                tokens[i].append(column[i])
-        unfinished = [i for i in unfinished if column[i] is not None]
-    for i in unfinished:
-        yield i, tokens[i]
-
-
-def generate(data: Data, settings: dict, loaded: LoadedModel, todo: set[int], rank: int, world: int, args: Namespace,
-             out: Path) -> None:
-    """Answer the rows of `todo` that are this process's, appending each answer as it ends."""
-    from tqdm import tqdm
-    examples = data.examples
-    config = loaded.model.config
-    limit = settings["max_new_tokens"]
-    prompts = {row: encode_question(examples[row], loaded) for row in todo}
-    lengths = {row: len(ids) for row, ids in prompts.items()}
-    batches = plan_batches(examples, lengths, rank, world, args.batch)
-    pictures = pictures_ahead(examples, batches, config.vision, settings["image_mode"])
-    # What the model keeps of the last picture, so that the next batch can go on with it.
-    memory = None if args.exact else []
-    path = out / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
+def write_answers(path: Path, answers: Iterator, examples: list[Example], progress: tqdm) -> None:
+    """Append each answer to the file as it ends."""
     written = path.read_bytes() if path.exists() else b""
-    progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=rank > 0)
     with open(path, "ab") as file, progress:
         file.truncate(written.rfind(b"\n") + 1)                 # a line that a kill left unfinished
-        for batch, images in zip(batches, pictures):
-            for i, tokens in ask(loaded, [prompts[row] for row in batch], images, limit, memory):
-                row = batch[i]
-                example = examples[row]
-                truncated = len(tokens) >= limit or lengths[row] + len(tokens) >= config.llm.block_size
-                line = {"row": row, "question_id": example.question_id,
-                        "prompt": example.info.get("saved", example.prompt),
-                        "text": loaded.tok.decode(tokens, skip_special_tokens=True).strip(), "truncated": truncated}
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                progress.update()
+        for answer in answers:
+            example = examples[answer.row]
+            line = {"row": answer.row, "question_id": example.question_id,
+                    "prompt": example.info.get("saved", example.prompt), "text": answer.text,
+                    "truncated": answer.truncated}
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            progress.update()
+
+
+def put_in_order(out: Path, data: Data) -> None:
+    """All processes' answers into one file, in the order of the questions."""
+    answers = answers_so_far(out, data.examples)
+    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
+    for path in out.glob("answers.*.jsonl"):
+        path.unlink()
 
 # ---------------------------------------------------------------------------------------------------
 # Scoring
@@ -407,8 +362,8 @@ def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
 
 
 def asked_in_other_words(example: Example, answer: dict) -> bool:
-    """Whether an answer was made with another prompt. Only two lines are compared: LLaVA saves some prompts without
-    the instruction at the end."""
+    """Was the answer made with another prompt? Only two lines are compared: LLaVA saves some prompts without the
+    instruction at the end."""
     saved = answer.get("prompt", example.prompt)
     return saved.removeprefix("<image>\n").split("\n")[:2] != example.prompt.split("\n")[:2]
 
@@ -431,7 +386,7 @@ def published_scores(task: Task, settings: dict) -> dict[str, float]:
     return scores
 
 
-def score(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
+def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
           run: dict | None = None) -> dict:
     """Grade, summarize, write result.json, report.html and the submission; nothing is written before all is known."""
     task = data.task
@@ -521,61 +476,11 @@ def compare(data: Data, args: Namespace) -> None:
         print(visible(line))
 
 # ---------------------------------------------------------------------------------------------------
-# Command line
-
-
-def parse(argv: list[str] | None) -> Namespace:
-    parser = Parser(description=__doc__)
-    on_or_off = argparse.BooleanOptionalAction
-    special = []
-    for name, task in TASKS.items():
-        if (task.paper_mode, task.mipha_mode) != ("pad", "pad"):
-            special.append(f"{name} {task.paper_mode} (Mipha {task.mipha_mode})")
-    add = parser.add_argument
-    add("--task", help=f"one or several with commas: {', '.join(TASKS)}; paper: {', '.join(PAPER)}")
-    add("--root", default="data/eval", help="folder of the benchmarks, in the layout of LLaVA's playground/data/eval")
-    add("--split", help="another split than the one that the published score is on")
-    add("--model", help=f"model folder; none: the first of {', '.join(map(str, USUAL_MODELS))} that is there")
-    add("--out", help="folder of answers and results, of several tasks a folder each; none: out/eval/TASK")
-    add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
-        help="model: as it was trained; paper: as the published scores were made, which is pad except for "
-             + ", ".join(special))
-    add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="bits of a weight; on a GPU 8 bits save memory, not time; 16: as --dtype says")
-    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU that has it, fp32 on a CPU")
-    add("--device", help="cpu or cuda; none: cuda where there is one")
-    add("--batch", type=int, default=16, help="questions answered at a time")
-    add("--exact", action=on_or_off, default=False,
-        help="one question at a time and nothing shared between them, as official runs; changes nothing in fp32, "
-             "unless --bits is 4")
-    add("--limit", type=int, help="only the first N questions")
-    add("--check-data", action=on_or_off, default=False, help="only look whether the data is there and official")
-    add("--score", help="only score this answers file, ours or LLaVA's; needs no model")
-    add("--compare", nargs=2, metavar=("A", "B"), help="only compare two answers files")
-    add("--allow-missing", action=on_or_off, default=False, help="count missing answers as wrong instead of stopping")
-    add_flags(parser)
-    args = parser.parse_args(argv)
-    if args.exact:
-        args.batch = 1
-    if args.batch < 1 or args.limit is not None and args.limit < 1:
-        raise ValueError(f"--batch {args.batch} --limit {args.limit}: expected positive numbers")
-    return args
-
-
-def chosen_tasks(args: Namespace) -> list[str]:
-    """--task with its commas and "paper" -> names, each once. ValueError on one that is not in the table."""
-    names = []
-    for word in (args.task or "").split(","):
-        names += PAPER if word.strip() == "paper" else [word.strip()]
-    for name in names:
-        if name not in TASKS:
-            problem = f"{name} is unknown" if name else "is missing"
-            raise ValueError(f"--task {problem}: expected one or several of {', '.join(TASKS)}, or paper")
-    return list(dict.fromkeys(names))
+# The commands
 
 
 def score_file(args: Namespace) -> None:
-    """--score FILE: where settings lie beside the file they say which task it is and how it was asked."""
+    """--score FILE: settings in the same folder, if there are any, say which task it is and how it was asked."""
     path = Path(args.score)
     settings_file = path.parent / "settings.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
@@ -592,101 +497,78 @@ def score_file(args: Namespace) -> None:
         out = path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
     answers = match_answers(path, data, args)
     settings = settings or {**question_settings(data, args), "scored": path.name}
-    # Beside the answers, their settings are those of `settings`; any other folder has to agree with them.
+    # The answers' own folder has these settings already; any other one has to agree with them.
     with begin(out, settings) if out != path.parent else hold_folder(out):
-        print_result(score(data, answers, args, out, settings), out)
+        print_result(score_task(data, answers, args, out, settings), out)
 
 
-class Processes(NamedTuple):
-    """This process among those that torchrun started; alone without it."""
-    rank: int
-    world: int
-    barrier: Callable[[], None]
-
-
-def join_processes() -> Processes:
-    """torchrun says in the environment how many there are and which one this is."""
-    import torch.distributed as dist
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return Processes(rank, world, lambda: None)
-    # Only barriers go over it, and the fastest process may wait at one for hours.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    return Processes(rank, world, dist.barrier)
-
-
-def choose_arithmetic(args: Namespace) -> None:
-    """Fill in --device and --dtype. On a CPU fp32, so that batching does not change answers."""
-    import torch
-    here = torchrun_env()
-    if args.device in (None, "cuda") and here.local_rank < torch.cuda.device_count():
-        use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another one
-    args.device = choose_device(args.device)
-    if args.device == "cuda":
-        if here.local_world > torch.cuda.device_count():
-            raise ValueError(f"{here.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
-                             "torchrun one for each (--nproc_per_node)")
-        args.device = f"cuda:{here.local_rank}"
-    use_device(args.device)
-    if args.device.startswith("cuda"):
-        args.dtype = choose_dtype(args.dtype, args.device)
-    else:
-        args.dtype = args.dtype or "fp32"
-
-
-def generate_and_score(args: Namespace) -> None:
+def answer_and_score(args: Namespace) -> None:
     """Check all the data, then the model; answer what is not answered yet; score task by task."""
+    from lib import asking                  # two doors: these need torch, which scoring does without
+    from load_weights import load_model
     tasks = [load_data(name, args) for name in chosen_tasks(args)]
     for data in tasks:
         check_images(data.first(args.limit))
     folder = find_model(args.model)
-    from lib.folders import open_weights
-    choose_arithmetic(args)
-    source = open_weights(folder)
+    args.device = asking.own_device(args.device)
+    if not args.dtype and not args.device.startswith("cuda"):
+        args.dtype = "fp32"                 # on a CPU, so that batching does not change answers
+    args.dtype = choose_dtype(args.dtype, args.device)
+    read_weights = functools.partial(load_model, dtype=torch_dtype(args.dtype), device=args.device, bits=args.bits)
+    model = asking.Model(folder, read_weights)
     fingerprint = model_fingerprint(folder)
-    processes = join_processes()
-    loaded = None
+    processes = asking.join_processes()
     results = []
     for data in tasks:
         out = Path(args.out or "out/eval")
         if len(tasks) > 1 or not args.out:
             out = out / data.name
-        settings = generation_settings(data, fingerprint, source.config, args)
+        settings = generation_settings(data, fingerprint, model.config, args)
         # The first process holds the folder for all that torchrun started.
         with begin(out, settings) if processes.rank == 0 else nullcontext():
             processes.barrier()
             started = time.time()
-            asked = range(len(data.first(args.limit).examples))
-            todo = set(asked) - answers_so_far(out, data.examples).keys()
-            if todo and not loaded:                         # one model for all tasks, and none if all is answered
-                loaded = load(source, args)
-            if todo:
-                generate(data, settings, loaded, todo, processes.rank, processes.world, args, out)
+            n_asked = answer_missing(data, model, processes, settings, args, out)
             processes.barrier()
             if processes.rank == 0:
-                put_in_order(out, data)
                 run = {"device": args.device, "processes": processes.world, "batch": args.batch, "exact": args.exact,
-                       "questions": len(todo), "seconds": round(time.time() - started, 1)}
-                data = data.first(args.limit)
-                answers = match_answers(out / "answers.jsonl", data, args)
-                results.append(score(data, answers, args, out, settings, run))
-                print_result(results[-1], out)
+                       "questions": n_asked, "seconds": round(time.time() - started, 1)}
+                results.append(score_run(data, run, settings, args, out))
     if len(results) > 1:
         print_all(results)
 
 
-def put_in_order(out: Path, data: Data) -> None:
-    """All processes' answers into one file, in the order of the questions."""
-    answers = answers_so_far(out, data.examples)
-    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
-    for path in out.glob("answers.*.jsonl"):
-        path.unlink()
+def answer_missing(data: Data, model, processes, settings: dict, args: Namespace, out: Path) -> int:
+    """Ask this process's share of the questions that have no answer yet -> how many these are for all processes.
+
+    model, processes: lib.asking.Model and Processes.
+    """
+    asked = range(len(data.first(args.limit).examples))
+    todo = set(asked) - answers_so_far(out, data.examples).keys()
+    if todo:                                # else not even a model is loaded
+        model.load()
+        prompts = model.encode(data.examples, todo)
+        batches = plan_batches(data.examples, prompts, processes.rank, processes.world, args.batch)
+        answers = model.answers(data.examples, prompts, batches, settings["image_mode"], settings["max_new_tokens"],
+                                args.exact)
+        path = out / (f"answers.{processes.rank}.jsonl" if processes.rank else "answers.jsonl")
+        progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=processes.rank > 0)
+        write_answers(path, answers, data.examples, progress)
+    return len(todo)
 
 
-def main(argv: list[str] | None = None) -> None:
+def score_run(data: Data, run: dict, settings: dict, args: Namespace, out: Path) -> dict:
+    """Bring the answers of all processes together and score them."""
+    put_in_order(out, data)
+    data = data.first(args.limit)
+    answers = match_answers(out / "answers.jsonl", data, args)
+    result = score_task(data, answers, args, out, settings, run)
+    print_result(result, out)
+    return result
+
+
+def main(args: Namespace) -> None:
     """Only the last of the four needs a model."""
-    args = parse(argv)
     if args.check_data:
         check_benchmarks(chosen_tasks(args), args)
     elif args.compare:
@@ -694,8 +576,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.score:
         score_file(args)
     else:
-        generate_and_score(args)
+        answer_and_score(args)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, interrupted="stopped; the same command goes on from here"))
+    sys.exit(run_command(main, parse_or_exit(parse), interrupted="stopped; the same command goes on from here"))

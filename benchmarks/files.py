@@ -1,5 +1,4 @@
-"""What the benchmarks share about files: finding and reading the official ones, reading answers, writing
-submissions."""
+"""The benchmarks' files: find and read the official ones, match an answers file with its questions, write json."""
 import hashlib
 import json
 from collections.abc import Iterable, Iterator

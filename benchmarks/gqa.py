@@ -38,7 +38,7 @@ def grade_answer(example: Example, text: str) -> Grade:
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    """What GQA's own eval.py reads, for those who want its word for the score."""
+    """The file that GQA's own eval.py scores."""
     predictions = []
     for example, text in zip(examples, texts):
         predictions.append({"questionId": example.question_id, "prediction": gqa_answer(text)})

@@ -1,4 +1,4 @@
-"""How a result is shown: a table on the screen, and a self-contained page without scripts, to open or to send.
+"""Shows a result: a table on the screen, and a self-contained page without scripts, to open or to send.
 
 Everything that a model, a data file or a judge wrote is made harmless first: control characters are written out, and
 the page's html is escaped.
@@ -9,6 +9,8 @@ import io
 import json
 import math
 from pathlib import Path
+
+from PIL import Image
 
 from benchmarks import TASKS
 from benchmarks.scoring import BLANK, Example, Grade, published_columns
@@ -112,7 +114,6 @@ def thumbnail(image: Path | bytes | str | None) -> str:
 
     The picture is decoded and encoded anew, so that nothing else in its file gets into the page.
     """
-    from PIL import Image
     if image is None or image == BLANK:
         return ""
     source = io.BytesIO(image) if isinstance(image, bytes) else image

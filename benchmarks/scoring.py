@@ -1,4 +1,4 @@
-"""What the benchmarks share: the types they are written in, the two VQA normalisers, and the statistics of a score.
+"""Shared by all benchmarks: their types, the two VQA normalizers, and the statistics of a score.
 
 Everything is plain Python and numpy and works on text, so that answers can be scored without torch or a model.
 """
@@ -100,7 +100,7 @@ class Task:
     split_notes: dict[str, str] = field(default_factory=dict)   # split -> a remark on its score, for the report
 
 # ---------------------------------------------------------------------------------------------------
-# The two VQA normalisers
+# The two VQA normalizers
 #
 # TextVQA, VizWiz and every VQA submission use the EvalAI processor of the M4C code; the VQA server scores with its own.
 # They differ in small ways that decide whole points, so both follow the official code to the letter, slips included.
@@ -161,9 +161,9 @@ def one_line(text: str) -> str:
 
 
 def _normalize(text: str, digit_comma: str) -> str:
-    """The steps that both normalisers share: punctuation, periods, number words, articles, contractions.
+    """The steps of both normalizers: punctuation, periods, number words, articles, contractions.
 
-    A punctuation mark becomes a space, but disappears where a space is beside it anyway. A comma between digits
+    A punctuation mark becomes a space, but disappears next to a space. A comma between digits
     (the pattern `digit_comma`) makes *every* mark of the text disappear, not only the comma: "1,000 a-b" -> "1000 ab".
     """
     has_digit_comma = re.search(digit_comma, text) is not None
@@ -171,8 +171,8 @@ def _normalize(text: str, digit_comma: str) -> str:
     for mark in PUNCTUATION:
         if mark not in text:
             continue
-        beside_space = mark + " " in text or " " + mark in text
-        result = result.replace(mark, "" if beside_space or has_digit_comma else " ")
+        next_to_space = mark + " " in text or " " + mark in text
+        result = result.replace(mark, "" if next_to_space or has_digit_comma else " ")
     # Only the first 32 periods go: the official code passes a regex flag where the count belongs, and the flag is 32.
     result = re.sub(r"\.(?!\d)", "", result, count=32)
     words = []
@@ -183,7 +183,7 @@ def _normalize(text: str, digit_comma: str) -> str:
     return " ".join(words)
 
 
-# The ten people who answer a question mostly agree, so the same few strings are normalised again and again.
+# The ten people who answer a question mostly agree, so the same few strings are normalized again and again.
 @lru_cache(maxsize=1 << 20)
 def normalize_evalai(text: str) -> str:
     """The EvalAI processor (m4c): TextVQA, VizWiz, and every VQA submission."""
@@ -193,7 +193,7 @@ def normalize_evalai(text: str) -> str:
 
 @lru_cache(maxsize=1 << 20)
 def normalize_vqa(text: str) -> str:
-    """The official VQA scorer's own normaliser (2021 version)."""
+    """The official VQA scorer's own normalizer (2021 version)."""
     return _normalize(one_line(text), r"\d,\d")
 
 

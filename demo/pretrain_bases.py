@@ -50,7 +50,7 @@ from data import EOT, IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_toke
 from demo.shapes import NAMES, QUARTERS, SIZE, Scene, Shape, caption, converse, draw_scene, paint, to_conversation
 from lib.layouts import to_saved
 from lib.save_weights import phi_json, tower_json, write_json, write_tokenizer
-from model import Layout, Phi, PhiConfig, cross_entropy_sum, init_weights
+from model import Packed, Phi, PhiConfig, cross_entropy_sum, init_weights
 from vision import VisionConfig, VisionTower
 
 TINY_PHI = PhiConfig(
@@ -190,7 +190,7 @@ def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
         samples = [document(rng, tok) for _ in range(batch)]
         samples.sort(key=lambda sample: len(sample.ids))
         b = collate(samples, SIZE)
-        h = model(model.wte(b.ids), Layout(b.lengths, b.ids.device))                    # (T, C)
+        h = model(model.wte(b.ids), Packed(b.lengths, b.ids.device))                    # (T, C)
         return cross_entropy_sum(h[b.loss_positions], model.lm_head, b.targets) / len(b.targets)
 
     fit("phi", model, next_loss, steps, lr, decay=0.01)

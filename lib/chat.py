@@ -1,5 +1,4 @@
 """The one way to ask a model: the terminal, the server, the benchmarks and a notebook all use it."""
-import contextlib
 import io
 import os
 import re
@@ -17,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from data import ImageConfig, encode_prompt, eot_id, expand, load_image
+from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi
 
 MAX_CHARACTERS = 32_000             # of a question: refused before it is tokenized; 2,048 positions hold about 8,000
@@ -69,7 +69,7 @@ class Clock:
         self.tokens: list[int] = []     # per chat
 
     def tick(self, column: list[int | None]) -> None:
-        """Note one step of `LLaVAPhi.generate`, which gives a token, or None, for every chat."""
+        """Note one step of `Session.generate`, which gives a token, or None, for every chat."""
         self.last = time.perf_counter() - self.start
         self.steps += 1
         if self.steps == 1:
@@ -107,32 +107,28 @@ def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Te
     return ids
 
 
-def answer(model: LLaVAPhi, tok: Tokenizer, chats: list[list[str]], images: list[Tensor | Picture],
-           clock: Clock | None = None, *, max_new_tokens: int = 256, **options) -> Iterator[list[str]]:
-    """Answer the last question of every chat, in one batch. Yields, step by step, what each answer newly says.
-
-    This is the one way to ask a model: the terminal, the server and a notebook all use it.
+def answer(session: Session, tok: Tokenizer, chats: list[list[str]], images: list[Tensor | Picture],
+           clock: Clock | None = None, *, max_new_tokens: int = 256, **sampling) -> Iterator[list[str]]:
+    """Answer the last question of every chat, in one batch. Yields, step by step, the new text of each answer.
 
     chats: for each, question, answer, question, ..., question. images: one for each chat, in any form that `open_image`
-    takes, or what it returned. Keys and values in `memory` are found again only for the very same tensor, so whoever
-    asks on about a picture opens it once. clock: is told of every token.
-    options: those of `LLaVAPhi.generate`, which are temperature, top_k, top_p, generator (the seed), memory and fast.
+    takes, or what it returned. session: keeps what it computes, so that the next turn, or another question about the
+    same picture, computes only what is new; its `finish` says why each answer ended. clock: is told of every token.
+    sampling: temperature, top_k, top_p and generator (the seed) of `Session.generate`.
 
-    The text of a chat is the sum of its pieces. To stop early, close the generator: the model stops with it, and
-    `memory` then holds the keys and values of what was said until then.
+    The text of a chat is the sum of its pieces. The caller may stop iterating at any time.
     Raises ValueError if a question cannot be asked or leaves no room for an answer.
     """
-    images = [open_image(image, model.config) for image in images]
-    prompts = [encode_chat(model.config, tok, turns, image) for turns, image in zip(chats, images, strict=True)]
+    config = session.model.config
+    images = [open_image(image, config) for image in images]
+    prompts = [encode_chat(config, tok, turns, image) for turns, image in zip(chats, images, strict=True)]
     if not prompts:
         return
     texts = [TextStream(tok) for _ in chats]
-    columns = model.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **options)
-    with contextlib.closing(columns):
-        for column in columns:          # one token, or None where the answer is over, per chat
-            if clock:
-                clock.tick(column)
-            yield [text.finish() if token is None else text.add(token) for text, token in zip(texts, column)]
+    for column in session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **sampling):
+        if clock:
+            clock.tick(column)
+        yield [text.finish() if token is None else text.add(token) for text, token in zip(texts, column)]
     yield [text.finish() for text in texts]
 
 
@@ -144,7 +140,7 @@ def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Pi
     if not isinstance(images, (list, tuple)):
         raise ValueError(f"expected a list of pictures, found {images!r}: put it into brackets")
     texts = [""] * len(images)
-    for pieces in answer(model, tok, [[question]] * len(images), images, **options):
+    for pieces in answer(Session(model), tok, [[question]] * len(images), images, **options):
         texts = [text + piece for text, piece in zip(texts, pieces)]
     return texts
 

@@ -1,18 +1,18 @@
-"""OpenAI's chat format: its json into a question, an answer into its json. No torch, no sockets.
+"""OpenAI's chat format: its json into a question, an answer into its json. No model, no sockets.
 
-Follows https://platform.openai.com/docs/api-reference/chat as its clients use it. Fields that are not known here are
-ignored, as OpenAI's own servers do with fields of the past; a known field of the wrong type is an error that names it.
+Follows https://platform.openai.com/docs/api-reference/chat as its clients use it. Unknown fields are ignored, as
+OpenAI's own servers do; a known field of the wrong type is an error that names it.
 """
 import base64
-import binascii
 import json
 import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
 
-MAX_TEXT = 32_000                   # characters of a whole conversation; 2,048 positions hold about 8,000
-MAX_MESSAGES = 1000                  # each takes several positions, however short it is
+from lib.chat import MAX_CHARACTERS
+
+MAX_MESSAGES = 1000                 # each takes several positions, however short it is
 MAX_STOPS = 4
 JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "an integer",
               float: "a number", type(None): "null"}
@@ -20,17 +20,13 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 
 class RequestError(ValueError):
-    """What the client did wrong, or why it has to wait: an HTTP status, a sentence, and the field that it is about."""
+    """A request that is refused: an HTTP status, a sentence, and the field at fault."""
 
     def __init__(self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
         self.status = status
         self.param = param
         self.headers = headers or {}
-
-
-class Busy(Exception):
-    """The line is full, or the server is about to stop."""
 
 
 @dataclass
@@ -51,10 +47,7 @@ class Request:
 
 
 def read_request(body: bytes, defaults: dict[str, float]) -> Request:
-    """The body of POST /v1/chat/completions. defaults: max_tokens, temperature and top_p of requests that do not say.
-
-    Raises RequestError.
-    """
+    """Read the body of POST /v1/chat/completions. defaults: max_tokens, temperature and top_p where it has none."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as e:
@@ -63,19 +56,17 @@ def read_request(body: bytes, defaults: dict[str, float]) -> Request:
         raise RequestError(400, f"the body: expected a json object, found {JSON_NAMES[type(fields)]}")
     read_field(fields, "model", str, "")        # one model runs here; the reply says which, whatever was asked for
     turns, picture = read_messages(read_field(fields, "messages", list, []))
-    # OpenAI has renamed max_tokens to max_completion_tokens; clients of both ages are about.
-    max_tokens = read_number(fields, "max_tokens", int, defaults["max_tokens"], 1, None)
-    max_tokens = read_number(fields, "max_completion_tokens", int, max_tokens, 1, None)
+    # OpenAI has renamed max_tokens to max_completion_tokens; both are in use.
+    max_tokens = read_number(fields, "max_tokens", int, defaults["max_tokens"], 1)
+    max_tokens = read_number(fields, "max_completion_tokens", int, max_tokens, 1)
     read_number(fields, "n", int, 1, 1, 1)      # several answers at once: refused, because one would come
     stream_options = read_field(fields, "stream_options", dict, {})
     temperature = read_number(fields, "temperature", float, defaults["temperature"], 0, 2)
-    if temperature < 0.001:
-        temperature = 0.0       # the same choice of tokens, and no division by almost nothing
     return Request(
         turns=turns,
         picture=picture,
         max_tokens=max_tokens,
-        temperature=temperature,
+        temperature=temperature if temperature >= 0.001 else 0.0,   # the same tokens, and no division by almost nothing
         top_p=read_number(fields, "top_p", float, defaults["top_p"], 1e-6, 1),
         seed=read_number(fields, "seed", int, None, -2**63, 2**63 - 1),
         stop=read_stop(fields.get("stop")),
@@ -89,7 +80,7 @@ def read_field(fields: dict, name: str, kind: type, default: Any) -> Any:
     value = fields.get(name)
     if value is None:
         return default
-    is_right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+    is_right = isinstance(value, (int, float) if kind is float else kind)
     if isinstance(value, bool) and kind is not bool:        # to Python, true is an integer
         is_right = False
     if not is_right:
@@ -97,17 +88,11 @@ def read_field(fields: dict, name: str, kind: type, default: Any) -> Any:
     return value
 
 
-def read_number(fields: dict, name: str, kind: type, default: Any, least: float, most: float | None) -> Any:
-    """A number within bounds; none means no upper bound. NaN, which Python's json reads, is within none."""
+def read_number(fields: dict, name: str, kind: type, default: Any, least: float, most: float = float("inf")) -> Any:
+    """A number within bounds. NaN, which Python's json reads, is within none."""
     value = read_field(fields, name, kind, default)
-    if value is None:
-        return None
-    if not value >= least or (most is not None and not value <= most):
-        if most is None:
-            bounds = f"at least {least:g}"
-        else:
-            bounds = f"{least:g}" if least == most else f"a number from {least:g} to {most:g}"
-        raise RequestError(400, f"{name}: expected {bounds}, found {str(value)[:40]}", name)
+    if value is not None and not least <= value <= most:
+        raise RequestError(400, f"{name}: expected a number from {least:g} to {most:g}, found {str(value)[:40]}", name)
     return value
 
 
@@ -152,39 +137,31 @@ def read_messages(messages: list) -> tuple[list[str], bytes | None]:
                                 "start a new one, or leave the others out", "messages")
     turns[0] = "\n".join([*instructions, turns[0]])
     n_characters = sum(len(text) for text in turns)
-    if n_characters > MAX_TEXT:
-        raise RequestError(400, f"messages: {n_characters:,} characters, expected at most {MAX_TEXT:,}", "messages")
+    if n_characters > MAX_CHARACTERS:
+        raise RequestError(400, f"messages: {n_characters:,} characters, expected at most {MAX_CHARACTERS:,}",
+                           "messages")
     return turns, pictures[0] if pictures else None
 
 
 def read_content(content: Any, name: str, pictures: list[bytes]) -> str:
     """A message's content: text, or an array of parts. Pictures are appended to `pictures`, the text is returned."""
     if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
+        return content
     if not isinstance(content, list):
-        raise RequestError(400, f"{name}: expected a string or an array of parts, "
-                                f"found {JSON_NAMES[type(content)]}", name)
+        raise RequestError(400, f"{name}: expected a string or an array of parts, found {JSON_NAMES[type(content)]}",
+                           name)
     texts = []
     for number, part in enumerate(content):
         where = f"{name}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(check_unicode(part["text"], where))
+            texts.append(part["text"])
         elif kind == "image_url":
             pictures.append(read_picture(part.get("image_url"), f"{where}.image_url"))
         else:
             raise RequestError(400, f'{where}: expected {{"type": "text", "text": "..."}} or '
                                     '{"type": "image_url", "image_url": {"url": "data:..."}}', where)
     return "\n".join(texts)
-
-
-def check_unicode(text: str, name: str) -> str:
-    """Json can spell half of a surrogate pair, which is no character and cannot be tokenized."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError(400, f"{name}: holds half of a character (a lone surrogate)", name) from None
-    return text
 
 
 def read_picture(image_url: Any, name: str) -> bytes:
@@ -200,32 +177,40 @@ def read_picture(image_url: Any, name: str) -> bytes:
         raise RequestError(400, f"{name}.url: expected data:image/...;base64,...", name)
     try:
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as e:
+    except ValueError as e:
         raise RequestError(400, f"{name}.url: not base64: {e}", name) from None
 
 # ---------------------------------------------------------------------------------------------------
 # Writing
 
 
-def error_object(status: int, message: str, param: str | None = None) -> dict:
-    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+class StopStrings:
+    """Lets an answer's text through up to the first stop string. A possible beginning of one is held back."""
+
+    def __init__(self, stops: list[str]):
+        self.stops = stops
+        self.held = ""
+        self.found = False
+
+    def add(self, piece: str) -> str:
+        """The model's next piece -> the text that can be sent."""
+        text = self.held + piece
+        cuts = [text.index(stop) for stop in self.stops if stop in text]
+        if cuts:
+            self.found = True
+            return text[:min(cuts)]
+        n_certain = len(text) - longest_beginning(text, self.stops)
+        self.held = text[n_certain:]
+        return text[:n_certain]
 
 
-def model_list(model: str, block_size: int, started: int) -> dict:
-    """max_model_len is vLLM's name for how many positions a prompt and its answer may take together."""
-    card = {"id": model, "object": "model", "created": started, "owned_by": "local", "max_model_len": block_size}
-    return {"object": "list", "data": [card]}
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict:
-    """prompt_tokens counts each of the picture's patches."""
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens}
+def longest_beginning(text: str, stops: list[str]) -> int:
+    """The number of characters at the end of `text` that could begin a stop string."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
 
 
 class Reply:
-    """What all pieces of one reply have in common."""
+    """One chat completion, whole or in chunks, which share an id."""
 
     def __init__(self, model: str):
         self.common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
@@ -240,9 +225,26 @@ class Reply:
         return self.common | {"object": "chat.completion.chunk", "choices": [choice]}
 
     def last_chunks(self, finish: str, used: dict, include_usage: bool) -> list[dict]:
-        """The usage always comes at the end. A client that asked for it expects a chunk without choices for it; others
-        would stumble over that one and find it beside the finish reason."""
+        """The usage always comes at the end: in a chunk without choices for clients that asked for it, and next to the
+        finish reason for the others, which would stumble over such a chunk."""
         chunk = self.chunk({}, finish)
         if include_usage:
             return [chunk, self.common | {"object": "chat.completion.chunk", "choices": [], "usage": used}]
         return [chunk | {"usage": used}]
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict:
+    """prompt_tokens counts each of the picture's patches."""
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens}
+
+
+def model_list(model: str, block_size: int, started: int) -> dict:
+    """max_model_len is vLLM's name for how many positions a prompt and its answer may take together."""
+    card = {"id": model, "object": "model", "created": started, "owned_by": "local", "max_model_len": block_size}
+    return {"object": "list", "data": [card]}
+
+
+def error_object(status: int, message: str, param: str | None = None) -> dict:
+    kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}

@@ -1,27 +1,21 @@
-"""The page and the API that `python sample.py --serve` starts: HTTP, who may ask what, how it starts and how it ends.
+"""The page and the API that `python sample.py --serve` starts: HTTP, who may ask, start and stop.
 
     GET  /                       the page, serve/chat.html
-    GET  /examples               pictures to try on the page
     GET  /health                 {"status": "ok"}
     GET  /v1/models              the model's name
     POST /v1/chat/completions    a question, as OpenAI's clients send it
 
-Python's own http.server reads the requests; serve/api.py knows OpenAI's json, serve/engine.py runs the model. A
+Python's own http.server reads the requests, serve/api.py knows OpenAI's json, serve/engine.py asks the model. A
 connection carries one request and has a thread for it. Nothing that a client sends becomes a path of the file system
 or an address to fetch.
 """
-from __future__ import annotations
-
 import base64
-import contextlib
 import hashlib
 import hmac
 import io
 import ipaddress
 import json
 import os
-import queue
-import random
 import re
 import select
 import signal
@@ -34,31 +28,25 @@ import traceback
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
 
 from lib.common import visible
 from serve import api
-from serve.api import Busy, Reply, RequestError
-
-if TYPE_CHECKING:                   # both import torch, which takes seconds: a mistake in a flag need not wait for it
-    from tokenizers import Tokenizer
-
-    from model import LLaVAPhi
-    from serve.engine import Engine, Question
+from serve.api import Reply, RequestError
+from serve.engine import Engine, Job
 
 MAX_BODY = 25_000_000               # bytes; base64 makes a picture a third larger than its file
 MAX_CONNECTIONS = 64                # at a time, each with a thread; more are turned away
-HEADER_SECONDS = 10                 # within which a request's head has to be here
-BODY_SECONDS = 60                   # and its body
-SEND_SECONDS = 30                   # within which a client has to take what it is sent
-BEAT_SECONDS = 0.5                  # a stream says that often how it stands, while there is nothing else to say
-STOP_SECONDS = 8                    # running answers may take that long after Ctrl-C
-OPEN_PATHS = ("/", "/health")       # need no key; the page asks its user for it
+HEADER_SECONDS = 10                 # for a request's head to arrive
+BODY_SECONDS = 60                   # and for its body
+SEND_SECONDS = 30                   # for a client to take what it is sent
+STOP_SECONDS = 8                    # for the running answer after Ctrl-C
 PAGE = Path(__file__).with_name("chat.html")
 
 
 def check_address(host: str, key: str | None) -> None:
-    """Only this machine reaches a loopback address. Whoever opens another one has to set a key. Raises ValueError."""
+    """Only this machine reaches a loopback address. Any other one needs a key. Raises ValueError."""
     if key is not None and not key.strip():
         raise ValueError("--api-key is empty: give a long random word, for example from `openssl rand -hex 16`")
     if not is_loopback(host) and key is None:
@@ -67,40 +55,20 @@ def check_address(host: str, key: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False                # a name
 
 
 def content_policy(page: str) -> str:
-    """The page may run the one script and the one style sheet that are in it, and may talk to this server alone."""
+    """The page may run the one script and the one style sheet in it, and may talk to this server only."""
     allowed = {}
     for tag in ("script", "style"):
         text = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL).group(1)
         allowed[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return (f"default-src 'none'; script-src 'sha256-{allowed['script']}'; style-src 'sha256-{allowed['style']}'; "
             "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-def demo_examples(image_size: int) -> list[dict]:
-    """If this looks like the demo's model: pictures of its kind that no training has shown it, as data: URLs."""
-    from demo import shapes
-
-    if image_size != shapes.SIZE:
-        return []
-    rng = random.Random(0)
-    examples = []
-    for _ in range(4):
-        scene = shapes.draw_scene(rng, held_out=True)
-        question, _ = shapes.ask(scene, scene[0], rng)
-        file = io.BytesIO()
-        shapes.paint(scene, rng).save(file, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        examples.append({"name": shapes.caption(scene), "question": question, "url": url})
-    return examples
 
 
 class TimedReader(io.RawIOBase):
@@ -125,7 +93,7 @@ class TimedReader(io.RawIOBase):
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, gives each connection a thread up to a limit, and knows how many answers are on their way."""
+    """Listens, and gives each connection a thread, up to a limit."""
     daemon_threads = True
     request_queue_size = 128            # connections that the system holds until they are accepted
 
@@ -135,9 +103,7 @@ class Server(ThreadingHTTPServer):
         self.host = host
         self.key = key and key.strip()
         self.verbose = verbose
-        self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self.n_answering = 0                        # requests between their question and the end of their reply
-        self.changed = threading.Condition()        # guards it
+        self.free_threads = threading.BoundedSemaphore(MAX_CONNECTIONS)
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -147,18 +113,15 @@ class Server(ThreadingHTTPServer):
             raise OSError(f"--host {host} --port {port}: {e}; is another server running there?") from None
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)    # http.server's own asks the name service what the host is called
+        socketserver.TCPServer.server_bind(self)    # http.server's own asks the name service for the host's name
 
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.server_address[1]}"
 
-    def run(self, model: LLaVAPhi, tok: Tokenizer, name: str, options: dict) -> None:
-        """Answer until Ctrl-C or SIGTERM. name: what the model is called; options: of `LLaVAPhi.generate`, of which
-        requests can set their own max_new_tokens, temperature and top_p."""
-        from serve.engine import Engine
-
+    def run(self, session, tok: Tokenizer, name: str, sampling: dict) -> None:
+        """Answer until Ctrl-C or SIGTERM. name: the model's. sampling: as for lib.chat.answer, requests' defaults."""
         told_to_stop = threading.Event()
 
         def on_signal(number: int, frame) -> None:
@@ -167,23 +130,21 @@ class Server(ThreadingHTTPServer):
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
-        self.start(Engine(model, tok, options["top_k"], options["fast"]), name, options)
+        defaults = {"max_tokens": sampling["max_new_tokens"], "temperature": sampling["temperature"],
+                    "top_p": sampling["top_p"]}
+        self.start(Engine(session, tok, sampling["top_k"]), name, defaults)
         print(self.url, flush=True)
         told_to_stop.wait()
-        print("stopping after the running answers; again to stop at once", file=sys.stderr, flush=True)
+        print("stopping after the running answer; again to stop at once", file=sys.stderr, flush=True)
         self.stop()
-        # What is left now are threads that wait for a client, or are in the middle of a step that takes long. Python
-        # would crash if it took itself apart under them.
-        sys.stderr.flush()
+        # Python would crash if it took itself apart under threads that still read, log, or are inside of a step.
         os._exit(0)
 
-    def start(self, engine: Engine, name: str, options: dict) -> None:
-        """Begin to answer, in threads of the server's own."""
+    def start(self, engine: Engine, name: str, defaults: dict) -> None:
+        """Begin to answer, in threads of the server's own. defaults: max_tokens, temperature, top_p of requests."""
         self.engine = engine
         self.name = name
-        self.defaults = {"max_tokens": options["max_new_tokens"], "temperature": options["temperature"],
-                         "top_p": options["top_p"]}
-        self.examples = demo_examples(engine.model.config.vision.image_size)
+        self.defaults = defaults
         self.page = PAGE.read_text(encoding="utf-8")
         self.policy = content_policy(self.page)
         self.started = int(time.time())
@@ -191,31 +152,14 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), name="connections", daemon=True).start()
 
     def stop(self) -> None:
-        """Accept nothing new, let the running answers end and reach their clients, all of it within ten seconds."""
+        """Accept nothing new, and give the running answer a few seconds to end and to reach its client."""
         self.shutdown()
         self.server_close()
         self.engine.stop(STOP_SECONDS)
-        with self.changed:
-            self.changed.wait_for(self.is_idle, timeout=1)
-
-    def is_idle(self) -> bool:
-        return self.n_answering == 0
-
-    @contextlib.contextmanager
-    def answer_on_its_way(self):
-        """`stop` waits for what is inside."""
-        with self.changed:
-            self.n_answering += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.n_answering -= 1
-                self.changed.notify_all()
 
     def process_request(self, request: socket.socket, client_address) -> None:
         """In place of socketserver's, which starts any number of threads."""
-        if self.slots.acquire(blocking=False):
+        if self.free_threads.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             request.setblocking(False)
@@ -226,7 +170,7 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.slots.release()
+            self.free_threads.release()
 
     def handle_error(self, request: socket.socket, client_address) -> None:
         if not isinstance(sys.exception(), OSError):        # a client that went away is no news
@@ -236,12 +180,13 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """One connection, one request."""
     protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.0"        # of a reply to what cannot be read: the default's has no status line
-    disable_nagle_algorithm = True      # a stream's small pieces leave at once
+    default_request_version = "HTTP/1.0"    # for replies to unreadable requests: the default's have no status line
+    disable_nagle_algorithm = True          # a stream's small pieces leave at once
     command = ""
     path = ""
-    status = 0                          # of the reply, 0 as long as there is none
-    note = ""                           # for the log
+    status = 0                              # of the reply; 0 until there is one
+    streaming = False                       # whether the reply is a stream of events
+    note = ""                               # for the log
 
     # ---- the connection
 
@@ -257,31 +202,30 @@ class Handler(BaseHTTPRequestHandler):
         self.handle_one_request()
 
     def finish(self) -> None:
+        """A refused client may still be sending. To close the connection on it would reset it, and the client would
+        never see why it was refused; so the rest is read and thrown away, for a while."""
         if self.status >= 400:
-            self.read_the_rest()
+            self.connection.shutdown(socket.SHUT_WR)
+            self.reader.allow(2)
+            for _ in range(2 * MAX_BODY // 65536):
+                if not self.rfile.read1(65536):
+                    break
         super().finish()
-
-    def read_the_rest(self) -> None:
-        """Throw away what a refused client is still sending, for a while. To close the connection on it would reset
-        the connection, and the client would never see why it was refused."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.reader.allow(2)
-        for _ in range(2 * MAX_BODY // 65536):
-            if not self.rfile.read1(65536):
-                return
 
     def handle_expect_100(self) -> bool:
         """curl asks before it sends a large body. `read_body` says yes, after everything else has been checked."""
         return True
 
-    def client_left(self) -> bool:
-        """Whether the client has closed the connection. The model's thread asks at every step."""
+    def check_client(self) -> None:
+        """ConnectionError if the client has closed the connection. Called at every step of an answer."""
         try:
             readable, _, _ = select.select([self.connection], [], [], 0)
-            # Whatever else may come on this connection is not read, so it can be thrown away here.
-            return bool(readable) and not self.connection.recv(4096)
-        except (OSError, ValueError):   # reset by the client; ValueError: closed by us
-            return True
+            # Nothing else that may come on this connection is read, so it can be thrown away here.
+            left = bool(readable) and not self.connection.recv(4096)
+        except ValueError:                  # closed by us
+            left = True
+        if left:
+            raise ConnectionError("the client left")
 
     # ---- who may ask what
 
@@ -292,22 +236,20 @@ class Handler(BaseHTTPRequestHandler):
         except RequestError as e:
             self.send_problem(e.status, str(e), e.param, e.headers)
         except OSError:
-            self.note = "the client left"
-        except Exception:               # a defect of ours: it goes to the log, not to the client
+            self.note += " (the client left)"
+        except Exception:                   # out of memory, or a defect: it goes to the log, not to the client
             traceback.print_exc()
-            if not self.status:
-                self.send_problem(500, "a defect of the server; its log says more")
+            self.send_problem(500, "the server failed; its log says how")
         self.log()
 
-    do_POST = do_GET                    # http.server looks for these names
+    do_POST = do_GET                        # http.server looks for these names
 
     def find_route(self) -> Callable[[], None]:
-        """The method that replies to this request. RequestError: it may not be asked, or there is no such thing."""
+        """The method that replies to this request. RequestError: it may not be asked, or there is no such route."""
         self.check_host()
         routes = {
             "/": ("GET", self.send_page),
             "/health": ("GET", self.send_health),
-            "/examples": ("GET", self.send_examples),
             "/v1/models": ("GET", self.send_models),
             "/v1/chat/completions": ("POST", self.complete),
         }
@@ -317,12 +259,12 @@ class Handler(BaseHTTPRequestHandler):
         method, reply = routes[path]
         if self.command != method:
             raise RequestError(405, f"{path}: use {method}", headers={"Allow": method})
-        if path not in OPEN_PATHS:
+        if path.startswith("/v1/"):         # the page asks its user for the key
             self.check_key()
         return reply
 
     def check_host(self) -> None:
-        """Refuse what a foreign web page could make a browser on this machine send.
+        """Refuse requests that a foreign web page could make a browser on this machine send.
 
         Against DNS rebinding: an attacker's name that was turned to this address is still his name in the Host header,
         so apart from our own name only addresses are accepted. Against a form or a script of another site: browsers
@@ -333,11 +275,10 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(400, f"expected one Host header, found {len(hosts)}")
         host = hosts[0].strip().lower()
         name = re.sub(r":\d*$", "", host)
-        is_ours = name in ("localhost", self.server.host.lower())
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            if not is_ours:
+        if name not in ("localhost", self.server.host.lower()):
+            try:
+                ipaddress.ip_address(name.strip("[]"))
+            except ValueError:
                 raise RequestError(403, f"Host {visible(host[:60])}: use the address that the server has printed, or "
                                         "start it with that --host") from None
         origin = self.headers.get("Origin")
@@ -356,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(401, message, headers={"WWW-Authenticate": "Bearer"})
 
     def read_body(self) -> bytes:
-        """The request's body. Raises RequestError; TimeoutError, if it does not come."""
+        """The request's body. RequestError: it is too large, of unknown length, or did not arrive."""
         if "Transfer-Encoding" in self.headers:
             raise RequestError(411, "Transfer-Encoding is not supported: send the body with a Content-Length")
         lengths = self.headers.get_all("Content-Length", [])
@@ -391,77 +332,59 @@ class Handler(BaseHTTPRequestHandler):
         block_size = self.server.engine.model.config.llm.block_size
         self.send_json(200, api.model_list(self.server.name, block_size, self.server.started))
 
-    def send_examples(self) -> None:
-        self.send_json(200, {"examples": self.server.examples})
-
     # ---- a question
 
     def complete(self) -> None:
         """POST /v1/chat/completions."""
         engine = self.server.engine
         request = api.read_request(self.read_body(), self.server.defaults)
+        try:
+            job = engine.prepare(request)
+        except ValueError as e:
+            raise RequestError(400, str(e), "messages") from None
         self.connection.settimeout(SEND_SECONDS)
-        with self.server.answer_on_its_way():
-            try:
-                question = engine.ask(request, self.client_left)
-            except Busy as e:
-                raise RequestError(503 if engine.stopping else 429, str(e), headers={"Retry-After": "5"}) from None
-            except ValueError as e:
-                raise RequestError(400, str(e), "messages") from None
-            try:
-                send = self.stream if request.stream else self.send_whole
-                text = send(Reply(self.server.name), question)
-            finally:
-                question.end("left")        # where sending has failed; does nothing to an answer that is complete
-        self.note = f"{question.completion_tokens} tokens, {question.finish}"
+        reply = Reply(self.server.name)
+        text = ""
+        with engine.in_line(job):
+            if request.stream:
+                self.begin_stream(reply)
+            self.wait_for_turn(job)
+            for piece in engine.answer(job):
+                self.note = f"{job.completion_tokens} tokens"
+                self.check_client()
+                text += piece
+                if request.stream and piece:
+                    self.send_event(reply.chunk({"content": piece}))
+            self.send_end(reply, job, text)
+        self.note += f", {job.finish}"
         if self.server.verbose:
             self.note += f", {request.turns[-1]!r}: {text!r}"
 
-    def send_whole(self, reply: Reply, question: Question) -> str:
-        """Collect the answer and send it in one piece. -> its text"""
-        text = ""
-        while (piece := question.pieces.get()) is not None:
-            text += piece
-        if question.finish == "error":
-            raise RequestError(503 if self.server.engine.stopping else 500, question.error)
-        if question.finish == "left":
-            raise ConnectionError("the client left")
-        used = api.usage(question.prompt_tokens, question.completion_tokens)
-        self.send_json(200, reply.whole(text, question.finish, used))
-        return text
-
-    def stream(self, reply: Reply, question: Question) -> str:
-        """Send the answer as it comes, as server-sent events: a chunk for each piece, the usage, [DONE]. -> its text
-
-        Lines that begin with a colon are comments, which every client skips. Ours say how many questions are still
-        ahead; the page shows that, and a proxy in between sees that the connection is alive.
-        """
+    def begin_stream(self, reply: Reply) -> None:
+        """Answer as server-sent events: a chunk for each piece, the usage, [DONE]."""
+        self.streaming = True
         self.send_head(200, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
         self.send_event(reply.chunk({"role": "assistant", "content": ""}))
-        text = ""
-        while True:
-            try:
-                piece = question.pieces.get(timeout=BEAT_SECONDS)
-            except queue.Empty:
-                self.wfile.write(f": ahead {self.server.engine.ahead_of(question)}\n\n".encode())
-                continue
-            if piece is None:
-                break
-            text += piece
-            self.send_event(reply.chunk({"content": piece}))
-        if question.finish == "error":      # the status 200 is out already, so the error is an event
-            self.send_event(api.error_object(500, question.error))
-            return text
-        if question.finish == "left":
-            raise ConnectionError("the client left")
-        used = api.usage(question.prompt_tokens, question.completion_tokens)
-        for chunk in reply.last_chunks(question.finish, used, question.request.include_usage):
+
+    def wait_for_turn(self, job: Job) -> None:
+        """Lines that begin with a colon are comments, which every client skips. Ours say how many questions are ahead:
+        the page shows that, and a proxy in between sees that the connection is alive."""
+        for ahead in self.server.engine.wait_for_turn(job):
+            self.check_client()
+            if self.streaming:
+                self.wfile.write(f": ahead {ahead}\n\n".encode())
+        if self.streaming:
+            self.wfile.write(b": ahead 0\n\n")
+
+    def send_end(self, reply: Reply, job: Job, text: str) -> None:
+        """The last events of a stream; or all of an answer that was asked for in one piece."""
+        used = api.usage(job.prompt_tokens, job.completion_tokens)
+        if not self.streaming:
+            self.send_json(200, reply.whole(text, job.finish, used))
+            return
+        for chunk in reply.last_chunks(job.finish, used, job.request.include_usage):
             self.send_event(chunk)
         self.wfile.write(b"data: [DONE]\n\n")
-        return text
-
-    def send_event(self, chunk: dict) -> None:
-        self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
 
     # ---- replies
 
@@ -482,19 +405,26 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, status: int, value: dict, headers: dict[str, str] | None = None) -> None:
         self.send_body(status, json.dumps(value).encode(), "application/json", headers or {})
 
+    def send_event(self, value: dict) -> None:
+        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+
     def send_problem(self, status: int, message: str, param: str | None = None,
                      headers: dict[str, str] | None = None) -> None:
+        error = api.error_object(status, message, param)
         try:
-            self.send_json(status, api.error_object(status, message, param), headers)
+            if self.streaming:              # the status 200 is out already, so the error is an event
+                self.send_event(error)
+            else:
+                self.send_json(status, error, headers)
         except OSError:
-            self.note = "the client left"
+            self.note += " (the client left)"
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server calls this for requests that it cannot read; its own pages are HTML."""
         self.send_problem(code, message or "the request cannot be read")
         self.log()
 
-    # ---- the log: one line a request, without what was asked
+    # ---- the log: one line a request, without the question
 
     def log(self) -> None:
         seconds = time.monotonic() - self.began
@@ -508,4 +438,4 @@ class Handler(BaseHTTPRequestHandler):
         return "LLaVA-Phi"
 
     def log_message(self, *args) -> None:
-        """http.server's own lines would show all that a client puts into its first line."""
+        """http.server's own lines would show the client's whole first line."""

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import load_weights
 from data import IGNORE, IMAGE_ID, Sample
 from lib.folders import open_weights
-from model import LLaVAPhi
-from vision import CLIP_MEAN, CLIP_STD
+from lib.generate import Session
+from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig, init_weights
+from vision import CLIP_MEAN, CLIP_STD, VisionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -102,6 +103,54 @@ def draw_samples() -> list[Sample]:
 def expanded(ids: list[int], n_patches: int = 4) -> list[int]:
     """Repeat each IMAGE_ID once for every patch, as the pipeline does."""
     return [i for j in ids for i in ([j] * n_patches if j == IMAGE_ID else [j])]
+
+# ---------------------------------------------------------------------------------------------------
+# Models with random weights, their logits and answers
+
+SMALL = LLaVAConfig(
+    llm=PhiConfig(vocab_size=97, block_size=64, n_layer=3, n_head=3, n_embd=48, n_inner=80, rotary_dim=8, dropout=0.0),
+    vision=VisionConfig(image_size=28, n_layer=3, n_head=2, n_embd=32, n_inner=64),
+)
+
+
+@torch.no_grad()
+def random_model(config: LLaVAConfig, scale: float, eos_bias: float = 0.0) -> LLaVAPhi:
+    """Weights `scale` times larger than fresh ones: answers that vary. eos_bias: how much token 0 is preferred."""
+    model = LLaVAPhi(config).eval()
+    init_weights(model, torch.Generator().manual_seed(1))
+    for p in model.parameters():
+        p.mul_(scale if p.dim() > 1 else 1)
+    model.llm.lm_head.bias[0] = eos_bias
+    return model
+
+
+def pack(prompts: list[list[int]]) -> tuple[Tensor, list[int], Tensor]:
+    """Expanded prompts -> packed ids with 0 under the patches, lengths, image positions."""
+    ids = torch.tensor([token for prompt in prompts for token in prompt])
+    return ids.clamp_min(0), [len(prompt) for prompt in prompts], (ids == IMAGE_ID).nonzero().flatten()
+
+
+@torch.no_grad()
+def all_logits(model: LLaVAPhi, prompts: list[list[int]], images: Tensor) -> Tensor:
+    """The plain forward pass, without a cache. -> (T, V)"""
+    ids, lengths, image_positions = pack(prompts)
+    return model.llm.lm_head(model.llm(model.embed(ids, images, image_positions), Packed(lengths, ids.device)))
+
+
+def plain_answer(model: LLaVAPhi, prompt: list[int], images: Tensor, n: int, eos_id: int = 0) -> list[int]:
+    """The oracle of all generation: model.py's, which has no cache."""
+    ids, _, image_positions = pack([prompt])
+    return model.generate(ids, images, image_positions, n, eos_id)
+
+
+def fast_answers(session: LLaVAPhi | Session, prompts: list[list[int]], images: list[Tensor], n: int, eos_id: int = 0,
+                 **sampling) -> list[list[int]]:
+    """The same from lib/generate.py, for a whole batch; a model gets a session of its own."""
+    if isinstance(session, LLaVAPhi):
+        session = Session(session)
+    columns = list(session.generate(prompts, images, max_new_tokens=n, eos_id=eos_id, **sampling))
+    return [[token for token in (column[row] for column in columns) if token is not None]
+            for row in range(len(prompts))]
 
 # ---------------------------------------------------------------------------------------------------
 # Records

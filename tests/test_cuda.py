@@ -17,22 +17,22 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import GOLDEN, draw_prompt, draw_samples, draw_words, expanded, metrics, to_uint8, train_flags
+from helpers import (GOLDEN, draw_prompt, draw_samples, draw_words, expanded, fast_answers, metrics,
+                     random_model, to_uint8, train_flags)
 from safetensors.torch import load_file
-from test_model import fast
 from test_varlen import HS, LENGTHS, NH, WIDE
 from torch import Tensor
 from training import train_here
 
-import model as model_file
 import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate
 from lib import plan
+from lib.generate import KVCache, Session, prefill
 from lib.quant import quantize_linears
 from lib.processes import explain_out_of_memory
 from lib.recipes import parse
 from load_weights import load_model
-from model import Layout, LLaVAConfig, LLaVAPhi, PhiConfig, attend, init_weights
+from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig
 from vision import VisionConfig
 
 EOS = 0
@@ -66,13 +66,7 @@ def group(device):
 @pytest.fixture(scope="module")
 def wide() -> LLaVAPhi:
     """Heads of 80 channels, two layers, weights that give answers which vary and end."""
-    torch.manual_seed(0)
-    model = LLaVAPhi(LONG).eval()
-    init_weights(model, torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(8 if p.dim() > 1 else 1)
-    return model
+    return random_model(LONG, 8)
 
 
 # As test_varlen's model, with room for prompts that cross the 256 positions which a captured graph reads.
@@ -132,15 +126,15 @@ def test_varlen_attention_equals_the_loop(name, device, monkeypatch):
     lengths = LENGTHS[name]
     g = torch.Generator().manual_seed(0)
     packed = torch.randn(sum(lengths), 3, NH, HS, generator=g).to(device, torch.bfloat16).requires_grad_()
-    layout = Layout(torch.tensor(lengths), device)
-    assert model_file.has_varlen(packed[:, 0], layout) == (device.type == "cuda")
+    seqs = Packed(lengths, device)
+    assert seqs.has_varlen(packed[:, 0]) == (device.type == "cuda")
     direction = torch.randn(sum(lengths), NH, HS, generator=g).to(device, torch.bfloat16)
 
     def run() -> list[Tensor]:
-        out = attend(*packed.unbind(1), layout)
+        out = seqs.attend(*packed.unbind(1), layer=0)
         return [out.detach(), torch.autograd.grad(out, packed, direction)[0]]
     kernel = run()
-    monkeypatch.setattr(model_file, "has_varlen", lambda q, layout: False)
+    monkeypatch.setattr(Packed, "has_varlen", lambda self, q: False)
     for a, b in zip(kernel, run()):
         assert relative(a, b) < 0.02
 
@@ -153,7 +147,7 @@ def test_greedy_text_of_the_goldens(which, device):
     prompt = expanded(json.loads((GOLDEN / "text.json").read_text())["prompts"][which]["input_ids_tiny"])
     images = to_uint8(golden["llava.pixel_values"])
     for captured in (False, True):
-        said = fast(model, [prompt], [images], 24, fast=captured)
+        said = fast_answers(Session(model, captured), [prompt], [images], 24)
         assert said == [golden[f"generate.{which}"].tolist()]
 
 # ---------------------------------------------------------------------------------------------------
@@ -171,12 +165,12 @@ def test_batch_1_and_batch_16_give_the_same_answers_in_fp32(wide, device):
     """...and so does a prompt whose beginning is remembered from the one before it."""
     model = copy.deepcopy(wide).to(device)
     prompts, pictures = ragged(random.Random(0))
-    together = fast(model, prompts, pictures, 12)
-    alone = [fast(model, [prompt], [images], 12)[0] for prompt, images in zip(prompts, pictures)]
+    together = fast_answers(model, prompts, pictures, 12)
+    alone = [fast_answers(model, [prompt], [images], 12)[0] for prompt, images in zip(prompts, pictures)]
     assert together == alone
-    # A list that is handed on: each prompt finds there what the one before it has computed.
-    memory = []
-    remembered = [fast(model, [prompt], [images], 12, memory=memory)[0] for prompt, images in zip(prompts, pictures)]
+    # In one session each prompt finds what the one before it has computed.
+    session = Session(model)
+    remembered = [fast_answers(session, [prompt], [images], 12)[0] for prompt, images in zip(prompts, pictures)]
     assert remembered == alone
     assert len({tuple(answer) for answer in alone}) > 6
 
@@ -190,8 +184,8 @@ def test_captured_decoding_equals_eager_across_a_bucket(wide, device, dtype, fir
     rng = random.Random(first)
     prompts = [draw_words(rng, first - 3 * i) for i in range(8)]
     nothing = torch.zeros(0, 3, 28, 28, dtype=torch.uint8)
-    eager = fast(model, prompts, [nothing] * 8, 60)
-    captured = fast(model, prompts, [nothing] * 8, 60, fast=True)
+    eager = fast_answers(model, prompts, [nothing] * 8, 60)
+    captured = fast_answers(Session(model, cuda_graph=True), prompts, [nothing] * 8, 60)
     assert captured == eager
     ends = [len(prompt) + len(answer) for prompt, answer in zip(prompts, eager)]
     bucket = 256 * (1 + first // 256)
@@ -204,7 +198,7 @@ def test_sampling_is_repeatable(wide, device):
 
     def draw(seed: int, captured: bool) -> list:
         generator = torch.Generator(device).manual_seed(seed)
-        return fast(model, prompts, pictures, 8, temperature=1.5, generator=generator, fast=captured)
+        return fast_answers(Session(model, captured), prompts, pictures, 8, temperature=1.5, generator=generator)
     assert draw(0, False) == draw(0, True) != draw(1, False)
 
 
@@ -220,7 +214,7 @@ def test_quantized_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 
     def logits(model: LLaVAPhi) -> Tensor:
         with torch.inference_mode():
-            return model.prefill(prompts, pictures, model.new_cache(len(prompts), 64))
+            return prefill(model, prompts, pictures, KVCache(model.llm, prompts, 64))
 
     def quantized(device: torch.device) -> LLaVAPhi:
         model = copy.deepcopy(wide).to(device, dtype)

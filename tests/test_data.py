@@ -294,7 +294,7 @@ def test_tags_in_texts_stay_text(tiny):
 def test_a_stray_tag_leaves_the_neighbours_alone(tiny):
     """In the LLaVA family a running counter hands out pictures per tag: one tag too many shifts everybody's pictures.
     Here the hidden states of the samples around such a record are what they are without it."""
-    from model import Layout, LLaVAConfig, LLaVAPhi, PhiConfig
+    from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig
     from vision import VisionConfig
     torch.manual_seed(0)
     model = LLaVAPhi(LLaVAConfig(PhiConfig(512, 256, 2, 2, 32, 64, 8, dropout=0.0), VisionConfig(28, 14, 2, 2, 16, 32)))
@@ -311,7 +311,7 @@ def test_a_stray_tag_leaves_the_neighbours_alone(tiny):
     def hidden(samples: list[Sample]) -> tuple[torch.Tensor, ...]:
         batch = collate(samples)
         x = model.embed(batch.ids, batch.images, batch.image_positions)
-        h = model.llm(x, Layout(batch.lengths, batch.ids.device))
+        h = model.llm(x, Packed(batch.lengths, batch.ids.device))
         return h.split(batch.lengths.tolist())
 
     with torch.no_grad():

@@ -19,11 +19,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 import lib.folders
 import model as model_file
 import sample
-from data import ImageConfig, load_image, load_tokenizer
+from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
 from lib.common import without_control
 from lib.folders import Kind, open_weights
+from lib.generate import Session
 from load_weights import export, load_into, load_model, merge
-from model import IMAGE_ID, Layout, LLaVAPhi
+from model import LLaVAPhi, Packed
 from vision import normalize
 
 GOLDEN_MIPHA = TINY_MIPHA.parent
@@ -36,7 +37,7 @@ GOLDEN_MIPHA = TINY_MIPHA.parent
 def logits_of_words(model: LLaVAPhi, ids: Tensor) -> Tensor:
     """(B, T) -> (B, T, V)"""
     B, T = ids.shape
-    h = model.llm(model.llm.wte(ids.flatten().long()), Layout(torch.tensor([T] * B), ids.device))
+    h = model.llm(model.llm.wte(ids.flatten().long()), Packed(torch.tensor([T] * B), ids.device))
     return model.llm.lm_head(h).view(B, T, -1)
 
 
@@ -62,9 +63,9 @@ def test_mipha_golden():
     ids = prefix + [IMAGE_ID] * tower.n_patches + suffix
     row = torch.tensor(ids)
     x = mipha.embed(row.clamp_min(0), images[:1], (row == IMAGE_ID).nonzero().flatten())
-    logits = mipha.llm.lm_head(mipha.llm(x, Layout(torch.tensor([len(ids)]), x.device)))
+    logits = mipha.llm.lm_head(mipha.llm(x, Packed(torch.tensor([len(ids)]), x.device)))
     torch.testing.assert_close(logits, golden["mipha.logits"][0], atol=1e-5, rtol=0)
-    columns = mipha.generate([ids], [images[:1]], max_new_tokens=24, eos_id=-1)
+    columns = Session(mipha).generate([ids], [images[:1]], max_new_tokens=24, eos_id=-1)
     assert [column[0] for column in columns] == golden["generate.ids"].tolist()
 
 

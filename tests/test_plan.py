@@ -10,7 +10,7 @@ from training import train_here
 import train
 from lib import plan
 from lib.recipes import parse, replace
-from model import MIPHA_CONFIG, Layout, LLaVAConfig, LLaVAPhi, PhiConfig
+from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Packed, PhiConfig
 from vision import VisionConfig
 
 
@@ -97,7 +97,7 @@ def test_the_plan_counts_what_forward_really_keeps(mode, learn):
         model.llm.recompute, model.vision.recompute = mode, mode != "none"
         x = torch.zeros(256, 128, dtype=torch.bfloat16, requires_grad=True)
         with Alive(model.llm) as decoder:
-            h = model.llm(x, Layout([256], x.device))
+            h = model.llm(x, Packed([256], x.device))
         with Alive(model.vision) as tower:
             patches = model.vision(torch.zeros(16, 3, 56, 56, dtype=torch.uint8))
         assert h.shape == (256, 128) and patches.shape == (16, 16, 128)

@@ -9,8 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT, TINY_MODEL, draw_prompt, draw_words, expanded, to_uint8
-from test_model import all_logits, fast
+from helpers import ROOT, TINY_MODEL, all_logits, draw_prompt, draw_words, expanded, fast_answers, to_uint8
 
 import eval as ev
 import load_weights
@@ -67,9 +66,9 @@ def test_a_prepacked_model_says_the_same(tiny_model, golden):
     torch.testing.assert_close(all_logits(prepacked, [row], images), golden["llava.logits"][0], atol=1e-5, rtol=1e-5)
     rng = random.Random(0)
     prompts, pictures = zip(*[draw_prompt(rng, n % 3) for n in range(9)])
-    together = fast(prepacked, list(prompts), list(pictures), 8)
-    assert together == [fast(prepacked, [prompt], [images], 8)[0] for prompt, images in zip(prompts, pictures)]
-    assert together == fast(tiny_model, list(prompts), list(pictures), 8)
+    together = fast_answers(prepacked, list(prompts), list(pictures), 8)
+    assert together == [fast_answers(prepacked, [prompt], [images], 8)[0] for prompt, images in zip(prompts, pictures)]
+    assert together == fast_answers(tiny_model, list(prompts), list(pictures), 8)
 
 
 @needs_prepacking
@@ -159,7 +158,7 @@ def test_an_int8_model_says_nearly_the_same(tiny_model, golden):
     assert (logits - expected).norm() / expected.norm() < 0.03
     agreement = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
     assert agreement > 0.8
-    fast_ids = fast(streamed, [row, row[:20]], [images, images[:0]], 4)
+    fast_ids = fast_answers(streamed, [row, row[:20]], [images, images[:0]], 4)
     assert len(fast_ids[0]) == 4
 
 # ---------------------------------------------------------------------------------------------------
@@ -269,7 +268,7 @@ def test_an_int4_model():
     for ids in (prompt, row):
         error = all_logits(turned, [ids], images) - all_logits(model, [ids], images)
         assert error.norm() / all_logits(model, [ids], images).norm() < 0.2
-    assert len(fast(turned, [prompt, row], [images, images], 4)) == 2
+    assert len(fast_answers(turned, [prompt, row], [images, images], 4)) == 2
 
 
 def test_int4_refuses_in_words(monkeypatch):

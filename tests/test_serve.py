@@ -1,4 +1,4 @@
-"""The page and the API over real loopback sockets: the terminal's answers, for many at once, and for nobody else.
+"""The page and the API over real loopback sockets: the terminal's answers, one after the other, and for nobody else.
 
 The golden tiny model answers. Its greedy answers run on for hundreds of tokens, which is what the tests of stopping,
 waiting and leaving need.
@@ -14,46 +14,36 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import GOLDEN, GOLDEN_ANSWER, TINY_MODEL, start_script
 from PIL import Image
 
 import sample
 import serve.engine
 import serve.server
-from data import ImageConfig, load_image, load_tokenizer
-from load_weights import load_model
-from serve import api
-from serve.engine import MAX_WAITING, Engine, longest_beginning
+from benchmarks.judge import ask_judge
+from data import eot_id
+from lib.chat import answer
+from lib.generate import Session
+from serve.api import longest_beginning
+from serve.engine import MAX_WAITING, Engine, Job
 from serve.server import Server
 
-ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "tests/golden/tiny-llava-phi"
-PHOTO = ROOT / "tests/golden/images/photo.jpg"
-GOLDEN = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"    # as in test_sample.py
-OPTIONS = {"max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "fast": False}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(MODEL)
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return load_tokenizer(MODEL)
+PHOTO = GOLDEN / "images/photo.jpg"
+DEFAULTS = {"max_tokens": 16, "temperature": 0.0, "top_p": 1.0}
 
 
 @contextlib.contextmanager
-def running(model, tok, host="127.0.0.1", key=None, verbose=False):
+def running(tiny_model, tiny_tokenizer, host="127.0.0.1", key=None, verbose=False):
     server = Server(host, 0, key, verbose)
-    server.start(Engine(model, tok), "tiny", OPTIONS)
+    server.start(Engine(Session(tiny_model), tiny_tokenizer), "tiny", DEFAULTS)
     try:
         yield server
     finally:
@@ -61,16 +51,16 @@ def running(model, tok, host="127.0.0.1", key=None, verbose=False):
 
 
 @pytest.fixture(scope="module")
-def server(model, tok):
-    with running(model, tok) as server:
+def server(tiny_model, tiny_tokenizer):
+    with running(tiny_model, tiny_tokenizer) as server:
         yield server
 
 
 @pytest.fixture
-def towers(model):
+def towers(tiny_model):
     """How many pictures went through the vision tower."""
     seen = []
-    handle = model.vision.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    handle = tiny_model.vision.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     yield seen
     handle.remove()
 
@@ -170,7 +160,7 @@ def test_the_answer_is_the_terminals(server):
     status, reply = ask(server, [user("What is this?", PHOTO)], max_tokens=24, temperature=0)
     assert status == 200
     choice = reply["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": GOLDEN}
+    assert choice["message"] == {"role": "assistant", "content": GOLDEN_ANSWER}
     assert choice["finish_reason"] == "length" and reply["model"] == "tiny"
     assert reply["usage"]["completion_tokens"] == 24
     assert reply["usage"]["total_tokens"] == reply["usage"]["prompt_tokens"] + 24
@@ -180,7 +170,7 @@ def test_streamed_is_whole(server):
     """In several pieces, none of which ends within a character, with the usage at the end."""
     chunks = streamed(server, [user("What is this?", PHOTO)], max_tokens=24)
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
-    assert "".join(pieces) == GOLDEN and sum(map(bool, pieces)) > 5
+    assert "".join(pieces) == GOLDEN_ANSWER and sum(map(bool, pieces)) > 5
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
     assert chunks[-1]["choices"][0]["finish_reason"] == "length" and chunks[-1]["usage"]["completion_tokens"] == 24
     assert len({chunk["id"] for chunk in chunks}) == 1
@@ -192,35 +182,17 @@ def test_usage_in_a_chunk_of_its_own_when_asked_for(server):
     assert chunks[-2]["choices"][0]["finish_reason"] == "length" and "usage" not in chunks[-2]
 
 
-def test_two_turns_about_a_picture_run_the_tower_once(server, model, tok, towers):
-    picture = io.BytesIO()
-    Image.new("RGB", (40, 30), (9, 99, 199)).save(picture, "PNG")
-    chat = [user("What is this?", picture.getvalue())]
+def test_two_turns_about_a_picture_run_the_tower_once(server, tiny_model, tiny_tokenizer, towers):
+    picture = Image.new("RGB", (40, 30), (9, 99, 199))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    chat = [user("What is this?", file.getvalue())]
     first = text_of(server, chat)
     chat += [said(first), user("Why?")]
     second = text_of(server, chat)
     assert sum(towers) == 1
-    image = load_image(picture, ImageConfig.of(model.config.vision, model.config.image_mode))[None]
-    alone = sample.answer(model, tok, [["What is this?", first, "Why?"]], [image], max_new_tokens=16)
+    alone = answer(Session(tiny_model), tiny_tokenizer, [["What is this?", first, "Why?"]], [picture], max_new_tokens=16)
     assert second == "".join(piece for (piece,) in alone)
-
-
-def test_chats_of_one_batch_all_keep_their_keys_and_values(model, tok, towers):
-    """Three users with a picture each ask at once, and once more: six answers, three runs of the tower."""
-    with running(model, tok) as server:
-        blocker = start_long_answer(server)
-        pictures = [ROOT / f"tests/golden/images/{name}" for name in ("photo.jpg", "alpha.png", "tall.png")]
-        chats = [[user(f"What is {i}?", picture)] for i, picture in enumerate(pictures)]
-        with ThreadPoolExecutor(3) as pool:
-            first = pool.map(lambda chat: text_of(server, chat), chats)
-            wait_until(lambda: len(server.engine.waiting) == 3)
-            blocker.close()
-            for chat, text in zip(chats, first):
-                chat += [said(text), user("Why?")]
-            together = list(pool.map(lambda chat: text_of(server, chat), chats))
-        assert sum(towers) == 3
-    with running(model, tok) as server:
-        assert together == [text_of(server, chat) for chat in chats]
 
 
 def test_sixteen_clients_at_once_get_what_they_get_alone(server):
@@ -229,34 +201,6 @@ def test_sixteen_clients_at_once_get_what_they_get_alone(server):
     with ThreadPoolExecutor(16) as pool:
         at_once = list(pool.map(lambda i: text_of(server, chats[i], max_tokens=8 + i % 3, stream=False), range(16)))
     assert at_once == alone
-
-
-def test_a_batch_takes_as_many_as_their_keys_and_values_leave_room_for(model, tok, monkeypatch):
-    """Counted as the model holds them: all as long as the longest may become. What is remembered keeps within it, too."""
-    llm = model.config.llm
-    monkeypatch.setattr(serve.engine, "free_memory", lambda: 6 * 400 * 2 * 4 * llm.n_layer * llm.n_embd)
-    caches = []
-    new_cache = model.new_cache
-
-    def count(batch: int, slots: int):
-        cache = new_cache(batch, slots)
-        caches.append(batch * cache.k.size(3))
-        return cache
-
-    with running(model, tok) as server:
-        engine = server.engine
-        assert engine.max_positions == 400
-        monkeypatch.setattr(model, "new_cache", count)
-        blocker = start_long_answer(server)
-        with ThreadPoolExecutor(8) as pool:
-            texts = pool.map(lambda i: text_of(server, [user(f"What is {i}?")], max_tokens=30), range(8))
-            wait_until(lambda: len(engine.waiting) == 8)
-            blocker.close()
-            texts = list(texts)
-        assert len(caches) > 2 and max(caches[1:]) <= 400   # the first is the blocker's, alone
-        assert 0 < serve.engine.held_bytes(engine.memory) <= engine.key_value_limit
-    with running(model, tok) as server:
-        assert texts == [text_of(server, [user(f"What is {i}?")], max_tokens=30) for i in range(8)]
 
 
 def test_the_same_seed_gives_the_same_text(server):
@@ -277,7 +221,7 @@ def test_system_message_goes_before_the_question(server):
     " tab-", ["nowhere", " tab-", "- tab"], "or!", "s", "squares- tab- tab- tab-", "\ufffd"])
 def test_an_answer_ends_before_a_stop_string(server, stop):
     stops = [stop] if isinstance(stop, str) else stop
-    expected = GOLDEN[:min(GOLDEN.index(text) for text in stops if text in GOLDEN)]
+    expected = GOLDEN_ANSWER[:min(GOLDEN_ANSWER.index(text) for text in stops if text in GOLDEN_ANSWER)]
     status, reply = ask(server, [user("What is this?", PHOTO)], max_tokens=24, stop=stop)
     assert reply["choices"][0]["message"]["content"] == expected
     assert reply["choices"][0]["finish_reason"] == "stop"
@@ -287,7 +231,7 @@ def test_an_answer_ends_before_a_stop_string(server, stop):
 
 def test_half_a_stop_string_at_the_end_is_text(server):
     reply = text_of(server, [user("What is this?", PHOTO)], max_tokens=24, stop=["squares and more", "es!"])
-    assert reply == GOLDEN
+    assert reply == GOLDEN_ANSWER
 
 
 def test_longest_beginning():
@@ -296,18 +240,17 @@ def test_longest_beginning():
     assert longest_beginning("", ["a"]) == 0 and longest_beginning("aa", []) == 0
 
 
-def test_the_models_own_end_is_a_stop(model, tok):
+def test_the_models_own_end_is_a_stop(tiny_model, tiny_tokenizer):
     """The golden model never ends by itself, so one of its tokens is made the end token here."""
-    from data import eot_id
-    with running(model, tok) as server:
-        bias = model.llm.lm_head.bias
+    with running(tiny_model, tiny_tokenizer) as server:
+        bias = tiny_model.llm.lm_head.bias
         with torch.no_grad():
-            bias[eot_id(tok)] += 1000
+            bias[eot_id(tiny_tokenizer)] += 1000
         try:
             status, reply = ask(server, [user("Who?")])
         finally:
             with torch.no_grad():
-                bias[eot_id(tok)] -= 1000
+                bias[eot_id(tiny_tokenizer)] -= 1000
         assert reply["choices"][0] == {"index": 0, "message": said(""), "logprobs": None, "finish_reason": "stop"}
         assert reply["usage"]["completion_tokens"] == 0
 
@@ -318,6 +261,29 @@ def test_a_full_context_is_an_end_and_a_fuller_one_an_error(server):
     assert reply["usage"]["total_tokens"] == 2048
     status, reply = ask(server, [user("a " * 3000)])
     assert status == 400 and "the model has 2048" in reply["error"]["message"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The GPU
+
+
+class Touched(Exception):
+    pass
+
+
+def test_the_thread_that_answers_makes_the_models_gpu_the_current_one_first(monkeypatch):
+    """Every new thread starts on cuda:0, where events would be recorded on a stream that nothing runs on."""
+    current = []
+
+    def touch(device):
+        raise Touched
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(torch, "Generator", touch)
+    session = Namespace(model=Namespace(device=torch.device("cuda:1")))
+    with pytest.raises(Touched):
+        next(Engine(session, tok=None).answer(Job(request=Namespace(seed=None), image=None, prompt_tokens=1)))
+    assert current == ["cuda:1"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -338,7 +304,8 @@ def test_a_full_context_is_an_end_and_a_fuller_one_an_error(server):
     ({"messages": [user("x", b"no picture")]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": ["text"]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": "\udcff"}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": "\udcff"}]}, "messages"),
+    ({"messages": [user("\ud800"), said("b"), user("c")]}, "messages"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": "9"}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
     ({"temperature": -1}, "temperature"), ({"temperature": 10**400}, "temperature"),
@@ -409,53 +376,54 @@ def test_malformed_json_by_the_hundred(server):
 def test_a_client_that_goes_away_stops_its_answer(server):
     for stream in (True, False):
         connection = start_long_answer(server, stream=stream)
-        wait_until(lambda: server.engine.running)
-        question = server.engine.running[0]
+        wait_until(lambda: server.engine.line)
+        job = server.engine.line[0]
         connection.close()
-        wait_until(lambda: question.finish is not None)
-        assert question.finish == "left" and question.completion_tokens < 1500
-        wait_until(lambda: not server.engine.running)
+        wait_until(lambda: not server.engine.line)
+        assert job.finish == "" and job.completion_tokens < 1500
 
 
-def test_stop_works_within_a_step(model, tok):
+def test_stop_works_within_a_step(tiny_model, tiny_tokenizer):
     """Counted in steps of the model after the connection was closed: at most two, one of which may be under way."""
-    with running(model, tok) as server:
+    with running(tiny_model, tiny_tokenizer) as server:
         connection = start_long_answer(server)
-        question = server.engine.running[0]
+        job = server.engine.line[0]
         steps = []
-        handle = model.llm.register_forward_hook(lambda *_: (steps.append(1), time.sleep(0.05)) and None)
+        handle = tiny_model.llm.register_forward_hook(lambda *_: (steps.append(1), time.sleep(0.05)) and None)
         connection.close()
         before = len(steps)
-        wait_until(lambda: not server.engine.running)
+        wait_until(lambda: not server.engine.line)
         handle.remove()
-        assert question.finish == "left" and len(steps) - before <= 2
+        assert job.finish == "" and len(steps) - before <= 2
 
 
-def test_a_full_line_says_when_to_come_back(model, tok):
-    with running(model, tok) as server:
+def test_a_full_line_says_when_to_come_back(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(serve.engine, "BEAT_SECONDS", 0.02)
+    with running(tiny_model, tiny_tokenizer) as server:
         connections = [start_long_answer(server)]
         for i in range(MAX_WAITING):
             connections.append(start_long_answer(server, f"{i}?", stream=False))
-        wait_until(lambda: len(server.engine.waiting) == MAX_WAITING)
+        wait_until(lambda: len(server.engine.line) == 1 + MAX_WAITING)
         body = json.dumps({"messages": [user("Me too?")]})
         status, reply, headers = request(server, "POST", "/v1/chat/completions", body)
         assert status == 429 and int(headers["Retry-After"]) > 0
         assert json.loads(reply)["error"]["type"] == "rate_limit_error"
         connections[5].close()                          # whoever leaves makes room
+        wait_until(lambda: len(server.engine.line) == MAX_WAITING)
         connections.append(start_long_answer(server, "And me?", stream=False))
-        wait_until(lambda: len(server.engine.waiting) == MAX_WAITING)
+        wait_until(lambda: len(server.engine.line) == 1 + MAX_WAITING)
         for connection in connections:
             connection.close()
-        wait_until(lambda: not server.engine.running)
+        wait_until(lambda: not server.engine.line)
         assert text_of(server, [user("Who?")])
 
 
-def test_the_line_is_visible_in_the_stream(model, tok, monkeypatch):
-    monkeypatch.setattr(serve.server, "BEAT_SECONDS", 0.02)
-    with running(model, tok) as server:
+def test_the_line_is_visible_in_the_stream(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(serve.engine, "BEAT_SECONDS", 0.02)
+    with running(tiny_model, tiny_tokenizer) as server:
         first = start_long_answer(server)
         second = start_long_answer(server, "Another?", stream=False)
-        wait_until(lambda: len(server.engine.waiting) == 1)
+        wait_until(lambda: len(server.engine.line) == 2)
         body = json.dumps({"messages": [user("Who?")], "stream": True, "max_tokens": 3, "temperature": 1}).encode()
         with socket.create_connection(server.server_address[:2], timeout=60) as connection:
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
@@ -470,12 +438,12 @@ def test_the_line_is_visible_in_the_stream(model, tok, monkeypatch):
         assert events(reply[reply.index(b"data: "):])[-1]["usage"]["completion_tokens"] <= 3
 
 
-def test_a_failing_model_fails_one_answer(model, tok, capfd):
+def test_a_failing_model_fails_one_answer(tiny_model, tiny_tokenizer, capfd):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    with running(model, tok) as server:
-        handle = model.llm.register_forward_hook(fail)
+    with running(tiny_model, tiny_tokenizer) as server:
+        handle = tiny_model.llm.register_forward_hook(fail)
         status, reply = ask(server, [user("Who?")])
         body = json.dumps({"messages": [user("?")], "stream": True})
         _, chunk, _ = request(server, "POST", "/v1/chat/completions", body)
@@ -505,8 +473,6 @@ def test_memory_does_not_grow(server):
         list(pool.map(one, range(200)))
         before = resident()
         list(pool.map(one, range(200, 1200)))
-    engine = server.engine
-    assert len(engine.memory) <= serve.engine.MAX_BATCH and len(engine.pictures.known) <= 16
     assert resident() - before < 60e6
     wait_until(lambda: threading.active_count() < 10)
 
@@ -536,14 +502,13 @@ def test_another_site_cannot_ask(server):
     assert request(server, "OPTIONS", "/v1/chat/completions")[0] in (405, 501)
 
 
-def test_the_key(model, tok):
-    with running(model, tok, key="s3cret \u00fc") as server:
+def test_the_key(tiny_model, tiny_tokenizer):
+    with running(tiny_model, tiny_tokenizer, key="s3cret \u00fc") as server:
         for header in (None, "Bearer", "Bearer wrong", "Basic s3cret", "s3cret \u00fc", "Bearer s3cret"):
             headers = {"Authorization": header.encode()} if header else {}
             status, reply = ask(server, [user("Who?")], headers=headers)
             assert status == 401 and reply["error"]["type"] == "authentication_error", header
             assert request(server, "GET", "/v1/models", headers=headers)[0] == 401
-            assert request(server, "GET", "/examples", headers=headers)[0] == 401
         assert "s3cret" not in json.dumps(reply)
         assert ask(server, [user("Who?")], headers={"Authorization": "Bearer s3cret \u00fc".encode()})[0] == 200
         assert request(server, "GET", "/")[0] == 200 and request(server, "GET", "/health")[0] == 200
@@ -565,7 +530,7 @@ def test_mistakes_on_the_command_line_are_one_line():
                               (["--port", "99999"], "99999"),
                               (["--prompt", "x"], "--prompt"), (["--image", "x.jpg"], "--image")):
             with pytest.raises((ValueError, OSError), match=message) as error:
-                sample.main(["--model", str(MODEL), "--serve", *args])
+                sample.main(sample.parse(["--model", str(TINY_MODEL), "--serve", *args]))
             assert "\n" not in str(error.value)
 
 
@@ -672,9 +637,9 @@ def test_odd_heads(server):
     assert raw(server, two + two).count(b"HTTP/1.1") == 1          # nothing is read behind the first request
 
 
-def test_connections_are_limited(model, tok, monkeypatch):
+def test_connections_are_limited(tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(serve.server, "MAX_CONNECTIONS", 3)
-    with running(model, tok) as server:
+    with running(tiny_model, tiny_tokenizer) as server:
         idle = [socket.create_connection(server.server_address[:2]) for _ in range(3)]
         wait_until(lambda: raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 503"))
         for connection in idle:
@@ -692,8 +657,8 @@ def test_the_page_may_talk_to_this_server_alone(server):
         assert word not in page.replace(b"https only", b""), word
 
 
-def test_the_log_has_no_prompts(model, tok, capfd):
-    with running(model, tok) as server:
+def test_the_log_has_no_prompts(tiny_model, tiny_tokenizer, capfd):
+    with running(tiny_model, tiny_tokenizer) as server:
         text_of(server, [user("a very private question")])
         request(server, "GET", "/secret?token=abc")
         request(server, "GET", "/x\u001b[31m".replace("\u001b", "%1b"))
@@ -701,7 +666,7 @@ def test_the_log_has_no_prompts(model, tok, capfd):
     err = capfd.readouterr().err
     assert "POST /v1/chat/completions 200" in err and "16 tokens" in err
     assert "private" not in err and "abc" not in err and "\x1b" not in err
-    with running(model, tok, verbose=True) as server:
+    with running(tiny_model, tiny_tokenizer, verbose=True) as server:
         text = text_of(server, [user("a less private question")])
     err = capfd.readouterr().err
     assert "a less private question" in err and text.split()[0] in err
@@ -712,9 +677,8 @@ def test_the_log_has_no_prompts(model, tok, capfd):
 
 
 def start_process(*args, **environment) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, ROOT / "sample.py", "--model", MODEL, "--serve", "--port", "0", *args]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | environment)
+    process = start_script("sample.py", "--model", TINY_MODEL, "--serve", "--port", "0", *args,
+                           env=os.environ | environment)
     return process, process.stdout.readline().strip()
 
 
@@ -744,13 +708,13 @@ def test_a_signal_ends_it_after_the_running_answer(number):
         process.kill()
 
 
-def test_an_endless_answer_is_cut_at_the_end(model, tok, monkeypatch):
+def test_an_endless_answer_is_cut_at_the_end(tiny_model, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(serve.server, "STOP_SECONDS", 0.3)
-    with running(model, tok) as server:
-        handle = model.llm.register_forward_hook(lambda *_: time.sleep(0.02))
+    with running(tiny_model, tiny_tokenizer) as server:
+        handle = tiny_model.llm.register_forward_hook(lambda *_: time.sleep(0.02))
         connection = start_long_answer(server)
         waiting = start_long_answer(server, "Next?", stream=False)
-        wait_until(lambda: server.engine.waiting)
+        wait_until(lambda: len(server.engine.line) == 2)
         began = time.monotonic()
         server.stop()
         assert time.monotonic() - began < 3
@@ -767,18 +731,18 @@ def test_an_endless_answer_is_cut_at_the_end(model, tok, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="the openai client is not installed")
-def test_the_official_client(model, tok):
+def test_the_official_client(tiny_model, tiny_tokenizer):
     import openai
-    with running(model, tok, key="k") as server:
+    with running(tiny_model, tiny_tokenizer, key="k") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
         assert [card.id for card in client.models.list()] == ["tiny"]
         messages = [user("What is this?", PHOTO)]
         whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, temperature=0)
-        assert whole.choices[0].message.content == GOLDEN and whole.usage.completion_tokens == 24
+        assert whole.choices[0].message.content == GOLDEN_ANSWER and whole.usage.completion_tokens == 24
         chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, stream=True,
                                                      stream_options={"include_usage": True}))
         pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-        assert "".join(pieces) == GOLDEN and chunks[-1].usage.completion_tokens == 24
+        assert "".join(pieces) == GOLDEN_ANSWER and chunks[-1].usage.completion_tokens == 24
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(model="tiny", messages=messages, temperature=3)
         with pytest.raises(openai.AuthenticationError):
@@ -787,18 +751,6 @@ def test_the_official_client(model, tok):
 
 def test_the_judge_of_the_benchmarks_can_be_this_server(server):
     """eval.py's client for --judge-url speaks the same format."""
-    from argparse import Namespace
-
-    from benchmarks.judge import ask_judge
     options = Namespace(judge_url=f"{server.url}/v1", judge_model="tiny", judge_timeout=60)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     assert ask_judge(options, messages, 0.0, 5) == text_of(server, messages, max_tokens=5)
-
-
-def test_the_demos_model_brings_examples():
-    from demo import shapes
-    examples = serve.server.demo_examples(shapes.SIZE)
-    assert len(examples) == 4 and serve.server.demo_examples(336) == []
-    for example in examples:
-        picture = base64.b64decode(example["url"].partition(",")[2])
-        assert Image.open(io.BytesIO(picture)).size == (shapes.SIZE, shapes.SIZE)

@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from data import ImageConfig, encode_prompt, expand, load_image, load_tokenizer
+from data import IMAGE_ID, ImageConfig, encode_prompt, expand, load_image, load_tokenizer
 from lib.folders import open_weights, saved_shapes
+from lib.generate import Session
 from lib.save_weights import phi_json, save_parts, saved_pieces, tower_json, write_json, write_tokenizer
 from load_weights import export, load_model, merge
-from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
+from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig, init_weights
 from vision import SIGLIP_SO400M_384, normalize
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -89,7 +90,7 @@ def logits(model: LLaVAPhi, ids: list[int], images: torch.Tensor) -> torch.Tenso
     row = torch.tensor(ids)
     slots = (row == IMAGE_ID).nonzero().flatten()
     x = model.embed(row.clamp_min(0), images, slots)
-    return model.llm.lm_head(model.llm(x, Layout(torch.tensor([len(ids)]), x.device)))
+    return model.llm.lm_head(model.llm(x, Packed(torch.tensor([len(ids)]), x.device)))
 
 
 @pytest.mark.parametrize("turns", TURNS)
@@ -110,7 +111,7 @@ def test_everything_equals_ours(folder, ours, theirs, processor, turns, name):
     torch.testing.assert_close(theirs(**inputs).logits[0], logits(ours, prompt, picture[None]), atol=1e-4, rtol=0)
     made = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)[0, len(prompt):].tolist()
     end = tokenizer.token_to_id("<|endoftext|>")
-    answer = [row[0] for row in ours.generate([prompt], [picture[None]], max_new_tokens=24, eos_id=end)]
+    answer = [row[0] for row in Session(ours).generate([prompt], [picture[None]], max_new_tokens=24, eos_id=end)]
     assert made[:len(answer)] == answer and made[len(answer):] in ([], [end])
     assert processor.decode(made, skip_special_tokens=True) == tokenizer.decode(answer)
 
@@ -147,7 +148,7 @@ def test_parts_are_plain_folders(tmp_path):
     clip, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     ids = torch.arange(1, 60)
-    x = ours.llm(ours.llm.wte(ids), Layout(torch.tensor([59]), ids.device))
+    x = ours.llm(ours.llm.wte(ids), Packed(torch.tensor([59]), ids.device))
     torch.testing.assert_close(phi(ids[None]).logits[0], ours.llm.lm_head(x), atol=1e-4, rtol=0)
     image = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8)
     theirs = clip(normalize(image), output_hidden_states=True).hidden_states[-2][:, 1:]

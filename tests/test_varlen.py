@@ -9,17 +9,17 @@ import random
 
 import pytest
 import torch
-from test_model import GOLDEN, draw_image, draw_prompt, draw_words, fast
+from helpers import TINY_MODEL, draw_image, draw_prompt, draw_samples, draw_words, fast_answers, random_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.varlen import varlen_attn
 
-import model as model_file
 import train
-from data import IGNORE, Sample, Step, collate
+from data import Step, collate
+from lib.generate import Session
 from lib.recipes import parse
 from load_weights import load_model
-from model import IMAGE_ID, Layout, LLaVAConfig, LLaVAPhi, Phi, PhiConfig, attend, init_weights
+from model import LLaVAConfig, LLaVAPhi, Packed, Phi, PhiConfig, init_weights
 from vision import VisionConfig
 
 # ---------------------------------------------------------------------------------------------------
@@ -102,6 +102,7 @@ def flash_backward(grad, q, k, v, out, lse, starts_q, starts_k, max_q, max_k, dr
     return grad_q, grad_k, grad_v
 
 
+CPU = torch.device("cpu")
 CPU_KERNELS = torch.library.Library("aten", "IMPL", "CPU")      # must outlive the tests: they go when it goes
 CPU_KERNELS.impl("_flash_attention_forward", flash_forward)
 CPU_KERNELS.impl("_flash_attention_backward", flash_backward)
@@ -175,14 +176,14 @@ def test_the_stand_in_refuses_what_the_kernel_refuses():
         assert message in str(e.value) or message == "int32"
 
 # ---------------------------------------------------------------------------------------------------
-# attend: the branch for GPUs against the loop
+# Packed.attend: the branch for GPUs against the loop
 
 
 @pytest.fixture
 def on_gpu_kernel(monkeypatch):
-    """From here on, `attend` chooses as it does on a GPU in bf16."""
+    """From here on, attention chooses as it does on a GPU in bf16."""
     def switch() -> None:
-        monkeypatch.setattr(model_file, "has_varlen", lambda q, layout: q.size(-1) % 8 == 0 and len(q) > 0)
+        monkeypatch.setattr(Packed, "has_varlen", lambda self, q: q.size(-1) % 8 == 0 and len(q) > 0)
     return switch
 
 
@@ -192,10 +193,10 @@ def test_attend_equals_the_loop(name, on_gpu_kernel):
     lengths = LENGTHS[name]
     qkv = draw_qkv(lengths, lengths)
     packed = torch.stack(qkv, dim=1).detach().requires_grad_()                     # (T, 3, nh, hs), as after the Linear
-    layout = Layout(torch.tensor(lengths), torch.device("cpu"))
-    expected = values_and_gradients(attend(*packed.unbind(1), layout), [packed])
+    seqs = Packed(lengths, CPU)
+    expected = values_and_gradients(seqs.attend(*packed.unbind(1), layer=0), [packed])
     on_gpu_kernel()
-    got = values_and_gradients(attend(*packed.unbind(1), layout), [packed])
+    got = values_and_gradients(seqs.attend(*packed.unbind(1), layer=0), [packed])
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -204,8 +205,7 @@ def test_a_process_without_a_sample_computes_nothing(on_gpu_kernel):
     """The kernel refuses an empty batch, and the process must take part in the step all the same."""
     on_gpu_kernel()
     empty = torch.zeros(0, 3, NH, HS, requires_grad=True)
-    layout = Layout(torch.zeros(0, dtype=torch.int64), torch.device("cpu"))
-    out = attend(*empty.unbind(1), layout)
+    out = Packed([], CPU).attend(*empty.unbind(1), layer=0)
     out.sum().backward()
     assert out.shape == (0, NH, HS) and empty.grad.shape == empty.shape
 
@@ -213,12 +213,12 @@ def test_a_process_without_a_sample_computes_nothing(on_gpu_kernel):
 @pytest.mark.parametrize("dtype, channels, expected", [(torch.bfloat16, 80, True), (torch.float32, 80, False),
                                                        (torch.bfloat16, 20, False)])
 def test_the_kernel_is_chosen_only_for_what_it_can_take(dtype, channels, expected):
-    layout = Layout(torch.tensor([3]), torch.device("cpu"))
+    seqs = Packed([3], CPU)
     q = torch.zeros(3, 2, channels, dtype=dtype)
-    assert not model_file.has_varlen(q, layout)             # not on a CPU, whatever it is
-    layout.on_ampere = True
-    assert model_file.has_varlen(q, layout) == expected
-    assert not model_file.has_varlen(q[:0], layout)
+    assert not seqs.has_varlen(q)             # not on a CPU, whatever it is
+    seqs.on_ampere = True
+    assert seqs.has_varlen(q) == expected
+    assert not seqs.has_varlen(q[:0])
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -242,8 +242,7 @@ def test_one_trace_serves_all_lengths(recompute, on_gpu_kernel):
         for net in (llm, plain):
             torch.manual_seed(0)
             x = torch.ones(sum(lengths), NH * HS).cumsum(0).sin().requires_grad_()
-            layout = Layout(torch.tensor(lengths), torch.device("cpu"))
-            net(x, layout).square().sum().backward()
+            net(x, Packed(lengths, CPU)).square().sum().backward()
             grads.append(x.grad)
         torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
         traces.append(counter.frame_count)
@@ -262,30 +261,13 @@ WIDE = LLaVAConfig(         # heads of 80 channels as in Phi-2, everything else 
 
 @pytest.fixture(scope="module")
 def wide() -> LLaVAPhi:
-    model = LLaVAPhi(WIDE).eval()
-    init_weights(model, torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(8 if p.dim() > 1 else 1)                 # answers that vary, see test_model.py
-    return model
-
-
-def samples() -> list[Sample]:
-    rng = random.Random(0)
-    made = []
-    for i, n_images in enumerate((1, 0, 1, 1, 0)):
-        ids, images = draw_prompt(rng, n_images)
-        ids += draw_words(rng, 20 * i)
-        labels = [IGNORE] * (len(ids) // 2) + ids[len(ids) // 2:]
-        labels = [IGNORE if i == IMAGE_ID else i for i in labels]
-        made.append(Sample(str(i), ids, labels, images[0] if n_images else None))
-    return made
+    return random_model(WIDE, 8)
 
 
 def one_step(model: LLaVAPhi) -> tuple[float, float, list[Tensor]]:
     """A step of train.py with two micro-batches, one of them of several samples -> loss, gradient norm, new weights."""
     model = copy.deepcopy(model).train()
-    batches = [collate(samples()[:3], 28), collate(samples()[3:], 28)]
+    batches = [collate(draw_samples()[:3], 28), collate(draw_samples()[3:], 28)]
     # The bias of the keys has no gradient but rounding, which AdamW would blow up to full steps with its usual eps.
     cfg = parse(["--stage", "finetune", "--dtype", "float32", "--lr", "1e-3", "--eps", "1e-3"])
     mesh, device = train.setup()
@@ -310,7 +292,7 @@ def test_a_training_step_equals_the_loops(wide, on_gpu_kernel):
 
 def test_bfloat16_is_as_close_to_fp32_as_the_loop_is(wide, on_gpu_kernel):
     """Neither of the two rounds worse than the other: flash attention keeps its sums in fp32."""
-    batch = collate(samples(), 28)
+    batch = collate(draw_samples(), 28)
     inputs = batch.ids, batch.lengths, batch.images, batch.image_positions, batch.loss_positions, batch.targets
     rounded = copy.deepcopy(wide).bfloat16()
     with torch.no_grad():
@@ -328,9 +310,9 @@ def test_answers_through_the_cache_equal_the_loops(wide, on_gpu_kernel):
     prompts, pictures = map(list, zip(*batch))
 
     def ask() -> list:
-        memory = []
-        first = fast(wide, prompts, pictures, 6, memory=memory)
-        return first + fast(wide, [prompts[-1] + [5, 6, 7]], [pictures[-1]], 6, memory=memory)
+        session = Session(wide)
+        first = fast_answers(session, prompts, pictures, 6)
+        return first + fast_answers(session, [prompts[-1] + [5, 6, 7]], [pictures[-1]], 6)
     expected = ask()
     on_gpu_kernel()
     assert ask() == expected
@@ -340,5 +322,5 @@ def test_answers_through_the_cache_equal_the_loops(wide, on_gpu_kernel):
 def test_the_published_tiny_model_keeps_its_loop(on_gpu_kernel):
     """Its heads have 20 channels, which the kernel refuses in any dtype."""
     on_gpu_kernel()
-    tiny = load_model(GOLDEN / "tiny-llava-phi")
-    assert fast(tiny, [[3, 4, 5]], [draw_image(random.Random(0))[:0]], 3)
+    tiny = load_model(TINY_MODEL)
+    assert fast_answers(tiny, [[3, 4, 5]], [draw_image(random.Random(0))[:0]], 3)

@@ -1,14 +1,14 @@
 """
 Questions per second of eval.py against a batch-1 loop of transformers, on the same random weights; and of scoring.
 
-$ python tests/bench/eval.py                 # needs transformers 5 beside requirements.txt; about twenty minutes on a CPU
+$ python tests/bench/eval.py                 # needs transformers 5 as well; about twenty minutes on a CPU
 $ python tests/bench/eval.py --only tiny --threads 1
 
 tiny: the model of generate.py, where overhead is most of the time. small: tower 4 x 256 at 336 pixels, decoder 4 x 320,
-so that a prompt is mostly picture, as in the real one, and arithmetic is most of the time. wide: the real widths, with 2
-decoder and 3 tower layers. Every answer is 3 tokens, about what the benchmarks' are. Both sides decode the pictures,
-tokenise and detokenise; transformers is asked question by question, as the benchmarks' own scripts do. First the answers
-must agree in fp32; then all ways take turns.
+so that a prompt is mostly picture, as in the real one, and arithmetic is most of the time. wide: the real widths, with
+2 decoder and 3 tower layers. Every answer is 3 tokens, about what the benchmarks' are. Both sides decode the pictures,
+tokenize and detokenize; transformers is asked question by question, as the benchmarks' own scripts do. First the
+answers must agree in fp32; then all ways take turns.
 """
 import argparse
 import os
@@ -27,19 +27,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]
 import torch
 from generate import TINY, WIDE, make_ours, make_theirs
 from PIL import Image
+from tqdm import tqdm
 
 import eval as ev
 from benchmarks import textvqa
 from benchmarks.scoring import SHORT, Example, accuracy
 from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
+from lib.asking import Model
+from lib.generate import Session
 from lib.quant import prepack_linears, quantize_linears
-from model import LLaVAConfig, PhiConfig
+from model import LLaVAConfig, LLaVAPhi, PhiConfig
 from vision import VisionConfig, normalize
 
 SMALL = LLaVAConfig(PhiConfig(vocab_size=512, n_layer=4, n_head=4, n_embd=320, n_inner=1280, dropout=0.0),
                     VisionConfig(n_layer=4, n_head=4, n_embd=256, n_inner=1024))
 MODELS = {"tiny": TINY, "small": SMALL, "wide": WIDE}
 TOKENS = 3
+TOKENIZER = ROOT / "tests/golden/tiny-llava-phi"
 
 
 def questions_on(folder: Path, n: int, per_image: int) -> list[Example]:
@@ -53,27 +57,44 @@ def questions_on(folder: Path, n: int, per_image: int) -> list[Example]:
     return examples
 
 
-def ask_ours(loaded: ev.LoadedModel, examples: list[Example], batch: int) -> list[str]:
+class Endless(Session):
+    """No token ends an answer: both sides write TOKENS of them."""
+
+    def generate(self, prompts: list, images: list, *, eos_id: int, **sampling):
+        return super().generate(prompts, images, eos_id=-1, **sampling)
+
+
+def to_ask(model: LLaVAPhi) -> Model:
+    """As eval.py asks it, around a model in memory."""
+    asked = Model(TOKENIZER, lambda source: model)
+    asked.config = model.config
+    asked.session = Endless(model)
+    return asked
+
+
+def ask_ours(asked: Model, examples: list[Example], batch: int) -> list[str]:
     """eval.py's own loop, with its file of answers."""
-    data = ev.Data("bench", ev.TASKS["pope"], "all", Path(), examples)
-    settings = {"image_mode": "pad", "max_new_tokens": TOKENS}
-    args = argparse.Namespace(batch=batch, exact=False)
+    prompts = asked.encode(examples, range(len(examples)))
+    batches = ev.plan_batches(examples, prompts, 0, 1, batch)
+    asked.session = Endless(asked.session.model)            # nothing is known from the last round
+    answers = asked.answers(examples, prompts, batches, "pad", TOKENS, exact=False)
     with tempfile.TemporaryDirectory() as out:
-        ev.generate(data, settings, loaded, set(range(len(examples))), 0, 1, args, Path(out))
+        ev.write_answers(Path(out) / "answers.jsonl", answers, examples, tqdm(disable=True))
         answers = ev.answers_so_far(Path(out), examples)
     return [answers[row]["text"] for row in range(len(examples))]
 
 
-def ask_theirs(theirs, loaded: ev.LoadedModel, examples: list[Example]) -> list[str]:
+def ask_theirs(theirs, asked: Model, examples: list[Example]) -> list[str]:
     """One question after the other, the pixels the same."""
     texts = []
     for example in examples:
-        pixels = normalize(load_image(example.image, ImageConfig.of(loaded.model.config.vision, "pad"))[None]).to(theirs.dtype)
-        ids = torch.tensor([ev.encode_question(example, loaded)])
+        image = load_image(example.image, ImageConfig.of(asked.config.vision, "pad"))
+        pixels = normalize(image[None]).to(theirs.dtype)
+        ids = torch.tensor(list(asked.encode([example], [0]).values()))
         ids[ids == IMAGE_ID] = theirs.config.image_token_index
         out = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False,
                               max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0)
-        texts.append(loaded.tok.decode(out[0, ids.size(1):].tolist(), skip_special_tokens=True).strip())
+        texts.append(asked.tok.decode(out[0, ids.size(1):].tolist(), skip_special_tokens=True).strip())
     return texts
 
 
@@ -94,31 +115,31 @@ def bench_generation(name: str, questions: int, repeats: int) -> None:
     theirs["bf16"] = deepcopy(theirs["fp32"]).bfloat16()
     models = {"fp32": ours, "bf16": deepcopy(ours).bfloat16(), "8 bits": deepcopy(ours)}
     quantize_linears(models["8 bits"], 8)
-    tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
-    loaded = {}
+    tok = load_tokenizer(TOKENIZER)
+    asked = {}
     for kind, model in models.items():
-        prepack_linears(model)                                # as load_model does
-        loaded[kind] = ev.LoadedModel(model, tok, -1)      # no token ends an answer: both sides write TOKENS of them
+        prepack_linears(model)                             # as load_model does
+        asked[kind] = to_ask(model)
     assert tok.get_vocab_size() < ours.config.llm.vocab_size, f"{tok.get_vocab_size()} ids do not fit the model"
     for per_image in (1, 16):
         with tempfile.TemporaryDirectory() as folder:
             examples = questions_on(Path(folder), questions, per_image)
             first = examples[:per_image]
-            ours_say = ask_ours(loaded["fp32"], first, 16)
-            theirs_say = ask_theirs(theirs["fp32"], loaded["fp32"], first)
+            ours_say = ask_ours(asked["fp32"], first, 16)
+            theirs_say = ask_theirs(theirs["fp32"], asked["fp32"], first)
             same = sum(a == b for a, b in zip(ours_say, theirs_say))
             assert same == len(first), f"{len(first) - same} of {len(first)} answers differ"
-            ways = {f"transformers {kind}, one by one": partial(ask_theirs, model, loaded["fp32"], examples)
+            ways = {f"transformers {kind}, one by one": partial(ask_theirs, model, asked["fp32"], examples)
                     for kind, model in theirs.items()}
-            ways["eval.py --batch 1"] = partial(ask_ours, loaded["fp32"], examples, 1)
-            ways["eval.py"] = partial(ask_ours, loaded["fp32"], examples, 16)
-            ways["eval.py --dtype bf16"] = partial(ask_ours, loaded["bf16"], examples, 16)
-            ways["eval.py --bits 8"] = partial(ask_ours, loaded["8 bits"], examples, 16)
+            ways["eval.py --batch 1"] = partial(ask_ours, asked["fp32"], examples, 1)
+            ways["eval.py"] = partial(ask_ours, asked["fp32"], examples, 16)
+            ways["eval.py --dtype bf16"] = partial(ask_ours, asked["bf16"], examples, 16)
+            ways["eval.py --bits 8"] = partial(ask_ours, asked["8 bits"], examples, 16)
             found = rates(ways, questions, repeats)
             loop = found["transformers fp32, one by one"]
             for way, each in found.items():
-                print(f"{name:5}  {per_image:2} questions an image  {way:30}  {each:7.2f} questions/s {each / loop:6.2f} times",
-                      flush=True)
+                print(f"{name:5}  {per_image:2} questions an image  {way:30}  {each:7.2f} questions/s "
+                      f"{each / loop:6.2f} times", flush=True)
 
 
 def bench_scoring(n: int = 100_000) -> None:

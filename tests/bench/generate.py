@@ -29,6 +29,7 @@ from transformers import PhiConfig as TheirPhiConfig
 
 from data import IMAGE_ID
 from lib.common import choose_dtype
+from lib.generate import Session
 from lib.quant import prepack_linears, quantize_linears
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig, normalize
@@ -96,7 +97,7 @@ def prompts_of(config: LLaVAConfig, n: int, n_images: int) -> tuple[list[list[in
 
 
 def ask_ours(model: LLaVAPhi, prompts: list[list[int]], images: list[Tensor], n: int) -> list[list[int]]:
-    return [list(row) for row in zip(*model.generate(prompts, images, max_new_tokens=n, eos_id=-1))]
+    return [list(row) for row in zip(*Session(model).generate(prompts, images, max_new_tokens=n, eos_id=-1))]
 
 
 def ask_theirs(model: nn.Module, prompts: list[list[int]], images: list[Tensor], n: int) -> list[list[int]]:
@@ -179,7 +180,7 @@ def time_ours(model: LLaVAPhi, prompt: list[int], n_tokens: int) -> tuple[float,
     size = model.config.vision.image_size
     no_image = torch.zeros(0, 3, size, size, dtype=torch.uint8)
     start = time.perf_counter()
-    columns = model.generate([prompt], [no_image], max_new_tokens=n_tokens + 1, eos_id=-1)
+    columns = Session(model).generate([prompt], [no_image], max_new_tokens=n_tokens + 1, eos_id=-1)
     next(columns)                                           # it comes out of the prompt's own forward pass
     first = time.perf_counter()
     for _ in columns:

@@ -109,6 +109,7 @@ from data import IGNORE, IMAGE_ID, Sample, Step, collate, load_tokenizer, split_
 from lib import plan
 from lib.device import memory_of, peak_memory
 from lib.folders import meta_model, saved_shapes
+from lib.generate import Session
 from lib.layouts import to_saved
 from lib.metrics import mfu
 from lib.processes import smallest
@@ -464,7 +465,7 @@ def decode(bench: Bench, model: LLaVAPhi, batch: int, captured: bool) -> dict:
     for _ in range(2):                                      # the first time is a warm-up
         ends = []
         start = time.perf_counter()
-        for _ in model.generate(prompts, pictures, max_new_tokens=n, eos_id=-1, fast=captured):
+        for _ in Session(model, captured).generate(prompts, pictures, max_new_tokens=n, eos_id=-1):
             ends.append(time.perf_counter() - start)
     token = statistics.median(b - a for a, b in zip(ends, ends[1:]))
     # A step reads every weight but the embedding's other rows, and the keys and values so far.

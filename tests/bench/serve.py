@@ -1,11 +1,11 @@
-"""Load on the server: answers a second for 8 clients against one client's, batches against one at a time, memory.
+"""Load on the server: answers a second for one client and for eight, CPU time of an answer, memory.
 
 $ python tests/bench/serve.py --model out/demo/finetune       # after `make demo`; 20 questions a client
 $ python tests/bench/serve.py --wide --questions 1 --rounds 2   # 2 layers of Phi-2's width, 32 tokens, no pictures
 
 The server runs in a process of its own. Each client asks its next question when it has the answer to the last one;
 each question of the demo is about a picture that the model has not seen. All clients ask the same questions, so their
-answers are checked against each other: batches must not change them.
+answers are checked against each other.
 """
 import argparse
 import base64
@@ -23,19 +23,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def run_server(folder: str | None, max_batch: int, pipe) -> None:
+def run_server(folder: str | None, pipe) -> None:
     """In a process of its own: serve the model in `folder`, or random weights of Phi-2's width, until it is ended."""
     import torch
 
-    import serve.engine
     from data import load_tokenizer
+    from lib.generate import Session
     from lib.quant import prepack_linears
     from load_weights import load_model
     from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
+    from serve.engine import Engine
     from serve.server import Server
     from vision import VisionConfig
 
-    serve.engine.MAX_BATCH = max_batch
     if folder:
         model = load_model(Path(folder))
         tok = load_tokenizer(Path(folder))
@@ -47,8 +47,7 @@ def run_server(folder: str | None, max_batch: int, pipe) -> None:
         tok = load_tokenizer(Path("demo/phi"))
     sys.stderr = open("/dev/null", "w")                     # the log
     server = Server("127.0.0.1", 0, None, False)
-    options = {"max_new_tokens": 32, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "fast": False}
-    server.start(serve.engine.Engine(model, tok), "bench", options)
+    server.start(Engine(Session(model), tok), "bench", {"max_tokens": 32, "temperature": 0.0, "top_p": 1.0})
     pipe.send(server.url)
     pipe.recv()
 
@@ -115,48 +114,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     bodies = make_questions(args.questions, with_pictures=not args.wide)
+    ours, its = multiprocessing.Pipe()
     folder = None if args.wide else args.model
-    servers = {}
-    for max_batch in (1, 8):
-        ours, its = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(target=run_server, args=(folder, max_batch, its))
-        process.start()
-        servers[max_batch] = process, ours
+    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(folder, its))
+    process.start()
     try:
-        compare(servers, bodies, args.clients, args.rounds)
+        bench(ours.recv(), process.pid, bodies, args.clients, args.rounds)
     finally:
-        for process, _ in servers.values():
-            process.terminate()
+        process.terminate()
 
 
-def compare(servers: dict, bodies: list[dict], n_clients: int, rounds: int) -> None:
-    """Servers take turns, so that a busy moment of the machine hits both. The best round of each counts."""
-    urls = {}
-    before = {}
-    for max_batch, (process, pipe) in servers.items():
-        urls[max_batch] = pipe.recv()
-        ask(urls[max_batch], bodies[0])                     # threads and buffers are there
-        before[max_batch] = resident_memory(process.pid)
-    alone = dict.fromkeys(servers, 0.0)
-    together = dict.fromkeys(servers, 0.0)
-    used = dict.fromkeys(servers, 0.0)                      # CPU seconds with all clients
-    expected = None
+def bench(url: str, pid: int, bodies: list[dict], n_clients: int, rounds: int) -> None:
+    """The best round counts; a busy moment of the machine spoils the others."""
+    ask(url, bodies[0])                                     # threads and buffers are there
+    before = resident_memory(pid)
+    alone = 0.0
+    together = 0.0
+    used = 0.0                                              # CPU seconds with all clients
     for _ in range(rounds):
-        for max_batch, url in urls.items():
-            rate, answers = measure(url, bodies, 1)
-            alone[max_batch] = max(alone[max_batch], rate)
-            start = cpu_seconds(servers[max_batch][0].pid)
-            rate, same = measure(url, bodies, n_clients)
-            used[max_batch] += cpu_seconds(servers[max_batch][0].pid) - start
-            together[max_batch] = max(together[max_batch], rate)
-            expected = expected or answers
-            assert answers == same == expected, "a batch changed an answer"
-    n_answers = rounds * n_clients * len(bodies)
-    for max_batch, (process, _) in servers.items():
-        milliseconds = 1000 * used[max_batch] / n_answers
-        print(f"up to {max_batch} at a time: one client {alone[max_batch]:.2f} answers/s, {n_clients} clients "
-              f"{together[max_batch]:.2f} ({milliseconds:.0f} ms of CPU each); memory {before[max_batch]:.0f} MB before, "
-              f"{resident_memory(process.pid):.0f} MB after", flush=True)
+        rate, answers = measure(url, bodies, 1)
+        alone = max(alone, rate)
+        start = cpu_seconds(pid)
+        rate, same = measure(url, bodies, n_clients)
+        used += cpu_seconds(pid) - start
+        together = max(together, rate)
+        assert answers == same, "company changed an answer"
+    milliseconds = 1000 * used / (rounds * n_clients * len(bodies))
+    print(f"one client {alone:.2f} answers/s, {n_clients} clients {together:.2f} ({milliseconds:.0f} ms of CPU each); "
+          f"memory {before:.0f} MB before, {resident_memory(pid):.0f} MB after")
 
 
 if __name__ == "__main__":

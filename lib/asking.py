@@ -1,0 +1,153 @@
+"""The asking half of eval.py: a benchmark's questions in batches, pictures decoded ahead, each answer as it ends.
+
+It stands apart because it needs torch, which scoring does without. A question is a benchmarks.scoring.Example, whose
+`image` is a file, an encoded picture, None, or any text for a blank picture.
+"""
+import io
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from data import ImageConfig, eot_id, load_tokenizer
+from lib.chat import encode_chat, open_image
+from lib.common import choose_device, torchrun_env, use_device
+from lib.folders import Weights, open_weights
+from lib.generate import Session
+from model import LLaVAConfig, LLaVAPhi
+
+# ---------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+class Processes(NamedTuple):
+    """Rank and world size under torchrun; (0, 1) without it."""
+    rank: int
+    world: int
+    barrier: Callable[[], None]
+
+
+def join_processes() -> Processes:
+    here = torchrun_env()
+    if here.world == 1:
+        return Processes(0, 1, lambda: None)
+    # Only barriers go over it, and the fastest process may wait at one for hours.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    return Processes(here.rank, here.world, dist.barrier)
+
+
+def own_device(asked: str | None) -> str:
+    """--device, else the best one; under torchrun each process gets a GPU of its own, which becomes the current one."""
+    here = torchrun_env()
+    if asked in (None, "cuda") and here.local_rank < torch.cuda.device_count():
+        use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another one
+    device = choose_device(asked)
+    if device == "cuda":
+        if here.local_world > torch.cuda.device_count():
+            raise ValueError(f"{here.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
+                             "torchrun one for each (--nproc_per_node)")
+        device = f"cuda:{here.local_rank}"
+    use_device(device)
+    return device
+
+# ---------------------------------------------------------------------------------------------------
+# Questions and answers
+
+
+class Answer(NamedTuple):
+    row: int                    # of the question, in the benchmark's list
+    text: str
+    truncated: bool             # cut at the token limit, or by a full context
+
+
+class Model:
+    """The model under test. Its weights are read when a task has questions to ask, and then stay for all tasks."""
+
+    def __init__(self, folder: Path, read_weights: Callable[[Weights], LLaVAPhi]):
+        self.source = open_weights(folder)
+        self.config = self.source.config
+        self.tok = load_tokenizer(folder)
+        self.read_weights = read_weights
+        self.session: Session | None = None
+
+    def load(self) -> None:
+        if self.session is None:
+            self.session = Session(self.read_weights(self.source))
+
+    def encode(self, examples: list, rows: Iterable[int]) -> dict[int, list[int]]:
+        """Row -> the ids of its prompt, with the picture's positions. ValueError: one is too long to be answered."""
+        size = self.config.vision.image_size
+        limit = self.config.llm.block_size
+        prompts = {}
+        for row in rows:
+            example = examples[row]
+            image = torch.empty(0 if example.image is None else 1, 3, size, size, dtype=torch.uint8)
+            try:
+                ids = encode_chat(self.config, self.tok, [example.prompt], image)
+            except ValueError as e:
+                raise ValueError(f"question {example.question_id!r}: {e}") from None
+            if len(ids) >= limit:
+                raise ValueError(f"question {example.question_id!r} takes {len(ids):,} of the model's {limit:,} "
+                                 "positions, none is left for an answer")
+            prompts[row] = ids
+        return prompts
+
+    def answers(self, examples: list, prompts: dict[int, list[int]], batches: list[list[int]], image_mode: str,
+                max_new_tokens: int, exact: bool) -> Iterator[Answer]:
+        """Greedy answers to the rows in `batches`, each as soon as it ends. exact: batches share nothing."""
+        config = replace(self.config, image_mode=image_mode)
+        session = self.session
+        for rows, images in zip(batches, pictures_ahead(examples, batches, config)):
+            if exact:
+                session = Session(session.model)
+            ids_of_prompts = [prompts[row] for row in rows]
+            for i, ids in answer_batch(session, ids_of_prompts, images, max_new_tokens, eot_id(self.tok)):
+                text = self.tok.decode(ids, skip_special_tokens=True).strip()
+                yield Answer(rows[i], text, truncated=session.finish[i] != "stop")
+
+
+def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int,
+                 eos_id: int) -> Iterator[tuple[int, list[int]]]:
+    """(index in the batch, tokens of its answer), each as soon as it ends."""
+    tokens = [[] for _ in prompts]
+    unfinished = list(range(len(prompts)))
+    for column in session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eos_id):
+        for i in unfinished:
+            if column[i] is not None:
+                tokens[i].append(column[i])
+            if session.finish[i]:
+                yield i, tokens[i]
+        unfinished = [i for i in unfinished if not session.finish[i]]
+    for i in unfinished:
+        yield i, tokens[i]
+
+
+def open_picture(image: Path | bytes | str | None, config: LLaVAConfig) -> Tensor:
+    """A question's picture -> uint8 (1, 3, S, S), or (0, 3, S, S) for a question without one."""
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    elif isinstance(image, str):
+        size = config.vision.image_size
+        image = Image.new("RGB", (size, size), ImageConfig.of(config.vision, config.image_mode).pad_color)
+    return open_image(image, config)
+
+
+def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig) -> Iterator[list[Tensor]]:
+    """The pictures of each batch, decoded while the batches before it run. A picture is decoded once for neighboring
+    batches."""
+    with ThreadPoolExecutor(4) as pool:
+        decoding = {}
+        for i, batch in enumerate(batches):
+            upcoming = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
+            decoding = {image: job for image, job in decoding.items() if image in upcoming}    # forget finished ones
+            for image in upcoming:
+                if image not in decoding:
+                    decoding[image] = pool.submit(open_picture, image, config)
+            yield [decoding[examples[row].image].result() for row in batch]

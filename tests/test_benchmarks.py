@@ -1,0 +1,340 @@
+"""The benchmarks' scorers against the official results (tests/eval_vectors), and each of them on tiny data."""
+import hashlib
+import json
+import random
+import zipfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from helpers import ROOT
+from tiny_benchmarks import CASES, evaluate, llava_file, make_mme, make_textvqa, prepare, write
+
+import eval as ev
+from benchmarks import gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa
+
+
+def vectors(task: str, key: str = "vectors") -> list[dict]:
+    return json.loads((ROOT / f"tests/eval_vectors/{task}.json").read_text())[key]
+
+
+def same(cases: list[tuple]) -> None:
+    """(found, official, the case): all wrong ones are shown at once."""
+    assert not [case for case in cases if case[0] != case[1]]
+
+# ---------------------------------------------------------------------------------------------------
+# Normalizers and parsers
+
+
+def test_contraction_table_checksum():
+    table = "".join(f"{key}\t{value}\n" for key, value in sorted(scoring.CONTRACTIONS.items()))
+    assert len(scoring.CONTRACTIONS) == 120
+    digest = hashlib.sha256(table.encode()).hexdigest()
+    assert digest == "f7e93e52d4cd2e370d30e576bfe54d4437e95fd593cec197817e9e388c46659f"
+
+
+def test_vqa_normalizers():
+    same([(scoring.normalize_evalai(v["in"]), v["out"], v) for v in vectors("textvqa", "normalisation")])
+    same([(scoring.normalize_evalai(v["in"]), v["evalai_processor"], v) for v in vectors("vqav2", "normalisation")])
+    same([(scoring.normalize_vqa(v["in"]), v["vqa_official_norm"], v) for v in vectors("vqav2", "normalisation")])
+    same([(scoring.normalize_evalai(v["text"]), v["submitted_answer"], v) for v in vectors("vizwiz", "submission")])
+
+
+@pytest.mark.parametrize("task", ["vqav2", "vizwiz", "textvqa"])
+def test_vqa_scores(task):
+    percent = lambda x: round(100 * x, 9)
+    for v in vectors(task):
+        text, humans = v["prediction"], v["gt_answers"]
+        grade = textvqa.grade_answer(scoring.Example(0, None, "", humans), text)
+        assert percent(grade.score) == v.get("score_m4c", v.get("score")), v
+        if task != "textvqa":
+            assert percent(scoring.vqa_accuracy(text, humans)) == v["score_vqa2021_raw"], v
+            submitted = scoring.normalize_evalai(text)
+            assert percent(scoring.vqa_accuracy(submitted, humans)) == v["score_vqa2021_after_evalai"], v
+
+
+def test_soft_accuracy_of_matches():
+    of_matches = [scoring.soft_accuracy("a", ["a"] * m + ["b"] * (10 - m)) for m in range(11)]
+    assert [round(accuracy, 9) for accuracy in of_matches] == [0, 0.3, 0.6, 0.9] + [1] * 7
+
+
+def test_gqa():
+    same([(gqa.gqa_answer(v["text"]), v["submitted"], v) for v in vectors("gqa")])
+    same([(gqa.gqa_answer(v["text"]) == v["answer"], v["correct"], v) for v in vectors("gqa")])
+    same([(gqa.gqa_answer(text), answer) for text, answer in [
+        ("Yes.", "yes"), ("Yes. ", "yes. "), ("a.b.", "a.b"), ("", ""), ("...", ""), (".x", ".x"), ("TWO", "two"),
+        (" no", " no")]])
+
+
+def test_pope():
+    said = lambda text: pope.grade_answer(scoring.Example(0, None, "", "yes"), text).parsed
+    same([(said(v["text"]), v["pred"], v) for v in vectors("pope", "parse_vectors")])
+    for v in vectors("pope", "set_vectors"):
+        examples = [scoring.Example(i, Path(str(i)), "", label, ("random",)) for i, label in enumerate(v["labels"])]
+        score = pope.summarize(examples, [pope.grade_answer(e, text) for e, text in zip(examples, v["texts"])])
+        official = {"F1": v["f1"] or 0, "precision": v["precision"] or 0, "recall": v["recall"] or 0,
+                    "yes ratio": v["yes_ratio"],
+                    "accuracy": (v["TP"] + v["TN"]) / len(v["texts"])}
+        for name, value in official.items():
+            assert score.subscores[f"random {name}"] == pytest.approx(100 * value), (name, v)
+        assert score.value == pytest.approx(100 * (v["f1"] or 0))
+
+
+def test_pope_counts_what_the_rule_cannot_read():
+    unread = lambda text: pope.grade_answer(scoring.Example(0, None, "", "yes"), text).unparsed
+    assert not any(map(unread, ("Yes", "no.", "NO!", "Not really")))
+    assert all(map(unread, ("", "maybe", "isn't")))
+
+
+def test_mme():
+    same([(mme.mme_yes_no(v["text"]), v["parsed"], v) for v in vectors("mme", "parse_vectors")])
+    for v in vectors("mme", "set_vectors"):
+        rows = [(subtask, *row) for subtask, lines in v["answers"].items() for row in lines]
+        examples = [scoring.Example(image, Path(image), question, truth.lower(), (subtask,))
+                    for subtask, image, question, truth, _ in rows]
+        score = mme.summarize(examples, [mme.grade_answer(e, row[-1]) for e, row in zip(examples, rows)])
+        expected = v["expected"]
+        assert score.value == pytest.approx(expected["Perception"]["total"], rel=1e-12)
+        assert score.subscores["cognition"] == pytest.approx(expected["Cognition"]["total"], rel=1e-12)
+        for subtask, value in (expected["Perception"]["tasks"] | expected["Cognition"]["tasks"]).items():
+            assert score.subscores[subtask] == pytest.approx(value, rel=1e-12)
+
+
+def test_scienceqa():
+    same([(scienceqa.scienceqa_letter(v["text"]) or "FAILED", v["parsed"], v) for v in vectors("scienceqa")])
+    for v in vectors("scienceqa"):
+        truth = scoring.LETTERS[v["answer_index"]]
+        grade = scienceqa.grade_answer(scoring.Example(0, None, "", truth), v["text"])
+        assert (grade.score == 1) == v["correct"], v
+    same([(scienceqa.scienceqa_letter(text), letter) for text, letter in [
+        ("b", None), ("", None), (" B", None), ("The answer is Because.", "B"),
+        ("The answer is A. The answer is B.", None), ("F", None)]])
+
+
+def test_mmbench():
+    same([(mmbench.mmbench_letter(v["prediction"], v["choices"]), v["inferred"], v)
+          for v in vectors("mmbench", "can_infer_vectors")])
+    for v in vectors("mmbench", "can_infer_vectors"):
+        example = scoring.Example(0, None, "", "B", info={"options": v["choices"]})
+        strict = mmbench.grade_answer(example, v["prediction"]).raw[0]
+        assert strict == (v["strip_equals_letter"] == "B")
+    animals = dict(zip("ABCD", ["teddy bear", "rabbit", "cat", "dog"]))
+    assert mmbench.mmbench_letter("A dog is sitting on the green grass", animals) == "D"
+    assert mmbench.mmbench_letter("I am rather sure that the answer is **c** and that it is so for all readers",
+                             animals) == "C"
+
+
+def test_mmbench_circular():
+    options = {"A": "x", "B": "y"}
+    example = lambda index, label: scoring.Example(index, None, "", "A", (label,), {"options": options})
+    examples = [example(1, "CP"), example(1_000_001, "CP"), example(2, "LR"), example(1_000_002, "LR"),
+                example(3, "LR")]
+    texts = ["A", "A.", "A", "B", "A"]
+    score = mmbench.summarize(examples, [mmbench.grade_answer(e, text) for e, text in zip(examples, texts)])
+    assert score.value == pytest.approx(200 / 3)            # 1 and 3; one round of 2 is wrong
+    assert score.subscores["circular, bare letters only"] == pytest.approx(100 / 3)        # "A." is not a bare letter
+    assert score.subscores["single pass"] == 100
+    assert (score.subscores["CP"], score.subscores["LR"]) == (100, 50)
+
+
+def test_seedbench():
+    grade = lambda v: seedbench.grade_answer(scoring.Example(0, None, "", v["answer"]), v["prediction"]).score
+    same([(grade(v) == 1, v["correct_llava"], v) for v in vectors("seedbench")])
+
+
+def test_mmmu():
+    same([(mmmu.mmmu_choice(v["response"], v["index2ans"]), v["parsed"], v)
+          for v in vectors("mmmu", "mc_parse_vectors")])
+    same([(sorted(map(str, mmmu.mmmu_open(v["response"]))), v["parsed_sorted"], v)
+          for v in vectors("mmmu", "open_vectors")])
+    same([(mmmu.mmmu_open_correct(v["response"], v["answer"]), v["correct"], v)
+          for v in vectors("mmmu", "open_vectors")])
+    # an empty tail is the shortest, and no key
+    assert mmmu.mmmu_open("it is abc therefore \nx") == {"it is abc therefore \nx"}
+    for v in vectors("mmmu", "mc_eval_vectors"):
+        example = scoring.Example(0, None, "", v["gold"], info={"options": dict.fromkeys("ABCD", "?")})
+        assert (mmmu.grade_answer(example, v["pred"]).score == 1) == v["correct"], v
+
+
+def test_mmmu_draws_like_the_official_code():
+    """Unparsed choices take random.choice after random.seed(42), one draw each, in file order."""
+    rng = random.Random(42)
+    drawn = [rng.choice(list("ABCD")) for _ in range(8)]
+    examples = [scoring.Example(i, None, "", letter, ("Science", "Math"), {"options": dict.fromkeys("ABCD", "?")})
+                for i, letter in enumerate(drawn)]
+    score = mmmu.summarize(examples, [mmmu.grade_answer(e, "no idea") for e in examples])
+    assert (score.value, score.subscores["unparsed = wrong"]) == (100, 0)
+
+
+def test_judges_numbers():
+    same([(mmvet.mmvet_grade(v["content"]), v["score"], v) for v in vectors("mmvet", "judge_score_parse")])
+    same([(llavabench.llavabench_pair(v["review"]), tuple(v["tuple"]), v)
+          for v in vectors("llava-bench-in-the-wild", "parse_vectors")])
+    same([(mmvet.mmvet_grade(text), grade) for text, grade in [
+        ("0", 0), ("1.0 because", 1), ("1.1", None), ("nan", None), ("", None), ("inf", None), ("0.7\n", 0.7),
+        (".3", 0.3), ("one", None)]])
+    same([(llavabench.llavabench_pair(text), pair) for text, pair in [
+        ("8,9", (8, 9)), ("8.5 9", (8.5, 9)), ("8 9 ", (-1, -1)), (" 8 9", (-1, -1)), ("8\t9", (-1, -1)),
+        ("a b", (-1, -1)), ("8 9 10", (-1, -1))]])
+
+
+def test_plain_answers():
+    same([(scoring.plain_answer(text), answer) for text, answer in [
+        ("Red", "red"), ("red.", "red"), (" red \n", "red"), ("RED...", "red"), ("", ""), (".", ""),
+        ("two red", "two red"), ("3", "3"),
+        ("3.5", "3.5"), ("no .", "no"), ("a, b", "a, b"), ("Ü.", "ü")]])
+
+
+def test_intervals():
+    # Wilson, as tabulated
+    assert scoring.interval_of_mean([1.0] * 8 + [0.0] * 2)[:2] == pytest.approx((49.016, 94.332), abs=1e-3)
+    assert scoring.interval_of_mean([0.5, 0.6, 0.4, 0.5])[2] == "normal"
+    low, high, _ = scoring.interval_of_mean([1.0] * 4)
+    assert 0 < low < high <= 100.0001
+    assert scoring.mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
+    assert scoring.mcnemar(3, 3) == scoring.mcnemar(0, 0) == 1
+
+# ---------------------------------------------------------------------------------------------------
+# From official files and an answers file to a score
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_score_file_of_each_task(name, tmp_path, capsys):
+    """From official files and an answers file to result.json, the report and the submission."""
+    case, (flags, data) = CASES[name], prepare(name, tmp_path / "eval")
+    for row, prompt in case.prompts.items():
+        assert data.examples[row].prompt == prompt
+    path = llava_file(tmp_path / "theirs.jsonl", data, case.answers)
+    evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["value"] is None) == (case.value is None)
+    if case.value is not None:
+        assert result["value"] == pytest.approx(case.value)
+        low, high = result["interval"]
+        assert low - 1e-9 <= result["value"] <= high + 1e-9
+    for key, value in case.numbers.items():
+        assert result["numbers"][key] == pytest.approx(value), key
+    assert result["submission"] == case.submission
+    assert case.submission is None or (tmp_path / "out" / case.submission).exists()
+    assert "<script" not in (tmp_path / "out/report.html").read_text()
+    assert data.task.metric in capsys.readouterr().out or case.value is None
+    # joined by id, not by place
+    write(path, json.loads("[" + ",".join(reversed(path.read_text().splitlines())) + "]"))
+    evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "again")])
+    assert json.loads((tmp_path / "again/result.json").read_text()) == result
+
+
+def test_rebuilt_questions_equal_llavas(tmp_path):
+    """Without eval.zip the official files alone give the same rows."""
+    for name, extra in {"pope": "pope/llava_pope_test.jsonl", "textvqa": "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+                        "vqav2": None}.items():
+        flags, data = prepare(name, tmp_path)
+        if name == "vqav2":
+            (tmp_path / "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl").unlink()
+            write(tmp_path / "vqav2/v2_OpenEnded_mscoco_test-dev2015_questions.json",
+                  {"questions": [{"image_id": i, "question": "Is it red?", "question_id": 10 * i} for i in (1, 2)]})
+        else:
+            (tmp_path / extra).unlink()
+            write(tmp_path / "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json",
+                  {"data": [{"image_id": "aa", "ocr_tokens": ["ACME", "1999"]}, {"image_id": "bb", "ocr_tokens": []}]})
+        key = lambda e: (str(e.question_id), e.prompt.replace("imange", "image"), e.image, e.truth, e.categories)
+        assert sorted(map(key, ev.load_data(name, ev.parse(flags)).examples)) == sorted(map(key, data.examples))
+
+
+def test_llavas_question_files_decide_order_and_wording(tmp_path):
+    flags, data = prepare("scienceqa", tmp_path)
+    write(tmp_path / "scienceqa/llava_test_CQM-A.json", [
+        {"id": pid, "conversations": [{"from": "human", "value": "<image>\n" * (pid == "5") + f"Wording {pid}"},
+                                      {"from": "gpt", "value": "B"}]}
+        for pid in ("8", "5")])
+    examples = ev.load_data("scienceqa", ev.parse(flags)).examples
+    assert [e.question_id for e in examples] == ["8", "5"] and examples[1].prompt == f"Wording 5\n{scoring.LETTER}"
+    # how the official scorer finds the IMG questions
+    assert examples[1].info["saved"].startswith("<image>\nWording 5")
+    assert len(ev.load_data("scienceqa", ev.parse([*flags, "--img-only"])).examples) == 1
+    write(tmp_path / "MME/llava_mme.jsonl", [{"question_id": f"{image}", "image": image,
+                                              "category": image.split("/")[0], "text": f"{q}\n{scoring.SHORT}"}
+          for image, q in [("OCR/2.png", 'Is it "dog"?'), ("OCR/2.png", 'Is it "cat"?')]])
+    flags, data = prepare("mme", tmp_path)
+    assert [(e.truth, e.image.name) for e in data.examples] == [("no", "2.png"), ("yes", "2.png")]
+    flags, data = prepare("seedbench", tmp_path)
+    write(tmp_path / "seed_bench/llava-seed-bench.jsonl",
+          [{"question_id": i, "image": "x", "text": "x"} for i in ("v9", 102, 101)])
+    ids = lambda *more: [e.question_id for e in ev.load_data("seedbench", ev.parse([*flags, *more])).examples]
+    assert ids() == [102, 101] and ids("--split", "all") == ["v9", 102, 101]
+
+
+def test_a_question_asked_twice_about_a_picture(tmp_path):
+    """LLaVA's TextVQA scorer keeps the answers that come last, for both."""
+    make_textvqa(tmp_path)
+    rows = [{"question": q, "question_id": i, "image_id": "aa", "answers": [answer] * 10}
+            for i, (q, answer) in enumerate([("What brand?", "acme"), ("what BRAND?", "cola")])]
+    write(tmp_path / "textvqa/TextVQA_0.5.1_val.json", {"data": rows})
+    (tmp_path / "textvqa/llava_textvqa_val_v051_ocr.jsonl").unlink()
+    data = ev.load_data("textvqa", ev.parse(["--root", str(tmp_path), "--no-ocr"]))
+    assert [e.truth[0] for e in data.examples] == ["cola", "cola"]
+
+
+def test_mme_in_a_folder_more(tmp_path):
+    """The release as the archive unpacks it: its images are found too."""
+    release = tmp_path / "MME/MME_Benchmark_release_version"
+    make_mme(tmp_path / "flat")
+    release.mkdir(parents=True)
+    (tmp_path / "flat/MME/MME_Benchmark_release_version").rename(release / "MME_Benchmark")
+    data = ev.load_data("mme", ev.parse(["--root", str(tmp_path)]))
+    assert len(data.examples) == 4
+    ev.check_images(data)
+
+# ---------------------------------------------------------------------------------------------------
+# Submissions, judges, reports
+
+
+def submission(name: str, tmp_path: Path, answers: list[str]) -> Path:
+    flags, data = prepare(name, tmp_path / "eval")
+    evaluate([*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, answers)), "--out", str(tmp_path / "out")])
+    return tmp_path / "out" / CASES[name].submission
+
+
+def test_submission_files(tmp_path):
+    read = lambda name, answers: json.loads(submission(name, tmp_path / name, answers).read_text())
+    assert read("vqav2", ["Yes.", "girl's hat"]) == [{"question_id": 10, "answer": "yes"},
+                                                     {"question_id": 20, "answer": "girl 's hat"},
+                                                     {"question_id": 30, "answer": ""}]
+    assert read("vizwiz", ["Two"]) == [{"image": "VizWiz_test_00000000.jpg", "answer": "2"}]
+    assert read("mmvet", ["-1 and -5", "é"]) == {"v1_0": "-1 and -5", "v1_1": "é"}
+    assert read("gqa", ["Yes.", "no", "Car"])[0] == {"questionId": "201", "prediction": "yes"}
+    lines = submission("seedbench", tmp_path / "seed", ["A", "B"]).read_text().splitlines()
+    assert lines[0] == '{"question_id": "101", "prediction": "A"}'
+
+
+def read_xlsx(path: Path) -> list[list[int | str]]:
+    """A sheet as write_xlsx makes it, strictly by the standard's names."""
+    with zipfile.ZipFile(path) as z:
+        sheet = ElementTree.fromstring(z.read("xl/worksheets/sheet1.xml"))
+    table, ns = [], {"s": "http://schemas.openxmlformats.org/spreadsheetml/2006/main"}
+    for row in sheet.iterfind(".//s:row", ns):
+        cells = {c.get("r")[0]: c for c in row}
+        table.append([""] * (len(table[0]) if table else len(cells)))
+        for letter, c in cells.items():
+            number, text = c.find("s:v", ns), c.find(".//s:t", ns)
+            table[-1][scoring.LETTERS.index(letter)] = text.text if number is None else int(number.text)
+    return table
+
+
+def test_mmbench_xlsx(tmp_path):
+    hostile = "B <b>&amp; \"x\"\x00\x1b\n  tail \u202e" + "y" * 40_000
+    path = submission("mmbench", tmp_path, ["A", hostile, ""])
+    table = read_xlsx(path)
+    assert table[0] == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert table[1] == [5, 'Which "one"?\nSay.', "cat", "dog", "", "", "A", "A", "dev"]
+    assert table[2][6].startswith("B <b>&amp; \"x\"\n  tail \u202e") and len(table[2][6]) == 32_767
+    openpyxl = pytest.importorskip("openpyxl", reason="not a package of this project")
+    rows = [[cell for cell in row] for row in openpyxl.load_workbook(path).active.iter_rows(values_only=True)]
+    assert rows[1][0] == 5 and rows[1][4] is None and rows[1][6] == "A"
+
+
+def test_nothing_is_submitted_for_a_part(tmp_path):
+    flags, data = prepare("vizwiz", tmp_path / "eval")
+    path = llava_file(tmp_path / "a.jsonl", data, ["x"])
+    evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--limit", "1"])
+    assert not (tmp_path / "out/vizwiz_test.json").exists()

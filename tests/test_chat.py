@@ -1,0 +1,63 @@
+"""Asking a model through lib/chat.py: pieces that add up, pictures in any form, sessions that know what was asked before."""
+import pytest
+import torch
+from helpers import GOLDEN_ANSWER
+from PIL import Image
+
+from lib.chat import Clock, answer, ask, open_image
+from lib.generate import Session
+
+
+@pytest.fixture
+def towers(tiny_model):
+    """How many pictures each call of the tower sees, from now on."""
+    calls = []
+    hook = tiny_model.vision.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    yield calls
+    hook.remove()
+
+
+def text_of(session: Session, tok, turns: list[str], image, **options) -> str:
+    return "".join(piece for [piece] in answer(session, tok, [turns], [image], **options))
+
+
+def test_an_answer_is_the_sum_of_its_pieces(tiny_model, tiny_tokenizer, photo):
+    session, clock = Session(tiny_model), Clock()
+    said = text_of(session, tiny_tokenizer, ["What is this?"], photo, clock=clock, max_new_tokens=24)
+    assert said == GOLDEN_ANSWER
+    assert clock.tokens == [24] and session.finish == ["length"]
+
+
+def test_a_picture_opened_again_is_recognized(tiny_model, tiny_tokenizer, photo, towers):
+    """As a path, and decoded anew for the next turn: the tower looks at it once, and the answer is that of a new session."""
+    session = Session(tiny_model)
+    first = text_of(session, tiny_tokenizer, ["What is this?"], photo, max_new_tokens=8)
+    turns = ["What is this?", first, "Why?"]
+    second = text_of(session, tiny_tokenizer, turns, Image.open(photo), max_new_tokens=8)
+    assert towers == [1, 0]
+    assert second == text_of(Session(tiny_model), tiny_tokenizer, turns, photo, max_new_tokens=8)
+
+
+def test_an_answer_that_nobody_waits_for_leaves_the_session_usable(tiny_model, tiny_tokenizer, photo):
+    session = Session(tiny_model)
+    pieces = answer(session, tiny_tokenizer, [["What is this?"]], [photo], max_new_tokens=24)
+    next(pieces)
+    assert session.finish == [""]
+    assert text_of(session, tiny_tokenizer, ["What is this?"], photo, max_new_tokens=24) == GOLDEN_ANSWER
+
+
+def test_asking_about_several_pictures_is_asking_about_each(tiny_model, tiny_tokenizer, photo):
+    pictures = [photo, Image.new("RGB", (40, 30), (9, 99, 199)), None]
+    together = ask(tiny_model, tiny_tokenizer, "What is this?", pictures, max_new_tokens=8)
+    apart = [ask(tiny_model, tiny_tokenizer, "What is this?", [picture], max_new_tokens=8)[0] for picture in pictures]
+    assert together == apart
+    with pytest.raises(ValueError, match="put it into brackets"):
+        ask(tiny_model, tiny_tokenizer, "What is this?", photo)
+
+
+def test_pictures_are_uint8_of_the_models_size(tiny_model, photo):
+    size = tiny_model.config.vision.image_size
+    assert open_image(None, tiny_model.config).shape == (0, 3, size, size)
+    opened = open_image(str(photo), tiny_model.config)
+    assert opened.shape == (1, 3, size, size) and opened.dtype == torch.uint8
+    assert open_image(opened, tiny_model.config) is opened
