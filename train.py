@@ -314,7 +314,7 @@ def make_index(data: Dataset, cfg: Namespace) -> None:
 
 
 def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
-    """Share of the peak rate at `step`, counted from 0: linear warm-up, then decay to 0, as in Hugging Face's schedules."""
+    """Share of the peak rate at `step`, from 0: linear warm-up, then decay to 0, as in Hugging Face's schedules."""
     if step < warmup:
         return step / warmup
     done = (step - warmup) / max(1, steps - warmup)
