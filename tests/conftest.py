@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")       # tiny models: more threads 
 import helpers
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, TINY_MODEL  # noqa: F401 (ROOT is for the test files)
+from helpers import GOLDEN, TINY_MODEL
 from safetensors.torch import load_file
 
 from data import load_tokenizer
