@@ -40,19 +40,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
-from lib.device import has_bf16, memory_of, torch_dtype
+from lib.device import has_bf16, memory_of, missing_kernels, torch_dtype
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
-from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, on_process_0, print0, smallest,
-                           watch_signals)
+from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, join_group, on_every_process, on_process_0,
+                           print0, smallest, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import save_model, save_phi
 from lib.schedule import steps_per_epoch
@@ -79,14 +79,16 @@ def setup() -> tuple[DeviceMesh, torch.device]:
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between the hosts do not wait for the GPUs' queues
+        problem = missing_kernels(env.local_rank)
+        if problem:
+            raise ValueError(f"{problem}; with CUDA_VISIBLE_DEVICES= before the command it trains on the CPU")
     # A process that torchrun did not start needs no address: it finds nobody but itself.
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
-    except RuntimeError as e:
-        first_line = str(e).partition("\n")[0][:200]
-        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "
-                      "and NCCL_SOCKET_IFNAME to the network interface that they share; `ip addr` lists them") from None
+    join_group(backend, timedelta(minutes=10), **alone)
+    sizes = sorted(set(on_every_process(lambda: env.local_world)))
+    if len(sizes) > 1:
+        raise ValueError(f"nodes with {' and '.join(map(str, sizes))} processes: start the same number on every node "
+                         "(--nproc_per_node)")
     world = dist.get_world_size()
     if world > env.local_world > 1:
         shape, names = (world // env.local_world, env.local_world), ("replicate", "shard")
@@ -298,13 +300,8 @@ def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
-    """Process 0 tokenizes all samples and writes their index, which the others read.
-
-    Millions of records take longer than the ten minutes that a collective of the run may take.
-    """
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    on_process_0(lambda: len(data), patient)
-    dist.destroy_process_group(patient)
+    """Process 0 tokenizes all samples and writes their index, which the others read."""
+    on_process_0(lambda: len(data))
     with_picture = int(data.index.image.sum())
     if with_picture and not has_tower(cfg):
         raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
@@ -549,6 +546,11 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
             total += model(*to_device(batch, device)).double()
         supervised += n_supervised
     dist.all_reduce(total)
+    # A backward pass would have given the gathered weights back. While they are there, the model's parameters are copies
+    # in the compute dtype, which the optimizer and a checkpoint know nothing of.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     model.train()
     return float(total / max(supervised, 1))
 
@@ -557,16 +559,17 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
     """The model at the top of --out, in the saved format. Every process takes part in gathering; process 0 writes."""
     dtype = torch_dtype(cfg.dtype)
     tensors = {}
+    in_4_bits = []
     for name, p in model.named_parameters():
         whole = p.full_tensor() if isinstance(p, DTensor) else p
-        if dist.get_rank() == 0:
-            if p.is_floating_point():
-                tensors[name] = whole.detach().to("cpu", dtype)
-            else:
-                # In 4 bits. Its adapters are merged into the weights that the run started from.
-                tensors[name] = read_tensor(source, name).to(dtype)
+        if not p.is_floating_point():
+            in_4_bits.append(name)
+        elif dist.get_rank() == 0:
+            tensors[name] = whole.detach().to("cpu", dtype)
 
     def write() -> None:
+        for name in in_4_bits:                  # adapters are merged into the weights that the run started from
+            tensors[name] = read_tensor(source, name).to(dtype)
         save = save_model if has_tower(cfg) else save_phi
         save(Path(cfg.out), merge_lora(tensors, cfg.lora_alpha), config, source)
     on_process_0(write)
@@ -576,7 +579,7 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
 
 def main(args: Namespace) -> None:
     if args.plot:
-        from lib.plot import plot  # a door: drawing is no part of training
+        from lib.plot import plot              # a door: drawing is no part of training
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:

@@ -23,6 +23,7 @@ from lib.common import torchrun_env
 from lib.device import choose_device, choose_dtype, torch_dtype, use_device
 from lib.folders import open_weights
 from lib.generate import Session
+from lib.processes import join_group
 from model import LLaVAConfig, LLaVAPhi
 
 # ---------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def join_processes() -> Processes:
     if here.world == 1:
         return Processes(0, 1, lambda: None)
     # Only barriers go over it, and the fastest process may wait at one for hours.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    join_group("gloo", timedelta(days=7))
     return Processes(here.rank, here.world, dist.barrier)
 
 

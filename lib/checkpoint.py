@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from lib.common import DTYPES, LOCK, hold_folder, read_json, remove, sync_folder, torchrun_env, write_whole
 from lib.device import free_memory
-from lib.processes import on_every_process, on_process_0, print0
+from lib.processes import on_every_process, on_process_0, patient_group, print0
 from lib.recipes import IMAGE_MODES
 from lib.records import BAD_SAMPLES
 
@@ -86,8 +86,11 @@ def save_checkpoint(state: TrainState) -> Path:
         on_every_process(check_host_memory)
         on_process_0(lambda: make_folder(part, tensors))
         # dcp forces its own files to the disk.
-        files = split_into_files(tensors)
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(part), files, save_distributed=True))
+        writer = HuggingFaceStorageWriter(str(part), split_into_files(tensors), save_distributed=True)
+        # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power of
+        # two and stays with the process.
+        writer.per_thread_copy_ahead = 0
+        dcp.save(tensors, storage_writer=writer, process_group=patient_group())
         checksums = {}
         for of_one_process in on_every_process(lambda: checksums_of_own_files(part)):
             checksums |= of_one_process
@@ -286,7 +289,8 @@ def find_checkpoint(settings: dict) -> Checkpoint | None:
 
 def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
     """Restore weights, moments and step, whatever number of processes wrote them."""
-    dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(checkpoint.path)))
+    dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
+             process_group=patient_group())
     state.step = checkpoint.manifest["step"]
     state.updates = checkpoint.manifest["updates"]
     for moments in state.optimizer.state.values():

@@ -1,4 +1,5 @@
 """Which device and which dtype a command computes with, and the memory that the device has and has used, in bytes."""
+import math
 import os
 import re
 import resource
@@ -26,8 +27,21 @@ def free_memory(device: str | torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
     if info.exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
+        available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
+        return min(available, free_in_container())
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """What a container's memory limit leaves, by its cgroup (version 2); infinite where there is no limit.
+
+    Page cache counts as used there, although the kernel gives it back when asked for memory.
+    """
+    limit, used, details = cgroup / "memory.max", cgroup / "memory.current", cgroup / "memory.stat"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return math.inf
+    cache = int(re.search(r"^inactive_file (\d+)", details.read_text(), re.MULTILINE).group(1))
+    return int(limit.read_text()) - int(used.read_text()) + cache
 
 
 def memory_of(device: torch.device) -> float:

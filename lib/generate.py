@@ -378,7 +378,8 @@ class CudaGraph:
                 decode_step(model, self.ids, cache)
             torch.cuda.current_stream().wait_stream(side)
             # thread_local: other threads (a server, a loader that pins) may use CUDA meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            # Without a stream of ours torch would capture on the one of the first device that ever captured.
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.logits = decode_step(model, self.ids, cache)                  # (B, V)
 
     def replay(self, ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import signal
 import socket
 from argparse import Namespace
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,17 +14,44 @@ import torch.distributed as dist
 # One for all, and all together
 
 
+def join_group(backend: str, timeout: timedelta, **alone) -> None:
+    """Join the group that torchrun's environment describes, or make one of this process (`alone`)."""
+    try:
+        dist.init_process_group(backend, timeout=timeout, **alone)
+    except RuntimeError as e:
+        first_line = str(e).partition("\n")[0][:200]
+        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "
+                      "and NCCL_SOCKET_IFNAME to the network interface that they share; `ip addr` lists them") from None
+
+
 def print0(text: str) -> None:
     """Print on one process of the run."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, flush=True)
 
 
-def on_process_0(work: Callable, group: dist.ProcessGroup | None = None):
+PATIENCE = timedelta(days=1)
+patient_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}     # by the group of all processes
+
+
+def patient_group() -> dist.ProcessGroup:
+    """The group in which processes wait for each other's work on files.
+
+    Indexing millions of records, or checking and writing gigabytes on a slow disk, takes longer than the ten minutes
+    after which a collective of the training itself counts as hung. A process that dies is noticed at once in either.
+    """
+    world = dist.group.WORLD
+    if world not in patient_groups:
+        patient_groups.clear()
+        patient_groups[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return patient_groups[world]
+
+
+def on_process_0(work: Callable):
     """Call `work` on process 0 -> its result, on every process.
 
     An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
-    in their next collective until that times out. They wait for `work` as long as the group's timeout allows.
+    in their next collective until that times out.
     """
     result_and_error = [None, None]
     if dist.get_rank() == 0:
@@ -31,7 +59,7 @@ def on_process_0(work: Callable, group: dist.ProcessGroup | None = None):
             result_and_error[0] = work()
         except (OSError, ValueError) as e:
             result_and_error[1] = e
-    dist.broadcast_object_list(result_and_error, src=0, group=group)
+    dist.broadcast_object_list(result_and_error, src=0, group=patient_group())
     result, error = result_and_error
     if error:
         raise error
@@ -46,7 +74,7 @@ def on_every_process(work: Callable) -> list:
     except (OSError, ValueError) as e:
         result_and_error[1] = e
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, result_and_error)
+    dist.all_gather_object(gathered, result_and_error, group=patient_group())
     for _, error in gathered:
         if error:
             raise error
@@ -77,8 +105,8 @@ def watch_signals() -> list[int]:
 
 
 # What gloo and NCCL write when another process has gone. They have no exception of their own for it.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "operation timeout",
-        "remote process exited")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "imeout",
+        "was likely closed", "remote process exited")
 
 
 def explain(error: RuntimeError) -> str:
@@ -89,12 +117,12 @@ def explain(error: RuntimeError) -> str:
     """
     message = str(error)
     process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
-    first_line = message.partition("\n")[0][:200]
+    cause = message.partition("Last error:")[2].strip() or message.partition("\n")[0]
+    cause = " ".join(cause.split())[:300]
     if dist.get_world_size() > 1 and any(sign in message for sign in LOST):
-        return f"{process} lost another one ({first_line}); start again to go on from the newest checkpoint"
+        return f"{process} lost another one ({cause}); start again to go on from the newest checkpoint"
     if "NCCL error" in message:
-        cause = message.partition("Last error:")[2].strip() or first_line
-        return f"{process}: NCCL failed: {' '.join(cause.split())[:300]}; NCCL_DEBUG=INFO says more"
+        return f"{process}: NCCL failed: {cause}; NCCL_DEBUG=INFO says more"
     return ""
 
 
@@ -102,10 +130,17 @@ def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str
     """One line about a data worker that died; "" for every other error.
 
     DataLoader says it in a RuntimeError, unless a tensor was just coming from the worker: then the connection ended.
+    An exception that a worker raised also arrives as a RuntimeError, with its traceback. It is a defect, unless it
+    says that shared memory could not be had.
     """
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    message = str(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in message:
         return ""
-    reason = str(error).partition("\n")[0].partition(". ")[0][:200] or "it closed the connection"
+    reason = message.partition("\n")[0].partition(". ")[0][:200] or "it closed the connection"
+    if isinstance(error, RuntimeError) and message.startswith("Caught "):
+        if not any(sign in message for sign in ("shared memory", "</torch_", "No space left")):
+            return ""
+        reason = message.strip().rpartition("\n")[2][:200]
     return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({reason}). In a container "
             "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or take fewer --workers")
 

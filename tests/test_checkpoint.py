@@ -2,6 +2,8 @@
 import json
 
 import pytest
+import torch
+import torch.distributed.checkpoint.filesystem as dcp_files
 from helpers import TINY_MODEL, load_weights_command, metrics, train_flags
 from training import assert_same_run, run_train, some_of, train_here
 
@@ -21,7 +23,7 @@ def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one_bit_for_bit(stage
     if stage == "pretrain":
         chat_json = some_of(chat_json, tmp_path / "captions.json", image=True, turns=2)
     if stage == "lora":
-        stage, more = "finetune", [*more, "--lora-r", "2", "--val-data", str(chat_json), "--val-every", "2"]
+        stage, more = "finetune", [*more, "--lora-r", "2", "--val-data", str(chat_json), "--val-every", "5"]
     train_here(train_flags(tmp_path / "whole", chat_json, *more, stage=stage))
     train_here(train_flags(tmp_path / "parts", chat_json, *more, stage=stage), stop_after=5)
     assert [p.name for p in (tmp_path / "parts").glob("step_*")] == ["step_000005"]
@@ -182,6 +184,20 @@ def test_a_checkpoint_is_written_in_files_that_fit_into_memory(chat_json, tmp_pa
     train_here(train_flags(tmp_path / "parts", chat_json, *more))
     train_here(train_flags(tmp_path / "whole", chat_json, *more))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_save_copies_from_gpus_into_ordinary_memory(chat_json, tmp_path, monkeypatch):
+    """Page-locked memory, in which torch would copy ahead, is rounded up to a power of two and never given back."""
+    save = checkpoint.dcp.save
+
+    def save_where_there_is_a_gpu(*args, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(dcp_files, "_OverlappingCpuLoader", lambda *args, **options: pytest.fail("copies ahead"))
+            return save(*args, **options)
+    monkeypatch.setattr(checkpoint.dcp, "save", save_where_there_is_a_gpu)
+    train_here(train_flags(tmp_path / "out", chat_json, "--max-steps", "3"), stop_after=2)
+    assert (tmp_path / "out" / "step_000002" / "checkpoint.json").exists()
 
 
 def test_a_machine_without_memory_for_a_checkpoint_trains_on(chat_json, tmp_path, monkeypatch, capfd):

@@ -48,8 +48,9 @@ class Recorded:
         return self
 
     @contextlib.contextmanager
-    def capture(self, graph, capture_error_mode: str):
-        self.seen.append(("capture", self.current))
+    def capture(self, graph, stream=None, capture_error_mode: str = "global"):
+        # Without a stream, torch takes one that it made when a capture first ran, on whatever device that was.
+        self.seen.append(("capture", self.current if stream is not None else 0))
         yield
 
     def record(self, stream=None) -> None:

@@ -1,10 +1,11 @@
 """What a run writes down about itself, its curves, and the memory that it plans with."""
 import json
+import math
 
 import pytest
 import torch
 
-from lib.device import free_memory, memory_of, peak_memory
+from lib.device import free_in_container, free_memory, memory_of, peak_memory
 from lib.metrics import forget_later_steps, mfu, peak_flops, progress_line
 from lib.plot import plot
 
@@ -76,3 +77,14 @@ def test_curves_of_several_runs_make_one_page(tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {tmp_path / 'loss.html'}\n"
     with pytest.raises(FileNotFoundError, match="metrics.jsonl: not there; --plot takes the --out folders of runs"):
         plot([tmp_path], tmp_path / "loss.html")
+
+
+def test_a_containers_limit_counts_as_much_as_the_machines_memory(tmp_path):
+    """MemAvailable is the host's: without the limit, saving a checkpoint would be killed instead of refused."""
+    assert free_in_container(tmp_path) == math.inf                      # no cgroup of version 2
+    for name, text in (("memory.max", "max\n"), ("memory.current", "700\n"),
+                       ("memory.stat", "anon 500\ninactive_file 200\nactive_file 0\n")):
+        (tmp_path / name).write_text(text)
+    assert free_in_container(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_in_container(tmp_path) == 1000 - 700 + 200

@@ -44,6 +44,7 @@ def test_64_processes_shard_within_a_node_and_replicate_across_nodes(monkeypatch
     monkeypatch.setattr(train.dist, "init_process_group",
                         lambda *a, **k: real("fake", store=FakeStore(), rank=11, world_size=64))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(train, "on_every_process", lambda work: [work()] * 64)
     mesh, _ = train.setup()
     try:
         assert mesh.shape == (8, 8) and mesh.mesh_dim_names == ("replicate", "shard")
@@ -66,12 +67,35 @@ def test_nodes_of_one_process_each_share_the_weights_out(monkeypatch):
     real = train.dist.init_process_group
     monkeypatch.setattr(train.dist, "init_process_group",
                         lambda *a, **k: real("fake", store=FakeStore(), rank=1, world_size=2))
+    monkeypatch.setattr(train, "on_every_process", lambda work: [work()] * 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     mesh, _ = train.setup()
     try:
         assert mesh.shape == (2,) and mesh.mesh_dim_names == ("shard",)
     finally:
         train.dist.destroy_process_group()
+
+
+def test_nodes_with_different_numbers_of_processes_are_refused(monkeypatch):
+    """A mesh over nodes of 2 and 1 would end in an abort or in silence."""
+    real = train.dist.init_process_group
+    monkeypatch.setattr(train.dist, "init_process_group",
+                        lambda *a, **k: real("fake", store=FakeStore(), rank=0, world_size=3))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "on_every_process", lambda work: [work(), work(), 1])
+    try:
+        with pytest.raises(ValueError, match="nodes with 1 and 2 processes: start the same number on every node"):
+            train.setup()
+    finally:
+        train.dist.destroy_process_group()
+
+
+def test_a_card_that_torch_has_no_kernels_for_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(train, "missing_kernels", lambda card: "Tesla V100 has compute capability 7.0")
+    for name, stub in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", lambda device: None)):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    with pytest.raises(ValueError, match="Tesla V100.*; with CUDA_VISIBLE_DEVICES= before the command it trains on the"):
+        train.setup()
 
 
 def test_processes_that_cannot_reach_each_other_name_the_variables(monkeypatch):
@@ -209,12 +233,33 @@ def test_a_failing_rank_says_why_before_it_leaves_the_group(chat_json, tmp_path,
     train.dist.destroy_process_group()
 
 
+PATIENT = """
+import os, time
+from datetime import timedelta
+from lib.processes import join_group, on_process_0
+join_group("gloo", timedelta(seconds=2))
+print(on_process_0(lambda: time.sleep(5) or "read"), flush=True)
+os._exit(0)
+"""
+
+
+def test_the_others_wait_as_long_as_process_0_needs_for_its_files():
+    """Checking a checkpoint or writing a model on a slow disk takes longer than a collective of the training may."""
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [start_script("-c", PATIENT, env=env | {"RANK": str(rank)}) for rank in range(2)]
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=120)
+        assert stdout == "read\n", stderr
+
+
 NCCL = "NCCL error in: NCCLUtils.cpp:77, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
 
 
 @pytest.mark.parametrize("message, line", [
     ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:12345", "lost another one"),
     ("Timed out waiting 600000ms for recv operation to complete", "lost another one"),
+    ("Application timeout caused pair closure", "lost another one"),
+    ("recvValue failed on SocketImpl: failed to recv, got 0 bytes. Connection was likely closed.", "lost another one"),
     (NCCL.format("remote process exited or there was a network error", "ncclRemoteError: ...", "socket closed"),
      "lost another one"),
     (NCCL.format("unhandled cuda error", "ncclUnhandledCudaError: ...", "Cuda failure 2 'out of memory'"),
@@ -247,6 +292,15 @@ def test_a_dead_worker_is_known_by_any_of_its_errors(error, reason, monkeypatch)
     said = explain_dead_worker(error)
     assert f"a data worker of process 3 on {socket.gethostname()} died ({reason}" in said and "\n" not in said
     assert explain_dead_worker(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+
+
+def test_an_exception_in_a_worker_is_no_death_unless_shared_memory_was_short(monkeypatch):
+    """A defect keeps its traceback, instead of being blamed on the container."""
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
+    caught = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  ...\n"
+    assert explain_dead_worker(RuntimeError(caught + "RuntimeError: shape '[3]' is invalid")) == ""
+    short = "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+    assert f"died ({short})" in explain_dead_worker(RuntimeError(caught + short))
 
 
 def test_a_data_worker_that_dies_ends_all_processes_and_names_the_flag(chat_json, tmp_path):
