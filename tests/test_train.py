@@ -197,6 +197,7 @@ def test_what_a_step_of_several_micro_batches_sends(gather, chat_json, tmp_path,
     real = train.dist.init_process_group
     monkeypatch.setattr(train.dist, "init_process_group",
                         lambda *a, **k: real("fake", store=FakeStore(), rank=0, world_size=2))
+    monkeypatch.setattr(train, "on_every_process", lambda work: [work()] * 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     more = ["--global-batch", "12", "--freeze", "vision", "--gather", gather]
     cfg = parse(train_flags(tmp_path, chat_json, *more))
