@@ -51,7 +51,7 @@ def test_asking_about_several_pictures_is_asking_about_each(tiny_model, tiny_tok
     together = ask(tiny_model, tiny_tokenizer, "What is this?", pictures, max_new_tokens=8)
     apart = [ask(tiny_model, tiny_tokenizer, "What is this?", [picture], max_new_tokens=8)[0] for picture in pictures]
     assert together == apart
-    with pytest.raises(ValueError, match="put it into brackets"):
+    with pytest.raises(ValueError, match="put it in brackets"):
         ask(tiny_model, tiny_tokenizer, "What is this?", photo)
 
 
