@@ -2,13 +2,13 @@
 
 Prompts, token limits, parsing and metrics are those of the code behind the published numbers, quirks included: LLaVA's
 and LLaVA-Phi's eval scripts, GT-Vision-Lab's VQA scorer, the scorers of POPE, MME, MMMU, MM-Vet, VLMEvalKit (MMBench).
-Each benchmark is a file in benchmarks/; this one holds what is the same for all of them.
-Data lies under --root in the layout of LLaVA's playground/data/eval, folder names as they come.
+Each benchmark is a file in benchmarks/; this one holds what they share.
+The data is expected under --root, laid out like LLaVA's playground/data/eval.
 
 $ python eval.py --task scienceqa                              # generate, score, report: out/eval/scienceqa
 $ python eval.py --task pope,mme --model out/finetune          # several; --task paper is the paper's eight
-$ torchrun --nproc_per_node=8 eval.py --task paper             # the same files, eight times as fast
-$ python eval.py --task paper --check-data                     # is the data there and the right version? loads no model
+$ torchrun --nproc_per_node=8 eval.py --task paper             # the questions are shared among eight GPUs
+$ python eval.py --task paper --check-data                     # is the official data there? loads no model
 $ python eval.py --task pope --score answers.jsonl             # no model, no GPU; LLaVA's own answers files work too
 $ python eval.py --task pope --compare A.jsonl B.jsonl         # paired test and the list of flips
 $ python eval.py --task jsonl --questions my.jsonl --images my_images
@@ -40,7 +40,7 @@ from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_m
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    """The command line. ValueError: a flag that is wrong by itself."""
+    """Parse the command line. Raises ValueError for a flag that is wrong on its own."""
     parser = Parser(prog="eval.py", description=__doc__)
     on_or_off = BooleanOptionalAction
     special = []
@@ -48,24 +48,24 @@ def parse(argv: list[str] | None) -> Namespace:
         if (task.paper_mode, task.mipha_mode) != ("pad", "pad"):
             special.append(f"{name} {task.paper_mode} (Mipha {task.mipha_mode})")
     add = parser.add_argument
-    add("--task", help=f"one or several with commas: {', '.join(TASKS)}; paper: {', '.join(PAPER)}")
-    add("--root", default="data/eval", help="folder of the benchmarks, in the layout of LLaVA's playground/data/eval")
-    add("--split", help="a split other than the one of the published score")
-    add("--model", help=f"model folder; none: the first of {', '.join(map(str, USUAL_MODELS))} that is there")
-    add("--out", help="folder for answers and results; of several tasks, a subfolder each; none: out/eval/TASK")
+    add("--task", help=f"comma-separated: {', '.join(TASKS)}; paper stands for {', '.join(PAPER)}")
+    add("--root", default="data/eval", help="folder of the benchmark data, laid out like LLaVA's playground/data/eval")
+    add("--split", help="split; default: the one that published scores are on")
+    add("--model", help=f"model folder; default: the first of {', '.join(map(str, USUAL_MODELS))} that exists")
+    add("--out", help="folder for answers and results, with a subfolder per task if several; default: out/eval/TASK")
     add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
-        help="model: as it was trained; paper: as the published scores were made, which is pad except for "
+        help="model: as the model was trained; paper: as for the published scores, which is pad except for "
              + ", ".join(special))
     add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="bits of a weight; on a GPU 8 bits save memory, not time; 16: as --dtype says")
-    add("--dtype", type=dtype_name, help="fp32 or bf16; none: bf16 on a GPU that has it, fp32 on a CPU")
-    add("--device", help="cpu or cuda; none: cuda where there is one")
-    add("--batch", type=at_least(1), default=16, help="questions answered at a time")
+        help="bits per weight; 16: unquantized, in --dtype; on a GPU, 8 bits save memory but no time")
+    add("--dtype", type=dtype_name, help="fp32 or bf16; default: bf16 on a GPU that supports it, fp32 on a CPU")
+    add("--device", help="cpu or cuda; default: cuda if available")
+    add("--batch", type=at_least(1), default=16, help="questions per batch")
     add("--exact", action=on_or_off, default=False,
-        help="one question at a time and nothing shared between them, as official runs; changes nothing in fp32, "
+        help="one question at a time and no prefix caching, like the official runs; in fp32 this changes no answer, "
              "unless --bits is 4")
     add("--limit", type=at_least(1), help="only the first N questions")
-    add("--check-data", action=on_or_off, default=False, help="only check that the data is there and official")
+    add("--check-data", action=on_or_off, default=False, help="only check that the official data is there")
     add("--score", help="only score this answers file, ours or LLaVA's; needs no model")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two answers files")
     add("--allow-missing", action=on_or_off, default=False, help="count missing answers as wrong instead of stopping")
@@ -77,18 +77,18 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def chosen_tasks(args: Namespace) -> list[str]:
-    """--task with its commas and "paper" -> names, each once. ValueError on one that is not in the table."""
+    """The names in --task, each once, with "paper" expanded. Raises ValueError for an unknown one."""
     names = []
     for word in (args.task or "").split(","):
         names += PAPER if word.strip() == "paper" else [word.strip()]
     for name in names:
         if name not in TASKS:
             problem = f"{name} is unknown" if name else "is missing"
-            raise ValueError(f"--task {problem}: expected one or several of {', '.join(TASKS)}, or paper")
+            raise ValueError(f"--task {problem}: expected one or more of {', '.join(TASKS)}, or paper")
     return list(dict.fromkeys(names))
 
 # ---------------------------------------------------------------------------------------------------
-# Data: loaded and checked before any model
+# The data, loaded and checked before any model
 
 
 class Data(NamedTuple):
@@ -104,7 +104,7 @@ class Data(NamedTuple):
 
 
 def load_data(name: str, args: Namespace) -> Data:
-    """Raises ValueError or FileNotFoundError: what is missing or wrong, where it is expected, where to get it."""
+    """Read a benchmark's questions. ValueError says what is missing or wrong, where it belongs, where to get it."""
     task = TASKS[name]
     split = args.split or next(iter(task.splits))
     if split not in task.splits:
@@ -113,16 +113,16 @@ def load_data(name: str, args: Namespace) -> Data:
     options = Namespace(**{**vars(args), "split": split})
     try:
         examples = list(task.read(folder, options))
+        problem = "" if examples else f"no questions in {folder}"
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{name}: {e}. Get it: {task.source}") from e
+        problem = str(e)
     except (KeyError, TypeError, AttributeError, IndexError) as e:
-        # The readers index freely into what they expect: a file of another shape ends here.
+        # The readers index into the files without checking them, so a file in another format ends up here.
         problem = f"{folder} is not in the official format ({type(e).__name__}: {e})"
-        raise ValueError(f"{name}: {problem}. Get it: {task.source}") from e
     except ValueError as e:
         raise ValueError(f"{name}: {e}") from e
-    if not examples:
-        raise ValueError(f"{name}: no questions in {folder}. Get them: {task.source}")
+    if problem:
+        raise ValueError(f"{name}: {problem}. Get it: {task.source}")
     number, times = Counter(example.question_id for example in examples).most_common(1)[0]
     if times > 1 and not task.repeated_ids:
         raise ValueError(f"{name}: question_id {number!r} occurs {times} times in {folder}, expected once")
@@ -130,9 +130,9 @@ def load_data(name: str, args: Namespace) -> Data:
 
 
 def data_folder(name: str, task: Task, root: Path) -> Path:
-    """Of the names that a benchmark's folder goes by: one that holds its files, else one that exists, else the first.
+    """A benchmark's folder goes by several names: return the one that holds its files, else one that exists.
 
-    The last of these is for the message that says where the files are expected.
+    Without either, return the first, for the message that says where the files are expected.
     """
     folders = [root / folder for folder in task.folders or (name,)]
     for folder in folders:
@@ -145,7 +145,7 @@ def data_folder(name: str, task: Task, root: Path) -> Path:
 
 
 def check_images(data: Data) -> None:
-    """FileNotFoundError if an image is missing. Only the names are looked up: nothing is decoded yet."""
+    """Raise FileNotFoundError if an image is missing. Nothing is decoded yet."""
     paths = dict.fromkeys(example.image for example in data.examples if isinstance(example.image, Path))
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -154,7 +154,7 @@ def check_images(data: Data) -> None:
 
 
 def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str]]:
-    """-> checksums of the files, and what is not official about them: another version, another number of questions."""
+    """Checksums of the files, and notes on what is not official: another version, another number of questions."""
     checksums = {}
     notes = []
     for name, official in data.task.files.items():
@@ -173,7 +173,7 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
 
 
 def check_benchmarks(names: list[str], args: Namespace) -> None:
-    """Print what is there and what is not. Raises ValueError when something is missing or not official."""
+    """Print whether each task's data is complete. Raises ValueError when something is missing or not official."""
     bad = 0
     for name in names:
         try:
@@ -191,12 +191,12 @@ def check_benchmarks(names: list[str], args: Namespace) -> None:
         raise ValueError(f"{bad} of {len(names)} tasks do not have the official data")
 
 # ---------------------------------------------------------------------------------------------------
-# Generation: answers.jsonl grows by a line per answer, in any order; when all are there it is put in order.
-# Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that any number of them can go on after a kill.
+# Generation: answers.jsonl grows by a line per answer, in any order, and is sorted when all are there.
+# Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that any number of processes can resume the run.
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Changes with any weight, with the config and with the tokenizer."""
+    """A hash of the weights, the config and the tokenizer."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin", ".json", ".txt"):
@@ -206,7 +206,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def question_settings(data: Data, args: Namespace) -> dict:
-    """Which questions, in which words. `score_file` reads these back from settings.json."""
+    """Which questions are asked, and how they are worded. `score_file` reads these back from settings.json."""
     settings = {"task": data.name, "split": data.split}
     for flag in QUESTION_FLAGS:
         settings[flag] = getattr(args, flag)
@@ -221,8 +221,8 @@ def reference_model(config) -> str:
 def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -> dict:
     """Everything that an answer depends on. config: the model's LLaVAConfig.
 
-    Processes and batch size are not in it: they change nothing in fp32, and one answer in some hundreds in bf16 or with
-    4-bit weights, which are multiplied in another way for few rows than for many.
+    The number of processes and the batch size are left out: they change nothing in fp32, and one answer in a few
+    hundred in bf16 or with 4-bit weights, whose matmul kernel depends on the number of rows.
     """
     reference = reference_model(config)
     image_mode = args.image_mode
@@ -244,14 +244,13 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
 
 @contextmanager
 def begin(out: Path, settings: dict) -> Iterator[None]:
-    """Keep the folder for this run as long as the context lasts.
+    """Lock the folder for this run while the context lasts.
 
-    Raises ValueError when another run has it, or when it holds answers made with other settings, or what is not this
-    program's.
+    Raises ValueError when another run holds it, or when it contains answers made with other settings or foreign files.
     """
     path = out / "settings.json"
     if out.exists() and not path.exists():
-        # A run that was killed at once leaves its lock, and perhaps a file that was not yet renamed.
+        # A run that was killed early leaves its lock, and perhaps a file that was not renamed yet.
         ours = {LOCK, f".writing_{path.name}"}
         if not out.is_dir() or {file.name for file in out.iterdir()} - ours:
             raise ValueError(f"{out} is not empty and was not made by eval.py: give another --out")
@@ -269,7 +268,7 @@ def begin(out: Path, settings: dict) -> Iterator[None]:
 
 
 def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
-    """Row -> answer, of every process of this or of a killed run."""
+    """Row -> answer, from every process of this run and of interrupted ones."""
     answers = {}
     for path in sorted(out.glob("answers*.jsonl")):
         for line in read_jsonl(path, torn=True):
@@ -284,12 +283,12 @@ def plan_batches(examples: list[Example], prompts: dict[int, list[int]], rank: i
                  batch: int) -> list[list[int]]:
     """The rows that this process answers, in batches of similar length, with questions about one picture together.
 
-    prompts: token ids of each row that is still to be answered. Pictures are dealt to the processes in turn, in the
-    order of the task and whatever is answered already, so that the split is the same after a restart.
+    prompts: token ids of each row that is still to be answered. Pictures are assigned to processes round-robin, in task
+    order and regardless of what is answered already, so that the assignment is the same after a restart.
     """
     rows_of_picture: dict[object, list[int]] = defaultdict(list)
     for row, example in enumerate(examples):
-        # Where there is no picture, or a blank one, there is nothing to share: those are dealt out 64 rows at a time.
+        # Questions without a picture, or with a blank one, share no prefix: they are assigned 64 rows at a time.
         no_picture = example.image is None or example.image == BLANK
         key = (example.image, row // 64) if no_picture else example.image
         rows_of_picture[key].append(row)
@@ -307,7 +306,7 @@ def write_answers(path: Path, answers: Iterator, examples: list[Example], progre
     """Append each answer to the file as it ends."""
     written = path.read_bytes() if path.exists() else b""
     with open(path, "ab") as file, progress:
-        file.truncate(written.rfind(b"\n") + 1)                 # a line that a kill left unfinished
+        file.truncate(written.rfind(b"\n") + 1)                 # drop a line that a kill left unfinished
         for answer in answers:
             example = examples[answer.row]
             line = {"row": answer.row, "question_id": example.question_id,
@@ -319,7 +318,7 @@ def write_answers(path: Path, answers: Iterator, examples: list[Example], progre
 
 
 def put_in_order(out: Path, data: Data) -> None:
-    """All processes' answers into one file, in the order of the questions."""
+    """Merge all processes' answers into one file, in the order of the questions."""
     answers = answers_so_far(out, data.examples)
     write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
     for path in out.glob("answers.*.jsonl"):
@@ -335,7 +334,7 @@ def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
 
 
 def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Grade]:
-    """Grade each answer by the benchmark's rule or its judge; the score is None where neither is at hand."""
+    """Grade each answer by the benchmark's rule or its judge; the score is None where neither is available."""
     if data.task.judge:
         if not args.grades and not args.judge_url:
             return [Grade(None)] * len(answers)
@@ -353,7 +352,7 @@ def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: 
 
 
 def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
-    """The benchmark's number over what was scored; None if nothing was."""
+    """The benchmark's score over all graded answers; None if there are none."""
     scored = [(example, grade) for example, grade in zip(data.examples, grades) if grade.score is not None]
     if not scored:
         return None
@@ -361,23 +360,23 @@ def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
 
 
 def asked_in_other_words(example: Example, answer: dict) -> bool:
-    """Was the answer made with another prompt? Only two lines are compared: LLaVA saves some prompts without the
-    instruction at the end."""
+    """Was the answer made with another prompt? Only the first two lines are compared, because LLaVA saves some prompts
+    without the instruction at the end."""
     saved = answer.get("prompt", example.prompt)
     return saved.removeprefix("<image>\n").split("\n")[:2] != example.prompt.split("\n")[:2]
 
 
 def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | None:
-    """Whose grades the score is made of; None where no judge was asked."""
+    """Where the grades come from; None where no judge was asked."""
     if not data.task.judge or total is None:
         return None
     if args.grades:
         return f"the grades in {Path(args.grades).name}"
-    return f"{args.judge_model}, asked in this project's words"
+    return f"{args.judge_model}, with this project's prompt"
 
 
 def published_scores(task: Task, settings: dict) -> dict[str, float]:
-    """Name of a model -> its score; first the model that this one is to be compared with."""
+    """Name of a model -> its published score; the model to compare with comes first."""
     scores = {}
     for model, name in published_columns(settings.get("reference")).items():
         if model in task.published:
@@ -386,8 +385,8 @@ def published_scores(task: Task, settings: dict) -> dict[str, float]:
 
 
 def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
-          run: dict | None = None) -> dict:
-    """Grade, summarize, write result.json, report.html and the submission; nothing is written before all is known."""
+               run: dict | None = None) -> dict:
+    """Grade and summarize, then write the submission, report.html and result.json."""
     task = data.task
     grades = grade_answers(data, answers, args, out)
     total = summarize_scored(data, grades)
@@ -396,7 +395,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     others = [asked_in_other_words(e, answer) for e, answer in zip(data.examples, answers) if answer]
     checksums, notes = data_versions(data, args)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
-    if "torch" in sys.modules:              # scoring alone does not load it
+    if "torch" in sys.modules:              # scoring alone does not import it
         versions["torch"] = sys.modules["torch"].__version__
     result = {
         "task": data.name,
@@ -423,7 +422,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
         "versions": versions,
         "run": run,
     }
-    # A submission is for the split that is published, and whole or not at all.
+    # A submission is made only for the published split, and only when every question is answered.
     published_split = data.split == next(iter(task.splits))
     if task.write_submission and (total is None or published_split) and None not in answers and not args.limit:
         try:
@@ -439,20 +438,18 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
 
 
 def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float | None]]:
-    """Print the score of an answers file -> text and score of each answer."""
+    """Print the score of an answers file; return the text and the score of each answer."""
     answers = match_answers(path, data, args)
-    grades = grade_answers(data, answers, args, path.parent)
+    grades = [] if data.task.judge else grade_answers(data, answers, args, path.parent)
     total = summarize_scored(data, grades)
     if total is None:
-        raise ValueError(f"{data.name}: answers cannot be compared without the truth, which is on a server")
+        raise ValueError(f"{data.name}: nothing to compare: these answers are graded on a server or by a judge")
     print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
     return [(answer["text"] if answer else "", grade.score) for answer, grade in zip(answers, grades)]
 
 
 def compare(data: Data, args: Namespace) -> None:
     """Print both scores, a paired test, and every question whose score differs."""
-    if data.task.judge:
-        raise ValueError(f"{data.name}: judged answers cannot be compared, grades belong to one answers file")
     first, second = [load_side(Path(path), data, args) for path in args.compare]
     flips = []
     before = []
@@ -479,7 +476,7 @@ def compare(data: Data, args: Namespace) -> None:
 
 
 def score_file(args: Namespace) -> None:
-    """--score FILE: settings in the same folder, if there are any, say which task it is and how it was asked."""
+    """--score FILE. A settings.json next to it, if there is one, says which task it answers and how that was asked."""
     path = Path(args.score)
     settings_file = path.parent / "settings.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
@@ -496,14 +493,14 @@ def score_file(args: Namespace) -> None:
         out = path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
     answers = match_answers(path, data, args)
     settings = settings or {**question_settings(data, args), "scored": path.name}
-    # The answers' own folder has these settings already; any other one has to agree with them.
+    # The answers' own folder has these settings already; those of any other must agree with them.
     with begin(out, settings) if out != path.parent else hold_folder(out):
         print_result(score_task(data, answers, args, out, settings), out)
 
 
 def answer_and_score(args: Namespace) -> None:
-    """Check all the data, then the model; answer what is not answered yet; score task by task."""
-    from lib import asking                  # two doors: these need torch, which scoring does without
+    """Check all the data, then the model; answer the open questions; score task by task."""
+    from lib import asking                  # imported here because both need torch, which scoring does without
     from load_weights import load_model
     tasks = [load_data(name, args) for name in chosen_tasks(args)]
     for data in tasks:
@@ -520,7 +517,7 @@ def answer_and_score(args: Namespace) -> None:
         if len(tasks) > 1 or not args.out:
             out = out / data.name
         settings = generation_settings(data, fingerprint, model.config, args)
-        # The first process holds the folder for all that torchrun started.
+        # Rank 0 locks the folder on behalf of all processes.
         with begin(out, settings) if processes.rank == 0 else nullcontext():
             processes.barrier()
             started = time.time()
@@ -535,13 +532,13 @@ def answer_and_score(args: Namespace) -> None:
 
 
 def answer_missing(data: Data, model, processes, settings: dict, args: Namespace, out: Path) -> int:
-    """Ask this process's share of the questions that have no answer yet -> how many these are for all processes.
+    """Answer this process's share of the open questions; return how many are open over all processes.
 
     model, processes: lib.asking.Model and Processes.
     """
     asked = range(len(data.first(args.limit).examples))
     todo = set(asked) - answers_so_far(out, data.examples).keys()
-    if todo:                                # else not even a model is loaded
+    if todo:                                # otherwise no model is loaded
         model.load()
         prompts = model.encode(data.examples, todo)
         batches = plan_batches(data.examples, prompts, processes.rank, processes.world, args.batch)
@@ -554,7 +551,7 @@ def answer_missing(data: Data, model, processes, settings: dict, args: Namespace
 
 
 def score_run(data: Data, run: dict, settings: dict, args: Namespace, out: Path) -> dict:
-    """Bring the answers of all processes together and score them."""
+    """Merge the answers of all processes and score them."""
     put_in_order(out, data)
     data = data.first(args.limit)
     answers = match_answers(out / "answers.jsonl", data, args)
@@ -564,7 +561,7 @@ def score_run(data: Data, run: dict, settings: dict, args: Namespace, out: Path)
 
 
 def main(args: Namespace) -> None:
-    """Only the last of the four needs a model."""
+    """Of the four commands only the last needs a model."""
     if args.check_data:
         check_benchmarks(chosen_tasks(args), args)
     elif args.compare:
@@ -576,4 +573,4 @@ def main(args: Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, parse_or_exit(parse), interrupted="stopped; the same command goes on from here"))
+    sys.exit(run_command(main, parse_or_exit(parse), interrupted="stopped; run the same command to resume"))

@@ -2,7 +2,7 @@
 
 $ python sample.py --image x.jpg                                         # chat; /help lists the commands
 $ python sample.py --image x.jpg --prompt "What is this?"                # one answer on stdout, the rest on stderr
-$ python sample.py --image a.jpg b.jpg --prompt "What is this?" --json   # each picture is asked, in one batch
+$ python sample.py --image a.jpg b.jpg --prompt "What is this?" --json   # one question, several pictures, one batch
 $ cat x.jpg | python sample.py --image - --prompt "What is this?"
 $ python sample.py --prompt "Who wrote Faust?"                           # no picture
 $ python sample.py --serve                                               # a page, and an API like OpenAI's: serve/
@@ -20,42 +20,44 @@ from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, fin
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    """The command line. ValueError: a flag that is wrong by itself or contradicts another."""
+    """Parse the command line. Raises ValueError for a flag that is wrong on its own or contradicts another."""
     parser = Parser(prog="sample.py", description=__doc__)
     add = parser.add_argument
-    add("--model", help=f"model folder; none: the first of {', '.join(map(str, USUAL_MODELS))} that is there")
-    add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, - for stdin; none: text only")
-    add("--prompt", help="ask this once and exit, - for stdin; none: chat")
-    add("--max-new-tokens", type=at_least(1), default=256, help="the longest answer")
-    add("--temperature", type=at_least(0.0), default=0.0, help="0: always the most likely token")
+    add("--model", help=f"model folder; default: the first of {', '.join(map(str, USUAL_MODELS))} that exists")
+    add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, or - for stdin; default: text only")
+    add("--prompt", help="ask this once and exit, or - for stdin; default: chat")
+    add("--max-new-tokens", type=at_least(1), default=256, help="longest answer, in tokens")
+    add("--temperature", type=at_least(0.0), default=0.0, help="sampling temperature; 0: greedy")
     add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens; 0: off")
     add("--top-p", type=between(1e-6, 1.0), default=1.0,
-        help="sample from the most likely tokens that have this probability together")
+        help="sample from the most likely tokens whose probabilities add up to this")
     add("--seed", type=int, default=0, help="random seed")
     add("--dtype", type=dtype_name, metavar="{fp32,bf16}",
-        help="none: bf16 where the device has instructions for it or fp32 does not fit into memory, else fp32")
-    add("--device", help="cpu, cuda, cuda:1 or mps; none: the best there is")
+        help="default: bf16 if the device has instructions for it or fp32 does not fit into memory, else fp32")
+    add("--device", help="cpu, cuda, cuda:1 or mps; default: the best available")
     add("--bits", type=int, choices=(4, 8, 16), default=16,
-        help="bits of a weight: 8 and 4 take half and a quarter of bf16's memory; on a GPU 8 bits save memory, not time; "
-             "16: as --dtype says")
-    add("--cuda-graph", action=BooleanOptionalAction, default=False, help="CUDA graphs: faster long answers on a GPU")
-    add("--json", action=BooleanOptionalAction, default=False, help="one json object per picture, with --prompt")
+        help="bits per weight; 16: unquantized, in --dtype; 8 and 4 take half and a quarter of bf16's memory; on a "
+             "GPU, 8 bits save memory but no time")
+    add("--cuda-graph", action=BooleanOptionalAction, default=False,
+        help="decode with CUDA graphs, faster for long answers")
+    add("--json", action=BooleanOptionalAction, default=False, help="with --prompt: print one json object per picture")
     add("--verbose", action=BooleanOptionalAction, default=False,
-        help="time to first token, tokens per second, memory; with --serve: questions and answers in the log")
+        help="print time to first token, tokens per second, memory; with --serve, log questions and answers")
     add("--serve", action=BooleanOptionalAction, default=False,
-        help="a page and an OpenAI-compatible API; --max-new-tokens, --temperature, --top-k, --top-p: its defaults")
-    add("--host", default="127.0.0.1", help="with --serve: where to listen; any other address needs a key")
-    add("--port", type=int, default=8000, help="with --serve; 0: any free one")
-    add("--api-key", help="with --serve: clients must know it; none: API_KEY in the environment")
+        help="serve a page and an OpenAI-compatible API, whose defaults are --max-new-tokens, --temperature, --top-k "
+             "and --top-p")
+    add("--host", default="127.0.0.1", help="with --serve: address to listen on; any but a loopback one needs a key")
+    add("--port", type=int, default=8000, help="with --serve: port to listen on; 0: any free one")
+    add("--api-key", help="with --serve: key that clients must send; default: API_KEY in the environment")
     args = parser.parse_args(argv)
     if args.serve and (args.prompt is not None or args.image or args.json):
         parser.error("--serve takes its questions and pictures from the page and the API: leave out --prompt, --image "
                      "and --json")
     chatting = args.prompt is None and not args.serve
     if chatting and (len(args.image or []) > 1 or args.json):
-        parser.error("a chat is in words and about one picture: --json and several pictures need --prompt")
+        parser.error("a chat is about one picture and prints text: --json and several pictures need --prompt")
     if "-" in (args.image or []) and (chatting or args.prompt == "-"):
-        parser.error("stdin brings the picture, so the question must come as --prompt TEXT")
+        parser.error("stdin carries the picture, so the question must be given as --prompt TEXT")
     return args
 
 
@@ -77,20 +79,20 @@ with contextlib.suppress(ImportError):
     # Importing readline is all it takes to give input() arrow keys and a history. Windows does not have it.
     import readline  # noqa: F401
 
-COMMANDS = """/image PATH   look at another picture; the chat starts anew
-/reset        start anew with the same picture
+COMMANDS = """/image PATH   start over with another picture
+/reset        start over with the same picture
 /save FILE    write the chat as json
 /quit         leave
 Ctrl-C stops an answer; a second time, or Ctrl-D, leaves."""
 
 
 def print_note(text: str) -> None:
-    """Everything but the answer goes to stderr, so that `python sample.py ... > answer.txt` holds the answer alone."""
+    """Print to stderr. stdout carries only the answer, so that `python sample.py ... > answer.txt` saves just that."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_answer(text: str, end: str = "") -> None:
-    """Show a model's text as it arrives. A model can be made to say escape sequences; the terminal must not obey."""
+    """Print a model's text as it arrives. Control characters go: a model can be made to emit escape sequences."""
     print(without_control(text), end=end, flush=True)
 
 # ---------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def print_answer(text: str, end: str = "") -> None:
 
 
 def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Namespace, sampling: dict) -> None:
-    """Ask the same question about every picture. One answer streams; several are printed when all are complete."""
+    """Ask the same question about every picture. A single answer streams; several are printed when all are complete."""
     clock = Clock()
     if len(images) == 1 and not args.json:
         for [piece] in answer(session, tok, [[args.prompt]], images, clock, **sampling):
@@ -122,7 +124,7 @@ class Chat:
     """A conversation in the terminal about one picture, or about none."""
 
     def __init__(self, session: Session, tok: Tokenizer, image: Tensor, args: Namespace, sampling: dict):
-        self.session = session              # keeps keys and values of everything so far: a turn computes what is new
+        self.session = session              # keeps the KV cache: a turn computes only its new tokens
         self.config = session.model.config
         self.tok = tok
         self.image = image
@@ -143,23 +145,23 @@ class Chat:
         except KeyboardInterrupt:
             print_note(" [stopped]")
         print(flush=True)
-        if text:                            # a question without any answer would break the order of speakers
+        if text:                            # a question without an answer would break the alternation of roles
             self.turns = [*turns, text]
         self.explain_the_end(clock)
 
     def explain_the_end(self, clock: Clock) -> None:
-        """An answer that stops in the middle of a sentence looks like a defect: say which limit it met."""
+        """An answer that stops in the middle of a sentence looks like a bug: say which limit it hit."""
         if self.session.finish == ["length"]:
             print_note(f"[stopped after {clock.steps} tokens: --max-new-tokens allows more]")
         elif self.session.finish == ["context"]:
-            print_note(f"[the model's {self.config.llm.block_size} positions are full: /reset starts anew]")
+            print_note(f"[the model's {self.config.llm.block_size} positions are full: /reset starts over]")
         if self.verbose and clock.steps:
             print_note(str(clock))
 
     def obey(self, line: str) -> None:
-        """Carry out a line that begins with a slash. Raises OSError, ValueError: the chat stays as it was.
+        """Carry out a line that begins with a slash. Raises EOFError for /quit.
 
-        EOFError: the user wants to leave.
+        OSError and ValueError (a bad path) leave the chat as it was.
         """
         command, _, argument = line.partition(" ")
         argument = argument.strip()
@@ -202,7 +204,7 @@ class Chat:
 
 
 def read_line() -> str:
-    """A line with history and arrow keys in a terminal, else from the pipe: no prompt sign on stdout then."""
+    """Read a line: in a terminal with a prompt, history and arrow keys; from a pipe without a prompt on stdout."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         return input("> ")
     line = sys.stdin.readline()
@@ -215,17 +217,17 @@ def read_line() -> str:
 
 
 def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> tuple[str, str]:
-    """--dtype, else the one that suits a model of this size on this device -> its name, and what to say about it.
+    """--dtype, else the one that suits a model of this size on this device. Returns its name and a description.
 
-    On a CPU a small model is fast enough in fp32, which gives the same text on every machine, and a model in 8 bits has
-    its large products in int8. A model that does not fit into memory in fp32 is computed in bf16.
+    On a CPU a small model is fast enough in fp32, which gives the same text on every machine, and so is an 8-bit model,
+    whose large matmuls are in int8. A model that does not fit into memory in fp32 runs in bf16.
     """
     dtype = choose_dtype(asked, device)
     if asked or device != "cpu":
         return dtype, f"{device} in {dtype}"
     if bits == 8 or n_parameters < 100e6:
         return "fp32", "cpu in fp32"
-    need = 1.1 * 4 * n_parameters                       # with a tenth for activations and the cache
+    need = 1.1 * 4 * n_parameters                       # a tenth more for activations and the KV cache
     if bits == 16 and dtype == "fp32" and need > free_memory("cpu"):
         return "bf16", "cpu in bf16, since fp32 does not fit into memory"
     return dtype, f"cpu in {dtype}"
@@ -234,11 +236,11 @@ def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> t
 def main(args: Namespace) -> None:
     folder = find_model(args.model)
     if args.serve:
-        from serve.server import Server                 # a door: only --serve needs the page and the API
+        from serve.server import Server                 # imported here: only --serve needs it
         key = args.api_key if args.api_key is not None else os.environ.get("API_KEY") or None
-        server = Server(args.host, args.port, key, args.verbose)    # a port that is taken is found before the load
+        server = Server(args.host, args.port, key, args.verbose)    # a taken port fails before the model loads
     if args.cuda_graph and not torch.cuda.is_available():
-        raise ValueError("--cuda-graph captures CUDA graphs, and there is no CUDA device here")
+        raise ValueError("--cuda-graph needs a CUDA device, and there is none here")
     device = choose_device(args.device)
     use_device(device)
     source = open_weights(folder)
@@ -247,7 +249,7 @@ def main(args: Namespace) -> None:
     n_parameters = sum(prod(stored.shape) for pieces in source.found.values() for stored in pieces.values())
     dtype, where = dtype_for(n_parameters, args.dtype, device, args.bits)
 
-    # Everything that can be wrong with the question is found before the weights, which take a while to load.
+    # Check the question and the pictures first: the weights take a while to load.
     if args.prompt == "-":
         args.prompt = sys.stdin.read()
     images = [open_image(source, config) for source in args.image or [None]]

@@ -31,7 +31,7 @@ PAPER = ("vqav2", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "m
 # ---------------------------------------------------------------------------------------------------
 # Flags that only some of the benchmarks read
 
-QUESTION_FLAGS = ("ocr", "img_only")        # these change what is asked, so they are saved with the answers
+QUESTION_FLAGS = ("ocr", "img_only")        # these change the questions, so they are saved with the answers
 
 
 def add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,5 +44,5 @@ def add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
     add("--images", help="jsonl: folder of their images")
     add("--grades", help=f"{judged}: an existing grade or review file")
     add("--judge-url", help=f"{judged}: an OpenAI-compatible service; its key is read from JUDGE_API_KEY")
-    add("--judge-model", help="the judge's name")
+    add("--judge-model", help="name of the judge's model")
     add("--judge-timeout", type=float, default=60.0, help="seconds to wait for one reply of the judge")

@@ -1,4 +1,4 @@
-"""The benchmarks' files: find and read the official ones, match an answers file with its questions, write json."""
+"""The benchmarks' files: find and read the official ones, match an answers file to its questions, write json."""
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -14,8 +14,8 @@ COCO = "http://images.cocodataset.org/zips"
 # ---------------------------------------------------------------------------------------------------
 # Reading
 #
-# Where LLaVA's question file from eval.zip is there, it decides order and wording, so that the answers can be compared
-# line by line with published ones. Without it the same questions are rebuilt from the benchmark's official files.
+# LLaVA's question file from eval.zip, if present, decides order and wording, so that answers can be compared line by
+# line with published ones. Without it the same questions are rebuilt from the benchmark's official files.
 
 
 def first_existing(folder: Path, *names: str) -> Path | None:
@@ -26,7 +26,7 @@ def first_existing(folder: Path, *names: str) -> Path | None:
 
 
 def required_file(folder: Path, *names: str) -> Path:
-    """The first of these names that exists; FileNotFoundError names all of them."""
+    """The first of these files that exists. FileNotFoundError lists all of them."""
     path = first_existing(folder, *names)
     if path is None:
         others = "".join(f" (nor is there {name})" for name in names[1:])
@@ -43,12 +43,12 @@ def image_file(folder: Path, name: str) -> Path:
 
 
 def read_official_json(path: Path) -> dict | list:
-    """Question and annotation files are lists as well as objects, and VQAv2's have 300 MB."""
+    """Read a question or annotation file: a list or an object, and up to 300 MB (VQAv2)."""
     return read_json(path, limit=1 << 32, kind=(dict, list))
 
 
 def read_llava_questions(path: Path, images: Path) -> Iterator[Example]:
-    """A question file of eval.zip whose truth is on a server."""
+    """Read a question file of eval.zip; the truth is on a server."""
     for row in read_jsonl(path):
         yield Example(row["question_id"], image_file(images, row["image"]), row["text"])
 
@@ -67,16 +67,16 @@ def question_line(prompt: str) -> str:
 
 def rows_of_answers(answers: list[dict], examples: list[Example], repeated_ids: bool,
                     limit: int | None) -> list[int | None]:
-    """The row that each line of an answers file belongs to; None: not known.
+    """The row of the question that each line of an answers file answers; None if unknown.
 
-    Our lines say it themselves. LLaVA's are in the order of the questions, or are joined by question_id, and where
-    that names the image (repeated_ids) by the question's words too.
+    Our lines contain it. LLaVA's are in the order of the questions, or else are joined by question_id, and where that
+    names the image (repeated_ids) by the text of the question too.
     """
     if all("row" in line for line in answers):
         return [line["row"] for line in answers]
     ids = [str(example.question_id) for example in examples]
     answered_ids = [str(line["question_id"]) for line in answers]
-    if limit:                           # the file may go on where the questions end
+    if limit:                           # the file may answer more questions than these
         answered_ids = answered_ids[:len(ids)]
     if answered_ids == ids:
         return list(range(len(answers)))
@@ -92,8 +92,8 @@ def read_answers(path: Path, examples: list[Example], repeated_ids: bool = False
                  allow_missing: bool = False) -> list[dict | None]:
     """The answer to each question; None where allow_missing lets one be missing.
 
-    Raises ValueError on answers that do not belong, are double or missing. `limit` says that the examples are only
-    the first ones of the benchmark, so that answers to further questions are passed over.
+    Raises ValueError on foreign, duplicate and missing answers. limit: the examples are only the first ones of the
+    benchmark, so answers to later questions are ignored.
     """
     answers = read_jsonl(path)
     ids = [str(example.question_id) for example in examples]
@@ -129,5 +129,5 @@ def to_jsonl(rows: Iterable[dict]) -> str:
 
 
 def short_sha256(data: bytes) -> str:
-    """The first 16 digits: enough to tell versions of a file apart, and short enough to read."""
+    """The first 16 hex digits, enough to tell versions of a file apart."""
     return hashlib.sha256(data).hexdigest()[:16]

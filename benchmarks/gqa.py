@@ -28,7 +28,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
 
 
 def gqa_answer(text: str) -> str:
-    """All that LLaVA's converter does before the official scorer compares strings."""
+    """Normalize as LLaVA's converter does; the official scorer then compares strings."""
     return text.rstrip(".").lower()
 
 

@@ -1,7 +1,7 @@
-"""The judge: a language model behind an OpenAI-compatible address that grades free answers, or a file of its grades.
+"""The judge: a language model behind an OpenAI-compatible API that grades free-form answers, or a file of its grades.
 
-MM-Vet and LLaVA-Bench need one. Every grade is kept as it arrives, so that a run that is stopped, or whose judge fails,
-goes on where it was and nothing is paid for twice.
+MM-Vet and LLaVA-Bench need one. Every grade is saved as it arrives, so that an interrupted run, or one whose judge
+fails, resumes where it stopped and nothing is paid for twice.
 """
 import json
 import os
@@ -22,10 +22,10 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_tokens: int) -> str:
-    """One chat completion -> the text of the reply. ValueError if the judge fails.
+    """Request one chat completion; return the text of the reply. Raises ValueError if the judge fails.
 
-    This is the project's only access to a network, and it goes to an address that the user gave. The key, which the
-    environment variable JUDGE_API_KEY holds, goes to that address alone.
+    No other code of this project connects to a server, and this one connects only to the address that the user gave.
+    The key, from the environment variable JUDGE_API_KEY, is sent to that address alone.
     """
     url = options.judge_url.rstrip("/") + "/chat/completions"
     origin = origin_of(check_judge_url(url))
@@ -42,28 +42,27 @@ def ask_judge(options: Namespace, messages: list[dict], temperature: float, max_
         with opener.open(request, timeout=options.judge_timeout) as reply:
             return json.loads(reply.read(MAX_REPLY))["choices"][0]["message"]["content"]
     except (OSError, HTTPException, ValueError, KeyError, IndexError, TypeError) as e:
-        # The words of an error can be the server's own, and it knows the key.
+        # The message can come from the server, which knows the key.
         problem = visible(str(e).replace(key, "(the key)") if key else str(e))
-        raise ValueError(f"the judge at {url} failed ({problem}); its grades so far are kept, run this again to go "
-                         "on") from None
+        raise ValueError(f"the judge at {url} failed ({problem}); the grades so far are saved: run this again to "
+                         "continue") from None
 
 
 def check_judge_url(url: str) -> SplitResult:
-    """ValueError unless it is a plain http or https address. A password in it is not repeated in the message."""
+    """Raise ValueError unless it is a plain http or https URL. The message omits it, as it may contain a password."""
     try:
         parts = urlsplit(url)
-        parts.port                      # raises ValueError if it is no number
-    except ValueError as e:
-        raise ValueError(f"--judge-url: {e}") from None
-    if parts.username or parts.password:
-        raise ValueError("--judge-url: has a user name or password in it; the key belongs into JUDGE_API_KEY")
-    if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
-        raise ValueError(f"--judge-url {url}: expected http://HOST or https://HOST, perhaps with a port and a path")
+        parts.port                      # raises ValueError if it is not a number
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.username or parts.password:
+        raise ValueError("--judge-url: expected http://HOST or https://HOST, optionally with a port and a path; "
+                         "a key belongs in JUDGE_API_KEY")
     return parts
 
 
 def judge_key() -> str:
-    """JUDGE_API_KEY, checked here because http.client repeats in its error message a header that it refuses."""
+    """JUDGE_API_KEY, checked here because http.client quotes an invalid header in its error message."""
     key = os.environ.get("JUDGE_API_KEY", "").strip()
     if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
         raise ValueError("JUDGE_API_KEY holds spaces, line breaks or characters outside ASCII: is it a key?")
@@ -86,12 +85,12 @@ class SameOriginRedirects(HTTPRedirectHandler):
         if origin_of(target) != self.origin:
             raise ValueError(f"it redirects to another server, {target.scheme}://{target.hostname}, which must not see "
                              "the key; if that one is the judge, give its address")
-        # urllib would turn the question into a request without content.
+        # urllib would turn the POST into a GET without a body.
         return Request(newurl, req.data, dict(req.header_items()), method="POST")
 
 
 def read_grades(path: Path, as_rows: bool) -> dict:
-    """Grades by key. as_rows: a json object a line, with its question_id; else one object of all."""
+    """Grades by key. as_rows: the file has one json object per line, with a question_id; else it is one json object."""
     if as_rows:
         return {row["question_id"]: row for row in read_jsonl(path)}
     return read_json(path, limit=1 << 32)
@@ -99,13 +98,13 @@ def read_grades(path: Path, as_rows: bool) -> dict:
 
 def collect_grades(file_name: str, keys: list, ask: Callable[[Example, str, Namespace], dict],
                    examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[dict]:
-    """The judge's grade of each answer: read from --grades, or asked for with `ask` and kept in `out`.
+    """The judge's grade of each answer: read from --grades, or requested with `ask` and saved in `out`.
 
-    file_name: where they are kept, with {} for the judge's name and the checksum of the answers. The checksum keeps the
-    grades of one set of answers from being taken for another's. keys: the answers' keys in that file.
+    file_name: where they are saved; {} becomes the judge's name and a checksum of the answers, which keeps the grades
+    of one set of answers from being taken for another's. keys: the answers' keys in that file.
     """
     if not options.grades and not options.judge_model:
-        raise ValueError("--judge-url needs --judge-model NAME: scores of different judges do not compare")
+        raise ValueError("--judge-url needs --judge-model NAME: scores of different judges are not comparable")
     as_rows = file_name.endswith(".jsonl")
     if options.grades:
         path = Path(options.grades)

@@ -1,7 +1,7 @@
 """LLaVA-Bench (in the wild): 60 questions about 24 pictures; a judge rates our answer and GPT-4's side by side.
 
 The score is the mean of our ratings over the mean of GPT-4's. --grades reads a review file of LLaVA's; --judge-url asks
-a judge in this project's words.
+a judge with this project's prompt.
 
 llava-bench-in-the-wild/questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/.
 """
@@ -23,7 +23,7 @@ Write both ratings on the first line, assistant 1 first, with one space between 
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    """The truth is what the judge is shown: a caption in place of the picture, and GPT-4's answer."""
+    """The truth is the material for the judge: a caption that replaces the picture, and GPT-4's answer."""
     captions = {row["image"]: row["caption"] for row in read_jsonl(required_file(folder, "context.jsonl"))}
     references = {row["question_id"]: row["text"] for row in read_jsonl(required_file(folder, "answers_gpt4.jsonl"))}
     for row in read_jsonl(required_file(folder, "questions.jsonl")):
@@ -33,7 +33,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
 
 
 def llavabench_pair(review: str) -> tuple[float, float]:
-    """Reference and candidate score in a review's first line; (-1, -1) where it does not hold exactly two numbers."""
+    """Reference and candidate score from a review's first line; (-1, -1) unless it has exactly two numbers."""
     try:
         first, second = review.split("\n")[0].replace(",", " ").split(" ")
         return float(first), float(second)
@@ -56,7 +56,7 @@ def ask_for_review(example: Example, text: str, options: Namespace) -> dict:
 
 
 def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Grade]:
-    """Reviews in LLaVA's jsonl, one line an answer: question_id, category, content, tuple.
+    """Reviews in LLaVA's jsonl, one line per answer: question_id, category, content, tuple.
 
     raw: the ratings of reference and candidate. A failed review is not scored; upstream averages its -1 in.
     """
@@ -73,7 +73,7 @@ def judge(examples: list[Example], texts: list[str], options: Namespace, out: Pa
 
 
 def relative_rating(sums: np.ndarray) -> np.ndarray:
-    """(..., 3) -> (...), in per cent. The three: sum of the references', of the candidates', number of reviews.
+    """(..., 3) -> (...), in per cent. The three: sum of reference ratings, sum of candidate ratings, number of reviews.
 
     Upstream rounds both means to three decimals before it divides them.
     """

@@ -1,6 +1,6 @@
 """MMBench: multiple choice, each question asked with its options in every rotation; English, and the same in Chinese.
 
-A question counts if all of its rotations are answered right (circular accuracy), so that liking one letter earns
+A question counts if all of its rotations are answered right (circular accuracy), so that a bias for one letter earns
 nothing. For answers that are letters this gives the server's number for dev.
 
 mmbench/mmbench_dev_20230712.tsv and mmbench_cn/mmbench_dev_cn_20231003.tsv, images inside; also the newer
@@ -48,13 +48,13 @@ def read_chinese(folder: Path, options: Namespace) -> Iterator[Example]:
 
 
 def read_table(path: Path, instruction: str) -> Iterator[Example]:
-    """The file holds the rotations as rows of their own. None are made here: where option D is "all of the above" it
-    stays in its place, and only the file knows."""
+    """The file has a row for each rotation. They cannot be rebuilt here: an option such as "all of the above" keeps its
+    place, which only the file records."""
     csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     image_of = {row["index"]: row["image"] for row in rows}
-    decoded = {}                                # rotations share one bytes object, and by it the tower's work
+    decoded = {}                                # rotations share one bytes object, so the tower runs once
     for row in rows:
         image = row["image"]
         if len(image) < 64:                     # not a picture but the index of the row that has it
@@ -98,13 +98,13 @@ REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process t
 def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
     """VLMEvalKit's extraction without a language model: a letter, "answer is X", or the text of exactly one option.
 
-    Z stands for an answer that declines. None: nothing can be read.
+    "Z": the answer declines. None: no option can be read from it.
     """
     if any(refusal in text for refusal in REFUSALS):
         return "Z"
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     letters = [letter for letter in options if letter in words]
-    # A letter that is followed by a long sentence is more likely the article "A" than an option.
+    # A letter followed by a long sentence is more likely the article "A" than an option.
     if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
         return letters[0]
     if not letters and "Z" in words:
@@ -119,7 +119,7 @@ def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
 
 
 def grade_answer(example: Example, text: str) -> Grade:
-    """raw: whether the answer is the bare letter, as a stricter rule would have it."""
+    """raw: whether the answer is exactly the letter, a stricter rule."""
     letter = mmbench_letter(text, example.info["options"])
     bare_letter = float(text.strip() == example.truth)
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None, raw=(bare_letter,))
@@ -161,7 +161,7 @@ SPREADSHEET = f"{SCHEMAS}/spreadsheetml/2006/main"
 MIME = "application/vnd.openxmlformats"
 XML_HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
 
-# The four parts of a workbook that are the same whatever its one sheet holds.
+# The four parts of a workbook that do not depend on its sheet.
 WORKBOOK_PARTS = {
     "[Content_Types].xml": f"""<Types xmlns="{CONTENT_TYPES}">
 <Default Extension="rels" ContentType="{MIME}-package.relationships+xml"/>
@@ -178,7 +178,7 @@ WORKBOOK_PARTS = {
 
 
 def _xlsx_cell(value: int | str, place: str) -> str:
-    """The xml of one cell. place: such as "B7". An empty text is a cell that is not there."""
+    """The xml of one cell; empty text is omitted. place: such as "B7"."""
     if isinstance(value, int):
         return f'<c r="{place}"><v>{value}</v></c>'
     value = value.replace("\r\n", "\n").replace("\r", "\n")
@@ -191,9 +191,9 @@ def _xlsx_cell(value: int | str, place: str) -> str:
 
 
 def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
-    """Write one sheet of numbers and texts, as the five parts that a workbook needs at least (ECMA-376).
+    """Write one sheet of numbers and texts, as the five parts of a minimal workbook (ECMA-376).
 
-    A spreadsheet package would be a dependency for one submission file; the format is a zip of small xml files.
+    The format is a zip of small xml files, which saves a dependency that only this submission would need.
     """
     sheet = []
     for r, row in enumerate(table, 1):
@@ -205,7 +205,7 @@ def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, xml in parts.items():
-            # A fixed date makes the same answers the same file.
+            # A fixed date makes the file reproducible.
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             archive.writestr(entry, XML_HEAD + xml, zipfile.ZIP_DEFLATED)
     return write_whole(path, packed.getvalue())

@@ -1,8 +1,7 @@
 """MME: two yes/no questions about each of 1,187 images, one with the answer yes and one with no; 14 subtasks.
 
-A subtask's score is its accuracy plus its accuracy on images of which both questions are right, each of 100. The number
-that papers report is perception, the sum over ten subtasks (at most 2,000); cognition is a sub-score. Nobody reports
-their sum.
+A subtask's score is its accuracy plus the share of images with both questions right, each up to 100. Papers report
+perception, the sum over ten subtasks (at most 2,000); cognition is a sub-score. Nobody reports their sum.
 
 MME/MME_Benchmark_release_version/SUBTASK/, MME/llava_mme.jsonl (eval.zip).
 """
@@ -23,10 +22,10 @@ SUBTASKS = PERCEPTION + COGNITION
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
-    """Truths come from the release, order and wording from LLaVA's file if it is there."""
+    """Truths come from the release, order and wording from LLaVA's file if present."""
     release = required_file(folder, "MME_Benchmark_release_version")
     release = first_existing(release, "MME_Benchmark") or release
-    official = {}                               # (subtask, image's name without ending, question) -> example
+    official = {}                               # (subtask, image stem, question) -> example
     for subtask in SUBTASKS:
         for image, question, answer in read_subtask(release / subtask):
             official[subtask, image.stem, question] = Example(
@@ -43,8 +42,10 @@ def read(folder: Path, options: Namespace) -> list[Example]:
 
 
 def read_subtask(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """-> image, question, Yes or No. The release mixes two layouts: images and questions in folders of their own, or
-    side by side."""
+    """Yield (image, question, "Yes" or "No").
+
+    The release mixes two layouts: images and questions in separate folders, or side by side.
+    """
     images = first_existing(folder, "images") or folder
     texts = first_existing(folder, "questions_answers_YN") or folder
     image_of = {path.stem: path for path in sorted(images.glob("*")) if path.suffix != ".txt"}
@@ -56,7 +57,7 @@ def read_subtask(folder: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def in_llavas_order(path: Path, official: dict, release: Path) -> list[Example]:
-    """official: (subtask, image's name without ending, question) -> example. Endings differ between releases."""
+    """official: (subtask, image stem, question) -> example. File extensions differ between releases."""
     examples = []
     for row in read_jsonl(path):
         image = PurePosixPath(row["question_id"])
@@ -97,7 +98,7 @@ def perception(counts: np.ndarray) -> np.ndarray:
 
 
 def summarize(examples: list[Example], grades: list[Grade]) -> Score:
-    """The bootstrap draws images, because the two questions about one are right or wrong together."""
+    """The bootstrap resamples images, because the two questions about one image are not independent."""
     scores_of_image = defaultdict(list)
     for example, grade in zip(examples, grades):
         scores_of_image[example.categories[0], example.image].append(grade.score)

@@ -1,8 +1,8 @@
-"""MMMU: college questions of 30 subjects, most of them multiple choice; val has 900.
+"""MMMU: college questions in 30 subjects, most of them multiple choice; val has 900.
 
 Only the first image of a question is shown, as LLaVA does; a literal <image 1> stays in the text.
 
-mmmu/val.jsonl: the rows of the parquet files as json, image_1 the name of a file in mmmu/images/. answer_dict_val.json
+mmmu/val.jsonl: the rows of the parquet files as json, with image_1 naming a file in mmmu/images/. answer_dict_val.json
 of the MMMU repository gives the answers, some of which have several spellings. test is for the EvalAI server (2179).
 """
 import ast
@@ -41,7 +41,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         choices = {}
         prompt = f"{row['question']}\n{SHORT}"
         if row["question_type"] == "multiple-choice":
-            # The parquet files hold the list as a text of Python source.
+            # The parquet files store the list as Python source.
             listed = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
             choices = dict(zip(LETTERS, listed))
             lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
@@ -77,13 +77,13 @@ def mmmu_choice(text: str, options: dict[str, str]) -> str | None:
 
 
 def mmmu_value(text: str) -> list[float | str]:
-    """A number rounded to two decimals; else the lower-cased text, a single letter with a space on either side."""
+    """A number, rounded to two decimals; else the lower-cased text, a single letter with a space before or after it."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
     except ValueError:
         text = text.lower()
-        # A lone letter would be found inside of almost any text.
+        # A lone letter would be found in almost any text.
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
@@ -96,7 +96,7 @@ CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "
 
 
 def key_phrases(text: str) -> list[str]:
-    """From each line the shortest tail behind a cue; the whole text where no line has one."""
+    """The shortest text after a cue in each line; the whole text if no line has a cue."""
     lines = text.split("\n")
     phrases = []
     for i, line in enumerate(lines):
@@ -125,7 +125,7 @@ def mmmu_open(text: str) -> set[float | str]:
 
 
 def mmmu_open_correct(text: str, truth: str | list[str]) -> bool:
-    """Right if a number of the answer is a truth, or a truth occurs inside of a text of the answer."""
+    """Right if a number in the answer equals a truth, or a phrase of the answer contains one."""
     truths = []
     for spelling in [truth] if isinstance(truth, str) else truth:
         truths += mmmu_value(spelling)
@@ -162,7 +162,7 @@ def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    """The letter chosen, or all of an open answer."""
+    """The chosen letter, or the whole open answer."""
     answers = {}
     for example, text in zip(examples, texts):
         options = example.info["options"]

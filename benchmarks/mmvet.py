@@ -1,8 +1,8 @@
 """MM-Vet: 218 open questions that need several abilities at once, graded from 0 to 1 by a language model.
 
 The published scores are GPT-4's grades. The submission file goes to the official notebook or to the Hugging Face space
-whyu/MM-Vet_Evaluator; --grades reads the file that they give back. --judge-url asks a judge of one's own choice, in
-this project's words: another judge shifts the score by several points.
+whyu/MM-Vet_Evaluator; --grades reads the file that they return. --judge-url asks a judge of your choice, with this
+project's prompt: another judge shifts the score by several points.
 
 mm-vet/mm-vet.json and mm-vet/images/ (mm-vet.zip).
 """
@@ -90,7 +90,7 @@ def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    """{"v1_0": answer, ...}, what the official notebook and the space read."""
+    """{"v1_0": answer, ...}, as the official notebook and the space read it."""
     answers = {f"v1_{example.question_id}": text for example, text in zip(examples, texts)}
     return write_whole(out / "mm-vet.json", to_json(answers))
 

@@ -1,7 +1,7 @@
-"""One's own questions: `--task jsonl --questions my.jsonl --images my_images`.
+"""Your own questions: `--task jsonl --questions my.jsonl --images my_images`.
 
-A line of the file is a json object with question_id and text, and if wanted image (a file in the folder of --images),
-answer (one, or a list of right ones) and category (a sub-score of its own). Questions without an answer are asked and
+Each line of the file is a json object with question_id and text, and optionally image (a file in the --images folder),
+answer (one, or a list of right ones) and category (gets its own sub-score). Questions without an answer are asked and
 not scored.
 """
 from argparse import Namespace
@@ -15,7 +15,7 @@ from lib.common import read_jsonl
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     if not options.questions:
-        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, perhaps answer) and --images DIR")
+        raise ValueError("needs --questions FILE (jsonl: question_id, image, text, optionally answer) and --images DIR")
     for i, row in enumerate(read_jsonl(required_file(Path(), options.questions))):
         image = None
         if row.get("image"):

@@ -1,7 +1,7 @@
 """POPE: does the model see objects that are not there? 8,910 yes/no questions about 500 COCO images.
 
-Three kinds of question differ in which absent object is asked about: a random one, a popular one, or one that usually
-occurs with what the picture shows (adversarial). The number that papers report is the mean of the three F1 scores.
+The three kinds of question differ in how the absent object is chosen: a random one, a popular one, or one that often
+appears with what the picture shows (adversarial). Papers report the mean of the three F1 scores.
 
 pope/coco/coco_pope_{adversarial,popular,random}.json of POPE's commit e3e39262 (its HEAD has 3,000 random questions,
 the published scores are on 2,910), pope/llava_pope_test.jsonl (eval.zip); images in pope/val2014/.
@@ -25,7 +25,7 @@ OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """Labels are joined by image and question.
 
-    The official scorer joins by position, and misaligns in silence where the 3,000 random rows of POPE's HEAD are used.
+    The official scorer joins by position, and silently misaligns the 3,000 random rows of POPE's HEAD.
     """
     rows = []
     label_of = {}
@@ -48,7 +48,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
 
 
 def question_key(row: dict) -> tuple[str, str, str]:
-    """Early versions misspell "image" as "imange"."""
+    """Identifies a question across files. Early versions misspell "image" as "imange"."""
     question = row["text"].split("\n")[0].replace("imange", "image")
     return row["category"], row["image"], question
 
@@ -56,7 +56,7 @@ def question_key(row: dict) -> tuple[str, str, str]:
 def grade_answer(example: Example, text: str) -> Grade:
     """The official rule: without a separate No, no or not before the first full stop, it is a yes.
 
-    So "NO!" and an empty answer count as yes. The report says how many answers hold neither word.
+    So "NO!" and an empty answer count as yes. The report says how many answers contain neither word.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     answer = "no" if {"No", "no", "not"} & set(words) else "yes"
@@ -64,13 +64,13 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(answer == example.truth), answer, unparsed=not yes_or_no)
 
 
-# How an answer counts, from the truth and whether it was right: a column of the table of counts.
+# The cells of the confusion matrix, and which one an answer belongs to, from the truth and its score.
 TRUE_YES, FALSE_YES, FALSE_NO, TRUE_NO = range(4)
 COLUMNS = {("yes", 1.0): TRUE_YES, ("no", 0.0): FALSE_YES, ("yes", 0.0): FALSE_NO, ("no", 1.0): TRUE_NO}
 
 
 def f1(counts: np.ndarray) -> np.ndarray:
-    """(..., kinds, 4) -> (..., kinds). 0, not an error, where nothing is labelled or called yes."""
+    """(..., kinds, 4) -> (..., kinds). 0 where there is neither a positive label nor a positive answer."""
     true_yes = counts[..., TRUE_YES]
     wrong = counts[..., FALSE_YES] + counts[..., FALSE_NO]
     return 2 * true_yes / np.maximum(2 * true_yes + wrong, 1)
@@ -83,7 +83,7 @@ def mean_f1(counts: np.ndarray) -> np.ndarray:
 
 def summarize(examples: list[Example], grades: list[Grade]) -> Score:
     kinds = sorted({example.categories[0] for example in examples})
-    # The bootstrap draws images, because the questions about one stand and fall together.
+    # The bootstrap resamples images, because the questions about one image are not independent.
     counts_of_image = defaultdict(lambda: np.zeros((len(kinds), 4)))
     for example, grade in zip(examples, grades):
         kind = kinds.index(example.categories[0])

@@ -1,7 +1,6 @@
 """Shows a result: a table on the screen, and a self-contained page without scripts, to open or to send.
 
-Everything that a model, a data file or a judge wrote is made harmless first: control characters are written out, and
-the page's html is escaped.
+Whatever a model, a data file or a judge wrote is escaped first: control characters in both, html in the page.
 """
 import base64
 import html
@@ -39,7 +38,7 @@ def result_table(result: dict) -> list[list[str]]:
 
 
 def remarks(result: dict) -> list[str]:
-    """Remarks that belong to the score, a sentence or two each."""
+    """What to know when reading the score, a sentence or two each."""
     task = TASKS[result["task"]]
     settings = result["settings"]
     lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
@@ -77,7 +76,7 @@ def remarks(result: dict) -> list[str]:
 
 
 def print_table(table: list[list[str]]) -> None:
-    """The first column to the left, the others, which are numbers, to the right."""
+    """Print the first column left-aligned and the others, which are numbers, right-aligned."""
     table = [[visible(cell) for cell in row] for row in table]
     first, *others = [max(map(len, column)) for column in zip(*table)]
     for name, *cells in table:
@@ -93,7 +92,7 @@ def print_result(result: dict, out: Path) -> None:
 
 
 def print_all(results: list[dict]) -> None:
-    """A line for each task."""
+    """Print one line per task."""
     names = published_columns(results[0]["settings"].get("reference")).values()
     table = [["all tasks", "here", "95 % interval", *names]]
     for result in results:
@@ -110,9 +109,9 @@ STYLE = """td { white-space: pre-wrap }
 
 
 def thumbnail(image: Path | bytes | str | None) -> str:
-    """A data URI of a small JPEG; "" where there is no picture to show.
+    """A data URI of a small JPEG; "" if there is no picture to show.
 
-    The picture is decoded and encoded anew, so that nothing else in its file gets into the page.
+    The picture is re-encoded, so that nothing else in its file gets into the page.
     """
     if image is None or image == BLANK:
         return ""
@@ -131,7 +130,7 @@ def thumbnail(image: Path | bytes | str | None) -> str:
 
 
 def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = None) -> str:
-    """A heading and rows of text, all of it escaped. pictures: data URIs, one in front of each row."""
+    """A heading and rows of text, all escaped. pictures: data URIs, one for each row."""
     lines = []
     for i, row in enumerate(rows):
         tag = "td" if i else "th"
@@ -144,7 +143,7 @@ def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = N
 
 
 def report_page(examples: list[Example], answers: list[dict | None], grades: list[Grade], result: dict) -> str:
-    """Score table, and wrong answers spread evenly over the task."""
+    """The score table, and a sample of wrong answers, spread evenly over the task."""
     wrong = []
     for example, answer, grade in zip(examples, answers, grades):
         # An answer about a blank picture is not wrong, it is a measurement.

@@ -1,7 +1,6 @@
 """ScienceQA: school questions with two to five choices, half of them with a picture; test split, 4,241 questions.
 
-All are asked, those without a picture as text only, but the number that papers report is the accuracy on the 2,017
-with a picture.
+All are asked, those without a picture as text only, but papers report the accuracy on the 2,017 with a picture.
 
 scienceqa/problems.json, pid_splits.json, images/test/; llava_test_CQM-A.json (eval.zip) gives order and wording.
 """
@@ -17,7 +16,7 @@ SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    """problems.json has the truth; LLaVA's file, if it is there, says which questions and in which words."""
+    """problems.json has the truth; LLaVA's file, if present, says which questions are asked and how they are worded."""
     problems = read_official_json(required_file(folder, "problems.json"))
     splits = read_official_json(required_file(folder, "pid_splits.json"))
     texts = {pid: None for pid in splits["test"]}
@@ -35,7 +34,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         elif options.img_only:
             continue
         prompt = f"{text or rebuilt_text(problem)}\n{LETTER}"
-        # The official scorer finds the questions that count by the <image> in an answer's saved prompt.
+        # The official scorer recognizes the questions that count by <image> in the saved prompt.
         info = {"saved": f"<image>\n{prompt}"} if image else {}
         yield Example(pid, image, prompt, LETTERS[problem["answer"]], categories_of(problem), info)
 

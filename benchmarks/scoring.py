@@ -19,7 +19,7 @@ SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-BLANK = "blank"                     # stands for an image that has the padding colour everywhere
+BLANK = "blank"                     # stands for an image filled with the padding color
 
 # Models whose published scores are shown next to our own: the key in `Task.published` and the heading of the column.
 PUBLISHED_MODELS = {
@@ -41,10 +41,7 @@ def published_columns(reference: str | None) -> dict[str, str]:
 
 
 class Example(NamedTuple):
-    """One question.
-
-    Its row, which is its place in the benchmark's list, is its identity: question_id repeats in some benchmarks.
-    """
+    """One question. It is identified by its row in the benchmark: question_id repeats in some of them."""
     question_id: int | str
     image: Path | bytes | str | None    # a file, an encoded picture, BLANK, or None for text only
     prompt: str                         # final wording, instruction included
@@ -58,7 +55,7 @@ class Grade(NamedTuple):
     score: float | None                 # 0 to 1; None: not scored
     parsed: str = ""                    # how the grader read the answer
     unparsed: bool = False              # the official rule found no answer in the text, or had to fall back
-    raw: tuple[float, ...] = ()         # further numbers that the benchmark's summary needs
+    raw: tuple[float, ...] = ()         # further numbers for the benchmark's summary
 
 
 class Score(NamedTuple):
@@ -80,12 +77,12 @@ SubmissionWriter = Callable[[list[Example], list[str], Path, Path], Path]
 @dataclass(frozen=True)
 class Task:
     """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
-    metric: str                                         # what the headline number is
+    metric: str                                         # name of the headline number
     read: Reader                                        # (folder, options) -> questions, in the official order
     summarize: Summarizer
     splits: dict[str, int]                              # name -> official number of questions (0: any); default first
     source: str                                         # where the data comes from
-    grade: Grader | None = None                         # None: a judge does it
+    grade: Grader | None = None                         # None: a judge grades
     judge: Judge | None = None                          # (questions, answers, options, folder of the results) -> grades
     write_submission: SubmissionWriter | None = None    # (questions, answers, data folder, results) -> the file
     folders: tuple[str, ...] = ()                       # names of its folder under --root; none: the task's name
@@ -93,9 +90,9 @@ class Task:
     published: dict[str, float] = field(default_factory=dict)   # key of PUBLISHED_MODELS -> score
     max_new_tokens: int = 128
     paper_mode: str = "pad"                             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
-    mipha_mode: str = "pad"                             # and behind Mipha's, whose scripts repaired one of the three
+    mipha_mode: str = "pad"                             # and behind Mipha's
     repeated_ids: bool = False                          # question_id names the image, not the question
-    images_only: int = 0                                # official number of questions that --img-only leaves
+    images_only: int = 0                                # official number of questions with --img-only
     prompt_note: Callable[[dict], str] | None = None    # settings -> a remark on the prompt, for the report
     split_notes: dict[str, str] = field(default_factory=dict)   # split -> a remark on its score, for the report
 
@@ -111,7 +108,7 @@ NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", 
 ARTICLES = {"a", "an", "the"}
 
 # The misspellings that the VQA scorers repair. Entries with a capital I never apply, because texts are lower-cased
-# first, and "somebody'd" loses its apostrophe: both are so in the official table. A test holds its checksum.
+# first, and "somebody'd" loses its apostrophe, both as in the official table. A test checks its checksum.
 CONTRACTIONS = {
     "'ow'sat": "'ow's'at", "'ows'at": "'ow's'at", "I'dve": "I'd've",
     "Id've": "I'd've", "Im": "I'm", "Ive": "I've",
@@ -183,7 +180,7 @@ def _normalize(text: str, digit_comma: str) -> str:
     return " ".join(words)
 
 
-# The ten people who answer a question mostly agree, so the same few strings are normalized again and again.
+# The ten people who answer a question mostly agree, so the same strings are normalized repeatedly.
 @lru_cache(maxsize=1 << 20)
 def normalize_evalai(text: str) -> str:
     """The EvalAI processor (m4c): TextVQA, VizWiz, and every VQA submission."""
@@ -222,7 +219,7 @@ def vqa_accuracy(text: str, humans: list[str]) -> float:
 
 
 def plain_answer(text: str) -> str:
-    """Case, outer spaces and a final full stop do not count. For the shapes and for one's own questions."""
+    """Ignores case, surrounding spaces and a final period. For the shapes and for your own questions."""
     return text.strip().rstrip(".").strip().lower()
 
 
@@ -290,14 +287,14 @@ def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.nd
                  subscores: dict[str, float]) -> Score:
     """Score of a metric that is computed from summed counts, such as F1, with a bootstrap interval.
 
-    counts: (units, ...), what each unit adds to the sums. The units are drawn anew, so they must be what is
-    independent: images, where several questions are about one.
+    counts: (units, ...), what each unit adds to the sums. The units are resampled, so they must be independent: images,
+    where several questions are about one image.
     metric: (..., counts of all units summed) -> (...); it is called with the sums of all 1000 draws at once.
     """
     counts = np.array(counts, dtype=float)
     rng = np.random.default_rng(0)
     n = len(counts)
-    # Drawing n units with replacement is one multinomial row of how often each was drawn.
+    # How often each unit occurs in n draws with replacement is a multinomial sample.
     times_drawn = rng.multinomial(n, np.full(n, 1 / n), size=1000)                  # (draws, units)
     of_draws = metric(np.tensordot(times_drawn, counts, 1))                         # (draws,)
     low, high = np.percentile(of_draws, [2.5, 97.5])
@@ -306,17 +303,17 @@ def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.nd
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p of this many flips each way, if both ways were equally likely."""
+    """Exact two-sided p-value of these flips, under the hypothesis that both directions are equally likely."""
     n = gained + lost
     tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2 ** n)
 
 
 def paired_test(before: list[float], after: list[float]) -> tuple[float, float, float, str]:
-    """Do two sets of answers to the same questions differ? -> 95 % interval of the mean difference, p, the test's name.
+    """Do two sets of answers differ? Returns the 95 % interval of the mean difference, p and the name of the test.
 
     McNemar's test where answers are right or wrong; where they earn parts of a point, a bootstrap over the questions,
-    each drawn with both of its answers.
+    each drawn with both answers.
     """
     differences = np.array(after) - np.array(before)                            # (questions,)
     n = len(differences)

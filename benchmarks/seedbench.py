@@ -1,6 +1,6 @@
 """SEED-Bench: multiple choice in twelve dimensions; the image part (14,233 questions) unless `--split all` is given.
 
-seed_bench/SEED-Bench.json, images in SEED-Bench-image/; for the videos their middle frames in SEED-Bench-video-image/;
+seed_bench/SEED-Bench.json, images in SEED-Bench-image/; middle frames of the videos in SEED-Bench-video-image/;
 llava-seed-bench.jsonl (eval.zip) gives the order.
 """
 from argparse import Namespace
@@ -42,12 +42,12 @@ def grade_answer(example: Example, text: str) -> Grade:
 
 
 def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    """The headline is the image part's, which papers call SEED-IMG, also where the videos were asked too."""
+    """The headline is the image part's, which papers call SEED-IMG, even if the videos were asked too."""
     return accuracy(examples, grades, only="image")
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    """A line an answer, for the leaderboard."""
+    """One line per answer, for the leaderboard."""
     rows = []
     for example, text in zip(examples, texts):
         rows.append({"question_id": str(example.question_id), "prediction": text})

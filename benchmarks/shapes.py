@@ -1,7 +1,7 @@
-"""Shapes: the demo's held-out questions about drawn pictures of coloured shapes (`make demo` makes them).
+"""Shapes: the demo's held-out questions about drawn pictures of colored shapes (`make demo` draws them).
 
 Every question is asked twice, about its picture and about a blank one. The score on blank pictures, which is what the
-model knows without looking, and the chance of guessing right are sub-scores.
+model knows without looking, and the chance level are sub-scores.
 
 shapes/questions.jsonl: question_id, image, text, answer, category, chance; shapes/images/.
 """
@@ -44,6 +44,6 @@ TASK = Task(
     grade=grade_plain,
     summarize=summarize,
     splits={"all": 0},
-    source="make demo draws it; then say --root out/demo/data",
+    source="run `make demo`, then give --root out/demo/data",
     files={"questions.jsonl": ""},
 )

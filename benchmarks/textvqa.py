@@ -1,7 +1,7 @@
 """TextVQA: questions about text in photographs; val, 5,000 questions about 3,166 images, ten answers each.
 
 LLaVA puts the words that an OCR program read into the prompt. That line is worth about ten points, so results with and
-without it (`--no-ocr`) do not compare.
+without it (`--no-ocr`) are not comparable.
 
 textvqa/TextVQA_0.5.1_val.json, images in textvqa/train_images/; llava_textvqa_val_v051_ocr.jsonl (eval.zip), or
 TextVQA_Rosetta_OCR_v0.2_val.json for the words.
@@ -22,20 +22,20 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         questions = [(row["question_id"], row["text"].split("\n")) for row in read_jsonl(llava_file)]
     else:
         questions = rebuilt_questions(folder, official, options.ocr)
-    # A question that is asked twice about one picture is scored on the later one's answers both times, because LLaVA's
-    # eval_textvqa.py keeps the answers in such a dictionary.
+    # A question that occurs twice for one picture is scored on the later answers both times, because LLaVA's
+    # eval_textvqa.py keeps them in a dictionary like this one.
     humans_of = {(row["image_id"], row["question"].lower()): row["answers"] for row in official}
     for image_id, lines in questions:
         question = lines[0]
         humans = humans_of.get((image_id, question.lower()), [])
         if len(humans) != 10:
-            raise ValueError(f"TextVQA_0.5.1_val.json has no ten answers to the question {question!r} about {image_id}")
+            raise ValueError(f"TextVQA_0.5.1_val.json lacks ten answers to the question {question!r} about {image_id}")
         prompt = "\n".join(lines if options.ocr else [question, lines[-1]])
         yield Example(image_id, image_file(folder / "train_images", f"{image_id}.jpg"), prompt, humans)
 
 
 def rebuilt_questions(folder: Path, official: list[dict], ocr: bool) -> list[tuple[str, list[str]]]:
-    """(image, lines of the prompt) as in LLaVA's file; the OCR line is empty where it is not wanted."""
+    """(image, lines of the prompt) as in LLaVA's file; the OCR line is empty with --no-ocr."""
     words_of = {}
     if ocr:
         for row in read_official_json(required_file(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]:

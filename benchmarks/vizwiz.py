@@ -1,7 +1,7 @@
 """VizWiz: questions that blind people asked about their own photographs, often blurred, often unanswerable.
 
-The published score is on test (8,000), for which the EvalAI server no longer takes submissions; the upload is written
-all the same. `--split val` (4,319) is scored here.
+The published score is on test (8,000), for which the EvalAI server no longer accepts submissions; the upload is still
+written. `--split val` (4,319) is scored here.
 
 vizwiz/llava_test.jsonl (eval.zip) or Annotations/test.json, val.json; images in vizwiz/test/ and vizwiz/val/.
 """
@@ -27,7 +27,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         return
     path = required_file(folder, f"{options.split}.json", f"Annotations/{options.split}.json")
     for i, row in enumerate(read_official_json(path)):
-        # capitalize() also lower-cases the rest; so it is in all 8,000 rows of LLaVA's file.
+        # capitalize() also lower-cases the rest, as in all 8,000 rows of LLaVA's file.
         prompt = f"{row['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
         humans = None
         categories = ()
@@ -38,13 +38,13 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
 
 
 def grade_answer(example: Example, text: str) -> Grade:
-    """Points as TextVQA's scorer gives them, which is common for val; raw: what the official VQA scorer gives."""
+    """Graded as by TextVQA's scorer, as is common for val; raw: by the official VQA scorer."""
     answer = normalize_evalai(text)
     return Grade(evalai_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
 
 
 def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    """The two scorers differ by several points; both are shown, because papers use either."""
+    """The two scorers differ by several points; both are shown, because papers use both."""
     official = 100 * mean([grade.raw[0] for grade in grades])
     return accuracy(examples, grades, subscores={"official VQA scorer": official})
 
@@ -67,5 +67,5 @@ TASK = Task(
     source=f"https://vizwiz.org/tasks-and-datasets/vqa: Annotations.zip, test.zip (val.zip); {EVAL_ZIP}",
     files={"llava_test.jsonl": "25b71577dafc1e40", "val.json": ""},
     published={"llava_phi": 35.9, "mipha": 45.7, "llava": 50.0},
-    split_notes={"val": "The published scores are on the test split; these images are others."},
+    split_notes={"val": "The published scores are on the test split; this one has other images."},
 )

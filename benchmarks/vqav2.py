@@ -1,6 +1,6 @@
 """VQAv2: short answers about COCO photographs, as ten people gave them.
 
-The published score is on test-dev, whose answers are on the EvalAI server (challenge 830): there this file writes the
+The published score is on test-dev, whose answers are on the EvalAI server (challenge 830): this file writes the
 upload. `--split val` is scored here, but LLaVA was trained on some of those images.
 
 vqav2/llava_vqav2_mscoco_test-dev2015.jsonl and ..._test2015.jsonl (eval.zip), or the official
@@ -46,15 +46,15 @@ def coco_image(folder: Path, year: str, row: dict) -> Path:
 
 
 def grade_answer(example: Example, text: str) -> Grade:
-    """The server gets the answer after the EvalAI processor, so the official scorer is given the same here."""
+    """The server receives answers normalized by the EvalAI processor, so the official scorer gets the same here."""
     answer = normalize_evalai(text)
     return Grade(vqa_accuracy(answer, example.truth), answer)
 
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
-    """The server wants every question of test2015, of which test-dev is a quarter.
+    """The server expects every question of test2015, of which test-dev is a quarter.
 
-    The others get an empty answer, and that is why the server shows about 0 for test-standard.
+    The others get an empty answer, which is why the server shows about 0 for test-standard.
     """
     path = required_file(folder, "llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json")
     rows = read_jsonl(path) if path.suffix == ".jsonl" else read_official_json(path)["questions"]

@@ -1,15 +1,15 @@
 """Pre-train the demo's two bases and write them as their real counterparts are published: demo/phi and demo/clip.
 
-LLaVA joins a language model and a vision tower that have never met. For the demo to be the same mission in miniature,
-it needs two such bases, small enough to be committed.
+LLaVA joins a language model and a vision tower that have never met. For the demo to be the same task in miniature, it
+needs two such bases, small enough to be committed.
 
 The language model reads and writes the shapes world in text only: captions, and conversations (LLaVA's template) about
-a picture that is spelled out as 16 words, one per patch: "." for nothing, or a word that says all there is to see, such
-as redcircletopleft. That is what a patch's features do; two words would have to be bound together by their positions.
+a picture that is spelled out as 16 words, one per patch: "." for nothing, or one word for all there is to see, such as
+redcircletopleft. A patch's features do the same; two words would have to be bound together by their positions.
 
 The vision tower is trained as CLIP is, contrastively: a whole picture (its class token) must find its caption among
-those of the batch, and, because LLaVA reads patches, each quarter (the mean of its patches, at the last and at the last
-but one layer) must find the phrase that names what lies there. Neither of the two sees a held-out scene.
+those of the batch, and, because LLaVA reads patches, each quarter (the mean of its patches, at the last two layers)
+must find the phrase that names what lies there. Neither base sees a held-out scene.
 
 $ python -m demo.pretrain_bases                     # both, one after the other: about a quarter of an hour on one core
 $ python -m demo.pretrain_bases --only clip
@@ -29,8 +29,8 @@ from lib.common import Parser, parse_or_exit, run_command
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="-m demo.pretrain_bases", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("demo"), help="folder of the two folders")
-    add("--only", choices=["phi", "clip"], help="one of them; none: both")
+    add("--out", type=Path, default=Path("demo"), help="folder that gets phi/ and clip/")
+    add("--only", choices=["phi", "clip"], help="train only this one")
     add("--phi-steps", type=int, default=2600, help="training steps of the language model")
     add("--clip-steps", type=int, default=1000, help="training steps of the vision tower")
     return parser.parse_args(argv)
@@ -95,7 +95,7 @@ def fit(name: str, module: nn.Module, next_loss: Callable[[], Tensor], steps: in
 
 
 def save_base(folder: Path, tensors: dict[str, Tensor], prefix: str, config: dict) -> None:
-    """Write tensors of LLaVAPhi as a base by itself: the published names without `prefix`, and q, k and v apart.
+    """Write tensors of LLaVAPhi as a base of its own: published names without `prefix`; q, k and v separate.
 
     In fp16, as Phi-2 is published: half the bytes in the repository.
     """
@@ -121,7 +121,7 @@ for quarter, quarter_name in enumerate(QUARTERS):
 
 
 def in_words(scene: Scene) -> str:
-    """The picture as 16 words, one per patch, row by row: a "." or the shape with its quarter, one token each."""
+    """The picture as 16 words, one per patch in row order: "." or the shape with its quarter, one token each."""
     patches = ["."] * 16
     for shape in scene:
         corner = 8 * shape.row + 2 * shape.column               # the quarter's first patch, of 2 x 2
@@ -131,13 +131,13 @@ def in_words(scene: Scene) -> str:
 
 
 def document(rng: random.Random, tok: Tokenizer) -> Sample:
-    """A caption by itself or after the picture in words, or a conversation about those words; answers are learned."""
+    """A caption, alone or after the picture in words, or a conversation about those words. Answers are supervised."""
     scene = draw_scene(rng, held_out=False)
     style = rng.random()
     if style < 0.2:
         given = tok.encode(" " + in_words(scene), add_special_tokens=False).ids
         if style <= 0.03:
-            given = []                              # a few captions out of nothing: the language without any picture
+            given = []                              # a few captions without a picture: the language alone
         text = tok.encode(caption(scene) + "\n", add_special_tokens=False).ids
         labels = [IGNORE] * len(given) + text
         return Sample("", given + text, labels, image=None)
@@ -151,7 +151,7 @@ def document(rng: random.Random, tok: Tokenizer) -> Sample:
 
 
 def train_tokenizer(rng: random.Random, folder: Path) -> Tokenizer:
-    """Byte-level BPE as Phi-2's, on the world's own texts and the chat template."""
+    """Byte-level BPE like Phi-2's, trained on the world's own texts and the chat template."""
     texts = []
     for _ in range(2000):
         scene = draw_scene(rng, held_out=False)
@@ -175,12 +175,12 @@ def train_tokenizer(rng: random.Random, folder: Path) -> Tokenizer:
         assert len(tok.encode(f" {word}").ids) == 1, f"{word}, a patch's word, is more than one token"
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, tok, image=False)
-    (folder / "tokenizer.json").write_text(tok.to_str(pretty=True) + "\n", encoding="utf-8")   # a text file ends a line
+    (folder / "tokenizer.json").write_text(tok.to_str(pretty=True) + "\n", encoding="utf-8")   # with a final newline
     return load_tokenizer(folder)
 
 
 def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
-    """The language model and its tokenizer, to the folder `out`."""
+    """Train the language model and its tokenizer; write both to `out`."""
     rng = random.Random(1)
     tok = train_tokenizer(rng, out)
     model = Phi(TINY_PHI)
@@ -204,26 +204,26 @@ PHRASES = ["nothing", *NAMES]                       # what a quarter of a pictur
 
 
 def contrastive_loss(scores: Tensor, right: Tensor) -> Tensor:
-    """scores (A, B), right (A, B) 1.0 where row and column belong together: each row must find its columns."""
+    """scores (A, B); right (A, B), 1.0 where row and column match: each row must find its columns."""
     return F.cross_entropy(scores, right / right.sum(1, keepdim=True))
 
 
 class Contrast(nn.Module):
     """The whole tower, its last LayerNorm, and what CLIP adds for training: projections into one space, a temperature.
 
-    The language has 13 phrases, so its tower is a table; a caption is what the phrases of four quarters say together.
+    The language has 13 phrases, so its tower is an embedding table; a caption combines the phrases of four quarters.
     """
 
     def __init__(self, width: int = 64):
         super().__init__()
-        self.tower = VisionTower(dataclasses.replace(TINY_CLIP, feature_layer=-1))     # LLaVA's leaves the last out
+        self.tower = VisionTower(dataclasses.replace(TINY_CLIP, feature_layer=-1))     # LLaVA leaves the last block out
         self.ln_post = nn.LayerNorm(TINY_CLIP.n_embd, eps=TINY_CLIP.eps)
         self.project_quarter = nn.Linear(TINY_CLIP.n_embd, width, bias=False)
         self.project_whole = nn.Linear(TINY_CLIP.n_embd, width, bias=False)
         self.phrases = nn.Embedding(len(PHRASES), width)
         self.caption = nn.Linear(4 * width, width)
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.hidden: list[Tensor] = []              # what the last two blocks gave in this forward pass
+        self.hidden: list[Tensor] = []              # outputs of the last two blocks in this forward pass
         for block in self.tower.h[-2:]:
             block.register_forward_hook(self.keep_hidden)
 
@@ -272,10 +272,10 @@ def pictures(n: int, rng: random.Random) -> tuple[Tensor, Tensor]:
 
 
 def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
-    """The vision tower and the description of its pictures, to the folder `out`."""
+    """Train the vision tower; write it and its preprocessor_config.json to `out`."""
     images, regions = pictures(24000, random.Random(2))
     generator = torch.Generator().manual_seed(2)
-    torch.manual_seed(2)                            # for what init_weights does not draw: the table and the projections
+    torch.manual_seed(2)                            # for what init_weights leaves out: the table and the projections
     model = Contrast()
     init_weights(model.tower, generator)
     nn.init.normal_(model.tower.cls, std=0.02, generator=generator)

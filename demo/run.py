@@ -1,8 +1,8 @@
-"""The whole mission in miniature, through the same commands that run the real one. `make demo` calls this.
+"""The whole project in miniature, through the same commands as the real one. `make demo` runs this.
 
 Draws the data, aligns the projector between two frozen pre-trained bases (stage 1), tunes projector and language model
-on conversations (stage 2), asks about pictures that were never shown, scores that against chance and against a blank
-image, writes out/demo/report.html.
+on conversations (stage 2), asks about pictures that training never showed, scores the answers against chance and
+against a blank image, writes out/demo/report.html.
 
 $ python -m demo.run
 """
@@ -22,8 +22,8 @@ from lib.plot import loss_curve, loss_svg
 OUT = Path("out/demo")
 DATA = OUT / "data"
 
-# The tiny models want larger steps than the published recipe's, and little of everything else. Each stage is an
-# ordinary command line, so a reader can copy it from the screen and change it.
+# The tiny models need a higher learning rate than the published recipe, and less of everything else. Each stage is an
+# ordinary command line, which a reader can copy from the screen and change.
 COMMON = ["--dtype", "fp32", "--workers", "1", "--micro-tokens", "8192", "--log-every", "20"]
 STAGE_1 = ["train.py", "--stage", "pretrain", "--llm", "demo/phi", "--vision", "demo/clip",
            "--data", f"{DATA}/pretrain.json", "--images", f"{DATA}/images",
@@ -37,7 +37,7 @@ EVAL = ["eval.py", "--task", "shapes", "--root", f"{DATA}", "--model", f"{OUT}/f
 
 
 def run_step(*args: str) -> None:
-    """Run one command as a user would type it. Its output is shown; a failure ends the demo with its exit code."""
+    """Run one command as a user would type it. If it fails, the demo ends with its exit code."""
     print(f"\n$ python {shlex.join(args)}", flush=True)
     began = time.time()
     done = subprocess.run([sys.executable, *args])
@@ -110,6 +110,7 @@ def cards(limit: int = 12) -> str:
     return page
 
 # ---------------------------------------------------------------------------------------------------
+# The command
 
 
 def main() -> None:
@@ -127,7 +128,7 @@ def run_demo(began: float) -> None:
     run_step(*STAGE_2, *COMMON)
     run_step(*EVAL)
 
-    # One question about what is in the picture, asked through sample.py as a user would.
+    # One question, asked through sample.py as a user would.
     questions = read_jsonl(DATA / "shapes" / "questions.jsonl")
     question = next(q for q in questions if q["category"] == "thing")
     picture = f"{DATA}/shapes/images/{question['image']}"

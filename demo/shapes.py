@@ -1,8 +1,8 @@
 """The demo's world: pictures of one to three colored shapes, captions, and questions whose answers the scene decides.
 
-Since a scene is known exactly, every answer is known to be right, and what the trained model says about pictures that
-it never saw can be scored without any human. Training and held-out pictures never show the same scene: a quarter of
-all scenes, picked by a checksum, is kept out of all training.
+Since every scene is known exactly, so is every answer, and what the trained model says about unseen pictures can be
+scored without a human. Training and held-out pictures never show the same scene: a quarter of all scenes, chosen by a
+checksum, is kept out of all training.
 
 $ python -m demo.shapes --out out/demo/data     # pretrain.json finetune.json heldout_captions.json images/ shapes/
 """
@@ -21,11 +21,11 @@ from lib.common import Parser, parse_or_exit, run_command
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="-m demo.shapes", description=__doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("out/demo/data"), help="folder")
+    add("--out", type=Path, default=Path("out/demo/data"), help="output folder")
     add("--pretrain", type=int, default=3000, help="captioned pictures")
     add("--finetune", type=int, default=16000, help="conversations")
     add("--heldout", type=int, default=100, help="held-out pictures")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--seed", type=int, default=0, help="random seed")
     return parser.parse_args(argv)
 
 
@@ -69,12 +69,12 @@ Scene = tuple[Shape, ...]                           # at most one shape per quar
 
 
 def is_held_out(scene: Scene) -> bool:
-    """One scene in four, by a checksum: what training lacks follows no rule that a model could learn instead."""
+    """One scene in four, chosen by a checksum, so that no learnable rule tells held-out scenes apart."""
     return zlib.crc32(caption(scene).encode()) % 4 == 0
 
 
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
-    """One to three shapes, each number as often; no two alike, so that every shape can be asked about by its name."""
+    """One to three shapes, each count equally likely; no two alike, so that a name always means one shape."""
     while True:
         n = rng.choice((1, 2, 3))
         quarters = sorted(rng.sample(range(4), n))
@@ -86,7 +86,7 @@ def draw_scene(rng: random.Random, held_out: bool) -> Scene:
 
 def paint(scene: Scene, rng: random.Random) -> Image.Image:
     """The scene on a dark ground. Size, exact position and shade of each shape vary, so pixels cannot be memorized."""
-    scale = 4                                       # painted larger and reduced at the end: smooth edges
+    scale = 4                                       # supersampled, for smooth edges
     ground = rng.randint(20, 60)
     image = Image.new("RGB", (SIZE * scale, SIZE * scale), (ground, ground, ground + 8))
     pen = ImageDraw.Draw(image)
@@ -147,9 +147,9 @@ def how_many(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
 
 
 def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    """Yes as often as no. A no asks for something that shares its color or its kind with the shape.
+    """Yes and no are equally likely. A no asks for something that shares its color or its kind with the shape.
 
-    Something unlike everything in the picture would be too easy: half of the answer would do.
+    Something unlike everything in the picture would be too easy: seeing color or kind alone would do.
     """
     if rng.random() < 0.5:
         return Question(f"Is there a {shape.name}?", "yes", 2)
@@ -202,8 +202,8 @@ def question_about(scene: Scene, shape: Shape, rng: random.Random) -> tuple[str,
 def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Questions and answers about one picture: how many shapes, and one about each that no earlier turn has given away.
 
-    So answers do not follow from what was said before: whoever wants to know has to look. One conversation in eight
-    asks for the caption instead.
+    So no answer follows from earlier turns without looking at the picture. One conversation in eight asks for the
+    caption instead.
     """
     if rng.random() < 1 / 8:
         return [("Describe the picture.", caption(scene))]
@@ -217,7 +217,7 @@ def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
             question, answer = question_about(scene, shape, rng)
         turns.append((question, answer))
         told += [s for s in scene if s == shape or s.name in question]
-    # The count comes first or second: behind three shapes that were all talked about, nobody needs to look any more.
+    # The count comes first or second: once all shapes have been discussed, it follows without looking.
     count = how_many(scene, scene[0], rng)
     turns.insert(rng.randrange(2), (count.text, count.answer))
     return turns
@@ -243,11 +243,11 @@ def to_record(name: str, turns: list[tuple[str, str]]) -> dict:
 
 
 def paint_to(path: Path, scene: Scene, rng: random.Random) -> None:
-    paint(scene, rng).save(path, compress_level=1)  # a third larger than with the best compression, and much quicker
+    paint(scene, rng).save(path, compress_level=1)  # a third larger than at the best compression, but much faster
 
 
 def make_captions(images: Path, n: int, held_out: bool, stem: str, rng: random.Random) -> list[dict]:
-    """Paint n pictures into the folder -> a record with its caption for each."""
+    """Paint n pictures into the folder; return a record with the caption of each."""
     scenes = [draw_scene(rng, held_out) for _ in range(n)]
     records = []
     for i, scene in enumerate(scenes):
@@ -258,7 +258,7 @@ def make_captions(images: Path, n: int, held_out: bool, stem: str, rng: random.R
 
 
 def make_chats(images: Path, n: int, rng: random.Random) -> list[dict]:
-    """Paint n pictures into the folder -> a record with a conversation for each."""
+    """Paint n pictures into the folder; return a record with a conversation about each."""
     scenes = [draw_scene(rng, held_out=False) for _ in range(n)]
     records = []
     for i, scene in enumerate(scenes):
@@ -269,7 +269,7 @@ def make_chats(images: Path, n: int, rng: random.Random) -> list[dict]:
 
 
 def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
-    """Paint n held-out pictures into the folder -> for each, a question of every kind that has an answer there."""
+    """Paint n held-out pictures into the folder; yield, for each, a question of every kind that has an answer there."""
     for i in range(n):
         scene = draw_scene(rng, held_out=True)
         name = f"{i:05d}"
@@ -289,7 +289,7 @@ def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
 
 
 def write_data(out: Path, n_pretrain: int, n_finetune: int, n_heldout: int, seed: int) -> None:
-    """The data of both stages and the benchmark "shapes", as a pure function of the numbers and the seed."""
+    """Write the data of both stages and the benchmark "shapes". They depend on the sizes and the seed alone."""
     rng = random.Random(seed)
     images = out / "images"
     benchmark = out / "shapes"

@@ -1,7 +1,7 @@
-"""The asking half of eval.py: a benchmark's questions in batches, pictures decoded ahead, each answer as it ends.
+"""The asking half of eval.py: questions in batches, pictures decoded ahead, each answer as it ends.
 
-It stands apart because it needs torch, which scoring does without. A question is a benchmarks.scoring.Example, whose
-`image` is a file, an encoded picture, None, or any text for a blank picture.
+It is a separate file because it needs torch, which scoring does without. A question is a benchmarks.scoring.Example;
+its `image` is a file, an encoded picture, None, or any text for a blank picture.
 """
 import io
 from collections.abc import Callable, Iterable, Iterator
@@ -41,16 +41,16 @@ def join_processes() -> Processes:
     here = torchrun_env()
     if here.world == 1:
         return Processes(0, 1, lambda: None)
-    # Only barriers go over it, and the fastest process may wait at one for hours.
+    # The group carries barriers only, and the fastest process may wait at one for hours.
     join_group("gloo", timedelta(days=7))
     return Processes(here.rank, here.world, dist.barrier)
 
 
 def own_device(asked: str | None) -> str:
-    """--device, else the best one; under torchrun each process gets a GPU of its own, which becomes the current one."""
+    """--device, else the best available. Under torchrun each process gets its own GPU, made the current one."""
     here = torchrun_env()
     if asked in (None, "cuda") and here.local_rank < torch.cuda.device_count():
-        use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another one
+        use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another GPU
     device = choose_device(asked)
     if device == "cuda":
         if here.local_world > torch.cuda.device_count():
@@ -72,16 +72,16 @@ def own_dtype(asked: str | None, device: str) -> str:
 
 
 class Answer(NamedTuple):
-    row: int                    # of the question, in the benchmark's list
+    row: int                    # index of the question in the benchmark
     text: str
     truncated: bool             # cut at the token limit, or by a full context
 
 
 class Model:
-    """The model under test. Its weights are read when a task has questions to ask, and then stay for all tasks."""
+    """The model under test. Its weights are loaded once, by the first task that has questions to ask."""
 
     def __init__(self, folder: Path, load_model: Callable[..., LLaVAPhi], dtype: str, device: str, bits: int):
-        """load_model: load_weights.load_model, which a file of lib/ does not import itself."""
+        """load_model: load_weights.load_model, passed in because lib/ never imports a script."""
         self.source = open_weights(folder)
         self.config = self.source.config
         self.tok = load_tokenizer(folder)
@@ -93,26 +93,21 @@ class Model:
             self.session = Session(self.load_model())
 
     def encode(self, examples: list, rows: Iterable[int]) -> dict[int, list[int]]:
-        """Row -> the ids of its prompt, with the picture's positions. ValueError: one is too long to be answered."""
+        """Row -> prompt ids, image positions expanded. Raises ValueError for a prompt too long to be answered."""
         size = self.config.vision.image_size
-        limit = self.config.llm.block_size
         prompts = {}
         for row in rows:
             example = examples[row]
             image = torch.empty(0 if example.image is None else 1, 3, size, size, dtype=torch.uint8)
             try:
-                ids = encode_chat(self.config, self.tok, [example.prompt], image)
+                prompts[row] = encode_chat(self.config, self.tok, [example.prompt], image)
             except ValueError as e:
                 raise ValueError(f"question {example.question_id!r}: {e}") from None
-            if len(ids) >= limit:
-                raise ValueError(f"question {example.question_id!r} takes {len(ids):,} of the model's {limit:,} "
-                                 "positions, none is left for an answer")
-            prompts[row] = ids
         return prompts
 
     def answers(self, examples: list, prompts: dict[int, list[int]], batches: list[list[int]], image_mode: str,
                 max_new_tokens: int, exact: bool) -> Iterator[Answer]:
-        """Greedy answers to the rows in `batches`, each as soon as it ends. exact: batches share nothing."""
+        """Yield greedy answers to the rows in `batches`, each as it ends. exact: no prefix caching across batches."""
         config = replace(self.config, image_mode=image_mode)
         session = self.session
         for rows, images in zip(batches, pictures_ahead(examples, batches, config)):
@@ -126,7 +121,7 @@ class Model:
 
 def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int,
                  eos_id: int) -> Iterator[tuple[int, list[int]]]:
-    """(index in the batch, tokens of its answer), each as soon as it ends."""
+    """Yield (index in the batch, tokens of its answer), each as it ends."""
     tokens = [[] for _ in prompts]
     unfinished = list(range(len(prompts)))
     for column in session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eos_id):
@@ -151,8 +146,10 @@ def open_picture(image: Path | bytes | str | None, config: LLaVAConfig) -> Tenso
 
 
 def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig) -> Iterator[list[Tensor]]:
-    """The pictures of each batch, decoded while the batches before it run. A picture is decoded once for neighboring
-    batches."""
+    """Yield the pictures of each batch, decoded in threads while earlier batches run.
+
+    A picture that neighboring batches share is decoded once.
+    """
     with ThreadPoolExecutor(4) as pool:
         decoding = {}
         for i, batch in enumerate(batches):

@@ -19,35 +19,34 @@ from lib.device import peak_memory
 from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi
 
-MAX_CHARACTERS = 32_000             # of a question: refused before it is tokenized; 2,048 positions hold about 8,000
-
+MAX_CHARACTERS = 32_000         # in a question, refused before it is tokenized; 2,048 positions hold about 8,000
 
 Picture = str | Path | BinaryIO | Image.Image | None    # None: a question without a picture
 
 
 class TextStream:
-    """One answer's token ids in, its text out as soon as it is certain.
+    """Detokenize an answer while it is generated: token ids in, text out as soon as it is final.
 
-    All pieces together are `tok.decode(ids, skip_special_tokens=True).strip()`. Two things delay a piece: a character
-    whose UTF-8 bytes are spread over several tokens (an emoji, most Chinese) waits until it is complete, and white
-    space waits for a word after it, because at the end of an answer it would have to be stripped.
+    The pieces add up to `tok.decode(ids, skip_special_tokens=True).strip()`. Two things delay a piece: a character
+    whose UTF-8 bytes are spread over several tokens (an emoji, most Chinese) waits until it is complete, and whitespace
+    waits for the next word, because at the end of an answer it would have to be stripped.
     """
 
     def __init__(self, tok: Tokenizer):
         self.tok = tok
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        self.decoded = ""               # what the decoder has released so far, spaces at both ends included
-        self.n_shown = 0                # characters of `decoded.strip()` that were handed out
+        self.decoded = ""               # the decoder's output so far, not yet stripped
+        self.n_shown = 0                # characters of `decoded.strip()` already returned
 
     def add(self, token: int) -> str:
-        """The next token -> the text that has become certain with it, often empty."""
+        """Add the next token; return the text that it makes final, often none."""
         self.ids.append(token)
         self.decoded += self.decoder.step(self.tok, token) or ""
         return self.release()
 
     def finish(self) -> str:
-        """The answer is over -> the rest. Bytes that never became a character are shown as U+FFFD."""
+        """End the answer; return the rest of its text. Incomplete UTF-8 bytes become U+FFFD."""
         self.decoded = self.tok.decode(self.ids, skip_special_tokens=True)
         return self.release()
 
@@ -59,7 +58,7 @@ class TextStream:
 
 
 class Clock:
-    """Time to the first token, tokens per second, and how many tokens each chat of the batch has received."""
+    """Measures time to first token, tokens per second, and the number of tokens of each chat in the batch."""
 
     def __init__(self):
         self.start = time.perf_counter()
@@ -69,7 +68,7 @@ class Clock:
         self.tokens: list[int] = []     # per chat
 
     def tick(self, column: list[int | None]) -> None:
-        """Note one step of `Session.generate`, which gives a token, or None, for every chat."""
+        """Record one step of `Session.generate`: a token, or None, for every chat."""
         self.last = time.perf_counter() - self.start
         self.steps += 1
         if self.steps == 1:
@@ -81,7 +80,7 @@ class Clock:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of one chat, the first token (which waits for the prompt and the picture) left out."""
+        """Decode speed: tokens per second of one chat after the first token, which waits for the prefill."""
         if self.steps < 2:
             return 0.0
         return (self.steps - 1) / (self.last - self.first)
@@ -95,29 +94,32 @@ class Clock:
 def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
     """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> prompt ids, image positions expanded.
 
-    Raises ValueError if the last question is empty, too long, or does not fit into the model's context.
+    Raises ValueError if the last question is empty or too long, or if the chat leaves no position for an answer.
     """
     question = turns[-1]
     if not question.strip():
         raise ValueError("the question is empty")
     if len(question) > MAX_CHARACTERS:
         raise ValueError(f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}")
-    question.encode()                   # half a character, which a terminal can send, raises a ValueError here
+    question.encode()                   # a lone surrogate, which a terminal can send, raises a ValueError here
     ids = encode_prompt(turns, tok, image=len(image) > 0)
-    ids, _ = expand(ids, None, config.vision.n_patches, config.llm.block_size)
+    limit = config.llm.block_size
+    ids, _ = expand(ids, None, config.vision.n_patches, limit)
+    if len(ids) == limit:
+        raise ValueError(f"the prompt takes all of the model's {limit:,} positions, which leaves none for an answer")
     return ids
 
 
 def answer(session: Session, tok: Tokenizer, chats: list[list[str]], images: list[Tensor | Picture],
            clock: Clock | None = None, *, max_new_tokens: int = 256, **sampling) -> Iterator[list[str]]:
-    """Answer the last question of every chat, in one batch. Yields, step by step, the new text of each answer.
+    """Answer the last question of every chat, in one batch. Yields the new text of each answer after every step.
 
     chats: for each, question, answer, question, ..., question. images: one for each chat, in any form that `open_image`
-    takes, or what it returned. session: keeps what it computes, so that the next turn, or another question about the
-    same picture, computes only what is new; its `finish` says why each answer ended. clock: is told of every token.
-    sampling: temperature, top_k, top_p and generator (the seed) of `Session.generate`.
+    accepts. session: keeps the KV cache, so that the next turn, or another question about the same picture, computes
+    only its new tokens; its `finish` says why each answer ended. clock: measures speed. sampling: temperature, top_k,
+    top_p and generator (the seed) of `Session.generate`.
 
-    The text of a chat is the sum of its pieces. The caller may stop iterating at any time.
+    A chat's answer is its pieces joined. The caller may stop iterating at any time.
     Raises ValueError if a question cannot be asked or leaves no room for an answer.
     """
     config = session.model.config
@@ -134,12 +136,12 @@ def answer(session: Session, tok: Tokenizer, chats: list[list[str]], images: lis
 
 
 def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Picture], **options) -> list[str]:
-    """Ask the same question about every picture, in one batch -> the answers. See `answer` for images and options.
+    """Ask the same question about every picture, in one batch; return the answers. See `answer` for images and options.
 
-    Raises ValueError for a picture that is not in a list, and what `answer` raises.
+    Raises ValueError if `images` is not a list, and what `answer` raises.
     """
     if not isinstance(images, (list, tuple)):
-        raise ValueError(f"expected a list of pictures, found {images!r}: put it into brackets")
+        raise ValueError(f"expected a list of pictures, found {images!r}: put it in brackets")
     texts = [""] * len(images)
     for pieces in answer(Session(model), tok, [[question]] * len(images), images, **options):
         texts = [text + piece for text, piece in zip(texts, pieces)]
@@ -147,10 +149,10 @@ def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Pi
 
 
 def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
-    """A picture -> uint8 (1, 3, S, S), of the size and in the manner that this model wants. None -> (0, 3, S, S).
+    """Load a picture as uint8 (1, 3, S, S), preprocessed as the model expects. None -> (0, 3, S, S).
 
-    It comes as a path, the way people type, paste or drag it, as "-" for stdin, or opened by Pillow. A tensor is
-    returned unchanged. Raises ValueError or FileNotFoundError, which name the file.
+    source: a path, also as pasted or dragged into a terminal; "-" for stdin; or a Pillow image. A tensor is returned
+    unchanged. Raises ValueError or FileNotFoundError, which name the file.
     """
     if isinstance(source, torch.Tensor):
         return source
@@ -172,7 +174,7 @@ def pasted_path(text: str) -> Path:
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     elif re.match(r"[a-z]+://|data:", text, re.IGNORECASE):
-        raise ValueError(f"{text[:80]} is an address, and nothing here uses the network: download it and give the file")
+        raise ValueError(f"{text[:80]} is a URL, and nothing here uses the network: download it and give the file")
     path = Path(text).expanduser()
     unescaped = Path(re.sub(r"\\(.)", r"\1", text)).expanduser()
     if unescaped.exists() and not path.exists():

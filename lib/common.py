@@ -1,7 +1,6 @@
-"""Small things that every command of this project needs, each in one place. A reader of the model can skip this file.
+"""Small things that every command needs: flags, errors, files, locks. A reader of the model can skip this file.
 
-It imports no torch (the functions that need it import it when they are called), so that `--help`, a mistake in a flag
-and the scoring of answers respond at once.
+It does without torch, so that `--help`, a mistake in a flag and the scoring of answers respond at once.
 """
 import argparse
 import fcntl
@@ -25,9 +24,9 @@ from typing import NamedTuple
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every flag's default, and leaves the line breaks of a module's docstring alone.
+    """Shows every flag's default, and keeps the line breaks of a module's docstring.
 
-    A default of None or of no text is no value: the flag's own help says what happens then.
+    A default of None or "" is not shown: the flag's own help says what it means.
     """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -50,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def between(least: float, most: float) -> Callable[[str], float]:
-    """The argparse type of a number in a range; of a whole number where `least` is one. NaN is in no range."""
+    """An argparse type: a number in this range, a whole one if `least` is an int. NaN is refused."""
     number = type(least)
     limit = f" and at most {most}" if most < sys.float_info.max else ""
     kind = "whole number" if number is int else "number"
@@ -67,11 +66,11 @@ def between(least: float, most: float) -> Callable[[str], float]:
 
 
 def at_least(least: float) -> Callable[[str], float]:
-    return between(least, sys.float_info.max)           # the largest number, so that infinity is refused, too
+    return between(least, sys.float_info.max)           # the largest finite float: infinity is refused
 
 
 def parse_or_exit(parse: Callable):
-    """Read a script's command line with `parse` -> its settings. A mistake, or --help, ends the program here.
+    """Return a script's settings, read from its command line by `parse`. A mistake, or --help, ends the program here.
 
     Scripts call it before they import torch, which takes seconds.
     """
@@ -83,11 +82,10 @@ def parse_or_exit(parse: Callable):
 
 
 def run_command(main: Callable, *args, interrupted: str = "") -> int:
-    """Call a script's main function with `args` -> the exit code of the process.
+    """Call a script's main function with `args`; return the exit code of the process.
 
     Anything that a user's file, flag or machine can cause is raised as ValueError or OSError, and ends with one line
-    and exit code 2. Every other exception is a defect of ours and keeps its traceback. `interrupted` is what to print
-    after Ctrl-C.
+    and exit code 2. Every other exception is a bug of ours and keeps its traceback. interrupted: printed after Ctrl-C.
     """
     try:
         return main(*args) or 0
@@ -110,8 +108,8 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path next to `path`, for a file or a folder. On success it is forced to the disk and takes the name
-    `path`; on failure it is removed. So a crash or a full disk leaves either the old content or all of the new one.
+    """Yield a temporary path next to `path`, for a file or a folder. On success it is flushed to disk and renamed to
+    `path`; on failure it is removed. So a crash or a full disk leaves either the old content or all of the new.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".writing_{path.name}")
@@ -121,11 +119,11 @@ def replacing(path: Path) -> Iterator[Path]:
         for written in [*part.rglob("*"), part]:
             sync_folder(written)
         if path.is_dir():
-            remove(path)            # a rename replaces a file, but no folder that holds anything
+            remove(path)            # a rename replaces a file, but not a non-empty folder
         os.replace(part, path)
         sync_folder(path.parent)
     finally:
-        remove(part)                # on success it has another name by now
+        remove(part)                # already renamed on success
 
 
 def remove(path: Path) -> None:
@@ -137,7 +135,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """fsync a folder's entries: without it a rename can be lost in a power failure. It takes a file as well."""
+    """fsync a folder, so that a rename in it survives a power failure; or a file."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -146,23 +144,23 @@ def sync_folder(path: Path) -> None:
 def write_whole(path: Path, data: str | bytes) -> Path:
     """Write a small file by `replacing` it.
 
-    Characters that are not valid unicode (a model can produce half a surrogate pair) are written as escapes.
+    Characters that UTF-8 cannot encode (a model can produce half a surrogate pair) are written as escapes.
     """
     with replacing(path) as part:
         part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return path
 
 
-LOCK = ".in_use"            # a file in an output folder: who is writing there
+LOCK = ".in_use"            # the lock file in an output folder; it names the process that writes there
 
 
 @contextmanager
 def hold_folder(out: Path) -> Iterator[None]:
-    """Make `out` and keep it for this process as long as the context lasts. ValueError names the process that has it.
+    """Create `out` and lock it while the context lasts. If another process holds it, the ValueError names that process.
 
-    The lock is the kernel's and dies with the process, also after kill -9; the file's content only says whose it is.
+    The lock is the kernel's and dies with the process, even after kill -9; the file's content only says whose it is.
     It is a POSIX record lock, not flock: forked data workers do not inherit it, so they cannot keep a folder locked
-    after the process they worked for was killed, and NFS passes it on to its server. A process can take it twice.
+    after their parent was killed, and NFS forwards it to its server. A process can take it twice.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK
@@ -177,8 +175,8 @@ def hold_folder(out: Path) -> Iterator[None]:
             raise ValueError(f"{out} is in use by {owner}; wait for it or end it, or choose another folder") from None
         except OSError as e:
             print(f"warning: {out} cannot be locked ({e}): do not start a second run in it", file=sys.stderr)
-        # Whoever had the lock may have deleted the file while we were waiting to open it. Then ours has no name any
-        # more, and locking it keeps nobody out.
+        # The previous holder may have deleted the file after we opened it. Then ours is unlinked, and locking it keeps
+        # nobody out.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()
@@ -192,49 +190,45 @@ def hold_folder(out: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)        # before the lock is released
 
 
-JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's tokenizer.json has two million
+JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's tokenizer.json has 2 MB
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...] = dict) -> dict | list:
-    """Read a json file that somebody else wrote. ValueError names the file and says what is wrong with it.
+    """Read a json file of unknown origin. ValueError names the file and says what is wrong with it.
 
-    kind: what is expected in it, an object (dict) unless the caller can read a list too.
+    kind: the expected type, an object (dict) unless the caller can read a list too.
     """
     if not path.is_file():
         raise ValueError(f"{path}: not there; it belongs to the download")
     if path.stat().st_size > limit:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a json file of a model folder")
-    data = path.read_bytes()
+    return parse_json(path.read_bytes(), str(path), kind)
+
+
+def parse_json(text: bytes, where: str, kind: type | tuple[type, ...]) -> dict | list:
     try:
-        value = json.loads(data)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: not a json object, begins with {data[:40]!r}: was a web page saved in its place?")
+        raise ValueError(f"{where}: not a json object, begins with {text[:40]!r}")
     return value
 
 
 def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
-    """Read a file with one json object per line. ValueError names the first line that is something else.
+    """Read a file with one json object per line. ValueError names the first line that is not one.
 
     torn: a killed process may have left an unfinished last line, which is dropped.
     """
     rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1] if torn else lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a json object, begins with {line[:40]!r}")
-        rows.append(row)
+        if line.strip():
+            rows.append(parse_json(line, f"{path}, line {number}", dict))
     return rows
 
 # ---------------------------------------------------------------------------------------------------
-# Which process, which device, which dtype, which model
+# Dtype names, torchrun's processes, model folders
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}        # our name -> torch's; both are accepted on the command line
 
@@ -251,14 +245,14 @@ def dtype_name(text: str) -> str:
 
 
 class Torchrun(NamedTuple):
-    rank: int               # of this process, among all
-    world: int              # how many there are
-    local_rank: int         # of this process, among those of its machine
+    rank: int               # of this process among all
+    world: int              # number of processes
+    local_rank: int         # of this process among those on its machine
     local_world: int
 
 
 def torchrun_env() -> Torchrun:
-    """What torchrun says in the environment; a process that it did not start is the only one."""
+    """Rank and world size from torchrun's environment variables; (0, 1, 0, 1) without torchrun."""
     return Torchrun(
         rank=int(os.environ.get("RANK", 0)),
         world=int(os.environ.get("WORLD_SIZE", 1)),
@@ -271,7 +265,7 @@ USUAL_MODELS = (Path("out/finetune"), Path("checkpoints/llava-phi"), Path("check
 
 
 def find_model(asked: str | None) -> Path:
-    """The model folder that was asked for, else the first of the usual places that holds one."""
+    """The model folder that was asked for, else the first usual place that holds one."""
     if asked:
         return Path(asked)
     for folder in USUAL_MODELS:
@@ -279,15 +273,16 @@ def find_model(asked: str | None) -> Path:
             return folder
     demo = "; the demo's is --model out/demo/finetune" if Path("out/demo/finetune/config.json").exists() else ""
     raise ValueError("no model: neither out/finetune (made by train.py), checkpoints/llava-phi nor "
-                     "checkpoints/mipha-3b is here; get a published one with `hf download zxmonent/llava-phi --local-dir "
-                     "checkpoints/llava-phi` or `hf download zhumj34/Mipha-3B --local-dir checkpoints/mipha-3b`" + demo)
+                     "checkpoints/mipha-3b is here; get a published one with `hf download zxmonent/llava-phi "
+                     "--local-dir checkpoints/llava-phi` or `hf download zhumj34/Mipha-3B --local-dir "
+                     "checkpoints/mipha-3b`" + demo)
 
 # ---------------------------------------------------------------------------------------------------
-# Text that other people wrote, shown on a terminal or a page
+# Untrusted text, shown in a terminal or on a page
 
 
 def visible(text: str) -> str:
-    """Write control characters and direction marks out, so that a model's text cannot act on a terminal or a page."""
+    """Escape control characters and direction marks, so that a model's text cannot act on a terminal or a page."""
     shown = []
     for c in text:
         harmful = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"
@@ -299,12 +294,12 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def without_control(text: str) -> str:
-    """Drop what could move a terminal's cursor, colour it, or turn the direction of its text."""
+    """Drop what could move a terminal's cursor, change its colors, or reverse its text."""
     return CONTROL.sub("", text)
 
 
 def html_page(title: str, body: str, style: str = "") -> str:
-    """A self-contained page. Its security policy forbids scripts and every request to elsewhere."""
+    """A self-contained page. Its security policy forbids scripts and requests to any host."""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{html.escape(title)}</title><style>

@@ -1,4 +1,4 @@
-"""What all tests share: the tiny model and its inputs, no GPU unless one is asked for, one thread per process."""
+"""Shared by all tests: the tiny model and its inputs, no GPU except in test_cuda.py, one thread per process."""
 import json
 import os
 
@@ -27,10 +27,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def hide_gpus(request):
-    """Tests compute on the CPU, and with as many processes as they like, whatever the machine has.
+    """Tests run on the CPU, with any number of processes, whatever the machine has. Only test_cuda.py is about the GPU.
 
-    Programs that a test starts find no GPU because of the variable. In this process CUDA may be running already and
-    would not look at it again. test_cuda.py is the one file that is about the GPU.
+    The variable hides GPUs from programs that a test starts. In this process CUDA may be initialized already and would
+    not read it again.
     """
     if request.module.__name__ == "test_cuda":
         yield
@@ -66,7 +66,7 @@ def photo():
 
 @pytest.fixture(scope="session")
 def chat_json(tmp_path_factory):
-    """24 conversations of one to three turns about the goldens' pictures, every fourth without one."""
+    """24 conversations of one to three turns about the goldens' pictures; every fourth has no picture."""
     path = tmp_path_factory.mktemp("data") / "chat.json"
     path.write_text(json.dumps(helpers.conversations()))
     return path

@@ -1,4 +1,4 @@
-"""What several test files need: processes, pictures, random prompts, records, training runs, changed model folders."""
+"""Shared by several test files: processes, pictures, random prompts, records, training runs, changed model folders."""
 import json
 import os
 import random
@@ -27,7 +27,7 @@ TINY_MODEL = GOLDEN / "tiny-llava-phi"
 TINY_PHI, TINY_CLIP = GOLDEN / "tiny-phi", GOLDEN / "tiny-clip"
 TINY_MIPHA = ROOT / "tests" / "golden-mipha" / "tiny-mipha"
 
-# What the original code answers to the first golden prompt, decoded and stripped.
+# The original code's answer to the first golden prompt, decoded and stripped.
 GOLDEN_ANSWER = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd squares"
 
 # ---------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def start_script(*args: object, processes: int = 1, **options) -> subprocess.Pop
 
 
 def run_script(*args: object, processes: int = 1, timeout: float = 240, **options) -> subprocess.CompletedProcess:
-    """Run `python ARGS` to its end. On a timeout the processes that torchrun started are ended with it."""
+    """Run `python ARGS` to its end. A timeout also kills the processes that torchrun started."""
     process = start_script(*args, processes=processes, **{"start_new_session": True} | options)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -57,13 +57,13 @@ def run_script(*args: object, processes: int = 1, timeout: float = 240, **option
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """The raw pixels behind the normalized ones that the goldens hold."""
+    """Undo the normalization of the goldens' pixels."""
     mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
     return ((pixels * std + mean) * 255).round().to(torch.uint8)
 
 
 def pattern(w: int, h: int) -> Image.Image:
-    """A picture drawn by a formula, so that the values that the original computed for it can be checked anywhere."""
+    """A picture computed by a formula, so that it is the same wherever the original code's outputs are checked."""
     x, y = np.meshgrid(np.arange(w), np.arange(h))
     return Image.fromarray((np.stack([7 * x + 3 * y, 5 * x + 11 * y, 13 * x + 17 * y], -1) % 256).astype(np.uint8))
 
@@ -115,7 +115,7 @@ SMALL = LLaVAConfig(
 
 @torch.no_grad()
 def random_model(config: LLaVAConfig, scale: float, eos_bias: float = 0.0) -> LLaVAPhi:
-    """Weights `scale` times larger than fresh ones: answers that vary. eos_bias: how much token 0 is preferred."""
+    """Weights `scale` times larger than fresh ones: answers that vary. eos_bias: added to token 0's logit."""
     model = LLaVAPhi(config).eval()
     init_weights(model, torch.Generator().manual_seed(1))
     for p in model.parameters():
@@ -132,20 +132,20 @@ def pack(prompts: list[list[int]]) -> tuple[Tensor, list[int], Tensor]:
 
 @torch.no_grad()
 def all_logits(model: LLaVAPhi, prompts: list[list[int]], images: Tensor) -> Tensor:
-    """The plain forward pass, without a cache. -> (T, V)"""
+    """The plain forward pass without a KV cache: logits (T, V)."""
     ids, lengths, image_positions = pack(prompts)
     return model.llm.lm_head(model.llm(model.embed(ids, images, image_positions), Packed(lengths, ids.device)))
 
 
 def plain_answer(model: LLaVAPhi, prompt: list[int], images: Tensor, n: int, eos_id: int = 0) -> list[int]:
-    """The oracle of all generation: model.py's, which has no cache."""
+    """The oracle for generation: model.generate, which has no KV cache."""
     ids, _, image_positions = pack([prompt])
     return model.generate(ids, images, image_positions, n, eos_id)
 
 
 def fast_answers(session: LLaVAPhi | Session, prompts: list[list[int]], images: list[Tensor], n: int, eos_id: int = 0,
                  **sampling) -> list[list[int]]:
-    """The same from lib/generate.py, for a whole batch; a model gets a session of its own."""
+    """The same from lib/generate.py, for a whole batch; a model gets a new session."""
     if isinstance(session, LLaVAPhi):
         session = Session(session)
     columns = list(session.generate(prompts, images, max_new_tokens=n, eos_id=eos_id, **sampling))
@@ -196,7 +196,7 @@ def train_flags(out: Path, data: Path, *more: str, stage: str = "finetune") -> l
 
 
 def metrics(out: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what depends on the clock and the machine."""
+    """The lines of metrics.jsonl without the fields that depend on the clock and the machine."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "tokens_per_second", "mfu", "memory_gb")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
@@ -243,7 +243,7 @@ def same(a: nn.Module, b: nn.Module, prefix: str = "") -> bool:
 
 
 def model_from(phi: Path, tower: Path) -> LLaVAPhi:
-    """The model that a Phi folder and a tower's make together. Its projector is drawn anew every time."""
+    """A model from a Phi folder and a tower's. Its projector is newly initialized each time."""
     bases = open_weights(phi, tower)
     model = LLaVAPhi(bases.config)
     load_weights.load_into(model, bases, allow_missing=("projector.",))
@@ -251,7 +251,7 @@ def model_from(phi: Path, tower: Path) -> LLaVAPhi:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """Path -> bytes, for every file in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -260,7 +260,7 @@ def without(config: dict, *keys: str) -> dict:
 
 
 def siglip_folder(kind: str, out: Path) -> Path:
-    """google's SiglipModel with its text tower, or the vision tower alone, made of the tower in tiny-mipha."""
+    """Google's SiglipModel with its text tower, or the vision tower alone, made from the tower in tiny-mipha."""
     old, new = "model.vision_tower.vision_model.", "" if kind == "without prefix" else "vision_model."
 
     def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

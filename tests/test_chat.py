@@ -1,10 +1,12 @@
 """Asking a model through lib/chat.py: pieces that add up, pictures in any form, sessions that recognize them."""
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import GOLDEN_ANSWER
 from PIL import Image
 
-from lib.chat import Clock, answer, ask, open_image
+from lib.chat import Clock, answer, ask, encode_chat, open_image
 from lib.generate import Session
 
 
@@ -51,8 +53,19 @@ def test_asking_about_several_pictures_is_asking_about_each(tiny_model, tiny_tok
     together = ask(tiny_model, tiny_tokenizer, "What is this?", pictures, max_new_tokens=8)
     apart = [ask(tiny_model, tiny_tokenizer, "What is this?", [picture], max_new_tokens=8)[0] for picture in pictures]
     assert together == apart
-    with pytest.raises(ValueError, match="put it into brackets"):
+    with pytest.raises(ValueError, match="put it in brackets"):
         ask(tiny_model, tiny_tokenizer, "What is this?", photo)
+
+
+def test_a_prompt_that_fills_the_context_is_refused_before_any_generation(tiny_model, tiny_tokenizer):
+    """The benchmarks and the server rely on it: whatever encode_chat returns leaves room for an answer."""
+    config = tiny_model.config
+    no_picture = open_image(None, config)
+    n = len(encode_chat(config, tiny_tokenizer, ["Why?"], no_picture))
+    one_left, none_left = (replace(config, llm=replace(config.llm, block_size=size)) for size in (n + 1, n))
+    assert len(encode_chat(one_left, tiny_tokenizer, ["Why?"], no_picture)) == n
+    with pytest.raises(ValueError, match=f"all of the model's {n} positions"):
+        encode_chat(none_left, tiny_tokenizer, ["Why?"], no_picture)
 
 
 def test_pictures_are_uint8_of_the_models_size(tiny_model, photo):

@@ -251,7 +251,7 @@ def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, tiny_mod
 
 
 def test_a_picture_that_is_in_no_list_and_no_picture_at_all(tiny_model, tiny_tokenizer):
-    with pytest.raises(ValueError, match="expected a list of pictures, found 'cat.jpg': put it into brackets"):
+    with pytest.raises(ValueError, match="expected a list of pictures, found 'cat.jpg': put it in brackets"):
         ask(tiny_model, tiny_tokenizer, "What is this?", "cat.jpg")
     assert ask(tiny_model, tiny_tokenizer, "What is this?", []) == []
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: a small run in this process or in others, and the comparison of two runs.
+"""Shared by the tests of training: a small run in this process or in others, and the comparison of two runs.
 
 As a program (`training.py STOP_AFTER FLAGS`) it trains like train.py, and stops after a step as if a signal had come.
 """
@@ -22,9 +22,9 @@ from lib.recipes import parse
 
 
 def train_here(flags: list[str], stop_after: int = 0) -> None:
-    """Train in this process. train.py leaves its process group only after a success, so it is left here.
+    """Train in this process. train.py destroys its process group only on success, so it is destroyed here.
 
-    stop_after: the step after which the run is told to stop, as by a signal; 0: none.
+    stop_after: the step after which the run is stopped as if by a signal; 0: never.
     """
     real_steps = train.synchronized_steps
 
@@ -63,7 +63,7 @@ def some_of(data: Path, to: Path, image: bool, turns: int | None = None) -> Path
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Every number of every step, and every weight, bit for bit."""
+    """Every metric of every step, and every weight, bit for bit."""
     assert metrics(a) == metrics(b)
     x, y = (load_file(out / "model.safetensors") for out in (a, b))
     assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
