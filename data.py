@@ -1,12 +1,12 @@
 """From LLaVA's json, or one question, to packed tensors.
 
-    picture      -> uint8 pixels of the size that the vision tower wants            load_image
-    conversation -> token ids, and for each its label                               encode
+    image        -> uint8 pixels at the vision tower's size                         load_image
+    conversation -> token ids and labels                                            encode
     samples      -> one row of tokens without padding                               collate
-    (seed, step) -> the samples of a training step, split over ranks                step_samples, split_step, Loader
+    (seed, step) -> the samples of a training step, split over ranks                Loader, lib/schedule.py
 
-The first two follow LLaVA's train.py (the chat template, where the image goes) and Hugging Face's CLIPImageProcessor
-and SiglipImageProcessor (the pixels, bit for bit). This file knows nothing of models: sizes arrive as arguments.
+The first two follow Hugging Face's CLIPImageProcessor and SiglipImageProcessor (the pixels, bit for bit) and LLaVA's
+train.py (the chat template, where the image goes). Nothing here depends on the model: sizes are passed in.
 `python data.py check --help` says how to find bad samples before training.
 """
 from __future__ import annotations
@@ -44,9 +44,9 @@ from lib.records import BadSamples, find_records, id_of, lines_of, parse_record
 from lib.schedule import epoch_order, split_step, step_samples
 from lib.workers import map_in_chunks, map_in_workers
 
-IGNORE = -100                       # label of a position that is not supervised
-IMAGE_ID = -200                     # the one image slot in ids; after `expand`, every patch's place
-IMAGE = "<image>"                   # how LLaVA's json says "here": a tag in the first question, never a token
+IGNORE = -100                       # label of an unsupervised position
+IMAGE_ID = -200                     # the image slot in ids; after `expand`, every patch position
+IMAGE = "<image>"                   # LLaVA's placeholder in the first question; never a token
 EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
@@ -55,7 +55,7 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 class Sample(NamedTuple):
     """One record, or one prompt, ready to be packed."""
     id: str
-    ids: list[int]                  # image slot expanded to P times IMAGE_ID
+    ids: list[int]                  # with the image slot expanded to P times IMAGE_ID
     labels: list[int] | None        # as long as ids, unshifted: a position's own id, or IGNORE; None for a prompt
     image: Tensor | None            # (3, S, S) uint8
 
@@ -63,33 +63,33 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """B samples packed into a single row of T tokens; N images of P patches; M supervised tokens."""
     ids: Tensor                     # (T,) int64, 0 at image positions
-    lengths: Tensor                 # (B,) int64, their sum is T
+    lengths: Tensor                 # (B,) int64, summing to T
     images: Tensor                  # (N, 3, S, S) uint8, N may be 0
     image_positions: Tensor         # (N * P,) int64, where in ids the patches go
-    loss_positions: Tensor          # (M,) int64, where the next token, in the same sample, is supervised
+    loss_positions: Tensor          # (M,) int64, whose next token, in the same sample, is supervised
     targets: Tensor                 # (M,) int64, those next tokens
 
 # ---------------------------------------------------------------------------------------------------
-# Picture
+# Images
 
-MAX_PIXELS = 89_478_485             # refused before decoding, like Pillow's own limit: 268 MB as RGB
+MAX_PIXELS = 89_478_485             # Pillow's own limit, but checked before decoding: 268 MB as RGB
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of phones
-warnings.filterwarnings("ignore", module="PIL")             # odd EXIF data and the like: a picture opens or it does not
+warnings.filterwarnings("ignore", module="PIL")             # about odd EXIF data and the like in images that open fine
 
 
 class ImageConfig(NamedTuple):
-    """How a model wants its pictures."""
+    """How a model expects its images."""
     size: int                       # pixels per side
     mode: str                       # one of IMAGE_MODES, see load_image
     pad_color: tuple[int, int, int]
-    n_patches: int                  # positions that a picture takes in a sample
+    n_patches: int                  # positions that an image takes up in a sample
 
     @classmethod
     def of(cls, vision, mode: str) -> ImageConfig:
         """For the tower of a VisionConfig.
 
-        A picture is padded with the tower's mean color, which normalization turns into almost zero. LLaVA cuts the
-        fraction off instead of rounding: (122, 116, 104) for CLIP, (127, 127, 127) for SigLIP.
+        Images are padded with the tower's mean color, which normalization maps to almost zero. LLaVA truncates it
+        instead of rounding: (122, 116, 104) for CLIP, (127, 127, 127) for SigLIP.
         """
         red, green, blue = vision.mean
         pad_color = int(255 * red), int(255 * green), int(255 * blue)
@@ -97,14 +97,14 @@ class ImageConfig(NamedTuple):
 
 
 def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig) -> Tensor:
-    """A picture, as a file or already open -> uint8 (3, size, size).
+    """A file, or an image already open -> uint8 (3, size, size).
 
-    mode "crop": the shortest edge becomes `size`, then the center is cut out (CLIP's processor; LLaVA-Phi's stage 1).
-    mode "pad": the whole picture in the middle of a square of pad_color (LLaVA's stage 2 and inference).
-    mode "squash": both edges become `size`, whatever that does to the proportions (SigLIP's processor).
+    mode "crop": resize the shortest edge to `size`, then crop the center (CLIP's processor; LLaVA-Phi's stage 1).
+    mode "pad": pad to a square with pad_color, then resize (LLaVA's stage 2 and inference).
+    mode "squash": resize both edges to `size`, ignoring the aspect ratio (SigLIP's processor).
 
-    The pixels equal those of Hugging Face's processors before normalization, which is the tower's work here, except
-    that a photo stored on its side is put upright. ValueError names the file and says what is wrong with it.
+    The pixels equal those of Hugging Face's processors before normalization, which the tower does here, except that
+    photos stored on their side are turned upright. ValueError names the file and says what is wrong with it.
     """
     size, mode, pad_color, _ = config
     assert mode in IMAGE_MODES, f"image mode {mode!r} is none of {', '.join(IMAGE_MODES)}"
@@ -129,7 +129,7 @@ def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig)
 
 
 def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
-    """Upright RGB. Alpha is dropped and the first of several frames is taken, as the original does.
+    """Open as upright RGB. Alpha is dropped and only the first frame of an animation is read, as in LLaVA.
 
     Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
     """
@@ -155,10 +155,10 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
 
 
 def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
-    """Pixels of the largest intermediate picture.
+    """Pixels of the largest intermediate image.
 
-    A strip of a million pixels by one is a small file, but padded to a square, or with its shortest edge at `size`, it
-    would fill any memory.
+    A strip of a million pixels by one is a small file, but padded to a square, or with its shortest edge resized to
+    `size`, it would exhaust any memory.
     """
     if mode == "pad":
         return max(w, h) ** 2
@@ -172,7 +172,7 @@ def upright(image: Image.Image) -> Image.Image:
     """Rotate a photo as its EXIF data says. Phones store most photos on their side; annotators saw them upright."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:               # broken EXIF data around a good picture
+    except Exception:               # broken EXIF data in a good image
         return image
     return image if orientation == 1 else ImageOps.exif_transpose(image)
 
@@ -183,10 +183,10 @@ def upright(image: Image.Image) -> Image.Image:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """From tokenizer.json, else from vocab.json, merges.txt and added_tokens.json; both give the same ids.
 
-    Special words in a text are text: the image slot and the end of text are placed by id, so an "<image>" or
-    "<|endoftext|>" that somebody typed cannot move a picture or end an answer.
+    Special tokens that occur in text are plain text: the image slot and the end of text are inserted by id, so an
+    "<image>" or "<|endoftext|>" that somebody typed cannot move an image or end an answer.
     """
-    folder = Path(folder)               # in a notebook it is text
+    folder = Path(folder)               # in a notebook it is a str
     if (folder / "tokenizer.json").exists():
         tok = read_tokenizer(folder / "tokenizer.json")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -194,16 +194,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     else:
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; "
                                 "get Phi-2's by: hf download microsoft/phi-2 --local-dir checkpoints/phi-2")
-    # encode_turns asks which token a character lies in. With trimmed offsets, tokens of white space would report empty
-    # spans, and the labels would be silently wrong.
+    # encode_turns maps characters to tokens. With trimmed offsets, whitespace tokens would report empty spans, and the
+    # labels would be silently wrong.
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    tok.encode_special_tokens = True                        # as text, that is
+    tok.encode_special_tokens = True                        # despite its name: treat them as plain text
     eot_id(tok)                                             # raises if there is none
     return tok
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, without the <image> token that our export adds for transformers' sake."""
+    """A tokenizer.json, without the <image> token that our export adds for transformers."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
@@ -213,7 +213,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def build_tokenizer(folder: Path) -> Tokenizer:
-    """From GPT-2's older files, the only ones that the released LLaVA-Phi and Mipha have."""
+    """From GPT-2's older file formats, the only ones that the released LLaVA-Phi and Mipha ship."""
     try:
         tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     except Exception as e:
@@ -228,8 +228,8 @@ def build_tokenizer(folder: Path) -> Tokenizer:
             continue
         tok.add_tokens([AddedToken(text, normalized=True, special=False)])      # takes the next free id
         if tok.token_to_id(text) != i:
-            raise ValueError(f"{path} gives {text!r} the id {i}, but it comes to {tok.token_to_id(text)}: "
-                             "vocab.json is of another tokenizer")
+            raise ValueError(f"{path} gives {text!r} the id {i}, but the next free id is {tok.token_to_id(text)}: "
+                             "vocab.json belongs to another tokenizer")
     return tok
 
 
@@ -254,11 +254,11 @@ def tokenize(text: str, tok: Tokenizer) -> Encoding:
 
 
 def to_turns(record: dict) -> tuple[list[str], bool]:
-    """A record of LLaVA's json -> question, answer, question, ..., and whether there is a picture.
+    """A record of LLaVA's json -> [question, answer, question, ...], and whether there is an image.
 
-    A greeting by gpt before the first question is dropped, as in the original. With a picture, the tag that the first
-    question begins or ends with is taken out, for the picture's place is always in front; any other <image> is text.
-    ValueError says what is wrong.
+    A greeting by gpt before the first question is dropped, as in LLaVA. With an image, an <image> at the beginning or
+    end of the first question is removed, since the image always goes in front; any other <image> is text. ValueError
+    says what is wrong.
     """
     said = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(said, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in said):
@@ -287,7 +287,7 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
 
 @lru_cache(maxsize=4)
 def encode_once(text: str, tok: Tokenizer) -> tuple[int, ...]:
-    """For the system prompt, which opens every conversation."""
+    """A cache for the system prompt, which opens every conversation."""
     return tuple(tokenize(text, tok).ids)
 
 
@@ -297,17 +297,17 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
         SYSTEM USER: <image>\\nquestion ASSISTANT: answer<|endoftext|>USER: question ASSISTANT: answer<|endoftext|>
                                                   ~~~~~~~~~~~~~~~~~~~~                         ~~~~~~~~~~~~~~~~~~~~
 
-    What is underlined is supervised: its label is its own id. The model is to learn what to answer and where to stop,
-    so the end of text counts; it is not to learn the user's questions or the fixed words between them, so everything
-    else is IGNORE. "<image>" stands for the one IMAGE_ID. `collate` turns the label of a position into the target of
-    the position before it.
+    The underlined tokens are supervised: each one's label is its own id. The model should learn what to answer and
+    where to stop, so the end of text counts; it should not learn to ask the user's questions or to repeat the template,
+    so all other labels are IGNORE. "<image>" stands for the one IMAGE_ID. `collate` makes the label of a position the
+    target of the position before it.
 
-    An odd number of turns leaves the last question open, for the model to answer: the same function makes the prompts
-    of inference, which therefore are exactly how training conversations begin.
+    An odd number of turns leaves the last question for the model to answer. Inference builds its prompts this way, so
+    they begin exactly as training conversations do.
     """
     eot = eot_id(tok)
     ids: list[int] = []
-    text = SYSTEM + " USER: "           # what is not tokenized yet, up to the next answer
+    text = SYSTEM + " USER: "           # not tokenized yet: everything up to the next answer
     if image:
         ids = [*encode_once(text, tok), IMAGE_ID]
         text = "\n" if turns[0] else ""
@@ -317,9 +317,9 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
         answered = i + 1 < len(turns)
         answer = " " + turns[i + 1] if answered and turns[i + 1] else ""
         # The space before an answer is part of its first token (" A" is one token), so question and answer must be
-        # tokenized in one piece. The tokenizer then says which token the answer's first character lies in, and the
-        # labels cannot drift from the ids. LLaVA tokenizes the question again by itself to learn its length, which is
-        # off by one in places.
+        # tokenized together. The tokenizer then says which token the answer's first character is in, and the labels
+        # cannot drift from the ids. LLaVA tokenizes the question a second time to get its length, which is off by one
+        # in places.
         encoded = tokenize(text + answer, tok)
         n_asked = encoded.char_to_token(len(text)) if answer else len(encoded.ids)
         ids += encoded.ids
@@ -327,16 +327,16 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
         if answered:
             ids.append(eot)
             labels.append(eot)
-        text = "USER: "                 # no space: the template puts it right behind the end of text
+        text = "USER: "                 # no space in front: it follows the end of text directly
     return ids, labels
 
 
 def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list[int]]:
-    """A record of LLaVA's json -> ids with at most one IMAGE_ID, and labels of the same length, uncut.
+    """A record of LLaVA's json -> ids with at most one IMAGE_ID, and labels of the same length, not truncated.
 
     template "v0": a conversation, see encode_turns (stage 2).
-    template "plain": picture, caption, newline, without any words of a chat; all but the picture is supervised. Stage
-    1 only teaches the projector what patches look like to the language model.
+    template "plain": image, caption, newline, no chat template; everything but the image is supervised. Stage 1 only
+    teaches the projector to map patches to something the language model understands.
     ValueError says what is wrong with the record.
     """
     assert template in ("plain", "v0"), f"template {template!r} is neither plain nor v0"
@@ -351,7 +351,7 @@ def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list
 
 
 def encode_prompt(turns: list[str], tok: Tokenizer, image: bool) -> list[int]:
-    """Question, answer, ..., question -> the ids before the answer: exactly the beginning of what training sees."""
+    """[question, answer, ..., question] -> the ids that the answer follows, exactly as in training."""
     if len(turns) % 2 == 0:
         raise ValueError(f"a prompt ends with a question: expected an odd number of turns, found {len(turns)}")
     ids, _ = encode_turns(turns, tok, image)
@@ -360,10 +360,10 @@ def encode_prompt(turns: list[str], tok: Tokenizer, image: bool) -> list[int]:
 
 def expand(ids: list[int], labels: list[int] | None, n_patches: int,
            block_size: int) -> tuple[list[int], list[int] | None]:
-    """The image slot becomes n_patches times IMAGE_ID; then what is above block_size is cut off on the right.
+    """Expand the image slot to n_patches times IMAGE_ID, then truncate on the right to block_size.
 
-    labels=None says that this is a prompt. ValueError where the cut would go through an image, or through a prompt,
-    which would lose its question.
+    labels=None marks a prompt. ValueError where truncation would cut an image, or any prompt, which would lose its
+    question.
     """
     if IMAGE_ID in ids:
         slot = ids.index(IMAGE_ID)
@@ -380,16 +380,16 @@ def expand(ids: list[int], labels: list[int] | None, n_patches: int,
 
 
 def collate(samples: list[Sample], image_size: int = 336) -> Batch:
-    """Pack samples into a single row: no padding is computed, lengths keep them apart. Prompts supervise nothing.
+    """Pack samples into a single row without padding; `lengths` separates them. Prompts have no supervised positions.
 
-    image_size only gives `images` its shape when there are none.
+    image_size is only needed for the shape of `images` when there are none.
     """
     labels_of = [s.labels if s.labels is not None else [IGNORE] * len(s.ids) for s in samples]
     labels = np.array(list(chain.from_iterable(labels_of)), dtype=np.int64)                    # (T,)
     ids = np.array(list(chain.from_iterable(s.ids for s in samples)), dtype=np.int64)          # (T,)
     lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)                          # (B,)
-    # A token is predicted at the position before it. The one before a sample's first token belongs to another sample,
-    # which must not be taught what follows it.
+    # A token is predicted at the position before it. For a sample's first token, that position belongs to another
+    # sample, which must not learn to predict it.
     first = np.cumsum(lengths) - lengths
     labels[first] = IGNORE
     loss_positions = np.flatnonzero(labels[1:] != IGNORE)                                      # (M,)
@@ -408,16 +408,16 @@ def collate(samples: list[Sample], image_size: int = 336) -> Batch:
     return Batch(ids, lengths, pixels, image_positions, loss_positions, targets)
 
 # ---------------------------------------------------------------------------------------------------
-# Dataset: a file of records, of which the index says what the schedule has to know
+# Dataset
 
 
 class Index(NamedTuple):
-    """What the schedule needs to know of all n records. A bad one counts as one position that teaches nothing."""
-    ranges: np.ndarray              # (n, 2) int64, bytes of the file
-    length: np.ndarray              # (n,) int32, and so are the others: positions, image expanded, cut to block_size
-    supervised: np.ndarray          # tokens
+    """What the schedule needs to know about all n records. A bad one counts as a single unsupervised position."""
+    ranges: np.ndarray              # (n, 2) int64, byte ranges in the file
+    length: np.ndarray              # (n,) int32 like the rest: positions, image expanded, truncated to block_size
+    supervised: np.ndarray          # supervised tokens
     image: np.ndarray               # 0 or 1
-    cut: np.ndarray                 # positions lost to block_size
+    cut: np.ndarray                 # positions lost to truncation
 
 
 @dataclass(eq=False)
@@ -425,19 +425,19 @@ class Dataset:
     """LLaVA's json or jsonl. FileNotFoundError or ValueError if the file is not there or not LLaVA's.
 
     Each record goes through `prepare` once for the index, which needs its length, and again whenever it is sampled. The
-    index does not keep the ids: for the 665K records of stage 2 they would be a second gigabyte in every run's folder,
-    to save a worker 0.3 ms next to the 6 ms that a picture takes.
+    index does not keep the ids: for the 665K records of stage 2 they would add a second gigabyte to every run's folder,
+    to save 0.3 ms per sample next to the 6 ms that its image takes.
     """
     path: Path
     image_dir: Path
     tok: Tokenizer
     template: str                   # plain or v0, see encode
     image_config: ImageConfig
-    block_size: int                 # positions of a sample at most
+    block_size: int                 # most positions of a sample
     _: KW_ONLY
-    on_bad_sample: str = "stop"     # raise at the first; "skip": put in its place a sample that supervises nothing
+    on_bad_sample: str = "stop"     # raise at the first; "skip": replace it with an unsupervised sample
     cache_dir: Path | None = None   # where the index and the list of bad samples are written, if anywhere
-    follow_links: bool = False      # out of image_dir
+    follow_links: bool = False      # allow links that lead out of image_dir
 
     def __post_init__(self):
         assert self.on_bad_sample in ("stop", "skip"), f"{self.on_bad_sample!r} is neither stop nor skip"
@@ -449,7 +449,7 @@ class Dataset:
             raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\", {found}")
 
     def __setstate__(self, state: dict) -> None:
-        """Arrive in a worker process. Pickling a tokenizer forgets that special words in a text are text."""
+        """Unpickle in a worker process. Pickling a tokenizer loses encode_special_tokens."""
         self.__dict__.update(state)
         self.tok.encode_special_tokens = True
 
@@ -463,9 +463,9 @@ class Dataset:
 
     @cached_property
     def index(self) -> Index:
-        """Read from cache_dir if it was made for this very json, tokenizer and template; else made, and kept there.
+        """Read from cache_dir if it was built for this json, tokenizer and template; otherwise built and cached there.
 
-        No lock guards it: a run holds its folder, and lets process 0 make the index before the others ask for it.
+        No lock is needed: a run has locked its folder, and process 0 builds the index before the others read it.
         """
         if self.cache_dir is None:
             return self.make_index()
@@ -500,7 +500,7 @@ class Dataset:
         return iter(tqdm(results, self.path.name, len(ranges), unit=" records", disable=None, leave=False))
 
     def measure(self, span: tuple[int, int]) -> tuple[int, int, int, int] | ValueError:
-        """A record's numbers in the index, or what is wrong with it: as a value, so that it leaves the worker."""
+        """A record's row of the index, or its error, returned so that the caller can say which record it is."""
         try:
             _, ids, labels, cut = self.prepare(span)
         except ValueError as e:
@@ -508,7 +508,7 @@ class Dataset:
         return len(ids), len(labels) - labels.count(IGNORE), int(IMAGE_ID in ids), cut
 
     def prepare(self, span: tuple[int, int]) -> tuple[dict, list[int], list[int], int]:
-        """Parse, apply the template, tokenize, expand -> the record, ids, labels, and how many positions were cut off.
+        """Parse, apply the template, tokenize, expand -> the record, ids, labels, and the number of positions cut off.
 
         ValueError says what is wrong with the record.
         """
@@ -520,7 +520,7 @@ class Dataset:
         return record, ids, labels, full_length - len(ids)
 
     def sample(self, i: int) -> Sample:
-        """Record i. ValueError names its id and line, what is wrong, and the command that finds all like it."""
+        """Record i. ValueError names its id and line, what is wrong, and the command that finds every bad sample."""
         span = self.index.ranges[i].tolist()
         try:
             record, ids, labels, _ = self.prepare(span)
@@ -536,7 +536,7 @@ class Dataset:
             return file.read(end - start)
 
     def image_path(self, record: dict) -> Path:
-        """The file that a record names. The record is untrusted: it must not reach outside of the image folder."""
+        """The file that a record names. Records are untrusted: they must not reach outside the image folder."""
         name = record["image"]
         if "://" in name or name.startswith("data:"):
             raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
@@ -555,16 +555,15 @@ class Dataset:
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.image_dir}")
 
     def summary(self) -> str:
-        """One line for the log, with the samples that were cut and those that are left without a supervised token."""
+        """One line for the log. It also counts truncated samples and those left without a supervised token."""
         index = self.index
         n_cut = (index.cut > 0).sum()
         n_useless = (index.supervised == 0).sum()
         return (f"{len(self):,} samples, {index.image.sum():,} with an image, {index.length.mean():.0f} positions "
                 f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn")
 
-
 # ---------------------------------------------------------------------------------------------------
-# Loader: the schedule carried out, in worker processes ahead of the training
+# Loader: worker processes prepare the scheduled micro-batches ahead of training
 
 
 class Step(NamedTuple):
@@ -576,15 +575,15 @@ class Step(NamedTuple):
 
 @dataclass(eq=False)
 class Loader:
-    """The steps start_step, ..., steps - 1 of one rank. Pure in (seed, step): to resume is to start later.
+    """The steps start_step, ..., steps - 1 of one rank. They depend on (seed, step) only: to resume is to start later.
 
-    Each worker holds up to four micro-batches in shared memory (/dev/shm) until they are asked for.
-    Raises ValueError at a bad sample, or, if the dataset skips those, when there are too many.
+    Each worker keeps up to four micro-batches ready in shared memory (/dev/shm).
+    Raises ValueError at a bad sample or, if the dataset skips those, when there are too many.
     """
     dataset: Dataset
     _: KW_ONLY
     global_batch: int               # samples
-    micro_tokens: int               # at most in a micro-batch: as many as the GPU's memory allows
+    micro_tokens: int               # most tokens in a micro-batch, limited by the GPU's memory
     rank: int
     world: int
     seed: int
@@ -593,11 +592,11 @@ class Loader:
     workers: int = 0
     group: str = "none"
     pin: bool = False
-    picture_cost: float = 0.0       # computing a picture takes as long as this many tokens; balances the micro-batches
+    picture_cost: float = 0.0       # compute cost of an image, in tokens; to balance micro-batches
 
     def __iter__(self) -> Iterator[Step]:
-        # The workers ask for micro-batches some steps ahead of the training. `schedule` notes which step they belong
-        # to, and their results come back in the same order.
+        # Workers draw from `schedule` some steps ahead of training. It records in `scheduled` which step each
+        # micro-batch belongs to; the results come back in the same order.
         scheduled: deque[tuple[int, list[int], int]] = deque()
         bad_samples = BadSamples(self.dataset.cache_dir, self.dataset.checksum, len(self.dataset))
         results = map_in_workers(self.make_batch, self.schedule(scheduled), self.workers, self.pin)
@@ -611,9 +610,9 @@ class Loader:
             yield Step(step, sample_ids, list(batches))
 
     def schedule(self, scheduled: deque) -> Iterator[list[int]]:
-        """The samples of one micro-batch of this rank after another; `scheduled` gets an entry for each step."""
+        """Yield the samples of each micro-batch of this rank, and append an entry to `scheduled` for each step."""
         index = self.dataset.index
-        order = lru_cache(maxsize=1)(partial(               # computed once an epoch, not once a step
+        order = lru_cache(maxsize=1)(partial(               # computed once per epoch, not once per step
             epoch_order, self.seed, index.length, index.image, self.global_batch, self.group))
         for step in range(self.start_step, self.steps):
             sample_ids = step_samples(step, len(self.dataset), self.global_batch, order)
@@ -625,8 +624,8 @@ class Loader:
                 yield [sample_ids[i] for i in micro]
 
     def make_batch(self, sample_ids: list[int]) -> tuple[Batch | None, list[dict]]:
-        """In a worker: a micro-batch, and what was wrong with its samples, as values, which keep the sample's name."""
-        nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # supervises nothing
+        """Build a micro-batch, in a worker. Problems with its samples are returned, for the main process to count."""
+        nothing = Sample("", [eot_id(self.dataset.tok)], [IGNORE], None)        # a single unsupervised position
         samples = []
         problems = []
         for i in sample_ids:

@@ -1,9 +1,9 @@
-"""Every way weights enter or leave: published folders of Phi-2, CLIP, SigLIP, LLaVA-Phi and Mipha in, one format out.
+"""Load, merge, inspect and export weights: Phi-2, CLIP, SigLIP, LLaVA-Phi and Mipha folders in, one format out.
 
 A folder is recognized by the names of its tensors. Its config.json only gives sizes, and its own name means nothing.
-Loading is strict in both directions: a tensor that is missing, unknown or of the wrong shape is an error, and what is
-left out on purpose is listed in lib/layouts.py. Tensors are read one at a time and copied into the model, so loading
-takes the memory of the model and of one tensor. A saved folder is complete by itself, and transformers'
+Loading is strict: a tensor that is missing, unknown or of the wrong shape is an error, and the few that are ignored on
+purpose are listed in lib/layouts.py. Tensors are read one at a time and copied into the model, so loading takes the
+memory of the model and of one tensor. A saved folder is self-contained, and transformers'
 LlavaForConditionalGeneration and vLLM read it as well.
 
     python load_weights.py merge --llm checkpoints/phi-2 --vision checkpoints/clip-vit-large-patch14-336 --out out/base
@@ -34,21 +34,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     inspecting = commands.add_parser("inspect", help="say what a folder holds")
     inspecting.add_argument("folder", type=Path)
     inspecting.add_argument("--try", dest="try_out", action=argparse.BooleanOptionalAction, default=False,
-                            help="also run the model for a minute, and say whether what it does makes sense")
-    exporting = commands.add_parser("export", help="write any readable model in the format we save")
+                            help="also run the model for a minute, and judge whether its output makes sense")
+    exporting = commands.add_parser("export", help="convert any readable model to the format we save")
     exporting.add_argument("--model", type=Path, default=Path("out/finetune"),
                            help="folder to read: a model, or a training checkpoint (out/step_NNNNNN)")
     exporting.add_argument("--out", type=Path, required=True, help="folder to write")
     exporting.add_argument("--to", choices=("model", "parts"), default="model",
                            help="model: one folder, which transformers and vLLM read too; "
-                                "parts: Phi, vision tower and projector apart, as llama.cpp's converters want them")
+                                "parts: Phi, vision tower and projector separately, for llama.cpp's converters")
     for command in (merging, exporting):
-        command.add_argument("--dtype", type=dtype_name, help="bf16 or fp32; not given: each tensor as it is stored")
+        command.add_argument("--dtype", type=dtype_name, help="bf16 or fp32; default: each tensor as it is stored")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below, which take seconds
+    ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
 
 import torch
 from torch import Tensor
@@ -69,11 +69,11 @@ from model import LLaVAPhi, init_weights
 
 def load_model(source: Weights | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                bits: int = 16) -> LLaVAPhi:
-    """Load a folder of any layout as a frozen model in eval mode, straight on its device.
+    """Load a folder of any layout as a frozen model in eval mode, straight onto its device.
 
-    It has to hold a LLaVA-Phi or Mipha model. An opened Phi-2 folder becomes a model without a tower.
-    bits: 8 or 4 quantizes the Linears. Each weight is quantized as it arrives, so the model never exists in a larger
-    type. Plain Linears are prepacked where that makes a CPU faster. ValueError where 4 bits are not supported.
+    source: the folder of a LLaVA-Phi or Mipha model, or opened weights; those of Phi-2 give a model without a tower.
+    bits: 8 or 4 quantizes the Linears, each weight as it is read, so the model never exists at full size. Linears that
+    stay as they are get prepacked where that is faster on a CPU. ValueError where 4 bits are not supported.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"{dtype}: expected bfloat16 or float32; Phi-2's attention scores overflow in fp16")
@@ -81,7 +81,7 @@ def load_model(source: Weights | Path, dtype: torch.dtype = torch.float32, devic
         check_int4_product(torch.device(device))
     weights = source if isinstance(source, Weights) else open_weights(source)
     model = meta_model(weights.config, tower=weights.kind != Kind.PHI).to(dtype).eval()
-    # Before memory is taken: a config.json can promise tensors of any size.
+    # Checked before memory is allocated: a config.json can claim tensors of any size.
     check_tensors(weights, saved_shapes(model), [name for name, _ in model.named_parameters()])
     if bits < 16:
         quantize_linears(model, bits)           # on the meta device this only changes classes
@@ -95,9 +95,10 @@ def load_into(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor],
               allow_missing: tuple[str, ...] = ()) -> None:
     """Fill a model from opened weights, one tensor at a time.
 
-    copy(parameter, tensor): called once per parameter that is not quantized; it must cast, and be done with `tensor`
-    (on the CPU, in the file's dtype) when it returns. Quantized layers quantize their tensors themselves.
-    allow_missing: parts such as "projector." that the source may lack altogether, but not in part; they are left alone.
+    copy(parameter, tensor): called once per parameter that is not quantized; it must cast, and not keep `tensor` (on
+    the CPU, in the file's dtype). Quantized layers quantize their tensors themselves.
+    allow_missing: prefixes such as "projector." that the source may lack altogether, but not partly; if it does, their
+    parameters are left as they are.
     """
     absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in source.found))
     stored = [name for name, _ in model.named_parameters() if ".lora_" not in name]     # adapters are in no folder
@@ -118,7 +119,7 @@ def copy_tensors(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tenso
 
 
 def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | None) -> None:
-    """Write one base model from a Phi-2 folder and a CLIP or SigLIP folder; the projector between them is new."""
+    """Write one base model from a Phi-2 folder, a CLIP or SigLIP folder, and a newly initialized projector."""
     bases = open_weights(llm, vision)
     model = meta_model(bases.config)
     shapes = saved_shapes(model)
@@ -146,7 +147,7 @@ def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
 
 
 def merged_tensors(checkpoint: Path, source: Weights, lora_alpha: float) -> dict[str, Lazy]:
-    """What a run has changed, each tensor to be loaded when its turn comes, LoRA adapters merged into their weights."""
+    """The tensors that a run has changed, loaded lazily, with LoRA adapters merged into their weights."""
     trained = trained_tensors(checkpoint)
     stems = [name.removesuffix("lora_a") for name in trained if name.endswith("lora_a")]
     check_tensors(source, saved_shapes(meta_model(source.config)), [stem + "weight" for stem in stems])

@@ -1,13 +1,13 @@
-"""Phi-2, the projector, and how pictures and text become one sequence. With vision.py, this is the whole model.
+"""Phi-2, the projector, and how images and text become one sequence. Together with vision.py, this is the whole model.
 
-Read it from the top: the decoder (Phi), then how a picture becomes rows of the embedding (LLaVAPhi.embed), the loss,
-and generation in its plainest form. The KV cache that makes generation fast is in lib/generate.py, LoRA in lib/lora.py,
-quantized weights in lib/quant.py.
+Read it from the top: packed sequences, the decoder (Phi), the loss, how an image's patches join the token embeddings
+(LLaVAPhi.embed), and generation in its simplest form. The KV cache that makes generation fast is in lib/generate.py,
+LoRA in lib/lora.py, quantized weights in lib/quant.py.
 
-Follows Hugging Face's modeling_phi.py (parallel block, partial rotary embedding) and LLaVA's llava_arch.py (which
-positions the patches take). Sequences are packed: the B samples of a micro-batch are one row of T tokens, no padding.
+Follows Hugging Face's modeling_phi.py (parallel block, partial rotary embedding) and LLaVA's llava_arch.py (where the
+patches go). Sequences are packed: the B samples of a micro-batch form one row of T tokens, without padding.
 
-Shapes: B sequences, T tokens in all, C width, nh heads, hs head size, V vocabulary rows;
+Shapes: B sequences, T tokens in all, C width, nh heads, hs head size, V vocabulary size;
         N images, P patches per image, D their width; M supervised positions.
 """
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from vision import SIGLIP_SO400M_384, VisionConfig, VisionTower
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:                 # before torch 2.10: attention then takes the loop in Packed.attend
+except ImportError:                 # before torch 2.10: Packed.attend falls back to its loop
     varlen_attn = None
 
 
 @dataclass(frozen=True)
 class PhiConfig:                    # defaults: microsoft/phi-2
-    vocab_size: int = 51200         # rows of the table; the tokenizer only uses the first 50295
+    vocab_size: int = 51200         # rows of the embedding; the tokenizer only uses the first 50295
     block_size: int = 2048          # positions
     n_layer: int = 32
     n_head: int = 32
@@ -47,7 +47,7 @@ class PhiConfig:                    # defaults: microsoft/phi-2
 class LLaVAConfig:                  # defaults: LLaVA-Phi
     llm: PhiConfig = field(default_factory=PhiConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
-    image_mode: str = "pad"         # how this model saw its pictures: "pad" to a square, "crop" the center, or "squash"
+    image_mode: str = "pad"         # how images were made square in training: "pad", "crop" (the center) or "squash"
 
 
 MIPHA_CONFIG = LLaVAConfig(vision=SIGLIP_SO400M_384)
@@ -60,11 +60,11 @@ class Packed:
     """B sequences packed into one row of T tokens: their positions, and causal attention within each of them.
 
     Built once per forward and shared by all layers. The decoder only uses `pos` and `attend`; lib/generate.py has two
-    more classes with these two, for tokens whose past is in a KV cache.
+    more classes with this interface, for tokens whose past is in a KV cache.
 
-    For example lengths [3, 2]: pos [0 1 2 0 1], cu_seqlens [0 3 5].
-    max_seqlen: an upper bound of the lengths. It is the model's block_size rather than this batch's longest sequence,
-    because it only sizes a CUDA kernel's grid, and torch.compile would compile again whenever it changed.
+    For example, lengths [3, 2] give pos [0 1 2 0 1] and cu_seqlens [0 3 5].
+    max_seqlen: an upper bound on the lengths. It is the model's block_size rather than this batch's longest sequence,
+    because it only sizes a CUDA kernel's grid, and torch.compile would recompile whenever it changed.
     """
 
     def __init__(self, lengths: Sequence[int] | Tensor, device: torch.device, max_seqlen: int = PhiConfig.block_size):
@@ -73,20 +73,20 @@ class Packed:
         self.max_seqlen = max_seqlen
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))                              # (B + 1,)
         starts = cu_seqlens[:-1].repeat_interleave(lengths)                        # (T,)
-        # Everything is computed on the CPU and sent once, so the host never waits for the device.
+        # Everything is computed on the CPU and copied once, so the host never waits for the device.
         self.pos = to_device_async(torch.arange(len(starts)) - starts, device)     # (T,) restarts with each sequence
         self.cu_seqlens = to_device_async(cu_seqlens.int(), device)
-        # Asked here and not in `attend`, because torch.compile cannot trace the question.
+        # Looked up here rather than in `attend`, because torch.compile cannot trace the call.
         self.on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """q, k, v (T, nh, hs) -> (T, nh, hs). The layer does not matter here: there is no past to look up."""
+        """q, k, v (T, nh, hs) -> (T, nh, hs). `layer` is unused: there is no cache to look it up in."""
         if self.has_varlen(q):
             return varlen_attention(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen)
-        # Neighbors of the same length share a call: with many short sequences, the calls would dominate.
+        # Adjacent sequences of equal length share a call: with many short ones, call overhead would dominate.
         runs = [(length, len(list(run))) for length, run in groupby(self.lengths)]
         sizes = [length * count for length, count in runs]
-        out = [q[:0]]               # so that zero sequences give zero rows, and gradients
+        out = [q[:0]]               # so that zero sequences give zero rows, which still have a gradient
         for (length, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
             q_run, k_run, v_run = (as_batch(x, length) for x in (q_run, k_run, v_run))
             y = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True)             # (b, nh, length, hs)
@@ -94,10 +94,9 @@ class Packed:
         return torch.cat(out)                                                      # (T, nh, hs)
 
     def has_varlen(self, q: Tensor) -> bool:
-        """Can FlashAttention over ragged sequences take q (T, nh, hs)? If not, a loop over them computes the same.
+        """Can variable-length FlashAttention take q (T, nh, hs)? If not, a loop over the sequences computes the same.
 
-        Its kernels are for 16-bit floats and heads of a multiple of 8 channels, on GPUs since Ampere. They refuse an
-        empty batch, which is what a process without a sample has.
+        It needs 16-bit floats, a head size that is a multiple of 8, and Ampere or newer. It rejects an empty batch.
         """
         if varlen_attn is None or not self.on_ampere:
             return False
@@ -116,8 +115,8 @@ def to_device_async(x: Tensor, device: torch.device) -> Tensor:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
                      max_seqlen: int) -> Tensor:
-    """FlashAttention over packed sequences. A sequence's queries may be fewer than its keys: they are the last ones."""
-    causal = (-1, 0)                # how far a query looks: any distance back, and not ahead
+    """FlashAttention over packed sequences. If a sequence has fewer queries than keys, they are its last positions."""
+    causal = (-1, 0)                # a query's window, left and right: all of the past, none of the future
     return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, window_size=causal)
 
 
@@ -147,7 +146,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
     Phi pairs channel i with channel i + dim / 2 ("half-split"; GPT-J pairs neighbors).
     """
     a, b, rest = x.split([dim // 2, dim // 2, x.size(-1) - dim], dim=-1)
-    a = a.float()                   # in bf16 the sums below would lose the position of far tokens
+    a = a.float()                   # bf16 is too coarse to tell distant positions apart
     b = b.float()
     rotated_a = a * cos - b * sin
     rotated_b = b * cos + a * sin
@@ -159,7 +158,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
-        self.rotary_dim = config.rotary_dim     # not read off cos's shape, which torch.compile takes for a variable
+        self.rotary_dim = config.rotary_dim     # not taken from cos.shape, which torch.compile treats as dynamic
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -185,7 +184,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Phi's parallel block: attention and MLP read the same LayerNorm, and x gets both at once."""
+    """Phi's parallel block: attention and MLP read the same LayerNorm, and both are added to x at once."""
 
     def __init__(self, config: PhiConfig, layer: int):
         super().__init__()
@@ -242,7 +241,7 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
         n_in, n_out = args[-1].shape
         is_wide_product = n_out > n_in
-    is_attention = "attention" in str(op) or "attn" in str(op)      # every kernel's operator has its own name
+    is_attention = "attention" in str(op) or "attn" in str(op)      # each attention kernel has an operator of its own
     if is_wide_product or is_attention:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -251,7 +250,7 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 def cross_entropy_sum(h: Tensor, head: nn.Module, targets: Tensor, chunk: int = 4096) -> Tensor:
     """Sum of the losses of M tokens, an fp32 scalar. h (M, C), targets (M,).
 
-    A token has 51,200 logits, so only those of `chunk` tokens exist at a time; the backward pass recomputes them.
+    Each token has 51,200 logits, so only those of `chunk` tokens exist at a time; the backward pass recomputes them.
     """
     def loss(h: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(h).float(), targets, reduction="sum")
@@ -266,7 +265,7 @@ def cross_entropy_sum(h: Tensor, head: nn.Module, targets: Tensor, chunk: int = 
 # LLaVA
 
 
-class Projector(nn.Module):         # LLaVA's mlp2x_gelu: patch features into the language model's width
+class Projector(nn.Module):         # LLaVA's mlp2x_gelu: from the tower's width to the language model's
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.fc = nn.Linear(d_in, d_out)
@@ -291,11 +290,11 @@ class LLaVAPhi(nn.Module):
         return self.llm.wte.weight.device
 
     def embed(self, ids: Tensor, images: Tensor, image_positions: Tensor) -> Tensor:
-        """The decoder's input: token embeddings, with each picture's patches written over its positions -> (T, C).
+        """The decoder's input: token embeddings, with projected patches at the image positions -> (T, C).
 
-        ids (T,): any valid id at image positions; images (N, 3, H, W) uint8; image_positions (N * P,): the rows that
-        the patches take, in order. N = 0 still runs the tower, on nothing: under FSDP every process must take part,
-        and every gradient must exist.
+        ids (T,): any valid id at image positions; images (N, 3, H, W) uint8; image_positions (N * P,): where the
+        patches go, in order. N = 0 still runs the tower on an empty batch: under FSDP every process must take part,
+        and every parameter needs a gradient.
         """
         x = self.llm.wte(ids).to(self.llm.dtype)                                   # (T, C)
         if self.vision is None:
@@ -309,10 +308,10 @@ class LLaVAPhi(nn.Module):
 
     def forward(self, ids: Tensor, lengths: Sequence[int] | Tensor, images: Tensor, image_positions: Tensor,
                 loss_positions: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the losses over the M supervised tokens, an fp32 scalar; the caller divides by its global count.
+        """Sum of the losses over the M supervised tokens, an fp32 scalar; the caller divides by the global count.
 
-        ids (T,) packed, 0 at image positions; lengths: of the B sequences, on the CPU; images (N, 3, H, W) uint8;
-        image_positions (N * P,); loss_positions (M,): those whose next token is supervised; targets (M,): that token.
+        ids (T,) packed, 0 at image positions; lengths (B,) of the sequences, on the CPU; images (N, 3, H, W) uint8;
+        image_positions (N * P,); loss_positions (M,) whose next token is supervised; targets (M,): those next tokens.
         """
         x = self.embed(ids, images, image_positions)                               # (T, C)
         h = self.llm(x, Packed(lengths, ids.device, self.config.llm.block_size))   # (T, C)
@@ -321,9 +320,9 @@ class LLaVAPhi(nn.Module):
     @torch.inference_mode()
     def generate(self, ids: Tensor, images: Tensor, image_positions: Tensor, max_new_tokens: int,
                  eos_id: int) -> list[int]:
-        """Greedy decoding in its plainest form: without a KV cache, each token runs the whole sequence again.
+        """Greedy decoding in its simplest form: without a KV cache, each new token runs the whole sequence again.
 
-        Read this one to know what generation is. lib/generate.py is the one to use, and its tests hold it to this.
+        This is the reference to read, and the oracle that the fast version in lib/generate.py is tested against.
         """
         answer = []
         while len(answer) < max_new_tokens and len(ids) < self.config.llm.block_size:
@@ -337,11 +336,11 @@ class LLaVAPhi(nn.Module):
         return answer
 
 # ---------------------------------------------------------------------------------------------------
-# New weights, and which parts learn
+# Initialization, and which parts are trained
 
 
 def init_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """As Hugging Face's Phi starts (and with it LLaVA-Phi's projector): normal 0.02, biases 0, LayerNorm 1 and 0."""
+    """As Hugging Face initializes Phi, and LLaVA-Phi its projector: normal, std 0.02; biases 0; LayerNorms 1 and 0."""
     for name, parameter in module.named_parameters():
         is_layer_norm = ".ln" in f".{name}"
         if parameter.dim() > 1:
@@ -353,5 +352,5 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def trained_parts(model: LLaVAPhi) -> list[str]:
-    """The parts of which every parameter is trained."""
+    """Names of the parts that are trained as a whole. One with LoRA adapters on frozen weights is not among them."""
     return [name for name, part in model.named_children() if next(part.parameters()).requires_grad]

@@ -1,11 +1,11 @@
 """Train LLaVA-Phi, all stages of the published recipe, on a laptop's CPU, on one GPU, or on many nodes.
 
-There is always a process group and a mesh, of one process if need be; FSDP2 shards what trains and leaves alone what
-is frozen. A step is a set of samples: its loss is the mean over all supervised tokens of its global batch, so neither
-the number of processes nor the size of a micro-batch changes what is learned.
+There is always a process group and a mesh, even for one process; FSDP2 shards the trained parts and keeps frozen ones
+whole. A step is a set of samples: its loss is the mean over all supervised tokens of the global batch, so neither the
+number of processes nor the micro-batch size changes what is learned.
 
 $ torchrun --nproc_per_node=8 train.py --stage sft             # optional: Phi-2 alone, on text conversations
-$ torchrun --nproc_per_node=8 train.py --stage pretrain        # projector only, frozen towers: picture -> caption
+$ torchrun --nproc_per_node=8 train.py --stage pretrain        # projector only, all else frozen: image -> caption
 $ torchrun --nproc_per_node=8 train.py --stage finetune        # everything, on conversations
 $ python train.py --stage finetune --model out/demo/pretrain --data my.json --images my_pictures --out out/mine
 
@@ -30,8 +30,8 @@ from lib.recipes import parse, settings
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
 
-# Micro-batches differ in length; expandable segments keep the CUDA allocator from fragmenting the card's memory. Torch
-# reads the variable when it is imported. A user's own choice stands.
+# Micro-batches differ in length; expandable segments keep the CUDA allocator from fragmenting the GPU's memory. Torch
+# reads the variable when it is imported. A user's own setting takes precedence.
 if "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -78,11 +78,11 @@ def setup() -> tuple[DeviceMesh, torch.device]:
                              "torchrun one for each (--nproc_per_node)")
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"          # small messages between the hosts do not wait for the GPUs' queues
+        backend = "cpu:gloo,cuda:nccl"          # small messages between hosts need not wait for the GPUs' queues
         problem = missing_kernels(env.local_rank)
         if problem:
             raise ValueError(f"{problem}; with CUDA_VISIBLE_DEVICES= before the command it trains on the CPU")
-    # A process that torchrun did not start needs no address: it finds nobody but itself.
+    # Without torchrun there are no peers to find, so no address is needed.
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     join_group(backend, timedelta(minutes=10), **alone)
     sizes = sorted(set(on_every_process(lambda: env.local_world)))
@@ -105,7 +105,7 @@ def check_arithmetic(dtype: str, device: torch.device) -> None:
 
 
 def folders(cfg: Namespace) -> list[Path]:
-    """The folders that the run starts from: of a whole model, or of a language model and perhaps a tower."""
+    """The folders that the run starts from: a whole model's, or a language model's and perhaps a tower's."""
     names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision]
     sources = [Path(name) for name in names if name]
     if Path(cfg.out).resolve() in [source.resolve() for source in sources]:
@@ -114,7 +114,7 @@ def folders(cfg: Namespace) -> list[Path]:
 
 
 def has_tower(cfg: Namespace) -> bool:
-    """Whether there is a vision tower; --stage sft trains a language model alone."""
+    """Does the model have a vision tower? --stage sft trains a language model by itself."""
     return bool(cfg.model or cfg.vision)
 
 
@@ -137,16 +137,16 @@ def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
 
 
 def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
-    """Freeze all but --train minus --freeze. ValueError: a name that is no part of the model."""
+    """Freeze everything but --train minus --freeze. ValueError: a name that is not a part of the model."""
     parts = dict(model.named_children())
     trained, frozen = split_names(cfg.train), split_names(cfg.freeze)
     for name in trained + frozen:
         if name not in parts:
-            raise ValueError(f"{name!r} is no part of the model; the parts are {', '.join(parts)}")
+            raise ValueError(f"{name!r} is not a part of the model; its parts are {', '.join(parts)}")
     adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
     trained = [name for name in trained if name not in frozen]
     if adapters and "llm" in trained:
-        trained.remove("llm")                   # its adapters learn in its place
+        trained.remove("llm")                   # its adapters are trained instead
     if not trained and not adapters:
         raise ValueError("nothing would be trained: --train minus --freeze is empty")
     for name, part in parts.items():
@@ -156,10 +156,10 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
 
 
 def print_parts(model: LLaVAPhi) -> None:
-    """How many parameters each part has, and whether they learn."""
-    learns = trained_parts(model)
+    """Print each part's number of parameters, and whether they are trained."""
+    trained = trained_parts(model)
     for name, part in model.named_children():
-        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in learns else 'frozen'}")
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     if adapters:
         print0(f"{'adapters':10s} {adapters:>13,} of them, trained")
@@ -172,20 +172,20 @@ def split_names(text: str) -> list[str]:
 def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "off") -> None:
     """Apply FSDP2: a unit per decoder block, one for the tower, and the rest (projector, embeddings, head) in the root.
 
-    FSDP holds the fp32 master weights and computes in `dtype`. Frozen parts are held whole in `dtype` on every
-    process: they need no synchronization, and gathering them in every pass would cost much and save little. What
-    trains is gathered for every micro-batch, or once a step (`gather`, see train_step).
+    FSDP holds the fp32 master weights and computes in `dtype`. Frozen parts are replicated in `dtype` on every process:
+    they need no synchronization, and gathering them in every pass would cost much and save little. Trained weights are
+    gathered for every micro-batch, or once per step (`gather`, see train_step).
 
-    One process takes the same path, so that what one GPU tests is what eight run. Master weights kept by hand would
-    spare it two copies of the gradients in each step: with --gather on, by computation, 49 GB or 10 ms of the 3.2 s
+    One process takes the same path, so that what one GPU tests is what eight run. Managing master weights by hand would
+    save it two copies of the gradients per step: with --gather on, an estimated 49 GB of traffic or 10 ms of the 3.2 s
     that a step of stage 2 takes on an H200.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
-        if p.is_floating_point():               # and not bytes that hold two weights of 4 bits each
+        if p.is_floating_point():               # rather than bytes that hold two 4-bit weights each
             p.data = p.data.to(dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # FSDP would cast every floating-point argument of a block. The rotary angles among them have to stay fp32.
+    # FSDP would cast every floating-point argument of a block, but the rotary angles among them have to stay fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     units = []
     if "llm" in trained_parts(model):
@@ -199,7 +199,7 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 
 
 def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
-    """Make, shard and fill the model. Sharding comes before memory, so no process holds more than its share."""
+    """Build, shard and load the model. It is sharded before it is allocated: no process holds more than its share."""
     model = build_on_meta(cfg, config)
     print_parts(model)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
@@ -226,12 +226,12 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
 
 
 def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
-    """Stream the weights in, one tensor at a time: every process reads all of them and keeps its share."""
+    """Stream in the weights, one tensor at a time: every process reads all of them and keeps its share."""
     load_into(model, source, copy_into, allow_missing=() if cfg.model else ("projector.",))
 
 
 def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
-    """Initialize a new projector and adapters. Whole tensors are drawn, the same on any number of processes."""
+    """Initialize a new projector and adapters. Every process draws whole tensors, so their number does not matter."""
     generator = torch.Generator().manual_seed(cfg.seed)
     if model.projector and not cfg.model:
         fresh = Projector(config.vision.n_embd, config.llm.n_embd)
@@ -242,24 +242,24 @@ def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) ->
         if name.endswith("lora_a"):
             copy_into(parameter, torch.randn(parameter.shape, generator=generator) / parameter.size(1) ** 0.5)
         elif name.endswith("lora_b"):
-            copy_into(parameter, torch.zeros(parameter.shape))       # B A = 0: training starts from the model as it is
+            copy_into(parameter, torch.zeros(parameter.shape))       # B A = 0: training starts from the base model
 
 
 @torch.no_grad()
 def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into a parameter; into a sharded one, this process's share of it."""
     if isinstance(parameter, DTensor):
-        # src_data_rank=None: every process has the whole tensor and takes its share of it, nothing is sent.
+        # src_data_rank=None: every process has the whole tensor and takes its share, without communication.
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
         parameter = parameter.to_local()
     parameter.copy_(tensor)
 
 
 def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
-    """Compile each block, inside of FSDP and activation checkpointing, with one graph for all lengths."""
+    """Compile each block, inside FSDP and activation checkpointing, with one graph for all lengths."""
     blocks = [*model.llm.h]
     if device.type != "cuda":
-        # Attention on a CPU is a loop over the samples' lengths, which are new in every step. It stays out.
+        # Attention on a CPU loops over the samples' lengths, which change in every step, so it is left out.
         blocks = [block.mlp for block in model.llm.h]
     if model.vision:
         blocks += model.vision.h
@@ -268,7 +268,7 @@ def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
 
 
 def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
-    """AdamW. Of each part, matrices form a group that decays, biases and LayerNorms one that does not."""
+    """AdamW with two groups per part: matrices with weight decay, biases and LayerNorms without."""
     peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
     for part, module in model.named_children():
@@ -279,7 +279,7 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
             if params:
                 groups.append(dict(params=params, peak_lr=peak_lrs[part], lr=peak_lrs[part], weight_decay=decay))
     optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
-    # AdamW would make its moments in the first step. A checkpoint is loaded into them before that.
+    # AdamW creates its moments in the first step, but a checkpoint has to be loaded into them before that.
     for group in groups:
         for p in group["params"]:
             optimizer.state[p] = {
@@ -293,7 +293,7 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
 def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
     if has_tower(cfg) and not Path(cfg.images).is_dir():
         raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
-    # Sizes are the model's, so that a picture takes as many positions as its tower makes patches.
+    # The sizes come from the model, so that an image takes as many positions as its tower makes patches.
     return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
                    ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
                    on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
@@ -311,7 +311,7 @@ def make_index(data: Dataset, cfg: Namespace) -> None:
 
 
 def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
-    """Share of the peak rate at `step`, from 0: linear warm-up, then decay to 0, as in Hugging Face's schedules."""
+    """Fraction of the peak rate at `step`: linear warm-up from 0, then decay to 0, as in Hugging Face's schedules."""
     if step < warmup:
         return step / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -323,8 +323,8 @@ def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], ...]:
     """The arguments of LLaVAPhi.forward.
 
-    The loader pins its batches, so the host does not wait for the copies. Lengths are plain numbers: FSDP moves every
-    tensor among the arguments to the GPU, and the attention layout is computed from the lengths on the host.
+    The loader pins its batches, so the host does not wait for the copies. Lengths are plain ints: FSDP moves every
+    tensor argument to the GPU, but the host needs the lengths to lay out the attention.
     """
     ids = batch.ids.to(device, non_blocking=True)
     images = batch.images.to(device, non_blocking=True)
@@ -335,7 +335,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
-    """Seed dropout from these four, so that a resumed run draws what an uninterrupted one would have drawn."""
+    """A seed from these four, so that a resumed run draws the same dropout masks as an uninterrupted one."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
 
 
@@ -343,35 +343,35 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
                rate: float, device: torch.device) -> tuple[float, float, bool]:
     """Forward, backward, update -> loss, gradient norm, skipped: the same three on every process.
 
-    The loss is the mean over the step's n_supervised tokens, of all micro-batches and processes; not a mean of means.
-    A loss or gradient that is not finite on any process leaves the weights as they are on all of them.
+    The loss is the mean over the step's n_supervised tokens of all micro-batches and processes, not a mean of means.
+    If the loss or the gradient norm is not finite, the update is skipped.
     """
     world = dist.get_world_size()
     total = torch.zeros((), device=device)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
         torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
-        # With --gather on, gathered weights stay for the next micro-batch, and gradients are summed where they are, in
-        # fp32. The last micro-batch shares the sums out and frees the gathered weights, since the optimizer is about
-        # to change them.
+        # With --gather on, gathered weights are kept for the next micro-batch, and gradients accumulate locally in
+        # fp32. The last micro-batch reduces the gradients and frees the gathered weights, which the optimizer is about
+        # to change.
         last = i + 1 == len(step.batches)
         model.set_reshard_after_backward(last or model.gather == "off")
         model.set_requires_gradient_sync(last or model.gather == "off")
         loss = model(*to_device(batch, device)) / max(n_supervised, 1)
         # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
-        # averages them: multiplying by the number of processes turns its mean into that sum.
+        # averages them; multiplying by the number of processes turns the mean into the sum.
         (loss * world).backward()
         total += loss.detach()
     dist.all_reduce(total)
 
-    # In the model's order, not the optimizer's: in another one the norm's last digit differs, and so does the run.
+    # In the model's order, not the optimizer's: another order changes the norm's last digit, and with it the run.
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).full_tensor()
-    # Both numbers are read at once: it is the only time in a step that the host waits for the device.
+    # Both numbers are read at once: the only host-device synchronization in a step.
     loss, norm = torch.stack([total, norm.to(total)]).tolist()
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
-        # The formula of clip_grad_norm_, which would compute the norm once more.
+        # The formula of clip_grad_norm_, which would compute the norm a second time.
         if cfg.grad_clip > 0 and norm > cfg.grad_clip:
             torch._foreach_mul_(grads, cfg.grad_clip / (norm + 1e-6))
         for group in optimizer.param_groups:
@@ -385,13 +385,13 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
 
 
 def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> None:
-    """One run from data to saved model. All of it happens on every process, in the same order."""
+    """One run, from data to saved model. Every process goes through all of it in the same order."""
     began = time.perf_counter()
     out = Path(cfg.out)
     if is_finished(settings(cfg)):
         print0(f"already finished: {out} holds the trained model (--resume never trains afresh)")
         return
-    # From here on a signal is noted, and obeyed after the next step.
+    # From here on a signal is only recorded, and acted on after the next step.
     signals = watch_signals()
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
@@ -412,7 +412,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
     print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
-    # Days of training should not end with a model that finds no room.
+    # Days of training should not end with a full disk.
     need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
     free = shutil.disk_usage(out).free
     if need > free:
@@ -435,15 +435,14 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
 
 def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
           device: torch.device) -> bool:
-    """Take the steps from state.step on -> True when all are done, False if stopped, with a checkpoint, before."""
+    """Train from state.step on -> True if all steps were taken, False if stopped early, with a checkpoint."""
     metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device)
     warmup = math.ceil(cfg.warmup * steps)
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     skipped_in_a_row = 0
-    if state.step == 0:                         # a resumed run has this number in its metrics already
+    if state.step == 0:                         # a resumed run already has this in its metrics
         measure_held_out(state, cfg, held_out, steps, metrics, device)
     metrics.start_clock()
-    # ---- set-up ends here, training begins
     for step, n_supervised, stop in synchronized_steps(loader, signals):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
         loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device)
@@ -458,7 +457,7 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
         if skipped or state.step % cfg.log_every == 0 or state.step == steps:
             print0(progress_line(record, steps, metrics.seconds_a_step() * (steps - state.step)))
         if skipped_in_a_row == 5:
-            # One bad sample gives one such step. Five in a row mean that the run has diverged.
+            # A bad sample spoils one step. Five in a row mean that the run has diverged.
             raise ValueError("loss or gradient was not finite in 5 steps in a row, the last with samples "
                              f"{step.sample_ids[:8]}; all are in {metrics.skipped_path}. Look at them, or lower --lr")
         if state.step == steps:
@@ -469,7 +468,7 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
             try_to_save(state)
         if stop:
             return False
-        metrics.restart_step_clock()            # validating and saving are no part of the next step's time
+        metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
     measure_held_out(state, cfg, held_out, steps, metrics, device)
     return True
 
@@ -491,19 +490,19 @@ def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, devi
 
 
 def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
-    """A loader's steps -> (step, supervised tokens in all of it, whether to stop), the same on every process.
+    """A loader's steps -> (step, its supervised tokens over all processes, whether to stop), on every process alike.
 
-    A process that cannot read its data, or has been asked by a signal to stop, cannot simply leave: the others would
-    wait for it in their next collective. So all processes exchange how they are before each step, and a problem of one
-    is raised as a ValueError on all.
+    A process that cannot read its data, or has been told by a signal to stop, cannot simply leave: the others would
+    wait for it in their next collective. So all processes exchange their status before each step, and an error on one
+    of them is raised as a ValueError on all.
     """
     steps = iter(loader)
     while True:
         step = problem = None
         try:
             step = next(steps, None)
-            # A worker's death is to be found here, where all processes hear of it: torch's handler of this signal would
-            # raise in the middle of whatever this process does.
+            # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
+            # would raise in the middle of whatever this process is doing.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (RuntimeError, EOFError, ConnectionError) as e:
             problem = explain_dead_worker(e)
@@ -556,7 +555,7 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
 
 
 def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaVAPhi) -> None:
-    """The model at the top of --out, in the saved format. Every process takes part in gathering; process 0 writes."""
+    """Write the trained model to --out. Every process takes part in gathering it; process 0 writes."""
     dtype = torch_dtype(cfg.dtype)
     tensors = {}
     in_4_bits = []
@@ -568,13 +567,11 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
             tensors[name] = whole.detach().to("cpu", dtype)
 
     def write() -> None:
-        for name in in_4_bits:                  # adapters are merged into the weights that the run started from
+        for name in in_4_bits:                  # their adapters are merged into the original, more precise weights
             tensors[name] = read_tensor(source, name).to(dtype)
         save = save_model if has_tower(cfg) else save_phi
         save(Path(cfg.out), merge_lora(tensors, cfg.lora_alpha), config, source)
     on_process_0(write)
-
-# ---------------------------------------------------------------------------------------------------
 
 
 def main(args: Namespace) -> None:
@@ -583,7 +580,7 @@ def main(args: Namespace) -> None:
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:
-        # A plan needs no downloads: without the folders it is for the published model's sizes.
+        # Planning needs no downloads: without the folders it assumes the published model's sizes.
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
         if all(folder.is_dir() for folder in folders(args)):
             _, config = open_source(args)
@@ -604,11 +601,11 @@ def main(args: Namespace) -> None:
             raise
         raise OSError(problem) from None
     else:
-        # After a success only: leaving waits for the other processes, and they may be waiting for one that failed.
+        # Only after success: leaving waits for the other processes, which may be waiting for one that failed.
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     exit_code = run_command(main, ARGS)
     sys.stdout.flush()
-    os._exit(exit_code)         # gloo's threads may still be letting go of tensors: tearing Python down aborts then
+    os._exit(exit_code)         # gloo's threads may still be releasing tensors, and Python's shutdown would then abort

@@ -1,12 +1,12 @@
-"""The vision tower, all of it in this file: uint8 pixels in, patch features out.
+"""The whole vision tower: uint8 pixels in, patch features out.
 
-One set of modules serves both towers that this project knows, CLIP ViT-L/14-336 (LLaVA-Phi) and SigLIP-so400m/14-384
-(Mipha). They are the same transformer; the few places where they differ are fields of VisionConfig.
+One set of modules serves both supported towers, CLIP ViT-L/14-336 (LLaVA-Phi) and SigLIP-so400m/14-384 (Mipha). They
+are the same transformer; the few differences are fields of VisionConfig.
 
-A third tower needs its numbers here, its tensors' names and config.json in lib/layouts.py and lib/save_weights.py, and
-a recipe in lib/recipes.py.
+To add a third tower, put its sizes here, its tensor names and config.json into lib/layouts.py and lib/save_weights.py,
+and its recipe into lib/recipes.py.
 
-Shapes: N images, P patches, S positions (P, and one more where there is a class token), D width, nh heads, hs head size.
+Shapes: N images, P patches, S positions (P, plus one for a class token), D width, nh heads, hs head size.
 Follows https://github.com/openai/CLIP/blob/main/clip/model.py and transformers' modeling_siglip.py.
 """
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Disable TF32 in cuDNN, where it is on by default, so that fp32 convolutions keep full precision. Matrix products have
-# it off by default, and bf16 is not affected.
+# Disable TF32 in cuDNN, where it is on by default, so that fp32 convolutions keep full precision. For matmuls it is off
+# by default, and bf16 is not affected.
 torch.backends.cudnn.allow_tf32 = False
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # of RGB in 0..1, over CLIP's training pictures
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)     # RGB in 0..1, over CLIP's training images
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -29,34 +29,33 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionConfig:                 # defaults: openai/clip-vit-large-patch14-336
     image_size: int = 336           # pixels per side
     patch_size: int = 14
-    n_layer: int = 24               # of the published tower; how many are built: n_used
+    n_layer: int = 24               # blocks of the published tower, of which n_used are built
     n_head: int = 16
     n_embd: int = 1024
     n_inner: int = 4096
     eps: float = 1e-5
-    feature_layer: int = -2         # which hidden state is read, counted from the end as in LLaVA
+    feature_layer: int = -2         # the hidden state to read, counted from the end as in LLaVA
     # Where CLIP and SigLIP differ, besides the sizes above:
     class_token: bool = True        # a learned position in front of the patches; SigLIP has none
     pre_norm: bool = True           # a LayerNorm between the embeddings and the first block; SigLIP has none
-    patch_bias: bool = False        # whether the patch convolution adds a bias; SigLIP's does
+    patch_bias: bool = False        # a bias in the patch convolution; SigLIP has one
     gelu: str = "quick"             # "quick": x * sigmoid(1.702 x), CLIP's; "tanh": the tanh approximation, SigLIP's
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
     @property
     def n_patches(self) -> int:
-        """576 for CLIP-336, 729 for SigLIP-384, whose last 6 pixels to the right and the bottom fill no patch."""
+        """576 for CLIP-336; 729 for SigLIP-384, which ignores the last 6 rows and columns: they fill no patch."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def n_positions(self) -> int:
-        """What the blocks see: the patches, and the class token if there is one."""
+        """Sequence length in the blocks: the patches, plus the class token if there is one."""
         return self.n_patches + int(self.class_token)
 
     @property
     def n_used(self) -> int:
-        """How many blocks are built. Of the n_layer + 1 hidden states one is read; the blocks after it are not needed:
-        23 of CLIP's 24."""
+        """Number of blocks to build: 23 of CLIP's 24. Those after the hidden state that is read would be useless."""
         if self.feature_layer < 0:
             return self.n_layer + 1 + self.feature_layer
         return self.feature_layer
@@ -71,8 +70,8 @@ SIGLIP_SO400M_384 = VisionConfig(
 def normalize(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
     """uint8 (N, 3, H, W) -> fp32: to 0..1, minus the mean, over the standard deviation.
 
-    The operations are those of CLIPImageProcessor and SiglipImageProcessor in the same order, so the result is equal
-    to theirs bit for bit.
+    The operations are those of CLIPImageProcessor and SiglipImageProcessor in the same order, so the result matches
+    theirs bit for bit.
     """
     return (images.float() / 255 - per_channel(mean, images.device)) / per_channel(std, images.device)
 
@@ -80,13 +79,13 @@ def normalize(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[fl
 def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """(3, 1, 1) in fp32, filled on the device itself.
 
-    As buffers, the values would be cast to bf16 with the model. Copied from the CPU, they would make the host wait for
-    the GPU once per micro-batch, since their memory is not pinned.
+    As a buffer, they would be cast to bf16 with the model. Copied from the CPU, they would make the host wait for the
+    GPU once per micro-batch, since the source is not pinned.
     """
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
-class Attention(nn.Module):         # every position sees every position
+class Attention(nn.Module):         # bidirectional: no mask
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.n_head = config.n_head
@@ -111,7 +110,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc(x)                                                             # (N, S, n_inner)
-        # Each tower needs the approximation it was trained with: the other one shifts the features measurably.
+        # Each tower needs the approximation it was trained with; the other one shifts the features measurably.
         x = x * torch.sigmoid(1.702 * x) if self.gelu == "quick" else F.gelu(x, approximate="tanh")
         return self.proj(x)                                                        # (N, S, D)
 
@@ -143,10 +142,10 @@ class VisionTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> (N, P, D). N may be 0.
 
-        The pixels are normalized here, because mean and standard deviation belong to the weights: no caller can forget
-        it or do it twice.
+        Pixels are normalized here, because mean and standard deviation belong to the weights: no caller can forget to,
+        or do it twice.
         """
-        assert images.dtype == torch.uint8, f"the tower normalises raw uint8 pixels itself, got {images.dtype}"
+        assert images.dtype == torch.uint8, f"the tower normalizes raw uint8 pixels itself, got {images.dtype}"
         pixels = normalize(images, self.config.mean, self.config.std)
         x = self.patch(pixels.to(self.patch.weight.dtype))                         # (N, D, H / 14, W / 14)
         x = x.flatten(2).transpose(1, 2)                                           # (N, P, D), patches row by row
@@ -162,4 +161,4 @@ class VisionTower(nn.Module):
                 x = block(x)
         if self.cls is not None:
             x = x[:, 1:]                                                           # (N, P, D), without the class token
-        return x.clone()            # a copy, since FSDP hooks into what is returned
+        return x.clone()            # not a view, because FSDP registers hooks on the output

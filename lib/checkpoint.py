@@ -1,9 +1,9 @@
 """The output folder of a training run and its checkpoints: save, find, resume, read for export.
 
-A checkpoint is a folder out/step_NNNNNN that is either complete or absent. It holds what training changes, and nothing
-else: the trained weights in fp32 and AdamW's two moments, in safetensors files that torch.distributed.checkpoint (dcp)
-writes for each process, and reads back on any number of processes. Frozen weights are not in it; checkpoint.json names
-the folders that they come from, together with the run's settings and the size and checksum of every file.
+A checkpoint is a folder out/step_NNNNNN that is either complete or absent. It holds only what training changes: the
+trained weights in fp32 and AdamW's two moments, in safetensors files that torch.distributed.checkpoint (dcp) writes
+from each process, and reads back on any number of processes. Frozen weights are not in it; checkpoint.json names the
+folders that they come from, together with the run's settings and the size and checksum of every file.
 """
 import json
 import secrets
@@ -34,9 +34,9 @@ from lib.processes import on_every_process, on_process_0, patient_group, print0
 from lib.recipes import IMAGE_MODES
 from lib.records import BAD_SAMPLES
 
-# Settings that may differ between a checkpoint and the run that goes on from it: none of them changes what is learned.
-# Data and images may have moved; whether the data is the same is decided by its checksum. Of a recipe only the values
-# count, and they are compared one by one.
+# Settings that may differ between a checkpoint and the run that resumes it: none of them changes what is learned. Data
+# and images may have moved; the checksum decides whether the data is the same. A recipe's name does not matter, since
+# its values are compared one by one.
 MAY_CHANGE = {
     "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every",
     "resume", "workers", "micro_tokens", "recompute", "gather", "compile",
@@ -51,11 +51,11 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0                   # steps done
-    updates: int = 0                # of them, those that changed the weights
+    updates: int = 0                # those of them that changed the weights
     failed_saves: int = 0           # in a row
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME."""
+        """Everything that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME."""
         tensors = {}
         for name, p in self.model.named_parameters():
             if p.requires_grad:
@@ -76,8 +76,8 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(state: TrainState) -> Path:
     """Write out/step_NNNNNN -> its path. All processes take part.
 
-    The files are written to a folder with another name, forced to the disk, and only then renamed, so a crash at any
-    moment leaves the older checkpoints as they were. OSError on every process when any of them cannot write.
+    The files are written to a temporary folder, synced to disk, and only then renamed, so a crash at any moment leaves
+    the older checkpoints intact. OSError on every process when any of them cannot write.
     """
     final = Path(state.settings["out"]) / f"step_{state.step:06d}"
     part = final.with_name(f".writing_{final.name}")
@@ -85,7 +85,7 @@ def save_checkpoint(state: TrainState) -> Path:
     try:
         on_every_process(check_host_memory)
         on_process_0(lambda: make_folder(part, tensors))
-        # dcp forces its own files to the disk.
+        # dcp syncs its files to disk itself.
         writer = HuggingFaceStorageWriter(str(part), split_into_files(tensors), save_distributed=True)
         # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power of
         # two and stays with the process.
@@ -104,19 +104,19 @@ def save_checkpoint(state: TrainState) -> Path:
     return final
 
 
-FILE_BYTES = 2 ** 29        # of a checkpoint's files; Phi-2's embedding, the largest tensor, has as many
-HOST_COPIES = 2             # dcp holds a whole file in host memory, as tensors and as bytes, before it writes
+FILE_BYTES = 2 ** 29        # largest file of a checkpoint; Phi-2's embedding, the largest tensor, is just below it
+HOST_COPIES = 2             # dcp holds a whole file in host memory twice, as tensors and as bytes, before it writes
 
 
 def host_memory_to_save(processes: int) -> int:
-    """Bytes, for all processes of a machine."""
+    """Bytes that saving a checkpoint takes on a machine with this many processes."""
     return HOST_COPIES * FILE_BYTES * processes
 
 
 def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Number the file that each tensor goes to, so that a process's part of a file has at most FILE_BYTES.
+    """Assign each tensor to a numbered file, so that a process's part of a file has at most FILE_BYTES.
 
-    A single file would take host memory for two checkpoints: 74 GB at stage 2. A tensor above the limit has a file of
+    A single file would take host memory for two checkpoints: 74 GB at stage 2. A tensor above the limit gets a file of
     its own.
     """
     files = {}
@@ -139,7 +139,7 @@ def check_host_memory() -> None:
 
 
 def make_folder(part: Path, tensors: dict[str, Tensor]) -> None:
-    """An empty folder to write to, if the disk has room for the checkpoint."""
+    """Make an empty folder to write to. OSError if the disk has no room for the checkpoint."""
     need = sum(t.numel() * t.element_size() for t in tensors.values())
     free = shutil.disk_usage(part.parent).free
     if free < 1.02 * need:
@@ -149,10 +149,10 @@ def make_folder(part: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def checksums_of_own_files(part: Path) -> dict[str, str]:
-    """CRC-32 of the files that this process wrote: dcp names them by the process's rank, starting at 1.
+    """CRC-32 of the files that this process wrote: dcp names them by rank, starting at 1.
 
-    Reading them back is cheap, since they are still in the page cache; it is also why a checksum covers what we wrote
-    and not what the disk will return later.
+    Reading them back is cheap, since they are still in the page cache. For the same reason a checksum covers what was
+    written, and not yet what the disk will return.
     """
     return {file.name: crc32(file) for file in part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")}
 
@@ -160,9 +160,9 @@ def checksums_of_own_files(part: Path) -> dict[str, str]:
 def crc32(path: Path) -> str:
     """CRC-32 of a file. It detects any single flipped bit, and misses other corruption with a probability of 2^-32.
 
-    The fastest checksum of the standard library (one core, one GB: crc32 0.3 s, sha256 0.6 s, blake2b 1.4 s). From that
-    the 37 GB of a stage-2 checkpoint take 11 s on one process and 1.4 s on eight. It is no protection against malice,
-    but who can change the files can change checkpoint.json, too.
+    The fastest checksum in the standard library (one core, one GB: crc32 0.3 s, sha256 0.6 s, blake2b 1.4 s). At that
+    rate the 37 GB of a stage-2 checkpoint take 11 s on one process and 1.4 s on eight. It does not protect against
+    tampering, but whoever can change the files can change checkpoint.json, too.
     """
     value = 0
     with open(path, "rb", buffering=0) as file:
@@ -172,7 +172,7 @@ def crc32(path: Path) -> str:
 
 
 def complete(state: TrainState, part: Path, final: Path, checksums: dict[str, str]) -> None:
-    """Write checkpoint.json, give the folder its name, and drop the checkpoints that are not kept."""
+    """Write checkpoint.json, rename the folder to `final`, and delete the checkpoints that are not kept."""
     for name in checksums:
         if not (part / name).is_file():
             raise OSError(f"{name} was written by another process, and {part} does not have it")
@@ -195,10 +195,10 @@ def complete(state: TrainState, part: Path, final: Path, checksums: dict[str, st
 
 
 def drop_old_checkpoints(newest: Path, keep: int) -> None:
-    """Keep `newest` and those just before it, `keep` in all.
+    """Keep `newest` and the checkpoints just before it, `keep` in all.
 
-    Later ones are there when --resume went back to an older checkpoint. They belong to a branch that was given up, and
-    the next --resume auto would take them for the newest.
+    Later ones exist if --resume went back to an older checkpoint. They belong to an abandoned branch of the run, and
+    the next --resume auto would mistake them for the newest.
     """
     checkpoints = sorted(newest.parent.glob("step_*"))
     position = checkpoints.index(newest)
@@ -209,7 +209,7 @@ def drop_old_checkpoints(newest: Path, keep: int) -> None:
 
 
 def try_to_save(state: TrainState) -> None:
-    """Save; a full disk does not end the run, the third failure in a row does."""
+    """Save. A full disk does not end the run until the third failure in a row."""
     try:
         path = save_checkpoint(state)
     except OSError as e:
@@ -224,14 +224,13 @@ def try_to_save(state: TrainState) -> None:
 # ---------------------------------------------------------------------------------------------------
 # Finding and resuming
 
-
-# What checkpoint.json must hold, and the settings that are used and not only compared.
+# Required fields of checkpoint.json, and of its settings those that are used rather than just compared.
 MANIFEST = {"step": int, "updates": int, "data": str, "files": dict, "crc32": dict, "config": dict, "sources": list}
 SETTINGS = {"stage": str, "dtype": str, "image_mode": str, "dropout": (int, float), "lora_alpha": (int, float)}
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """checkpoint.json. ValueError: a field that is missing or of another type."""
+    """checkpoint.json. ValueError: a field that is missing or of the wrong type."""
     path = checkpoint / "checkpoint.json"
     manifest = read_json(path)
     for part, kinds in (("", MANIFEST), ("config", SETTINGS)):
@@ -253,7 +252,7 @@ def check_files(checkpoint: Path, manifest: dict) -> None:
         if path.stat().st_size != size:
             raise ValueError(f"{name} has {path.stat().st_size} bytes, checkpoint.json says {size}")
     expected = manifest["crc32"]
-    # Both reading and the checksum release Python's lock: threads keep the disk and several cores busy.
+    # Both reading and zlib release the GIL: threads keep the disk and several cores busy.
     with ThreadPoolExecutor() as pool:
         found = pool.map(crc32, [checkpoint / name for name in expected])
         for name, value in zip(expected, found):
@@ -262,9 +261,9 @@ def check_files(checkpoint: Path, manifest: dict) -> None:
 
 
 def find_checkpoint(settings: dict) -> Checkpoint | None:
-    """The newest intact checkpoint under --out, or the one that --resume names. Prints which it passes over.
+    """The newest intact checkpoint in --out, or the one that --resume names. Prints which ones it passes over.
 
-    ValueError if there are some and none is complete: a new run would delete them, and nobody asked for that.
+    ValueError if there are checkpoints but none is complete: a new run would delete them, and nobody asked for that.
     """
     if settings["resume"] == "never":
         return None
@@ -288,7 +287,7 @@ def find_checkpoint(settings: dict) -> Checkpoint | None:
 
 
 def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Restore weights, moments and step, whatever number of processes wrote them."""
+    """Restore weights, moments and step, no matter how many processes wrote them."""
     dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
              process_group=patient_group())
     state.step = checkpoint.manifest["step"]
@@ -314,10 +313,10 @@ def read_for_export(checkpoint: Path) -> tuple[dict, list[Path]]:
 
 
 def trained_tensors(checkpoint: Path) -> dict[str, Callable[[], Tensor]]:
-    """Name of each weight that training changed -> a function that reads it, whole and in fp32, without a run.
+    """Name of each trained weight -> a function that reads it, whole and in fp32, without a process group.
 
-    For `load_weights.py export`. LoRA adapters are there under their own names, to be merged by the caller. ValueError
-    if a file is damaged.
+    For `load_weights.py export`. LoRA adapters keep their own names; merging them is left to the caller. ValueError if
+    a file is damaged.
     """
     try:
         check_files(checkpoint, read_manifest(checkpoint))
@@ -339,9 +338,9 @@ def trained_tensors(checkpoint: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def read_settings(out: Path) -> dict:
-    """The config.json of a run's folder; {} where there is none, or another program's.
+    """The config.json of a run's folder; {} if there is none, or if another program wrote it.
 
-    While a run goes on it holds the run's settings under "training"; the finished model's config joins them there.
+    During a run it only holds the run's settings, under "training"; the finished model's config is added to them.
     """
     path = out / "config.json"
     try:
@@ -353,10 +352,10 @@ def read_settings(out: Path) -> dict:
 
 @contextmanager
 def lock_output(out: Path, patience: float = 40) -> Iterator[None]:
-    """Keep --out for this run: process 0 holds the lock, and all processes end if another run has it.
+    """Reserve --out for this run: process 0 holds the lock, and all processes end if another run has it.
 
-    ValueError, before the lock's file is written, if `out` holds something that is not a training run's; and if it is
-    not the same folder for all processes.
+    ValueError, before the lock file is written, if `out` holds files that are not a training run's; ValueError also if
+    it is not the same folder for all processes.
     """
     with ExitStack() as stack:
         def hold() -> None:
@@ -370,8 +369,8 @@ def lock_output(out: Path, patience: float = 40) -> Iterator[None]:
 def check_shared(out: Path, patience: float) -> None:
     """ValueError on every process if one does not see a file that process 0 has just written to `out`.
 
-    Each process writes its part of a checkpoint there: on nodes with separate folders none would be complete. NFS may
-    show a new folder half a minute late, hence the seconds of patience.
+    Each process writes its part of a checkpoint there: with separate folders per node, none would be complete. NFS may
+    show a new folder half a minute late, hence `patience`, in seconds.
     """
     token = on_process_0(lambda: f".writing_token_{secrets.token_hex(8)}")
     on_process_0((out / token).touch)
@@ -398,7 +397,7 @@ def refuse_foreign(out: Path) -> None:
 
 
 def check_same_settings(then: dict, now: dict, may_change: set[str], problem: str) -> None:
-    """ValueError with `problem` and every setting that differs and changes what is learned."""
+    """ValueError with `problem` and every setting that differs and is not among `may_change`."""
     different = []
     for name, value in now.items():
         if name not in may_change and then.get(name) != value:
@@ -408,11 +407,11 @@ def check_same_settings(then: dict, now: dict, may_change: set[str], problem: st
 
 
 def is_finished(settings: dict) -> bool:
-    """True if --out holds the model of a finished run with these settings; ValueError if its settings were others."""
+    """True if --out holds the model of a finished run with these settings; ValueError if they were different."""
     saved = read_settings(Path(settings["out"]))
     if settings["resume"] != "auto" or "model_type" not in saved:
         return False
-    # No checkpoint is left to tell the data's checksum by, so here the name of the data has to be the same.
+    # No checkpoint is left to compare the data's checksum with, so here the data's path must be the same.
     check_same_settings(saved["training"], settings, MAY_CHANGE - {"data"},
                         f"--out {settings['out']} holds a finished model made with other settings; "
                         "choose another --out, or --resume never to train afresh over it")
@@ -422,7 +421,7 @@ def is_finished(settings: dict) -> bool:
 def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
     """Make --out ready for a run on data of this checksum -> the checkpoint to go on from, if there is one.
 
-    ValueError, before anything is changed, if that was made with other settings.
+    ValueError, before anything is changed, if that checkpoint was made with other settings.
     """
     out = Path(settings["out"])
     checkpoint = on_process_0(lambda: find_checkpoint(settings))

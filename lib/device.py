@@ -1,4 +1,4 @@
-"""Which device and which dtype a command computes with, and the memory that the device has and has used, in bytes."""
+"""The device and the dtype that a command computes with, and the device's free and used memory, in bytes."""
 import math
 import os
 import re
@@ -10,11 +10,11 @@ import torch
 
 from lib.common import DTYPES, torchrun_env
 
-USABLE = 0.92       # of a GPU's free memory. Micro-batches of other sizes each time leave gaps between their tensors.
+USABLE = 0.92       # of a GPU's free memory; micro-batches of varying size fragment the rest
 
 
 def peak_memory(device: str | torch.device) -> int:
-    """The most that was allocated so far: on the GPU, or by this process."""
+    """Peak memory so far: allocated on the GPU, or resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024          # macOS counts in bytes, Linux in KiB
@@ -22,7 +22,7 @@ def peak_memory(device: str | torch.device) -> int:
 
 
 def free_memory(device: str | torch.device) -> int:
-    """What can still be allocated: on the GPU, or without swapping; all of the memory where macOS does not say."""
+    """Memory that can still be allocated, on a CPU without swapping. macOS does not tell, so there it is all of it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
@@ -45,14 +45,14 @@ def free_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def memory_of(device: torch.device) -> float:
-    """What a training process plans with. On a CPU it is a share of all there is, which is the same in every run."""
+    """The memory that a training process plans with. On a CPU, its share of all there is: the same in every run."""
     if device.type == "cuda":
         return USABLE * free_memory(device)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / torchrun_env().local_world
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """Our name of a dtype -> torch's object."""
+    """Our name for a dtype -> torch's dtype."""
     return getattr(torch, DTYPES[name])
 
 
@@ -83,8 +83,8 @@ def choose_device(asked: str | None) -> str:
 def use_device(device: str | torch.device) -> None:
     """Make a GPU the current one of this thread: streams, events, graphs and memory statistics are the current GPU's.
 
-    Every thread has its own and starts on cuda:0, so a thread that works on another one calls this first. The CPU, and
-    "cuda" without a number, which means the current one, need nothing.
+    Each thread has its own and starts on cuda:0, so a thread that uses another GPU calls this first. Nothing is to be
+    done for the CPU, or for "cuda" without a number, which means the current one.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is not None:
@@ -94,10 +94,10 @@ def use_device(device: str | torch.device) -> None:
 def missing_kernels(card: int) -> str:
     """Why this build of torch cannot compute on a CUDA card that it sees; "" if it can.
 
-    Kernels built for sm_86 also run on later cards of major version 8. Code for compute_90 is compiled anew on any
-    later card.
+    Kernels built for sm_86 also run on later cards of major version 8. Code for compute_90 (PTX) is compiled by the
+    driver for any later card.
     """
-    if card >= torch.cuda.device_count() or torch.version.cuda is None:     # AMD's cards count otherwise
+    if card >= torch.cuda.device_count() or torch.version.cuda is None:     # AMD numbers its architectures differently
         return ""
     major, minor = torch.cuda.get_device_capability(card)
     built_for = torch.cuda.get_arch_list()
@@ -115,9 +115,9 @@ def missing_kernels(card: int) -> str:
 def choose_dtype(asked: str | None, device: str) -> str:
     """--dtype, else bf16 where the device has instructions for it, else fp32.
 
-    It is looked up and not timed, so the same machine always computes the same numbers. sample.py follows this rule.
-    eval.py does on a GPU; on a CPU it stays with fp32, where the batch size changes no answer. train.py computes in
-    bf16 unless told otherwise, and refuses a GPU that would have to emulate it.
+    It is looked up rather than timed, so a machine always computes the same numbers. sample.py follows this rule, and
+    so does eval.py on a GPU; on a CPU eval.py stays with fp32, where the batch size does not change the answers.
+    train.py computes in bf16 unless told otherwise, and refuses a GPU that would have to emulate it.
     """
     if asked:
         return asked
@@ -125,7 +125,7 @@ def choose_dtype(asked: str | None, device: str) -> str:
 
 
 def has_bf16(device: str) -> bool:
-    """Whether bf16 products run in hardware: not on a V100 or T4, and on CPUs with AVX-512 BF16, AMX or Arm's BF16."""
+    """Does the hardware multiply bf16? A V100 or T4 does not; CPUs with AVX-512 BF16, AMX or Arm's BF16 do."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":

@@ -1,7 +1,7 @@
 """Fast generation: KV cache, prefix caching, sampling, CUDA graphs. Token ids in, token ids out.
 
-A Session answers prompts and remembers the last one, so that the next question about the same picture, or the next turn
-of a chat, computes only what is new. Its greedy answers are those of LLaVAPhi.generate: start reading there.
+A Session answers prompts and keeps the last KV cache, so that the next question about the same image, or the next turn
+of a chat, only computes what is new. Its greedy answers are those of LLaVAPhi.generate: start reading there.
 
 Prompts hold IMAGE_ID at every patch position, as data.expand makes them.
 
@@ -19,23 +19,23 @@ from torch.nn.attention.bias import causal_lower_right
 from data import IMAGE_ID
 from model import LLaVAPhi, Packed, Phi, as_batch, to_device_async, varlen_attention
 
-CPU_PREFILL = 1200                  # tokens, two LLaVA prompts: measured, 16 pictures at a time are a fifth slower
+CPU_PREFILL = 1200                  # tokens, i.e. two LLaVA prompts; 16 at a time were measured to be a fifth slower
 
 
 class Session:
-    """A model with its KV cache. It remembers the last prompt and answer, and reuses what the next one shares."""
+    """A model with its KV cache. It keeps the last prompt and answer, and reuses their common prefix with the next."""
 
     def __init__(self, model: LLaVAPhi, cuda_graph: bool = False):
-        """cuda_graph: for long answers on CUDA. Decoding steps are captured as a graph, and each is queued before the
-        host reads the last token."""
+        """cuda_graph: capture the decoding step as a CUDA graph, and queue each before the host has read the token
+        before it. Capturing takes a while, so it pays for long answers."""
         self.model = model
         self.cuda_graph = cuda_graph
         self.cache: KVCache | None = None       # of the last call
         self.finish: list[str] = []             # why each of its answers ended, "" while it is being written
-        # On Hopper, torch prefers cuDNN's attention, which builds an execution plan for every new shape and stride, in
-        # tens to hundreds of milliseconds. Generation meets new shapes all the time (prompts, batches, cache lengths),
-        # so a process that generates uses torch's other kernels. Training has no session and keeps torch's choice: its
-        # decoder calls varlen_attn, and its tower sees only a few dozen different numbers of pictures in a whole run.
+        # On Hopper, torch prefers cuDNN's attention, which takes tens to hundreds of milliseconds to build an execution
+        # plan for every new shape and stride. Generation keeps meeting new shapes (prompts, batches, cache lengths), so
+        # a process that generates uses torch's other kernels. Training has no session and keeps torch's choice: its
+        # decoder calls varlen_attn, and its tower sees only a few dozen different batch sizes in a whole run.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     @torch.inference_mode()
@@ -60,7 +60,7 @@ class Session:
             ids = sample_next_token(logits, temperature, top_k, top_p, generator)  # (B,)
             wait_for_ids = copy_to_host_async(ids)
             # With a graph the next step is queued before this one's ids are read, so the GPU never idles. The price
-            # is one step for nothing at the end.
+            # is one wasted step at the end.
             if self.cuda_graph and not is_last:
                 logits = self.decode(ids, cache)
             column = self.accept(wait_for_ids(), cache, finish, eos_id, is_last)
@@ -72,7 +72,7 @@ class Session:
                 logits = self.decode(ids, cache)
 
     def start_cache(self, prompts: list[list[int]], images: list[Tensor], slots: int) -> "KVCache":
-        """A cache that already holds the prefixes known from the last call, and those that several prompts share."""
+        """A new cache, filled with the prefixes known from the last call and those that several prompts share."""
         n_patches = self.model.config.vision.n_patches
         digests = {id(pictures): digests_of(pictures) for pictures in images}      # questions often share a tensor
         contents = [content_of(prompt, digests[id(pictures)], n_patches)
@@ -91,9 +91,9 @@ class Session:
         return self.cache
 
     def known_prefixes(self, contents: "list[Content]") -> "list[Prefix | None]":
-        """For each of these, the part that it shares with the last call's last prompt and answer.
+        """For each of these, the prefix it has in common with the last call's last prompt and answer.
 
-        Drops that call's cache.
+        Frees that call's cache.
         """
         if self.cache is None:
             return [None] * len(contents)
@@ -104,7 +104,7 @@ class Session:
         return [common_prefix(content, last) for content in contents]
 
     def decode(self, ids: Tensor, cache: "KVCache") -> Tensor:
-        """One more token (B,) for every sequence -> the next token's logits (B, V)."""
+        """Append one token (B,) to every sequence -> the next token's logits (B, V)."""
         if self.cuda_graph and ids.is_cuda:
             if cache.graph is None or cache.graph.used != cache.used:
                 cache.graph = CudaGraph(self.model, ids, cache)
@@ -116,7 +116,7 @@ class Session:
 
     def accept(self, tokens: list[int], cache: "KVCache", finish: list[str], eos_id: int,
                is_last: bool) -> list[int | None]:
-        """Add a step's tokens to the answers, note in `finish` which answers end with them -> the column to yield."""
+        """Append a step's tokens to the answers, and note in `finish` which end with them -> the column to yield."""
         column: list[int | None] = []
         for row, token in enumerate(tokens):
             if not finish[row] and token == eos_id:
@@ -134,10 +134,10 @@ class Session:
 
 
 def prefill(model: LLaVAPhi, prompts: list[list[int]], images: list[Tensor], cache: "KVCache") -> Tensor:
-    """Run what the cache lacks of each prompt -> the next token's logits (B, V), fp32.
+    """Run the uncached tokens of each prompt -> the next token's logits (B, V), fp32.
 
-    A GPU takes all prompts at once. On a CPU one or two pictures at a time are faster: the activations between two
-    layers then stay in the processor's cache.
+    A GPU takes all prompts at once. On a CPU one or two images at a time are faster: the activations between layers
+    then stay in the processor's cache.
     """
     n_new = [len(prompt) - past for prompt, past in zip(prompts, cache.lengths)]
     parts = split_rows(n_new, CPU_PREFILL) if model.device.type == "cpu" else [range(len(prompts))]
@@ -173,7 +173,7 @@ def decode_step(model: LLaVAPhi, ids: Tensor, cache: "KVCache") -> Tensor:
 
 
 def split_rows(lengths: list[int], enough: int) -> Iterator[range]:
-    """Split a batch into runs of whole rows, each run closed as soon as its lengths add up to `enough`."""
+    """Split a batch into ranges of rows, each closed as soon as its lengths add up to `enough`."""
     first = 0
     total = 0
     for row, length in enumerate(lengths):
@@ -189,14 +189,14 @@ def split_rows(lengths: list[int], enough: int) -> Iterator[range]:
 
 def sample_next_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
                       generator: torch.Generator | None) -> Tensor:
-    """logits (B, V) fp32 -> ids (B,). Temperature 0: the most likely; else one of the top_k (0: all) within top_p."""
+    """logits (B, V) fp32 -> ids (B,). Temperature 0: greedy; otherwise sample from the top_k (0: all) within top_p."""
     if temperature == 0:
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)      # (B, V)
     if top_k:
         logits = logits[:, :top_k]
     probs = logits.softmax(-1)                                                     # (B, top_k or V)
-    better = probs.cumsum(-1) - probs                       # how much probability comes before each token
+    better = probs.cumsum(-1) - probs                       # probability mass of the likelier tokens
     probs = probs.masked_fill(better >= top_p, 0.0)
     choice = torch.multinomial(probs, 1, generator=generator)                      # (B, 1)
     return order.gather(1, choice).squeeze(1)                                      # (B,)
@@ -209,7 +209,7 @@ def copy_to_host_async(ids: Tensor) -> Callable[[], list[int]]:
     host = torch.empty_like(ids, device="cpu", pin_memory=True)
     host.copy_(ids, non_blocking=True)
     copied = torch.cuda.Event()
-    # The copy is in the stream of the ids' device, which need not be the current device.
+    # The copy is on the stream of the ids' device, which need not be the current device.
     copied.record(torch.cuda.current_stream(ids.device))
 
     def wait() -> list[int]:
@@ -225,7 +225,7 @@ class KVCache:
     """Keys and values of every layer for B sequences of at most S tokens, allocated once."""
 
     def __init__(self, llm: Phi, contents: "list[Content]", slots: int):
-        """contents: those of the B prompts; the answers are appended to them."""
+        """contents: of the B prompts, see Content; the answers are appended to them."""
         config = llm.config
         device = llm.wte.weight.device
         slots = -(-slots // 16) * 16                        # SDPA copies a mask of any other width in every layer
@@ -234,14 +234,14 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=key_dtype)                # (n_layer, B, nh, S, hs)
         self.v = torch.zeros(shape, device=device, dtype=llm.dtype)
         self.contents = contents
-        self.lengths = [0] * len(contents)                  # how many tokens each row holds, known to the host
+        self.lengths = [0] * len(contents)                  # tokens in each row, on the host
         self.pos = torch.zeros(len(contents), dtype=torch.int64, device=device)    # (B,) the same on the device
-        self.bucket = 256 if self.k.is_cuda else 1          # attention reads multiples of it: graphs need fixed shapes
+        self.bucket = 256 if self.k.is_cuda else 1          # attention reads whole buckets: graphs need fixed shapes
         self.graph: CudaGraph | None = None
 
     @property
     def used(self) -> int:
-        """How many slots of each row the next step reads: the longest sequence and the new token, in whole buckets."""
+        """Slots of each row that the next step reads: the longest sequence plus the new token, in whole buckets."""
         needed = max(self.lengths) + 1
         buckets = (needed + self.bucket - 1) // self.bucket
         return min(buckets * self.bucket, self.k.size(3))
@@ -256,13 +256,13 @@ class KVCache:
         self.pos = torch.tensor(lengths, device=self.pos.device)
 
     def advance(self) -> None:
-        """After a step. Finished sequences are parked on the last slot, which no live sequence reads."""
+        """Count the token of a step. Finished sequences are parked on the last slot, which no live sequence reads."""
         last = self.k.size(3) - 1
         self.lengths = [min(n + 1, last) for n in self.lengths]
         self.pos.add_(1).clamp_(max=last)
 
     def prefix(self, row: int) -> "Prefix":
-        """The tokens that a row holds. A view: it keeps the whole cache in memory."""
+        """A row's tokens with their keys and values. These are views, and keep the whole cache in memory."""
         content = self.contents[row][:self.lengths[row]]
         return Prefix(content, self.k[:, row, :, :len(content)], self.v[:, row, :, :len(content)])
 
@@ -277,10 +277,10 @@ class KVCache:
 
 
 class Prefill:
-    """The tokens that the cache lacks of some prompts, packed, and their attention to everything before them."""
+    """The uncached tokens of some prompts, packed, and their attention to everything before them."""
 
     def __init__(self, cache: KVCache, rows: range, lengths: list[int], max_seqlen: int):
-        """lengths: of the whole prompts in these rows."""
+        """lengths: of these rows' whole prompts."""
         device = cache.v.device
         self.cache = cache
         self.rows = rows
@@ -299,7 +299,7 @@ class Prefill:
         self.cache.write(layer, self.seq_ids, self.pos, k, v)
         if not self.has_past:
             return self.new.attend(q, k, v, layer)
-        # Of each sequence the past and the new keys, which are in the cache by now.
+        # Each sequence's past and new keys; the new ones are in the cache by now.
         keys = [self.cache.k[layer, row, :, :n].type_as(q) for row, n in zip(self.rows, self.lengths)]     # (nh, n, hs)
         values = [self.cache.v[layer, row, :, :n] for row, n in zip(self.rows, self.lengths)]
         if self.new.has_varlen(q):
@@ -308,7 +308,7 @@ class Prefill:
             return varlen_attention(q, k, v, self.new.cu_seqlens, self.cu_seqlens_k, self.new.max_seqlen)
         out = []
         for q_row, k_row, v_row in zip(q.split(self.new.lengths), keys, values):
-            # Query i stands at position past + i, so the causal mask's triangle is aligned at its end.
+            # Query i is at position past + i, so the causal mask is aligned to the lower right corner.
             mask = causal_lower_right(len(q_row), k_row.size(1))
             y = F.scaled_dot_product_attention(as_batch(q_row, len(q_row)), k_row[None], v_row[None], attn_mask=mask)
             out.append(y[0].transpose(0, 1))                                       # (n, nh, hs)
@@ -323,14 +323,14 @@ class Decode:
         self.pos = cache.pos                                                       # (B,)
         self.used = cache.used
         self.seq_ids = torch.arange(len(cache.pos), device=self.pos.device)        # (B,)
-        self.mask = None            # where all sequences are equally long, every slot that is read may be seen
+        self.mask = None            # not needed where all sequences are equally long
         if cache.bucket > 1 or min(cache.lengths) < max(cache.lengths):
             unseen = torch.arange(self.used, device=self.pos.device) > self.pos[:, None]           # (B, used)
-            # To be added to the scores: given a boolean mask, SDPA would convert it in every layer.
+            # An additive mask, because SDPA would convert a boolean one in every layer.
             mask = torch.zeros(unseen.shape, dtype=cache.k.dtype, device=self.pos.device)
             self.mask = mask.masked_fill(unseen, float("-inf"))[:, None, None]     # (B, 1, 1, used)
         if self.pos.device.type == "cpu":
-            # Row numbers of each head's values in a layer of the cache, taken as one table (B * nh * S, hs).
+            # Row numbers of each head's values, where a layer of the cache is one table (B * nh * S, hs).
             _, batch, n_head, slots, _ = cache.v.shape
             starts = torch.arange(0, batch * n_head * slots, slots, dtype=torch.int32)
             self.value_rows = starts[:, None] + torch.arange(self.used, dtype=torch.int32)         # (B * nh, used)
@@ -346,11 +346,11 @@ class Decode:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).squeeze(2)
 
     def attend_on_cpu(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of a single query: torch's fused kernel for CPUs is made for many.
+        """Attention for a single query; torch's fused CPU kernel is built for many.
 
-        A plain product and a weighted sum of rows are two and a half times as fast, in bf16 with 700 keys.
-        embedding_bag is the kernel for such sums, and takes less than half the time of a product. The scores stay in
-        fp32, as in the fused kernels; that is why the cache holds fp32 keys on a CPU.
+        A plain matmul and a weighted sum of rows are two and a half times as fast, in bf16 with 700 keys. embedding_bag
+        is the kernel for such sums, and takes less than half the time of a matmul. The scores stay in fp32, as in the
+        fused kernels; that is why the cache holds fp32 keys on a CPU.
         """
         scores = q.float() @ k.transpose(2, 3) * q.size(-1) ** -0.5                # (B, nh, 1, used)
         if self.mask is not None:
@@ -362,9 +362,9 @@ class Decode:
 
 
 class CudaGraph:
-    """A decoding step captured by CUDA: one launch for all kernels.
+    """A captured decoding step: one launch for all kernels.
 
-    Valid until the context grows into the cache's next bucket of positions; then another one is captured.
+    Valid until the context grows into the cache's next bucket of slots; then a new graph is captured.
     """
 
     def __init__(self, model: LLaVAPhi, ids: Tensor, cache: KVCache):
@@ -374,10 +374,10 @@ class CudaGraph:
             self.graph = torch.cuda.CUDAGraph()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):                   # libraries set themselves up outside the capture
+            with torch.cuda.stream(side):                   # a warm-up, so that libraries initialize before the capture
                 decode_step(model, self.ids, cache)
             torch.cuda.current_stream().wait_stream(side)
-            # thread_local: other threads (a server, a loader that pins) may use CUDA meanwhile.
+            # thread_local: other threads (a server's, a loader's that pins memory) may use CUDA meanwhile.
             # Without a stream of ours torch would capture on the one of the first device that ever captured.
             with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.logits = decode_step(model, self.ids, cache)                  # (B, V)
@@ -388,18 +388,18 @@ class CudaGraph:
         return self.logits
 
 # ---------------------------------------------------------------------------------------------------
-# Prefix caching. Two prompts begin alike as far as their contents do.
+# Prefix caching. Prompts have the same prefix if their contents, defined here, do.
 
-Content = list[int | bytes]         # of a sequence: token ids, and at patch positions the digest of the picture
+Content = list[int | bytes]         # of a sequence: token ids, and at patch positions the image's digest
 
 
 def digests_of(images: Tensor) -> list[bytes]:
-    """A key for each picture: the same pixels give the same one, whatever tensor they are in."""
+    """A key for each image: equal pixels give equal keys, whatever tensor they are in."""
     return [hashlib.sha256(image.cpu().contiguous().numpy()).digest() for image in images]
 
 
 def content_of(prompt: list[int], digests: list[bytes], n_patches: int) -> Content:
-    """The prompt with the digests of its pictures at their patch positions."""
+    """The prompt, with its images' digests at their patch positions."""
     content: Content = list(prompt)
     patches = [i for i, token in enumerate(prompt) if token == IMAGE_ID]
     assert len(patches) == len(digests) * n_patches, \
@@ -409,26 +409,26 @@ def content_of(prompt: list[int], digests: list[bytes], n_patches: int) -> Conte
     return content
 
 
-class Prefix(NamedTuple):           # the beginning of a sequence, computed
+class Prefix(NamedTuple):           # the beginning of a sequence, with its keys and values
     content: Content
     k: Tensor                       # (n_layer, nh, len(content), hs)
     v: Tensor
 
 
 def common_prefix(content: Content, known: Prefix) -> Prefix | None:
-    """The longest common beginning that leaves at least one token of `content` to run, for its logits."""
+    """The longest common prefix that leaves at least one token of `content` to run, for its logits."""
     n = 0
     while n < min(len(content) - 1, len(known.content)) and content[n] == known.content[n]:
         n += 1
     while n > 0 and isinstance(content[n], bytes) and content[n - 1] == content[n]:
-        n -= 1                      # a picture is reused whole or not at all
+        n -= 1                      # an image is reused whole or not at all
     return Prefix(known.content[:n], known.k[:, :, :n], known.v[:, :, :n]) if n else None
 
 
 def shared_beginnings(contents: list[Content], prefixes: list[Prefix | None]) -> list[tuple[Content, list[int]]]:
-    """(beginning, rows) of prompts that are the same up to the end of their last picture.
+    """Groups of prompts that agree up to the end of their last image, as (beginning, rows).
 
-    Only where that is more than is known of them already.
+    Only where that is longer than the prefix they already have.
     """
     groups: dict[tuple, list[int]] = {}
     for row, (content, prefix) in enumerate(zip(contents, prefixes)):

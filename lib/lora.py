@@ -9,7 +9,7 @@ from model import Phi
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + (alpha / r) B A x with W and b frozen. B starts at zero, and the layer with it as a plain one."""
+    """y = W x + b + (alpha / r) B A x with W and b frozen. B starts at zero, so the adapter starts without effect."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -27,7 +27,7 @@ class LoRALinear(nn.Linear):
 
 
 class Int4LoRALinear(LoRALinear):
-    """The same with W in 4 bits, two neighbors in a byte, dequantized for every product."""
+    """A LoRALinear with W in 4 bits, two weights to a byte, which are dequantized for every product."""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float):
         super().__init__(base, r, alpha)
@@ -38,7 +38,7 @@ class Int4LoRALinear(LoRALinear):
         self.register_buffer("group_scales", scales)
 
     def quantize(self, weight: Tensor) -> None:
-        """Take over a weight (out, in) in any float dtype."""
+        """Quantize and store a weight (out, in) of any float dtype."""
         quantize_into_int4(self.weight, self.group_scales, weight, nibbles)
 
     def frozen(self, x: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ class Int4LoRALinear(LoRALinear):
 
 
 class Int4Product(torch.autograd.Function):
-    """x (..., K) times nibbles (N, K / 2), with a gradient for x. -> (..., N)
+    """x (..., K) times nibbles (N, K / 2) -> (..., N), with a gradient for x.
 
-    The backward pass dequantizes the weight once more. Autograd by itself would keep the dequantized weights of all
-    layers for it, and with them the memory that 4 bits are there to save.
+    The backward pass dequantizes the weight again. Plain autograd would keep every layer's dequantized weight for it,
+    and use up the memory that 4 bits save.
     """
 
     @staticmethod
@@ -64,7 +64,7 @@ class Int4Product(torch.autograd.Function):
 
 
 def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
-    """Nibbles (N, K / 2), scales and zeros of their groups (K / group, N, 2) -> weights (N, K) in fp32."""
+    """Nibbles (N, K / 2), their groups' scales and zeros (K / group, N, 2) -> weights (N, K) in fp32."""
     q = torch.stack([packed >> 4, packed & 15], dim=-1)                            # (N, K / 2, 2)
     q = q.view(len(packed), len(scales), -1).float()                               # (N, K / group, group)
     scale, zero = scales.float().transpose(0, 1).unsqueeze(2).unbind(-1)           # (N, K / group, 1)
@@ -72,7 +72,7 @@ def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def apply_lora(llm: Phi, r: int, alpha: float, on: tuple[str, ...] = ("attn", "mlp"), bits: int = 16) -> None:
-    """Give the Linears of every block's `on` adapters, in place; with bits = 4, on weights in 4 bits (QLoRA)."""
+    """Add adapters to the Linears of every block's `on`, in place; with bits = 4, on 4-bit weights (QLoRA)."""
     kind = Int4LoRALinear if bits == 4 else LoRALinear
     for block in llm.h:
         for branch in on:
@@ -82,7 +82,7 @@ def apply_lora(llm: Phi, r: int, alpha: float, on: tuple[str, ...] = ("attn", "m
 
 
 def merge_lora(tensors: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """State with `*.lora_a` and `*.lora_b` -> the plain model's state: W + (alpha / r) B A."""
+    """A state dict with `*.lora_a` and `*.lora_b` -> the plain model's state dict: W + (alpha / r) B A."""
     merged = {name: t for name, t in tensors.items() if ".lora_" not in name}
     for name, a in tensors.items():
         if name.endswith(".lora_a"):

@@ -1,4 +1,4 @@
-"""What a training run writes down about itself: metrics.jsonl, and a line on the screen for each step."""
+"""Training metrics: metrics.jsonl, and a progress line for each step."""
 import json
 import re
 import time
@@ -15,7 +15,7 @@ from model import LLaVAConfig
 
 
 class Metrics:
-    """metrics.jsonl, one object per step, and skipped_steps.jsonl. Going on from step k keeps what was known at k."""
+    """metrics.jsonl, one object per step, and skipped_steps.jsonl. A run resumed at step k keeps the lines before k."""
 
     def __init__(self, out: Path, done: int, parts: list[str], device: torch.device):
         self.path = out / "metrics.jsonl"
@@ -43,7 +43,7 @@ class Metrics:
 
     def add_step(self, step: Step, data: Dataset, config: LLaVAConfig, n_supervised: int, loss: float, norm: float,
                  lr: float, skipped: bool) -> dict:
-        """Write a step's line -> the line. Its numbers are of all processes together, but memory_gb is of process 0."""
+        """Write a step's record and return it. Its numbers cover all processes, except for memory_gb of process 0."""
         self.steps += 1
         seconds = time.perf_counter() - self.step_began
         lengths = data.index.length[step.sample_ids].astype(float)
@@ -105,18 +105,18 @@ def progress_line(r: dict, steps: int, seconds_left: float) -> str:
 # ---------------------------------------------------------------------------------------------------
 # Speed
 
-# Dense bf16 products with fp32 sums, from NVIDIA's datasheets. A name stands for cards that have all of its words;
-# those with more words come first.
+# Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's datasheets. An entry matches every card whose name has all of
+# its words; more specific entries come first.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100 HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
     "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A30": 165e12, "A10": 125e12, "RTX A6000": 154.8e12,
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
 }
-SLOWER = {"Laptop", "MIG", "Max", "D", "Ti"}                # words for a part of a card, or another one
+SLOWER = {"Laptop", "MIG", "Max", "D", "Ti"}                # words that mark a partition or another variant of a card
 
 
 def peak_flops(name: str) -> float | None:
-    """A card's floating-point operations a second, by torch's name of it; None where no datasheet is known."""
+    """A card's peak FLOP/s, by torch's name for it; None if it is not in the table."""
     words = set(re.split(r"[ -]", name))
     if words & SLOWER:
         return None
@@ -127,6 +127,6 @@ def peak_flops(name: str) -> float | None:
 
 
 def mfu(flops_per_second: float, device: torch.device) -> float | None:
-    """Model FLOPs utilization: the share of one GPU's peak; None where that is not known."""
+    """Model FLOPs utilization: the fraction of one GPU's peak; None where that is unknown."""
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return flops_per_second / peak if peak else None

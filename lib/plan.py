@@ -1,4 +1,4 @@
-"""What a training run needs, computed from shapes alone: memory on each GPU, and floating-point operations."""
+"""Memory per GPU and FLOPs of a training run, computed just from shapes."""
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from lib.schedule import steps_per_epoch
 from model import LLaVAConfig, LLaVAPhi, trained_parts
 
 RECOMPUTE_MODES = ("none", "selective", "full")         # the fastest first
-# Samples, the share of them with a picture, and per sample mean text tokens and supervised tokens. Estimates; `data.py
-# check` measures them on the real data.
+# Samples, the fraction of them with an image, mean text tokens and mean supervised tokens per sample. Estimates;
+# `data.py check` measures them on the real data.
 PUBLISHED = {
     "pretrain": (558_128, 1.0, 21, 21),
     "finetune": (665_298, 0.939, 307, 132),
@@ -20,28 +20,28 @@ PUBLISHED = {
 
 
 def step_flops(config: LLaVAConfig, parts: list[str], tokens: float, squares: float, images: float,
-               rows: float) -> float:
-    """Floating-point operations that one step's maths needs (recomputation not counted), 2 per multiply-add.
+               supervised: float) -> float:
+    """Model FLOPs of one step, 2 per multiply-add, not counting recomputation.
 
-    parts: those that are trained. squares: sum over sequences of length ** 2. rows: supervised positions.
+    parts: those that are trained. squares: sum over sequences of length ** 2. supervised: number of such tokens.
     """
     llm, vision = config.llm, config.vision
     S, C, D = vision.n_positions, llm.n_embd, vision.n_embd
-    dense = tokens * 2 * llm.n_layer * (4 * C * C + 2 * C * llm.n_inner) + rows * 2 * C * llm.vocab_size
-    attention = squares * 2 * llm.n_layer * C               # causal: half of the square is computed
+    dense = tokens * 2 * llm.n_layer * (4 * C * C + 2 * C * llm.n_inner) + supervised * 2 * C * llm.vocab_size
+    attention = squares * 2 * llm.n_layer * C               # causal: only half of the square is computed
     patches = vision.n_patches * 2 * D * 3 * vision.patch_size ** 2
     tower_block = 2 * S * (4 * D * D + 2 * D * vision.n_inner) + 4 * S * S * D
     tower = images * (patches + vision.n_used * tower_block)
     projector = images * 2 * vision.n_patches * (D * C + C * C)
-    # A forward pass counts 1, the backward pass 1 for the input's gradient and 1 for the weights'. A frozen decoder
-    # still hands the gradient on to the projector; behind a frozen tower there is nothing that could use it.
+    # The forward pass counts 1, the backward pass 1 for the gradient of the input and 1 for that of the weights. A
+    # frozen decoder still has to pass the gradient on to the projector; a frozen tower has nothing to pass it on to.
     passes = {name: 3 if name in parts else 2 for name in ("llm", "projector")}
     passes["vision"] = 3 if "vision" in parts else 1
     return dense * passes["llm"] + attention * 3 + projector * passes["projector"] + tower * passes["vision"]
 
 
 def picture_cost(config: LLaVAConfig, parts: list[str]) -> float:
-    """What a picture's way through tower and projector costs, in tokens through the decoder's linear layers."""
+    """Compute cost of an image in tower and projector, in units of a token's in the decoder's linear layers."""
     return step_flops(config, parts, 0, 0, 1, 0) / step_flops(config, parts, 1, 0, 0, 0)
 
 # ---------------------------------------------------------------------------------------------------
@@ -49,15 +49,15 @@ def picture_cost(config: LLaVAConfig, parts: list[str]) -> float:
 
 
 def count(parameters) -> int:
-    """How many weights the parameters hold; two of 4 bits share a byte."""
+    """Number of weights in these parameters, of which a byte holds two in 4 bits."""
     return sum(p.numel() if p.is_floating_point() else 2 * p.numel() for p in parameters)
 
 
 def memory_plan(cfg: Namespace, model: LLaVAPhi, shards: int, recompute: str, gather: str,
                 pictures: float | None = None) -> dict[str, float]:
-    """Bytes on one of `shards` GPUs at the peak of a step of several micro-batches, by kind.
+    """Bytes on one of `shards` GPUs at the peak of a step with several micro-batches, by kind.
 
-    pictures: in a micro-batch. None: as many as --micro-tokens has room for, since its text may be short.
+    pictures: number in a micro-batch. None: as many as --micro-tokens has room for, since texts may be short.
     """
     llm = model.config.llm
     if pictures is None:
@@ -68,7 +68,7 @@ def memory_plan(cfg: Namespace, model: LLaVAPhi, shards: int, recompute: str, ga
     in_4_bits = count(p for p in model.parameters() if not p.is_floating_point())
     scales = sum(b.nbytes for b in model.buffers())
 
-    # FSDP's units: the decoder's blocks, the tower, and the root with everything else that is trained.
+    # FSDP's units: the decoder's blocks, the tower, and the root with all other trained weights.
     parts = trained_parts(model)
     block = count(model.llm.h[0].parameters()) if "llm" in parts else 0
     tower = count(model.vision.parameters()) if "vision" in parts else 0
@@ -78,9 +78,9 @@ def memory_plan(cfg: Namespace, model: LLaVAPhi, shards: int, recompute: str, ga
     else:
         gathered, gradients = root + block, 4 * trained / shards
 
-    # The peak is where the backward pass begins, with all activations alive and a chunk of logits, which takes 12 bytes
-    # each: in fp32 their logarithms, the loss's gradient and their own. Few tokens leave it at the end, where a unit's
-    # gradients are copied into fp32 to be reduced.
+    # The peak is where the backward pass begins: all activations are alive, and a chunk of logits takes 12 bytes each,
+    # for log-probabilities, their gradient and that of the logits, in fp32. With few tokens the peak is at the end of
+    # the backward pass, where a unit's gradients are copied to fp32 for reduction.
     activations = activation_bytes(model, recompute, width, cfg.micro_tokens, pictures)
     logits = 12 * min(4096, cfg.micro_tokens) * llm.vocab_size + width * root
     reduction = (width + 4) * max(root, tower, block) + width * tower
@@ -95,12 +95,12 @@ def memory_plan(cfg: Namespace, model: LLaVAPhi, shards: int, recompute: str, ga
 
 
 def activation_bytes(model: LLaVAPhi, recompute: str, width: int, tokens: int, pictures: float) -> float:
-    """What the forward pass keeps for the backward pass; numbers take `width` bytes."""
+    """Bytes that the forward pass keeps for the backward pass, at `width` bytes per number."""
     llm, vision = model.config.llm, model.config.vision
     C, I = llm.n_embd, llm.n_inner
-    # A decoder block keeps its input, LayerNorm's output, q, k and v, q and k again when they are rotated, attention's
-    # output, and two tensors of the MLP's width, before and after GELU. A frozen linear layer does not need its input.
-    # Attention that is not ragged, as in fp32, copies its output.
+    # A decoder block keeps its input, LayerNorm's output, q, k and v, rotated q and k, attention's output, and two
+    # tensors of the MLP's width, before and after GELU. A frozen linear layer does not need its input. In fp32, without
+    # variable-length attention, there is a copy of attention's output.
     learns = any(p.requires_grad for p in model.llm.parameters())
     block = {
         "none": width * (8 * C + 2 * I if learns else 7 * C + I),
@@ -110,8 +110,8 @@ def activation_bytes(model: LLaVAPhi, recompute: str, width: int, tokens: int, p
     if recompute == "none" and learns and width == 4:
         block += width * C
     if recompute == "none" and llm.dropout:
-        block += 2 * C                              # two masks of a byte a number
-    decoder = tokens * (llm.n_layer * block + width * 2 * C)        # with the embeddings before and after the pictures
+        block += 2 * C                              # two masks with one byte per number
+    decoder = tokens * (llm.n_layer * block + width * 2 * C)        # plus embeddings, before and after adding images
     if model.vision is None:
         return decoder
 
@@ -120,8 +120,8 @@ def activation_bytes(model: LLaVAPhi, recompute: str, width: int, tokens: int, p
     if "vision" not in trained_parts(model):
         return decoder + projector
     if recompute == "none":
-        # A block of the tower keeps its input, twice LayerNorm's output, q, k, v, attention's output, the sum after it,
-        # and tensors of the MLP's width: quick GELU, as CLIP has it, needs three.
+        # A tower block keeps its input, the outputs of two LayerNorms, q, k, v, attention's output, the sum after it,
+        # and two tensors of the MLP's width; CLIP's quick GELU needs three.
         tower_block = 8 * D + (3 if vision.gelu == "quick" else 2) * vision.n_inner
     else:
         tower_block = D
@@ -133,7 +133,7 @@ def fits(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute:
 
 
 def choose_recompute(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float) -> str:
-    """The fastest --recompute with which a micro-batch fits into `memory` bytes; the leanest if none does."""
+    """The fastest --recompute with which a micro-batch fits into `memory` bytes, or "full" if none does."""
     for mode in ("none", "selective"):
         refused = mode == "selective" and cfg.compile
         if not refused and fits(cfg, model, shards, memory, mode, "off"):
@@ -142,27 +142,27 @@ def choose_recompute(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float
 
 
 def choose_gather(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute: str) -> str:
-    """--gather on, if there is memory left for it once --recompute has been chosen.
+    """--gather on, if there is memory left for it after --recompute has been chosen.
 
-    Recomputing costs more than sending: within a node, FSDP sends while it computes.
+    Recomputation costs more than communication, which FSDP overlaps with compute within a node.
     """
     return "on" if fits(cfg, model, shards, memory, recompute, "on") else "off"
 
 
 def shards_of(gpus: int, per_node: int) -> int:
-    """Over how many GPUs a weight is sharded: those of a node, or all of them where each node has only one."""
+    """The number of GPUs that a weight is sharded over: a node's, or all of them if each node has only one."""
     return gpus if per_node == 1 else min(gpus, per_node)
 
 
 def most_tokens(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute: str, gather: str) -> int:
-    """The largest --micro-tokens that fits, in steps of 1024 and up to 24 of them; 0 if none does."""
+    """The largest --micro-tokens that fits, in steps of 1024 up to 24,576; 0 if none does."""
     sizes = range(1024, 24 * 1024 + 1, 1024)
     return max((n for n in sizes if fits(replace(cfg, micro_tokens=n), model, shards, memory, recompute, gather)),
                default=0)
 
 
 def too_small(cfg: Namespace, build: Callable[[Namespace], LLaVAPhi], shards: int, memory: float) -> str:
-    """If full recomputation needs more than `memory` bytes, a line that says so and which flags fit; else "".
+    """A line that says so if even full recomputation needs more than `memory` bytes, with flags that fit; else "".
 
     build: settings -> their model, on the meta device.
     """
@@ -192,7 +192,7 @@ def too_small(cfg: Namespace, build: Callable[[Namespace], LLaVAPhi], shards: in
 
 
 def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace], LLaVAPhi]) -> None:
-    """`--plan`: what fits into --gpus GPUs of --gpu-memory GB, without weights."""
+    """`--plan`: what fits on --gpus GPUs with --gpu-memory GB each. Needs no weights."""
     model = build(cfg)
     shards = shards_of(cfg.gpus, cfg.gpus_per_node)
     memory = USABLE * cfg.gpu_memory * 1e9

@@ -1,4 +1,4 @@
-"""Loss curves of one or several runs as a page: `python train.py --plot OUT...`."""
+"""`python train.py --plot OUT...`: the loss curves of one or several runs as a web page."""
 import html
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from lib.common import html_page, read_jsonl, write_whole
 
 
 def plot(runs: list[Path], to: Path) -> None:
-    """`--plot OUT...`: the loss curves of one or several runs in one self-contained page."""
+    """Write the loss curves of these --out folders to a self-contained page."""
     curves = {}
     for folder in runs:
         path = folder / "metrics.jsonl"
@@ -20,12 +20,12 @@ def plot(runs: list[Path], to: Path) -> None:
 
 
 def loss_curve(path: Path) -> list[tuple[int, float]]:
-    """(steps done, loss) of each training step in a metrics.jsonl; steps that were skipped have no loss to show."""
+    """(steps done, loss) of each training step in a metrics.jsonl, except skipped ones, whose loss is not finite."""
     return [(r["step"] + 1, r["loss"]) for r in read_jsonl(path, torn=True) if "loss" in r and not r["skipped"]]
 
 
 def loss_svg(curves: dict[str, list[tuple[int, float]]], width: int = 800, height: int = 360) -> str:
-    """Curves of (step, loss) as inline SVG: each thin as measured and thick as a running mean, on common axes."""
+    """Curves of (step, loss) as inline SVG on common axes: a thin line for the raw values, a thick running mean."""
     colors = ["#1f6fb2", "#c8501e", "#2f8f4e", "#8a4fa3", "#7a6a00"]
     points = [point for curve in curves.values() for point in curve]
     if not points:

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: print once, fail together, agree, and say in one line why a run ended."""
+"""The processes of a run: they print once, fail together, agree on numbers, and explain in one line why a run ended."""
 import os
 import re
 import signal
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 # ---------------------------------------------------------------------------------------------------
-# One for all, and all together
+# Collectives
 
 
 def join_group(backend: str, timeout: timedelta, **alone) -> None:
@@ -25,7 +25,7 @@ def join_group(backend: str, timeout: timedelta, **alone) -> None:
 
 
 def print0(text: str) -> None:
-    """Print on one process of the run."""
+    """Print on process 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, flush=True)
 
@@ -51,7 +51,7 @@ def on_process_0(work: Callable):
     """Call `work` on process 0 -> its result, on every process.
 
     An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
-    in their next collective until that times out.
+    in their next collective until that timed out.
     """
     result_and_error = [None, None]
     if dist.get_rank() == 0:
@@ -67,7 +67,7 @@ def on_process_0(work: Callable):
 
 
 def on_every_process(work: Callable) -> list:
-    """Call `work` on every process -> all their results, on every process. What one of them raises, all raise."""
+    """Call `work` on every process -> all results, on every process. An error on one is raised on all."""
     result_and_error = [None, None]
     try:
         result_and_error[0] = work()
@@ -82,17 +82,17 @@ def on_every_process(work: Callable) -> list:
 
 
 def smallest(number: float) -> float:
-    """The smallest of all processes' numbers. It goes over the CPU, and no process waits for its GPU."""
+    """The smallest of all processes' numbers. It is reduced on the CPU, so no process waits for its GPU."""
     numbers = torch.tensor(number, dtype=torch.float64)
     dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
     return numbers.item()
 
 # ---------------------------------------------------------------------------------------------------
-# The end of a run
+# Signals and errors
 
 
 def watch_signals() -> list[int]:
-    """A list that fills when SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and stop; a second Ctrl-C ends it now."""
+    """A list that grows when SIGTERM, SIGUSR1 or Ctrl-C asks for a save and a stop. A second Ctrl-C exits at once."""
     received: list[int] = []
 
     def note(number, frame):
@@ -104,16 +104,16 @@ def watch_signals() -> list[int]:
     return received
 
 
-# What gloo and NCCL write when another process has gone. They have no exception of their own for it.
+# What gloo and NCCL say when another process is gone. Neither has an exception type of its own for that.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "imeout",
         "was likely closed", "remote process exited")
 
 
 def explain(error: RuntimeError) -> str:
-    """One line about a collective that failed; "" for every other error, which is a defect and keeps its traceback.
+    """One line about a failed collective; "" for every other error, which is a bug and keeps its traceback.
 
-    The process that was lost has printed its own reason, or torchrun will. NCCL's messages have several lines, of which
-    the last names the cause.
+    The lost process has printed its own reason, or torchrun will. NCCL's messages have several lines, and the last
+    names the cause.
     """
     message = str(error)
     process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
@@ -129,7 +129,7 @@ def explain(error: RuntimeError) -> str:
 def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str:
     """One line about a data worker that died; "" for every other error.
 
-    DataLoader says it in a RuntimeError, unless a tensor was just coming from the worker: then the connection ended.
+    DataLoader reports it as a RuntimeError, unless it was just receiving a tensor: then the connection breaks.
     An exception that a worker raised also arrives as a RuntimeError, with its traceback. It is a defect, unless it
     says that shared memory could not be had.
     """
@@ -146,7 +146,7 @@ def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, cfg: Namespace) -> str:
-    """One line of torch's paragraph -> what was asked for, what there is, and which flag to lower."""
+    """torch's paragraph in one line: what was requested, what there is, and which flag to lower."""
     facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", str(error))
     advice = f"give --micro-tokens less than {cfg.micro_tokens}"
     if cfg.recompute != "full":

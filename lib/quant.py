@@ -1,4 +1,4 @@
-"""Weights for inference: prepacked, in 8 bits, in 4 bits. A reader of the model can skip this file."""
+"""Weights for inference: prepacked, 8-bit and 4-bit. A reader of the model can skip this file."""
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
@@ -12,14 +12,14 @@ from model import LLaVAPhi
 # ---------------------------------------------------------------------------------------------------
 # Prepacked weights
 
-MIN_ROWS = 6                        # measured: a product of six rows takes a tenth less time than one of a single row
+MIN_ROWS = 6                        # measured: a matmul with six rows takes a tenth less time than with a single one
 
 
 def prepacking_pays(dtype: torch.dtype) -> bool:
     """Are oneDNN's prepacked products in this dtype faster than torch's usual ones on this CPU?
 
-    With AVX-512 they take half the time for one row and up to a third less for many. With AVX2 only they were slower
-    where we tried them, and bf16 cannot be prepacked at all. The answer is looked up and never timed, so that the same
+    With AVX-512 they take half the time for one row and up to a third less for many. With only AVX2 they were slower
+    where we tried them, and bf16 cannot be prepacked at all. The answer is looked up rather than timed, so that a
     machine always computes the same numbers.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -30,7 +30,7 @@ def prepacking_pays(dtype: torch.dtype) -> bool:
 
 
 class PrepackedLinear(nn.Linear):
-    """A Linear whose weight lies in the blocked layout of oneDNN's kernels. Only weight.to_dense() reads it back."""
+    """A Linear whose weight is in the blocked layout of oneDNN's kernels; weight.to_dense() gives the plain one."""
 
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -67,19 +67,19 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
-    """Quantize weight (n, K) into q and scale, 4096 rows at a time: an fp32 copy of all would take four times q."""
+    """Quantize weight (n, K) into q and scale, 4096 rows at a time: a full fp32 copy would be 4x as large."""
     for first in range(0, len(weight), 4096):
         rows = slice(first, first + 4096)
         q[rows], scale[rows] = quantize_rows(weight[rows].to(scale))
 
 
-# The three products take x (n, K) in any float dtype and return (n, N) in the same one. The weights come in parts:
-# (which output channels, their int8 weights (some, K), their scales (some,)).
+# Three matmuls with int8 weights. They take x (n, K) in any float dtype and return (n, N) in the same one. The weights
+# come in parts: (output channels, their int8 weights (some, K), their scales (some,)).
 Parts = Iterable[tuple[slice, Tensor, Tensor]]
 
 
 def int8_times_int8(x: Tensor, parts: Parts, bias: Tensor) -> Tensor:
-    """Dynamic quantization: each token is quantized with a scale of its own, and integers are multiplied."""
+    """Dynamic quantization: each token is quantized with a scale of its own, and the matmul is in integers."""
     q, x_scale = quantize_rows(x)
     y = torch.empty(len(x), len(bias), dtype=x.dtype)
     for channels, weight, scale in parts:
@@ -95,7 +95,7 @@ def widen_on_cpu(x: Tensor, parts: Parts, bias: Tensor) -> Tensor:
         if len(x) <= 32:
             ones = torch.ones_like(scale, dtype=torch.bfloat16)
             product = torch._weight_int8pack_mm(x.bfloat16(), weight, ones).float()                # (n, some)
-        else:                       # 512 channels at a time, so that their fp32 weights stay in the cache
+        else:                       # 512 channels at a time, so that their fp32 weights fit the CPU's cache
             product = torch.cat([F.linear(x.float(), some.float()) for some in weight.split(512)], dim=1)
         torch.addcmul(bias[channels].float(), product, scale, out=y[:, channels])
     return y
@@ -129,7 +129,7 @@ def int8_product_for(device: torch.device) -> Callable[[Tensor, Parts, Tensor], 
 class Int8Linear(nn.Linear):
     """Weights in int8 with a scale per output channel.
 
-    The product is chosen once, when the weight arrives, for the device that it is on. A quantized model stays there.
+    The matmul is chosen once, when the weight is quantized, for its device: a quantized model cannot move to another.
     """
 
     def __init__(self, base: nn.Linear):
@@ -141,7 +141,7 @@ class Int8Linear(nn.Linear):
             self.quantize(base.weight.detach())
 
     def quantize(self, weight: Tensor) -> None:
-        """Take over a weight (out, in) in any float dtype."""
+        """Quantize and store a weight (out, in) of any float dtype."""
         quantize_into(self.weight, self.scale, weight)
         self.product = int8_product_for(self.weight.device)
 
@@ -170,15 +170,15 @@ class Int8Embedding(nn.Embedding):
 # ---------------------------------------------------------------------------------------------------
 # 4 bits
 #
-# A weight is (q - 8) * scale + zero with q in 0..15. 64 or 32 neighbors in a row form a group, which shares a
-# scale and a zero.
+# A weight is (q - 8) * scale + zero with q in 0..15. Groups of 64 or 32 adjacent weights in a row share a scale and a
+# zero.
 
-FITS = 7                            # rounds of fitting a group's scale; more gained nothing on the demo's questions
+FITS = 7                            # rounds of fitting a group's scale; more did not help on the demo's questions
 TILE = 64                           # output channels are padded to a multiple of this, as torch's kernels want them
 
 
 def group_size(width: int) -> int:
-    """How many weights share a scale. ValueError for an input width that no group divides."""
+    """Number of weights that share a scale. ValueError for an input width that is not a multiple of it."""
     for size in (64, 32):
         if width % size == 0:
             return size
@@ -198,15 +198,15 @@ def check_int4_product(device: torch.device) -> None:
 def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """(n, K) -> q uint8 (n, K) in 0..15, and scales and zeros (K / group, n, 2) in bf16.
 
-    Starts by rounding between the smallest and the largest weight of a group. Then, FITS times: the scale and zero
-    that fit these q best (least squares), and the q nearest to them, which takes 5 to 7 % off the rounding error.
+    Starts with a group's smallest and largest weight as q = 0 and 15. Then, FITS times: the scale and zero that fit
+    these q best (least squares), and the q nearest to the weights, which takes 5 to 7 % off the rounding error.
     """
     w = weight.float().unflatten(1, (-1, group))                                   # (n, K / group, group)
     low, high = w.aminmax(dim=2, keepdim=True)                                     # (n, K / group, 1)
     scale = (high - low) / 15
     zero = low + 8 * scale
     for fit in range(FITS + 1):
-        scale = scale.clamp_min(1e-8).bfloat16().float()    # q has to suit the scale that is stored
+        scale = scale.clamp_min(1e-8).bfloat16().float()    # q has to match the scale as it is stored
         zero = zero.bfloat16().float()
         q = ((w - zero) / scale).round_().clamp_(-8, 7)
         if fit < FITS:
@@ -219,8 +219,8 @@ def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return q.add_(8).to(torch.uint8).flatten(1), scales
 
 
-# Three layouts of q uint8 (n, K) in n * K / 2 bytes: two neighbors in a byte, from which QLoRA dequantizes, and those
-# that torch's 4-bit products read on CUDA and on a CPU.
+# Three layouts of q uint8 (n, K) in n * K / 2 bytes: plain nibbles, which QLoRA dequantizes, and those of torch's 4-bit
+# matmuls on CUDA and on a CPU.
 
 
 def nibbles(q: Tensor) -> Tensor:
@@ -238,8 +238,8 @@ def layout_for_cpu(q: Tensor) -> Tensor:
 def quantize_into_int4(packed: Tensor, scales: Tensor, weight: Tensor, layout: Callable[[Tensor], Tensor]) -> None:
     """Quantize weight (N, K) in any float dtype into packed (N', K / 2) uint8 and scales (K / group, N', 2) bf16.
 
-    The rows from N to N' become zero. Some rows at a time, so that there is no fp32 copy of all; on a CPU no more than
-    its cache holds, which is several times faster.
+    The rows from N to N' become zero. Rows are done in chunks, to avoid a whole fp32 copy; on a CPU the chunks fit its
+    cache, which is several times faster.
     """
     group = weight.size(1) // len(scales)
     step = 2 * TILE if packed.device.type == "cpu" else 32 * TILE
@@ -254,8 +254,8 @@ def quantize_into_int4(packed: Tensor, scales: Tensor, weight: Tensor, layout: C
 def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Whole tiles in the CPU's layout (n, K / 2) and their scales -> int8 weights (n, K), and a scale per row (n,).
 
-    w = (q - 8) scale + zero = (q a + b) row_scale. a and b are 16-bit integers, seven bits of which are a fraction. No
-    sum overflows, since a weight is at most 127, and it takes a third of the time that fp32 would.
+    w = (q - 8) scale + zero = (q a + b) row_scale. a and b are 16-bit fixed-point numbers with seven fractional bits.
+    No sum overflows, since a weight is at most 127, and it takes a third of the time that fp32 would.
     """
     scale, zero = scales.float().unbind(-1)                                        # (K / group, n)
     lowest = zero - 8 * scale
@@ -263,7 +263,7 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     row_scale = torch.maximum(lowest.abs(), highest.abs()).amax(0).clamp_min(1e-12) / 127          # (n,)
     a = (128 * scale / row_scale).round().short()
     b = (128 * lowest / row_scale + 64).round().short()                            # half a unit more: >> rounds down
-    # torch stores a tile as (K, tile / 2): the first half of its channels in the lower four bits, the second above it.
+    # torch stores a tile as (K, tile / 2): the first half of its channels in the low nibbles, the second in the high.
     half = 16 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 32
     packed = packed.view(len(packed) // (2 * half), len(scales), -1, half).short() # (tiles, K / group, group, half)
     w = packed.new_empty(*packed.shape[:-1], 2 * half)                             # (tiles, K / group, group, tile)
@@ -276,9 +276,9 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int4Linear(nn.Linear):
-    """Weights in 4 bits, in the layout of torch's product on their device, which wants activations in bf16.
+    """Weights in 4 bits, in the layout of torch's matmul for their device, which takes activations in bf16.
 
-    On a CPU the many rows of a prompt are multiplied faster in 8 bits, to which the weights are widened on the way.
+    On a CPU the many rows of a prompt are faster in 8 bits, to which the weights are converted on the fly.
     """
 
     def __init__(self, base: nn.Linear):
@@ -295,7 +295,7 @@ class Int4Linear(nn.Linear):
             self.quantize(base.weight.detach())
 
     def quantize(self, weight: Tensor) -> None:
-        """Take over a weight (out, in) in any float dtype."""
+        """Quantize and store a weight (out, in) of any float dtype."""
         layout = layout_for_cuda if self.weight.is_cuda else layout_for_cpu
         quantize_into_int4(self.weight, self.group_scales, weight, layout)
         self.int8_product = int8_product_for(self.weight.device)
@@ -314,11 +314,11 @@ class Int4Linear(nn.Linear):
         return y.type_as(x).view(*x.shape[:-1], self.out_features)
 
     def int8_parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The weights in 8 bits, about two million at a time, which stay in the CPU's cache."""
+        """The weights in 8 bits, about two million at a time, so that they stay in the CPU's cache."""
         step = max(1, 2 ** 15 // self.in_features) * TILE
         for first in range(0, self.out_features, step):
             weight, scale = int4_to_int8(self.weight[first:first + step], self.group_scales[:, first:first + step])
-            n = min(step, self.out_features - first)        # without the rows that fill the last tile
+            n = min(step, self.out_features - first)        # without the padding of the last tile
             yield slice(first, first + n), weight[:n], scale[:n]
 
 # ---------------------------------------------------------------------------------------------------
@@ -326,9 +326,9 @@ class Int4Linear(nn.Linear):
 
 
 def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Each plain Linear with its parent and its name there, to be replaced.
+    """Each plain Linear with its parent and its name there, for replacing it.
 
-    One at a time: a list of all would keep the weights of those that have been replaced.
+    A generator, because a list would keep the weights of the replaced ones alive.
     """
     for parent in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name in [name for name, child in parent.named_children() if type(child) is nn.Linear]:
@@ -336,11 +336,11 @@ def plain_linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]
 
 
 def quantize_linears(model: LLaVAPhi, bits: int) -> None:
-    """Quantize all Linears, in place, to 8 bits; or to 4 those of the decoder and its head, with the embedding in 8.
+    """Quantize all Linears to 8 bits, in place; with bits = 4, the decoder's and its head's to 4, its embedding to 8.
 
-    No layer is spared: keeping any one kind in fp32 takes at most a third off the error of the logits. On the meta
-    device only the classes change, and load_into quantizes each weight as it arrives. ValueError for a width that 4
-    bits cannot take.
+    No layer is exempt: keeping any one kind in fp32 takes at most a third off the error of the logits. On the meta
+    device only the classes change, and each weight is quantized as it is loaded. ValueError for a width that is not a
+    multiple of a 4-bit group.
     """
     assert bits in (4, 8), bits
     if bits == 4:
@@ -352,7 +352,7 @@ def quantize_linears(model: LLaVAPhi, bits: int) -> None:
 
 
 def copy_or_quantize(model: nn.Module, name: str, tensor: Tensor, copy: Callable[[Tensor, Tensor], object]) -> None:
-    """Fill the parameter of this name by copy(parameter, tensor), or let its layer quantize the tensor."""
+    """copy(parameter, tensor) into the parameter of this name, or let its layer quantize the tensor."""
     parameter = model.get_parameter(name)
     if parameter.is_floating_point():
         copy(parameter, tensor)

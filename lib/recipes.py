@@ -1,6 +1,6 @@
 """The published recipes, every flag of train.py, and those of data.py, which checks data for a recipe.
 
-It imports no torch, so that `--help` and a mistake are answered at once.
+It does not import torch, so that `--help` and mistakes are answered at once.
 """
 import argparse
 import os
@@ -11,15 +11,15 @@ from lib.common import Parser, at_least, between, dtype_name
 
 IMAGE_MODES = ("crop", "pad", "squash")         # how a picture is made square, see data.load_image
 
-# What differs between stages or recipes; what all share is a default in `parse`. `data.py check` reads these, too.
-# llava-phi: its scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of its paper (arXiv 2401.02330).
+# Values that differ between stages or recipes; the rest are defaults in `add_flags`. `data.py check` reads these, too.
+# llava-phi: scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of the paper (arXiv 2401.02330).
 LLAVA_PHI = {
     "pretrain": {
-        "template": "plain",                # picture, caption, newline
+        "template": "plain",                # image, caption, newline
         "image_mode": "crop",
         "global_batch": 256,                # samples
         "epochs": 1.0,
-        "train": "projector",               # between a frozen tower and a frozen language model
+        "train": "projector",               # tower and language model are frozen
         "lr": 1e-3,
         "schedule": "cosine",
         "beta2": 0.98,
@@ -33,11 +33,11 @@ LLAVA_PHI = {
         "out": "out/pretrain",
     },
     "finetune": {
-        "template": "v0",                   # the chat
+        "template": "v0",                   # chat
         "image_mode": "pad",
         "global_batch": 128,
         "epochs": 1.0,
-        "train": "projector,llm,vision",    # as the script has it; the paper's text leaves the tower frozen
+        "train": "projector,llm,vision",    # as in the script; according to the paper, the tower stays frozen
         "lr": 2e-5,
         "schedule": "cosine",
         "beta2": 0.98,
@@ -69,8 +69,8 @@ LLAVA_PHI = {
         "out": "out/phi-2-sft",
     },
 }
-# mipha: scripts/mipha/{pretrain,finetune}.sh of the same repository (arXiv 2403.06199). They leave AdamW's numbers to
-# transformers' defaults. There is no sft: the paper finds that it does not help.
+# mipha: scripts/mipha/{pretrain,finetune}.sh of the same repository (arXiv 2403.06199). They keep transformers'
+# defaults for AdamW. There is no sft: the paper finds that it does not help.
 MIPHA_RECIPE = {
     "pretrain": LLAVA_PHI["pretrain"] | {
         "image_mode": "squash",
@@ -93,11 +93,11 @@ INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu_memory")
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    """A run's settings. ValueError: a flag that is wrong by itself or contradicts another."""
-    # The defaults depend on these two, so they are read first.
+    """A run's settings. ValueError: an invalid flag, or flags that contradict each other."""
+    # The defaults depend on these two, so they are parsed first.
     row = Parser(add_help=False, prog="train.py")
     row.add_argument("--stage", choices=tuple(LLAVA_PHI), default="pretrain",
-                     help="pretrain: the projector; finetune: everything; sft: the language model alone, before both")
+                     help="pretrain: the projector; finetune: everything; sft: just the language model, before both")
     row.add_argument("--recipe", choices=tuple(RECIPES), default="llava-phi",
                      help="whose published defaults: llava-phi's (CLIP) or mipha's (SigLIP)")
     chosen = row.parse_known_args(argv)[0]
@@ -115,7 +115,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def add_flags(parser: Parser) -> None:
-    """Every other flag. One without a default here has a row's in RECIPES."""
+    """Every other flag. Those without a default here get it from RECIPES."""
     on_or_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("folders").add_argument
@@ -123,39 +123,39 @@ def add_flags(parser: Parser) -> None:
     add("--llm", help="Phi-2 folder (pretrain, sft)")
     add("--vision", help="CLIP or SigLIP folder (pretrain)")
     add("--data", help="LLaVA json or jsonl")
-    add("--images", help="folder that image paths in the data start from")
+    add("--images", help="folder that image paths in the data are relative to")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
-    add("--val-data", default="", help="a second json, whose loss is measured before, during (--val-every) and after")
+    add("--val-data", default="", help="validation json, whose loss is measured before, during (--val-every) and after")
     add("--out", help="folder for metrics, checkpoints and the final model; shared by all nodes")
 
-    add = parser.add_argument_group("what learns, and from what").add_argument
-    add("--train", help="comma-separated parts that learn: projector, llm, vision")
-    add("--freeze", default="", help="comma-separated parts taken out of --train again")
-    add("--lora-r", type=at_least(0), default=0, help="rank of LoRA adapters in the language model, which is then "
-        "frozen itself; 0: none")
+    add = parser.add_argument_group("model and data").add_argument
+    add("--train", help="comma-separated parts to train: projector, llm, vision")
+    add("--freeze", default="", help="comma-separated parts to take out of --train again")
+    add("--lora-r", type=at_least(0), default=0, help="rank of LoRA adapters in the language model, whose own weights "
+        "are then frozen; 0: none")
     add("--lora-alpha", type=at_least(0.0), default=16.0, help="adapters are scaled by lora_alpha / lora_r, and merged "
         "when the model is saved")
     add("--lora-on", choices=("both", "attn", "mlp"), default="both", help="linear layers that get adapters")
-    add("--base-bits", type=int, choices=(4, 16), default=16, help="4: QLoRA, the language model under the adapters is "
-        "held in 4 bits")
+    add("--base-bits", type=int, choices=(4, 16), default=16, help="4: QLoRA, with the language model's frozen weights "
+        "in 4 bits")
     add("--template", choices=("plain", "v0"), help="prompt: plain (image, caption, newline) or v0 (chat)")
-    add("--image-mode", choices=IMAGE_MODES, help="how a picture is made square")
+    add("--image-mode", choices=IMAGE_MODES, help="how images are made square")
     add("--max-length", type=at_least(1), default=2048, help="positions per sample, image expanded; longer samples are "
-        "cut on the right")
+        "truncated on the right")
     add("--group", choices=("none", "modality_length"), help="order within an epoch: random, or by modality and length "
         "as LLaVA groups its batches")
     add("--on-bad-sample", choices=("stop", "skip"), default="stop", help="skip: count it, list it in "
         "out/bad_samples.jsonl, give up above 0.1 %%")
-    add("--seed", type=between(0, 2 ** 63 - 1), default=42, help="data order, dropout and the new projector")
+    add("--seed", type=between(0, 2 ** 63 - 1), default=42, help="seed of data order, dropout and new weights")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--global-batch", type=at_least(1), help="samples per optimizer step, over all processes")
     add("--epochs", type=at_least(0.0), help="passes over the data")
-    add("--max-steps", type=at_least(0), default=0, help="upper limit of optimizer steps; 0: as the epochs give")
+    add("--max-steps", type=at_least(0), default=0, help="upper limit of optimizer steps; 0: --epochs decides")
     add("--lr", type=at_least(0.0), help="peak learning rate")
     add("--projector-lr", type=at_least(0.0), default=0.0, help="the projector's own peak rate; 0: as --lr")
     add("--vision-lr", type=at_least(0.0), default=0.0, help="the vision tower's own peak rate; 0: as --lr")
-    add("--warmup", type=between(0.0, 1.0), default=0.03, help="share of the steps in which the rate rises from 0")
+    add("--warmup", type=between(0.0, 1.0), default=0.03, help="fraction of steps in which the rate rises from 0")
     add("--schedule", choices=("cosine", "linear"), help="how the rate then decays to 0")
     add("--beta1", type=between(0.0, 0.9999), default=0.9, help="AdamW")
     add("--beta2", type=between(0.0, 0.9999999), help="AdamW")
@@ -165,28 +165,28 @@ def add_flags(parser: Parser) -> None:
     add("--dropout", type=between(-1.0, 0.99), default=-1.0, help="residual dropout of the language model; -1: as its "
         "config.json says")
 
-    add = parser.add_argument_group("the machine").add_argument
+    add = parser.add_argument_group("hardware").add_argument
     add("--dtype", type=dtype_name, default="bf16", metavar="{fp32,bf16}", help="compute dtype; master weights and "
         "reductions are always fp32")
     add("--micro-tokens", type=at_least(1), default=16384, help="tokens per forward pass on one process: as many as "
         "fit into its memory")
     add("--recompute", choices=("auto", "none", "selective", "full"), default="auto", help="activation checkpointing: "
-        "none, selective (half the memory, 3 %% more operations) or full (least memory, 22 %% more); auto: the first "
+        "none, selective (half the memory, 3 %% more compute) or full (least memory, 22 %% more); auto: the first "
         "that fits")
-    # "on" saves both halves of FSDP's traffic in every micro-batch but the last: 4 bytes a weight for gathering it in
-    # bf16 twice, 4 for reducing its gradient in fp32. Saving one half only would fit into a little less memory, and be
-    # one more mode to test.
+    # "on" saves both halves of FSDP's traffic in every micro-batch but the last: 4 bytes per weight for gathering it in
+    # bf16 twice, 4 for reducing its gradient in fp32. Saving only one of them would fit into slightly less memory, but
+    # be one more mode to test.
     add("--gather", choices=("auto", "on", "off"), default="auto", help="FSDP, between the micro-batches of a step: on "
         "keeps weights gathered and gradients unsynchronized (less traffic, more memory), off reshards each time")
     add("--compile", action=on_or_off, default=False, help="compile each block with torch.compile, one graph for all "
         "lengths; the start takes a minute longer")
     add("--workers", type=at_least(0), default=4, help="data loading processes per training process")
 
-    add = parser.add_argument_group("what is written, and when").add_argument
+    add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: only when interrupted")
-    add("--keep", type=at_least(1), default=2, help="checkpoints kept")
+    add("--keep", type=at_least(1), default=2, help="number of checkpoints to keep")
     add("--resume", default="auto", help="auto: from the newest checkpoint in --out; never; or a checkpoint folder")
 
     add = parser.add_argument_group("instead of training").add_argument
@@ -194,13 +194,13 @@ def add_flags(parser: Parser) -> None:
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, from shapes alone")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
-    add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB of each")
+    add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB per GPU")
 
 
 def check_together(cfg: Namespace) -> None:
     """ValueError for flags that contradict each other."""
     for name in ("llm", "vision"):
-        # A model brings its own parts. A flag that would change nothing is an error, not a default to be ignored.
+        # A whole model has its own parts. A flag without effect is an error rather than silently ignored.
         if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
             raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
                              "new model is made from --llm and --vision")
@@ -216,7 +216,7 @@ def check_together(cfg: Namespace) -> None:
 
 
 def settings(cfg: Namespace) -> dict:
-    """What a run is and a checkpoint remembers: every flag but those that ask for something instead of training."""
+    """The settings that define a run and go into its checkpoints: every flag but those that replace training."""
     return {name: value for name, value in vars(cfg).items() if name not in INSTEAD_OF_TRAINING}
 
 
@@ -227,7 +227,7 @@ def replace(cfg: Namespace, **changes) -> Namespace:
 # ---------------------------------------------------------------------------------------------------
 # python data.py check
 
-CHECK = """Finds every bad sample before a GPU is used: records, pictures, lengths.
+CHECK = """Find every bad sample before a GPU is used: records, images, lengths.
 
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
     $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
@@ -238,21 +238,22 @@ def parse_check(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="data.py", description=CHECK)
     check = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="find every bad sample")
     add = check.add_argument
-    add("--data", type=Path, required=True, help="LLaVA's json, or one record per line")
-    add("--images", type=Path, required=True, help="the folder that the records' image paths start from")
+    add("--data", type=Path, required=True, help="LLaVA json or jsonl")
+    add("--images", type=Path, required=True, help="folder that image paths in the data are relative to")
     add("--stage", choices=["pretrain", "finetune"], default="finetune", help="the stage that the data is for")
-    add("--recipe", choices=list(RECIPES), default="llava-phi", help="whose; see train.py --help")
+    add("--recipe", choices=list(RECIPES), default="llava-phi", help="the recipe of that stage; see train.py --help")
     add("--model", type=Path, nargs="+", metavar="FOLDER",
         help="the model to be trained, for its sizes: one folder, or Phi-2's and the vision tower's")
-    add("--tokenizer", type=Path, help="its folder; none: the model's, else checkpoints/phi-2; without it, no lengths")
-    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated pictures")
+    add("--tokenizer", type=Path, help="tokenizer folder, without which lengths are not checked; default: the model's, "
+        "else checkpoints/phi-2")
+    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated images")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--max-length", type=at_least(1), help="positions of a sample, image expanded; none: the model's, up to 2048")
-    add("--n-patches", type=at_least(1), help="positions of an image; none: the model's, else 576 (CLIP at 336 pixels)")
-    add("--image-size", type=at_least(1), help="pixels of its side; none: the model's, else 336")
-    add("--image-mode", choices=IMAGE_MODES, help="how pictures are made square; none: as the stage's recipe says")
+    add("--max-length", type=at_least(1), help="positions per sample, image expanded; default: the model's, up to 2048")
+    add("--n-patches", type=at_least(1), help="positions per image; default: the model's, else 576 (CLIP-336)")
+    add("--image-size", type=at_least(1), help="pixels per side; default: the model's, else 336")
+    add("--image-mode", choices=IMAGE_MODES, help="how images are made square; default: as the recipe says")
     add("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
-    add("--show", type=int, default=20, help="samples to name of each kind")
+    add("--show", type=int, default=20, help="samples to list per kind of problem")
     add("--write-clean", type=Path, help="write the good records here, and the bad ones to a .rejects.jsonl next to it")
     args = parser.parse_args(argv)
     if args.model and len(args.model) > 2:

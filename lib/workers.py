@@ -1,4 +1,4 @@
-"""Work done ahead in other processes, in order."""
+"""An ordered map in worker processes, which run ahead of the consumer."""
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -23,27 +23,30 @@ def identity(item):
 
 
 def leave_process_group(worker: int) -> None:
-    """Workers get a group of their own. Ctrl-C and torchrun's SIGTERM go to the trainer's whole group, and if workers
-    died of them, the trainer could not finish its step and save."""
+    """Move a worker out of the trainer's process group.
+
+    Ctrl-C and torchrun's SIGTERM go to the whole group, and if workers died of them, the trainer could not finish its
+    step and save.
+    """
     os.setsid()
 
 
 def map_in_workers(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
-    """function(item) for every item, in order, in worker processes of one thread, at most one per core; 0: here.
+    """function(item) for every item, in order, in single-threaded workers, at most one per core; 0: in this process.
 
-    pin: results come in page-locked memory, from which a GPU copies while it computes.
+    pin: return results in page-locked memory, which a GPU can copy from while it computes.
     """
     workers = min(workers, os.cpu_count())
     return iter(DataLoader(
         MapDataset(function),
-        batch_size=None,                                    # an item is a whole micro-batch already
+        batch_size=None,                                    # a result is a whole micro-batch already
         sampler=items,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
         worker_init_fn=leave_process_group,
-        collate_fn=identity,                                # DataLoader's own would turn lists into tensors
-        generator=torch.Generator(),                        # its own: the global one belongs to the training
+        collate_fn=identity,                                # the default would turn lists into tensors
+        generator=torch.Generator(),                        # the global one belongs to training
     ))
 
 
