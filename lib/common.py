@@ -5,6 +5,7 @@ and the scoring of answers respond at once.
 """
 import argparse
 import fcntl
+import hashlib
 import html
 import json
 import math
@@ -151,6 +152,12 @@ def write_whole(path: Path, data: str | bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return path
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 LOCK = ".in_use"            # a file in an output folder: who is writing there
