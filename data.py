@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import parse_or_exit, replacing, run_command
+from lib.common import parse_or_exit, replacing, run_command, sha256
 from lib.recipes import IMAGE_MODES, parse_check
 
 if __name__ == "__main__":
@@ -188,36 +188,34 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     folder = Path(folder)               # in a notebook it is a str
     if (folder / "tokenizer.json").exists():
-        tok = read_tokenizer(folder / "tokenizer.json")
+        read = read_tokenizer
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        tok = build_tokenizer(folder)
+        read = build_tokenizer
     else:
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; "
                                 "get Phi-2's by: hf download microsoft/phi-2 --local-dir checkpoints/phi-2")
+    try:
+        tok = read(folder)
+        eot_id(tok)                                         # raises if there is none
+    except Exception as e:          # tokenizers raises plain Exception, and untrusted json may have any shape
+        raise ValueError(f"{folder} holds no usable tokenizer: {e}") from e
     # encode_turns maps characters to tokens. With trimmed offsets, whitespace tokens would report empty spans, and the
     # labels would be silently wrong.
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
     tok.encode_special_tokens = True                        # despite its name: treat them as plain text
-    eot_id(tok)                                             # raises if there is none
     return tok
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, without the <image> token that our export adds for transformers."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
-        return Tokenizer.from_str(json.dumps(content))
-    except Exception as e:          # tokenizers raises plain Exception
-        raise ValueError(f"{path} is not a tokenizer: {e}") from e
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """From tokenizer.json, without the <image> token that our export adds for transformers."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def build_tokenizer(folder: Path) -> Tokenizer:
     """From GPT-2's older file formats, the only ones that the released LLaVA-Phi and Mipha ship."""
-    try:
-        tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as e:
-        raise ValueError(f"{folder}: vocab.json and merges.txt are not a tokenizer: {e}") from e
+    tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens([EOT])
@@ -228,7 +226,7 @@ def build_tokenizer(folder: Path) -> Tokenizer:
             continue
         tok.add_tokens([AddedToken(text, normalized=True, special=False)])      # takes the next free id
         if tok.token_to_id(text) != i:
-            raise ValueError(f"{path} gives {text!r} the id {i}, but the next free id is {tok.token_to_id(text)}: "
+            raise ValueError(f"{path.name} gives {text!r} the id {i}, but the next free id is {tok.token_to_id(text)}: "
                              "vocab.json belongs to another tokenizer")
     return tok
 
@@ -458,8 +456,7 @@ class Dataset:
 
     @cached_property
     def checksum(self) -> str:
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.path)
 
     @cached_property
     def index(self) -> Index:

@@ -101,7 +101,6 @@ def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Te
         raise ValueError("the question is empty")
     if len(question) > MAX_CHARACTERS:
         raise ValueError(f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}")
-    question.encode()                   # a lone surrogate, which a terminal can send, raises a ValueError here
     ids = encode_prompt(turns, tok, image=len(image) > 0)
     limit = config.llm.block_size
     ids, _ = expand(ids, None, config.vision.n_patches, limit)

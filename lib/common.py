@@ -4,6 +4,7 @@ It does without torch, so that `--help`, a mistake in a flag and the scoring of 
 """
 import argparse
 import fcntl
+import hashlib
 import html
 import json
 import math
@@ -149,6 +150,12 @@ def write_whole(path: Path, data: str | bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return path
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 LOCK = ".in_use"            # the lock file in an output folder; it names the process that writes there

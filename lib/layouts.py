@@ -214,16 +214,12 @@ def config_fields(config: dict, keys: dict, path: Path) -> dict:
     """Our config fields from a config.json of any era. null is the same as a missing key."""
     fields = {}
     for field, (spellings, default) in keys.items():
-        fields[field] = default
+        key = next((key for key in spellings if config.get(key) is not None), None)
+        value = config[key] if key else default
         types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
-        for key in spellings:
-            value = config.get(key)
-            if value is None:
-                continue
-            if type(value) not in types or not least <= value < 1e9:
-                raise ValueError(f"{path}: {key} is {value!r}, expected a number")
-            fields[field] = value
-            break
+        if key and (type(value) not in types or not least <= value < 1e9):
+            raise ValueError(f"{path}: {key} is {value!r}, expected a number")
+        fields[field] = value
     return fields
 
 

@@ -128,7 +128,9 @@ class BadSamples:
 
     def add(self, problem: dict) -> None:
         """List a problem, but not again in the next epoch. ValueError when there are too many."""
-        self.read()
+        if self.folder:             # other ranks list theirs there, and so did this run before it was resumed
+            listed = read_bad_samples(self.folder)
+            self.found |= {sample for checksum, sample in listed if checksum == self.checksum}
         if problem["sample"] not in self.found:
             self.found.add(problem["sample"])
             if self.folder:
@@ -138,12 +140,6 @@ class BadSamples:
         if len(self.found) > self.limit:
             raise ValueError(f"{len(self.found)} bad samples, more than {self.limit} (0.1 % of the data, but at least "
                              f"10); the last: {problem['problem']}")
-
-    def read(self) -> None:
-        """Learn what other ranks have listed, or this run before it was resumed."""
-        if self.folder:
-            listed = read_bad_samples(self.folder)
-            self.found |= {sample for checksum, sample in listed if checksum == self.checksum}
 
 
 def read_bad_samples(folder: Path) -> set[tuple[str, int]]:

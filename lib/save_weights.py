@@ -1,5 +1,4 @@
 """The one format that models are saved in, which transformers' LlavaForConditionalGeneration and vLLM read too."""
-import hashlib
 import json
 import re
 import shutil
@@ -17,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from data import EOT, IMAGE, eot_id, load_tokenizer
-from lib.common import read_json, remove, replacing, sync_folder, write_whole
+from lib.common import read_json, remove, replacing, sha256, sync_folder, write_whole
 from lib.folders import Weights, check_tensors, in_order, meta_model, read_tensor, saved_shapes
 from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
 from model import LLaVAConfig, PhiConfig
@@ -218,11 +217,6 @@ def move_into(out: Path, made: Path, settings: dict) -> None:
 CHECKSUMS = "SHA256SUMS"        # the usual name and form: `sha256sum -c SHA256SUMS` reads it too
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_checksums(folder: Path) -> None:
     """Write the checksums of a folder's tensor files, by which `inspect` can tell later whether a bit has changed.
 
@@ -351,11 +345,9 @@ def write_tower(folder: Path, tower: ToSave) -> None:
     # transformers has no use for the layer; without it llama.cpp's converter leaves out one too many.
     write_json(folder / "config.json", tower_json(vision) | {"vision_feature_layer": vision.feature_layer,
                                                              "torch_dtype": tower.dtype_name})
+    own_processor = image_processor(replace(tower.config, image_mode="crop" if vision.class_token else "squash"))
     if vision.class_token:
-        own_processor = image_processor(replace(tower.config, image_mode="crop"))
         own_processor["image_processor_type"] = "CLIPImageProcessor"
-    else:
-        own_processor = image_processor(replace(tower.config, image_mode="squash"))
     write_json(folder / "preprocessor_config.json", own_processor)
     write_checksums(folder)
 

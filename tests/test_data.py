@@ -230,7 +230,8 @@ def test_a_saved_image_token_is_dropped(tmp_path, tiny):
 
 @pytest.mark.parametrize("files", [
     {}, {"tokenizer.json": "{"}, {"tokenizer.json": '{"added_tokens": []}'},
-    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '{"  ": 7}'}])
+    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '{"  ": 7}'},
+    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '["  "]'}])
 def test_bad_tokenizers_are_named(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)

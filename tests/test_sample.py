@@ -118,7 +118,7 @@ def test_a_path_as_it_is_pasted(tmp_path, tiny_model, written):
     (["--prompt", " "], "empty"),
     (["--prompt", "a " * 3000], "the model has 2048"),
     (["--prompt", "a" * 32001], "32,001 characters"),
-    (["--prompt", "a\udcff"], "surrogates"),
+    (["--prompt", "a\udcff"], "broken unicode"),
     (["--prompt", "?", "--dtype", "fp16"], "overflow"),
     (["--prompt", "?", "--dtype", "int3"], "fp32 or bf16"),
     (["--prompt", "?", "--cuda-graph"], "CUDA"),
