@@ -21,8 +21,7 @@ FIELDS = {
     "temperature": ({int, float}, lambda t: 0 <= t <= 2, "a number from 0 to 2"),       # which NaN is not
     "top_p": ({int, float}, lambda p: 1e-6 <= p <= 1, "a number from 0.000001 to 1"),
     "seed": ({int}, lambda seed: -2**63 <= seed < 2**63, "an integer of 64 bits"),
-    "stop": ({str, list}, lambda stop: len(stop_strings(stop)) <= 4 and all(
-        type(text) is str and text for text in stop_strings(stop)), "a string or an array of up to 4, none empty"),
+    "stop": ({str, list}, lambda stop: are_stops(stop_strings(stop)), "a string or an array of up to 4, none empty"),
     "stream": ({bool}, lambda on: True, "true or false"),
     "stream_options": ({dict}, lambda options: True, "an object"),
     "n": ({int}, lambda n: n == 1, "1: one answer comes"),
@@ -90,6 +89,10 @@ def read_request(body: bytes, defaults: dict) -> Request:
 
 def stop_strings(stop: str | list) -> list:
     return [stop] if isinstance(stop, str) else stop
+
+
+def are_stops(stops: list) -> bool:
+    return len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
 
 
 def find_problem(fields: Any) -> tuple[str | None, str | None]:

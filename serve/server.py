@@ -41,7 +41,7 @@ from serve import api
 from serve.api import Reply, Request, RequestError
 
 MAX_BODY = 25_000_000               # bytes; base64 makes a picture a third larger than its file
-MAX_CONNECTIONS = 64                # at a time, each with a thread; more are turned away
+MAX_CONNECTIONS = 64                # at a time: threads, of which two are the server's own; more are turned away
 MAX_WAITING = 32                    # questions; the next one is told to come back later
 HEADER_SECONDS = 10                 # for a request's head to arrive
 BODY_SECONDS = 60                   # and for its body
@@ -56,10 +56,10 @@ ROUTES = ("GET /", "GET /health", "GET /v1/models", "POST /v1/chat/completions")
 
 def check_address(host: str, key: str | None) -> None:
     """Only this machine reaches a loopback address. Any other one needs a key. Raises ValueError."""
+    address = ip_address(host)
     if key is not None and not key.strip():
         raise ValueError("--api-key is empty: give a long random word, for example from `openssl rand -hex 16`")
-    address = ip_address(host)
-    if host != "localhost" and not (address and address.is_loopback) and key is None:
+    if key is None and host != "localhost" and not (address and address.is_loopback):
         raise ValueError(f"--host {host} opens the model to other machines: it needs --api-key KEY, or API_KEY in the "
                          "environment, where `ps` does not show it")
 
@@ -345,49 +345,43 @@ class Handler(BaseHTTPRequestHandler):
         clock = Clock()
         with server.turn(self.check_client):
             image, n_prompt = server.prepare(request)
-            if request.stream:
-                self.begin_stream(reply)
+            if request.stream:              # server-sent events: a chunk for each piece, the reason of the end, [DONE]
+                self.streaming = True
+                self.send_head(200, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
+                self.send_event(reply.chunk({"role": "assistant", "content": ""}))
             text, stopped = self.write_answer(request, server.answer(request, image, clock), reply)
             finish = "stop" if stopped or server.session.finish == ["stop"] else "length"
             usage = {"prompt_tokens": n_prompt, "completion_tokens": clock.steps,
                      "total_tokens": n_prompt + clock.steps}
-            if request.stream:
-                self.end_stream(reply, finish, usage if request.include_usage else None)
-            else:
+            if not request.stream:
                 self.send_json(200, reply.whole(text, finish, usage))
+            else:
+                self.send_event(reply.chunk({}, finish))
+                if request.include_usage:
+                    self.send_event(reply.usage_chunk(usage))
+                self.wfile.write(b"data: [DONE]\n\n")
         self.note = f"{clock.steps} tokens, {finish}"
         if server.verbose:
             self.note += f", {request.turns[-1]!r}: {text!r}"
-
-    def begin_stream(self, reply: Reply) -> None:
-        """Answer as server-sent events: a chunk for each piece, one with the reason why it ended, [DONE]."""
-        self.streaming = True
-        self.send_head(200, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
-        self.send_event(reply.chunk({"role": "assistant", "content": ""}))
-
-    def end_stream(self, reply: Reply, finish: str, usage: dict | None) -> None:
-        self.send_event(reply.chunk({}, finish))
-        if usage:
-            self.send_event(reply.usage_chunk(usage))
-        self.wfile.write(b"data: [DONE]\n\n")
 
     def write_answer(self, request: Request, pieces: Iterator[str], reply: Reply) -> tuple[str, bool]:
         """-> the text up to the first stop string, and whether there was one. A stream gets it as it comes, less the
         last characters, in which a stop string may have begun."""
         hold = max(map(len, request.stop), default=1) - 1
         text = ""
-        sent = 0
+        n_sent = 0
         stopped = False
         for piece in pieces:
             self.check_client()
             text, stopped = api.cut_at_stop(text + piece, request.stop)
             if stopped:
                 break
-            if request.stream and len(text) - hold > sent:
-                self.send_event(reply.chunk({"content": text[sent:len(text) - hold]}))
-                sent = len(text) - hold
-        if request.stream and sent < len(text):
-            self.send_event(reply.chunk({"content": text[sent:]}))
+            n_certain = len(text) - hold
+            if request.stream and n_certain > n_sent:
+                self.send_event(reply.chunk({"content": text[n_sent:n_certain]}))
+                n_sent = n_certain
+        if request.stream and len(text) > n_sent:
+            self.send_event(reply.chunk({"content": text[n_sent:]}))
         return text, stopped
 
     # ---- replies
