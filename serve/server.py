@@ -5,11 +5,12 @@
     GET  /v1/models              the model's name
     POST /v1/chat/completions    a question, as OpenAI's clients send it
 
-Python's own http.server reads the requests, serve/api.py knows OpenAI's json, serve/engine.py asks the model. A
-connection carries one request and has a thread for it. Nothing that a client sends becomes a path of the file system
-or an address to fetch.
+Python's own http.server reads the requests, serve/api.py knows OpenAI's json, lib/chat.py asks the model, one question
+at a time. A connection carries one request and has a thread for it. Nothing that a client sends becomes a path of the
+file system or an address to fetch.
 """
 import base64
+import contextlib
 import hashlib
 import hmac
 import io
@@ -17,6 +18,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import select
 import signal
 import socket
@@ -25,40 +27,48 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
+from lib.chat import Clock, answer, encode_chat, open_image
 from lib.common import visible
+from lib.device import use_device
 from serve import api
-from serve.api import Reply, RequestError
-from serve.engine import Engine, Job
+from serve.api import Reply, Request, RequestError
 
 MAX_BODY = 25_000_000               # bytes; base64 makes a picture a third larger than its file
-MAX_CONNECTIONS = 64                # at a time, each with a thread; more are turned away
+MAX_CONNECTIONS = 64                # at a time: threads, of which two are the server's own; more are turned away
+MAX_WAITING = 32                    # questions; the next one is told to come back later
 HEADER_SECONDS = 10                 # for a request's head to arrive
 BODY_SECONDS = 60                   # and for its body
 SEND_SECONDS = 30                   # for a client to take what it is sent
 STOP_SECONDS = 8                    # for the running answer after Ctrl-C
 PAGE = Path(__file__).with_name("chat.html")
+HEADERS = {"Connection": "close", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+           "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
+ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}}
+ROUTES = ("GET /", "GET /health", "GET /v1/models", "POST /v1/chat/completions")
 
 
 def check_address(host: str, key: str | None) -> None:
     """Only this machine reaches a loopback address. Any other one needs a key. Raises ValueError."""
+    address = ip_address(host)
     if key is not None and not key.strip():
         raise ValueError("--api-key is empty: give a long random word, for example from `openssl rand -hex 16`")
-    if not is_loopback(host) and key is None:
+    if key is None and host != "localhost" and not (address and address.is_loopback):
         raise ValueError(f"--host {host} opens the model to other machines: it needs --api-key KEY, or API_KEY in the "
                          "environment, where `ps` does not show it")
 
 
-def is_loopback(host: str) -> bool:
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False                # a name
+        return None                 # a name
 
 
 def content_policy(page: str) -> str:
@@ -76,24 +86,18 @@ class TimedReader(io.RawIOBase):
 
     def __init__(self, connection: socket.socket, seconds: float):
         self.connection = connection
-        self.allow(seconds)
-
-    def allow(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError("the request did not arrive in time")
-        self.connection.settimeout(seconds)
+        self.connection.settimeout(max(self.deadline - time.monotonic(), 0.001))
         return self.connection.recv_into(buffer)
 
 
 class Server(ThreadingHTTPServer):
-    """Listens, and gives each connection a thread, up to a limit."""
+    """Listens, gives each connection a thread, and lets one of them at a time use the model."""
     daemon_threads = True
     request_queue_size = 128            # connections that the system holds until they are accepted
 
@@ -103,7 +107,9 @@ class Server(ThreadingHTTPServer):
         self.host = host
         self.key = key and key.strip()
         self.verbose = verbose
-        self.free_threads = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.changed = threading.Condition()    # guards `line` and `stopping`
+        self.line: list[object] = []            # questions; the first one is being answered
+        self.stopping = False                   # whoever still waits is refused
         if ":" in host:
             self.address_family = socket.AF_INET6
         try:
@@ -121,30 +127,28 @@ class Server(ThreadingHTTPServer):
         return f"http://{host}:{self.server_address[1]}"
 
     def run(self, session, tok: Tokenizer, name: str, sampling: dict) -> None:
-        """Answer until Ctrl-C or SIGTERM. name: the model's. sampling: as for lib.chat.answer, requests' defaults."""
+        """Answer until Ctrl-C or SIGTERM. name: the model's. sampling: of lib.chat.answer, where a request has none."""
         told_to_stop = threading.Event()
-
-        def on_signal(number: int, frame) -> None:
-            told_to_stop.set()
-            signal.signal(number, signal.SIG_DFL)           # a second one ends the process at once
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-        defaults = {"max_tokens": sampling["max_new_tokens"], "temperature": sampling["temperature"],
-                    "top_p": sampling["top_p"]}
-        self.start(Engine(session, tok, sampling["top_k"]), name, defaults)
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            signal.signal(number, lambda number, frame: told_to_stop.set())
+        self.start(session, tok, name, sampling)
         print(self.url, flush=True)
         told_to_stop.wait()
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
         print("stopping after the running answer; again to stop at once", file=sys.stderr, flush=True)
         self.stop()
         # Python would crash if it took itself apart under threads that still read, log, or are inside of a step.
         os._exit(0)
 
-    def start(self, engine: Engine, name: str, defaults: dict) -> None:
-        """Begin to answer, in threads of the server's own. defaults: max_tokens, temperature, top_p of requests."""
-        self.engine = engine
+    def start(self, session, tok: Tokenizer, name: str, sampling: dict) -> None:
+        """Begin to answer, in threads of the server's own."""
+        self.session = session              # its KV cache makes the next turn of a conversation cheap
+        self.model = session.model
+        self.tok = tok
         self.name = name
-        self.defaults = defaults
+        self.sampling = sampling
         self.page = PAGE.read_text(encoding="utf-8")
         self.policy = content_policy(self.page)
         self.started = int(time.time())
@@ -152,33 +156,76 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), name="connections", daemon=True).start()
 
     def stop(self) -> None:
-        """Accept nothing new, and give the running answer a few seconds to end and to reach its client."""
+        """Accept nothing new, refuse who waits, and give the running answer a few seconds to reach its client."""
         self.shutdown()
         self.server_close()
-        self.engine.stop(STOP_SECONDS)
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.line, STOP_SECONDS)
 
     def process_request(self, request: socket.socket, client_address) -> None:
         """In place of socketserver's, which starts any number of threads."""
-        if self.free_threads.acquire(blocking=False):
+        if threading.active_count() <= MAX_CONNECTIONS:
             super().process_request(request, client_address)
         else:
             request.setblocking(False)
             request.send(b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 5\r\nConnection: close\r\n\r\n")
             self.shutdown_request(request)
 
-    def process_request_thread(self, request: socket.socket, client_address) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.free_threads.release()
-
     def handle_error(self, request: socket.socket, client_address) -> None:
         if not isinstance(sys.exception(), OSError):        # a client that went away is no news
             traceback.print_exc()
 
+    @contextlib.contextmanager
+    def turn(self, check_client: Callable[[], None]) -> Iterator[None]:
+        """Wait for the model. Questions take turns in the order in which they came; a client that leaves gives up its
+        place. RequestError: too many wait already, or the server stops."""
+        place = object()
+        with self.changed:
+            if len(self.line) > MAX_WAITING:
+                raise RequestError(429, f"{MAX_WAITING} questions are waiting already: try again later")
+            self.line.append(place)
+        try:
+            with self.changed:
+                while self.line[0] is not place and not self.stopping:
+                    check_client()
+                    self.changed.wait(0.5)
+                if self.stopping:
+                    raise RequestError(503, "the server is about to stop")
+            yield
+        finally:
+            with self.changed:
+                self.line.remove(place)
+                self.changed.notify_all()
+
+    def prepare(self, request: Request) -> tuple[torch.Tensor, int]:
+        """-> the picture (0 or 1, 3, S, S), the number of tokens in the prompt. RequestError: this cannot be asked."""
+        config = self.model.config
+        try:
+            image = open_image(None if request.picture is None else io.BytesIO(request.picture), config)
+            "".join(request.turns).encode()     # half a character, which json can spell, raises a ValueError here
+            n_prompt = len(encode_chat(config, self.tok, request.turns, image))
+        except ValueError as e:
+            raise RequestError(400, str(e), "messages") from None
+        if n_prompt >= config.llm.block_size:
+            raise RequestError(400, f"the conversation takes all of the model's {n_prompt} positions: start a new one",
+                               "messages")
+        return image, n_prompt
+
+    def answer(self, request: Request, image: torch.Tensor, clock: Clock) -> Iterator[str]:
+        """The answer, piece by piece. The caller may stop at any piece."""
+        device = self.model.device
+        use_device(device)                      # every new thread begins on cuda:0
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        generator = torch.Generator(device).manual_seed(seed)
+        for [piece] in answer(self.session, self.tok, [request.turns], [image], clock, generator=generator,
+                              **request.sampling):
+            yield piece
+
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, one request."""
+    """One connection, one request: no second request can hide behind the body of the first."""
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"    # for replies to unreadable requests: the default's have no status line
     disable_nagle_algorithm = True          # a stream's small pieces leave at once
@@ -188,53 +235,37 @@ class Handler(BaseHTTPRequestHandler):
     streaming = False                       # whether the reply is a stream of events
     note = ""                               # for the log
 
-    # ---- the connection
-
     def setup(self) -> None:
         super().setup()
+        self.began = time.monotonic()
         self.reader = TimedReader(self.connection, HEADER_SECONDS)
         self.rfile = io.BufferedReader(self.reader)
-
-    def handle(self) -> None:
-        """In place of http.server's, which reads further requests from the same connection. One is all that a client
-        gets: no second request can hide behind the body of the first."""
-        self.began = time.monotonic()
-        self.handle_one_request()
 
     def finish(self) -> None:
         """A refused client may still be sending. To close the connection on it would reset it, and the client would
         never see why it was refused; so the rest is read and thrown away, for a while."""
         if self.status >= 400:
             self.connection.shutdown(socket.SHUT_WR)
-            self.reader.allow(2)
-            for _ in range(2 * MAX_BODY // 65536):
-                if not self.rfile.read1(65536):
-                    break
+            self.reader.deadline = time.monotonic() + 2
+            while self.reader.deadline > time.monotonic() and self.rfile.read1(65536):
+                pass
         super().finish()
-
-    def handle_expect_100(self) -> bool:
-        """curl asks before it sends a large body. `read_body` says yes, after everything else has been checked."""
-        return True
 
     def check_client(self) -> None:
         """ConnectionError if the client has closed the connection. Called at every step of an answer."""
-        try:
-            readable, _, _ = select.select([self.connection], [], [], 0)
-            # Nothing else that may come on this connection is read, so it can be thrown away here.
-            left = bool(readable) and not self.connection.recv(4096)
-        except ValueError:                  # closed by us
-            left = True
-        if left:
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        # Nothing else that may come on this connection is read, so it can be thrown away here.
+        if readable and not self.connection.recv(4096):
             raise ConnectionError("the client left")
 
     # ---- who may ask what
 
     def do_GET(self) -> None:
+        self.close_connection = True
         try:
-            reply = self.find_route()
-            reply()
+            self.reply()
         except RequestError as e:
-            self.send_problem(e.status, str(e), e.param, e.headers)
+            self.send_problem(e.status, str(e), e.param)
         except OSError:
             self.note += " (the client left)"
         except Exception:                   # out of memory, or a defect: it goes to the log, not to the client
@@ -244,180 +275,141 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_GET                        # http.server looks for these names
 
-    def find_route(self) -> Callable[[], None]:
-        """The method that replies to this request. RequestError: it may not be asked, or there is no such route."""
-        self.check_host()
-        routes = {
-            "/": ("GET", self.send_page),
-            "/health": ("GET", self.send_health),
-            "/v1/models": ("GET", self.send_models),
-            "/v1/chat/completions": ("POST", self.complete),
-        }
+    def reply(self) -> None:
+        """RequestError: this may not be asked, or there is no such route."""
+        server = self.server
+        self.check_site()
         path = self.path.split("?")[0]
-        if path not in routes:
-            raise RequestError(404, f"there are only {', '.join(routes)}")
-        method, reply = routes[path]
-        if self.command != method:
-            raise RequestError(405, f"{path}: use {method}", headers={"Allow": method})
-        if path.startswith("/v1/"):         # the page asks its user for the key
-            self.check_key()
-        return reply
+        if f"{self.command} {path}" not in ROUTES:
+            raise RequestError(404, f"there are only {', '.join(ROUTES)}")
+        if path == "/":
+            self.send(200, server.page.encode(), "text/html; charset=utf-8", {"Content-Security-Policy": server.policy})
+        elif path == "/health":
+            self.send_json(200, {"status": "ok"})
+        else:
+            self.check_key()                # which the page asks its user for
+            if path == "/v1/models":
+                self.send_json(200, api.model_list(server.name, server.model.config.llm.block_size, server.started))
+            else:
+                self.complete()
 
-    def check_host(self) -> None:
+    def check_site(self) -> None:
         """Refuse requests that a foreign web page could make a browser on this machine send.
 
         Against DNS rebinding: an attacker's name that was turned to this address is still his name in the Host header,
         so apart from our own name only addresses are accepted. Against a form or a script of another site: browsers
         say in Origin where a request comes from.
         """
-        hosts = self.headers.get_all("Host", [])
-        if len(hosts) != 1:
-            raise RequestError(400, f"expected one Host header, found {len(hosts)}")
-        host = hosts[0].strip().lower()
+        host = ", ".join(self.headers.get_all("Host", [])).strip().lower()
         name = re.sub(r":\d*$", "", host)
-        if name not in ("localhost", self.server.host.lower()):
-            try:
-                ipaddress.ip_address(name.strip("[]"))
-            except ValueError:
-                raise RequestError(403, f"Host {visible(host[:60])}: use the address that the server has printed, or "
-                                        "start it with that --host") from None
+        if name not in ("localhost", self.server.host.lower()) and not ip_address(name.strip("[]")):
+            raise RequestError(403, f"Host {visible(host[:60])}: use the address that the server has printed, or "
+                                    "start it with that --host")
         origin = self.headers.get("Origin")
         if origin is not None and origin.strip().lower() not in (f"http://{host}", f"https://{host}"):
             raise RequestError(403, "this request comes from another web site")
 
     def check_key(self) -> None:
-        if self.server.key is None:
-            return
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         # Python reads headers as latin-1; that gives back the client's bytes. compare_digest takes as long for a key
         # that is almost right as for one that is all wrong.
-        is_right = hmac.compare_digest(key.strip().encode("latin-1"), self.server.key.encode())
-        if scheme.lower() != "bearer" or not is_right:
-            message = "wrong API key" if key else "this server needs its API key: Authorization: Bearer KEY"
-            raise RequestError(401, message, headers={"WWW-Authenticate": "Bearer"})
+        if self.server.key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(
+                key.strip().encode("latin-1"), self.server.key.encode())):
+            raise RequestError(401, "this server needs its API key: Authorization: Bearer KEY")
 
     def read_body(self) -> bytes:
         """The request's body. RequestError: it is too large, of unknown length, or did not arrive."""
-        if "Transfer-Encoding" in self.headers:
-            raise RequestError(411, "Transfer-Encoding is not supported: send the body with a Content-Length")
-        lengths = self.headers.get_all("Content-Length", [])
-        if len(lengths) != 1 or not re.fullmatch("[0-9]{1,20}", lengths[0].strip()):
-            raise RequestError(411 if not lengths else 400, "expected one Content-Length header with a number")
-        length = int(lengths[0])
-        if length > MAX_BODY:
-            raise RequestError(413, f"the request has {length:,} bytes, expected at most {MAX_BODY:,}: "
+        length = ", ".join(self.headers.get_all("Content-Length", [])).strip()
+        if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,20}", length):
+            raise RequestError(411, "expected one Content-Length header with a number, and no Transfer-Encoding")
+        if int(length) > MAX_BODY:
+            raise RequestError(413, f"the request has {int(length):,} bytes, expected at most {MAX_BODY:,}: "
                                     "send a smaller picture")
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            self.send_response_only(100)
-            self.end_headers()
-        self.reader.allow(BODY_SECONDS)
+        self.reader.deadline = time.monotonic() + BODY_SECONDS
         try:
-            body = self.rfile.read(length)
+            body = self.rfile.read(int(length))
         except TimeoutError:
-            raise RequestError(408, f"the request's body did not come within {BODY_SECONDS} seconds") from None
-        if len(body) < length:
-            raise RequestError(400, f"the connection ended after {len(body):,} of {length:,} bytes")
+            body = b""
+        if len(body) < int(length):
+            raise RequestError(408, f"the request's {length} bytes did not all arrive within {BODY_SECONDS} seconds")
         return body
-
-    # ---- the small routes
-
-    def send_page(self) -> None:
-        self.send_body(200, self.server.page.encode(), "text/html; charset=utf-8",
-                       {"Content-Security-Policy": self.server.policy})
-
-    def send_health(self) -> None:
-        self.send_json(200, {"status": "ok"})
-
-    def send_models(self) -> None:
-        block_size = self.server.engine.model.config.llm.block_size
-        self.send_json(200, api.model_list(self.server.name, block_size, self.server.started))
 
     # ---- a question
 
     def complete(self) -> None:
         """POST /v1/chat/completions."""
-        engine = self.server.engine
-        request = api.read_request(self.read_body(), self.server.defaults)
-        try:
-            job = engine.prepare(request)
-        except ValueError as e:
-            raise RequestError(400, str(e), "messages") from None
+        server = self.server
+        request = api.read_request(self.read_body(), server.sampling)
         self.connection.settimeout(SEND_SECONDS)
-        reply = Reply(self.server.name)
-        text = ""
-        with engine.in_line(job):
-            if request.stream:
-                self.begin_stream(reply)
-            self.wait_for_turn(job)
-            for piece in engine.answer(job):
-                self.note = f"{job.completion_tokens} tokens"
-                self.check_client()
-                text += piece
-                if request.stream and piece:
-                    self.send_event(reply.chunk({"content": piece}))
-            self.send_end(reply, job, text)
-        self.note += f", {job.finish}"
-        if self.server.verbose:
+        reply = Reply(server.name)
+        clock = Clock()
+        with server.turn(self.check_client):
+            image, n_prompt = server.prepare(request)
+            if request.stream:              # server-sent events: a chunk for each piece, the reason of the end, [DONE]
+                self.streaming = True
+                self.send_head(200, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
+                self.send_event(reply.chunk({"role": "assistant", "content": ""}))
+            text, stopped = self.write_answer(request, server.answer(request, image, clock), reply)
+            finish = "stop" if stopped or server.session.finish == ["stop"] else "length"
+            usage = {"prompt_tokens": n_prompt, "completion_tokens": clock.steps,
+                     "total_tokens": n_prompt + clock.steps}
+            if not request.stream:
+                self.send_json(200, reply.whole(text, finish, usage))
+            else:
+                self.send_event(reply.chunk({}, finish))
+                if request.include_usage:
+                    self.send_event(reply.usage_chunk(usage))
+                self.wfile.write(b"data: [DONE]\n\n")
+        self.note = f"{clock.steps} tokens, {finish}"
+        if server.verbose:
             self.note += f", {request.turns[-1]!r}: {text!r}"
 
-    def begin_stream(self, reply: Reply) -> None:
-        """Answer as server-sent events: a chunk for each piece, the usage, [DONE]."""
-        self.streaming = True
-        self.send_head(200, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
-        self.send_event(reply.chunk({"role": "assistant", "content": ""}))
-
-    def wait_for_turn(self, job: Job) -> None:
-        """Lines that begin with a colon are comments, which every client skips. Ours say how many questions are ahead:
-        the page shows that, and a proxy in between sees that the connection is alive."""
-        for ahead in self.server.engine.wait_for_turn(job):
+    def write_answer(self, request: Request, pieces: Iterator[str], reply: Reply) -> tuple[str, bool]:
+        """-> the text up to the first stop string, and whether there was one. A stream gets it as it comes, less the
+        last characters, in which a stop string may have begun."""
+        hold = max(map(len, request.stop), default=1) - 1
+        text = ""
+        n_sent = 0
+        stopped = False
+        for piece in pieces:
             self.check_client()
-            if self.streaming:
-                self.wfile.write(f": ahead {ahead}\n\n".encode())
-        if self.streaming:
-            self.wfile.write(b": ahead 0\n\n")
-
-    def send_end(self, reply: Reply, job: Job, text: str) -> None:
-        """The last events of a stream; or all of an answer that was asked for in one piece."""
-        used = api.usage(job.prompt_tokens, job.completion_tokens)
-        if not self.streaming:
-            self.send_json(200, reply.whole(text, job.finish, used))
-            return
-        for chunk in reply.last_chunks(job.finish, used, job.request.include_usage):
-            self.send_event(chunk)
-        self.wfile.write(b"data: [DONE]\n\n")
+            text, stopped = api.cut_at_stop(text + piece, request.stop)
+            if stopped:
+                break
+            n_certain = len(text) - hold
+            if request.stream and n_certain > n_sent:
+                self.send_event(reply.chunk({"content": text[n_sent:n_certain]}))
+                n_sent = n_certain
+        if request.stream and len(text) > n_sent:
+            self.send_event(reply.chunk({"content": text[n_sent:]}))
+        return text, stopped
 
     # ---- replies
 
     def send_head(self, status: int, kind: str, headers: dict[str, str]) -> None:
         self.status = status
         self.send_response(status)
-        common = {"Content-Type": kind, "Connection": "close", "Cache-Control": "no-store",
-                  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                  "Cross-Origin-Resource-Policy": "same-origin"}
-        for name, value in (common | headers).items():
+        for name, value in (HEADERS | {"Content-Type": kind} | headers).items():
             self.send_header(name, value)
         self.end_headers()
 
-    def send_body(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
+    def send(self, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
         self.send_head(status, kind, {"Content-Length": str(len(body))} | headers)
         self.wfile.write(body)
 
-    def send_json(self, status: int, value: dict, headers: dict[str, str] | None = None) -> None:
-        self.send_body(status, json.dumps(value).encode(), "application/json", headers or {})
+    def send_json(self, status: int, value: dict) -> None:
+        self.send(status, json.dumps(value).encode(), "application/json", ERROR_HEADERS.get(status, {}))
 
     def send_event(self, value: dict) -> None:
         self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
-    def send_problem(self, status: int, message: str, param: str | None = None,
-                     headers: dict[str, str] | None = None) -> None:
+    def send_problem(self, status: int, message: str, param: str | None = None) -> None:
         error = api.error_object(status, message, param)
-        try:
+        with contextlib.suppress(OSError):
             if self.streaming:              # the status 200 is out already, so the error is an event
                 self.send_event(error)
             else:
-                self.send_json(status, error, headers)
-        except OSError:
-            self.note += " (the client left)"
+                self.send_json(status, error)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """http.server calls this for requests that it cannot read; its own pages are HTML."""
@@ -429,8 +421,8 @@ class Handler(BaseHTTPRequestHandler):
     def log(self) -> None:
         seconds = time.monotonic() - self.began
         path = self.path.split("?")[0][:60]
-        who = f"{time.strftime('%H:%M:%S')} {self.client_address[0]}"
-        line = f"{who} {self.command} {path} {self.status} {seconds:.2f} s {self.note}"
+        line = (f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} {path} {self.status} "
+                f"{seconds:.2f} s {self.note}")
         print(visible(line.strip()), file=sys.stderr, flush=True)
 
     def version_string(self) -> str:

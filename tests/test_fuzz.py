@@ -32,7 +32,6 @@ from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
 from lib.common import run_command
 from lib.generate import Session
 from lib.recipes import parse_check
-from serve.engine import Engine
 from serve.server import Server
 
 GOLDEN = ROOT / "tests/golden"
@@ -385,8 +384,8 @@ def server(tok, monkeypatch):
     """A server on a port of its own; its log, which is on stderr, is not what these campaigns look at."""
     monkeypatch.setattr(serve.server.Handler, "log", lambda self: None)
     server = Server("127.0.0.1", 0, None, False)
-    defaults = {"max_tokens": 4, "temperature": 0.0, "top_p": 1.0}
-    server.start(Engine(Session(load_weights.load_model(TINY)), tok), "tiny", defaults)
+    defaults = {"max_new_tokens": 4, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    server.start(Session(load_weights.load_model(TINY)), tok, "tiny", defaults)
     yield server
     server.stop()
 

@@ -32,7 +32,6 @@ def run_server(folder: str | None, pipe) -> None:
     from lib.quant import prepack_linears
     from load_weights import load_model
     from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
-    from serve.engine import Engine
     from serve.server import Server
     from vision import VisionConfig
 
@@ -47,7 +46,8 @@ def run_server(folder: str | None, pipe) -> None:
         tok = load_tokenizer(Path("demo/phi"))
     sys.stderr = open("/dev/null", "w")                     # the log
     server = Server("127.0.0.1", 0, None, False)
-    server.start(Engine(Session(model), tok), "bench", {"max_tokens": 32, "temperature": 0.0, "top_p": 1.0})
+    server.start(Session(model), tok, "bench",
+                 {"max_new_tokens": 32, "temperature": 0.0, "top_k": 0, "top_p": 1.0})
     pipe.send(server.url)
     pipe.recv()
 
