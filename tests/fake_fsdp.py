@@ -267,6 +267,8 @@ def pretend_there_are_gpus() -> None:
     torch.cuda.Stream = torch.cuda.Event = Stream
     torch.cuda.current_stream = lambda device=None: Stream()
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.is_current_stream_capturing = lambda: False
+    torch._subclasses.fake_tensor.init_gpu_context = nothing        # torch 2.11 asks for a context here
 
     real_to, real_resize = torch.Tensor.to, torch.UntypedStorage.resize_
 
