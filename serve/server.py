@@ -310,11 +310,13 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(403, "this request comes from another web site")
 
     def check_key(self) -> None:
+        if self.server.key is None:
+            return
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         # Python reads headers as latin-1; that gives back the client's bytes. compare_digest takes as long for a key
         # that is almost right as for one that is all wrong.
-        if self.server.key is not None and not (scheme.lower() == "bearer" and hmac.compare_digest(
-                key.strip().encode("latin-1"), self.server.key.encode())):
+        is_right = hmac.compare_digest(key.strip().encode("latin-1"), self.server.key.encode())
+        if scheme.lower() != "bearer" or not is_right:
             raise RequestError(401, "this server needs its API key: Authorization: Bearer KEY")
 
     def read_body(self) -> bytes:
@@ -345,7 +347,7 @@ class Handler(BaseHTTPRequestHandler):
         clock = Clock()
         with server.turn(self.check_client):
             image, n_prompt = server.prepare(request)
-            if request.stream:              # server-sent events: a chunk for each piece, the reason of the end, [DONE]
+            if request.stream:              # server-sent events: the pieces, then why the answer ended, then [DONE]
                 self.streaming = True
                 self.send_head(200, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
                 self.send_event(reply.chunk({"role": "assistant", "content": ""}))
