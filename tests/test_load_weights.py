@@ -120,8 +120,8 @@ def test_a_folder_is_read_once_and_a_model_built_once_for_an_answer(monkeypatch,
 
     monkeypatch.setattr(lib.folders, "safe_open", counting_open)
     monkeypatch.setattr(model_file.LLaVAPhi, "__init__", counting_build)
-    sample.main(["--model", str(TINY_MODEL), "--image", str(photo), "--prompt", "What is this?", "--temperature", "0",
-                 "--dtype", "fp32", "--max-new-tokens", "4"])
+    sample.main(sample.parse(["--model", str(TINY_MODEL), "--image", str(photo), "--prompt", "What is this?",
+                              "--temperature", "0", "--dtype", "fp32", "--max-new-tokens", "4"]))
     assert capsys.readouterr().out.strip()
     assert counts["opened"] == ["model.safetensors"] and len(counts["built"]) == 1
 
