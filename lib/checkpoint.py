@@ -248,16 +248,17 @@ def check_files(checkpoint: Path, manifest: dict) -> None:
     for name, size in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():
-            raise ValueError(f"{name} is missing")
+            raise ValueError(f"{path} is missing")
         if path.stat().st_size != size:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, checkpoint.json says {size}")
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, checkpoint.json says {size}")
     expected = manifest["crc32"]
     # Both reading and zlib release the GIL: threads keep the disk and several cores busy.
     with ThreadPoolExecutor() as pool:
         found = pool.map(crc32, [checkpoint / name for name in expected])
         for name, value in zip(expected, found):
             if value != expected[name]:
-                raise ValueError(f"{name} is damaged: its checksum is {value}, checkpoint.json says {expected[name]}")
+                raise ValueError(f"{checkpoint / name} is damaged: its checksum is {value}, checkpoint.json says "
+                                 f"{expected[name]}")
 
 
 def find_checkpoint(settings: dict) -> Checkpoint | None:
@@ -280,7 +281,7 @@ def find_checkpoint(settings: dict) -> Checkpoint | None:
             return Checkpoint(path, manifest)
         except (ValueError, OSError) as e:
             problem = e
-            print0(f"passing over {path}: {problem}")
+            print0(f"passing over {path.name}: {problem}")
     if candidates:
         raise ValueError(f"{candidates[0]}: not a complete checkpoint: {problem}{advice}")
     return None
@@ -318,10 +319,7 @@ def trained_tensors(checkpoint: Path) -> dict[str, Callable[[], Tensor]]:
     For `load_weights.py export`. LoRA adapters keep their own names; merging them is left to the caller. ValueError if
     a file is damaged.
     """
-    try:
-        check_files(checkpoint, read_manifest(checkpoint))
-    except ValueError as e:
-        raise ValueError(f"{checkpoint}: {e}") from None
+    check_files(checkpoint, read_manifest(checkpoint))
     sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
 
     def read(name: str) -> Tensor:

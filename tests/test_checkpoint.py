@@ -84,7 +84,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_passed_over(chat_json, tmp_pa
     capfd.readouterr()
     train_here(train_flags(out, chat_json, *more), stop_after=7)
     said = capfd.readouterr().out
-    assert f"passing over {shard.parent}: {shard.name} is damaged" in said and "step_000003" in said
+    assert f"passing over {shard.parent.name}: {shard} is damaged" in said and "step_000003" in said
     assert [m["step"] for m in metrics(out)] == list(range(7))
 
 
