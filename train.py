@@ -80,9 +80,9 @@ def setup() -> tuple[DeviceMesh, torch.device]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between hosts need not wait for the GPUs' queues
     # Without torchrun there are no peers to find, so no address is needed.
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    group_of_one = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), **alone)
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), **group_of_one)
     except RuntimeError as e:
         first_line = str(e).partition("\n")[0][:200]
         raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "
@@ -573,7 +573,7 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
 
 def main(args: Namespace) -> None:
     if args.plot:
-        from lib.plot import plot  # a door: drawing is no part of training
+        from lib.plot import plot  # imported here because training needs none of it
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:

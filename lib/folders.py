@@ -35,7 +35,7 @@ HEADER_LIMIT = 2_000_000        # bytes of a file's table of tensors; that of th
 
 
 class Kind(StrEnum):
-    """Kinds of folders, told apart by the names of their tensors."""
+    """Kinds of folders, recognized by the names of their tensors."""
     PHI = "a Phi-2 language model"
     CLIP = "a CLIP vision tower"
     SIGLIP = "a SigLIP vision tower"

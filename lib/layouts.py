@@ -82,7 +82,7 @@ OTHER = {       # other published names -> ours
     "2": "projector.proj",
 }
 # The rows of Wqkv are (3, head, size), as ours are; those of query_key_value are (head, 3, size). Both matrices have
-# the same shape, so the name alone says which it is.
+# the same shape, so only the name tells them apart.
 PACKED_BY_HEAD = "query_key_value"
 
 DROPPED = (     # published tensors that are ignored on purpose: a pattern, and the reason that `inspect` prints
