@@ -307,7 +307,7 @@ def make_index(data: Dataset, cfg: Namespace) -> None:
     dist.destroy_process_group(patient)
     with_picture = int(data.index.image.sum())
     if with_picture and not has_tower(cfg):
-        raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
+        raise ValueError(f"{data.path}: {with_picture:,} samples have an image, and --stage {cfg.stage} is for text")
 
 # ---------------------------------------------------------------------------------------------------
 # The step

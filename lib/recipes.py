@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib.common import Parser, at_least, between, dtype_name
 
-IMAGE_MODES = ("crop", "pad", "squash")         # how a picture is made square, see data.load_image
+IMAGE_MODES = ("crop", "pad", "squash")         # how an image is made square, see data.load_image
 
 # Values that differ between stages or recipes; the rest are defaults in `add_flags`. `data.py check` reads these, too.
 # llava-phi: scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of the paper (arXiv 2401.02330).
