@@ -637,7 +637,7 @@ class Loader:
 
 
 def main(args: Namespace) -> int:
-    from lib.check_data import check_data  # a door upward
+    from lib.check_data import check_data  # imported here because it is built on this file
     return check_data(args)
 
 

@@ -80,7 +80,7 @@ class Packed:
         self.on_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """q, k, v (T, nh, hs) -> (T, nh, hs). `layer` is unused: there is no cache to look it up in."""
+        """q, k, v (T, nh, hs) -> (T, nh, hs). `layer` is unused here: it selects a layer of a KV cache."""
         if self.has_varlen(q):
             return varlen_attention(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen)
         # Adjacent sequences of equal length share a call: with many short ones, call overhead would dominate.
@@ -146,7 +146,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
     Phi pairs channel i with channel i + dim / 2 ("half-split"; GPT-J pairs neighbors).
     """
     a, b, rest = x.split([dim // 2, dim // 2, x.size(-1) - dim], dim=-1)
-    a = a.float()                   # bf16 is too coarse to tell distant positions apart
+    a = a.float()                   # rotated in fp32: rounding to bf16 would blur distant positions
     b = b.float()
     rotated_a = a * cos - b * sin
     rotated_b = b * cos + a * sin

@@ -83,8 +83,8 @@ def setup() -> tuple[DeviceMesh, torch.device]:
         if problem:
             raise ValueError(f"{problem}; with CUDA_VISIBLE_DEVICES= before the command it trains on the CPU")
     # Without torchrun there are no peers to find, so no address is needed.
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    join_group(backend, timedelta(minutes=10), **alone)
+    group_of_one = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    join_group(backend, timedelta(minutes=10), **group_of_one)
     sizes = sorted(set(on_every_process(lambda: env.local_world)))
     if len(sizes) > 1:
         raise ValueError(f"nodes with {' and '.join(map(str, sizes))} processes: start the same number on every node "
@@ -304,7 +304,7 @@ def make_index(data: Dataset, cfg: Namespace) -> None:
     on_process_0(lambda: len(data))
     with_picture = int(data.index.image.sum())
     if with_picture and not has_tower(cfg):
-        raise ValueError(f"{data.path}: {with_picture:,} samples have a picture, and --stage {cfg.stage} is for text")
+        raise ValueError(f"{data.path}: {with_picture:,} samples have an image, and --stage {cfg.stage} is for text")
 
 # ---------------------------------------------------------------------------------------------------
 # The step
@@ -576,7 +576,7 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
 
 def main(args: Namespace) -> None:
     if args.plot:
-        from lib.plot import plot              # a door: drawing is no part of training
+        from lib.plot import plot               # imported here because training needs none of it
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:

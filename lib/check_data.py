@@ -1,4 +1,4 @@
-"""`python data.py check`: every bad sample, before a GPU is used."""
+"""`python data.py check`: find every bad sample before a GPU is used."""
 import hashlib
 import json
 from argparse import Namespace
@@ -20,7 +20,7 @@ from model import LLaVAConfig
 
 
 def check_data(args: Namespace) -> int:
-    """Look at every record as training would -> exit code: 0 all is well, 1 something is wrong."""
+    """Check every record as training would read it -> exit code: 0 if all are good, 1 if something is wrong."""
     recipe = RECIPES[args.recipe][args.stage]
     if not args.images.is_dir():
         raise FileNotFoundError(f"no image folder at {args.images} (--images)")
@@ -32,12 +32,12 @@ def check_data(args: Namespace) -> int:
         tok = load_tokenizer(args.tokenizer)
     else:
         tok = bytes_as_tokens()
-        block_size = 1 << 30                                # bytes are more than tokens: nothing must seem too long
+        block_size = 1 << 30                                # more bytes than tokens: nothing may seem too long
     try:
         dataset = Dataset(args.data, args.images, tok, recipe["template"], image_config, block_size,
                           follow_links=args.follow_links)
         ranges = dataset.find_ranges()
-    except ValueError as e:                                 # the file as a whole is what is wrong
+    except ValueError as e:                                 # the file as a whole is unusable
         print(e)
         return 1
 
@@ -59,8 +59,10 @@ def check_data(args: Namespace) -> int:
 
 
 def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
-    """Size and positions of a picture, positions of a sample: from the flags, else those of the model to be trained,
-    else LLaVA-Phi's. --tokenizer names a model, too, if there is a vision tower in its folder."""
+    """Preprocessing and block size: from the flags, else those of the model to be trained, else LLaVA-Phi's.
+
+    --tokenizer names a model, too, if there is a vision tower in its folder.
+    """
     folders = args.model or []
     config_file = args.tokenizer / "config.json"
     if not folders and config_file.is_file() and "vision_config" in read_json(config_file):
@@ -79,7 +81,7 @@ def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
 
 
 def bytes_as_tokens() -> Tokenizer:
-    """A stand-in where no tokenizer was downloaded: with one token per byte, all but the lengths can be checked."""
+    """A stand-in if no tokenizer was downloaded: with one token per byte, all but the lengths can be checked."""
     alphabet = [*pre_tokenizers.ByteLevel.alphabet(), EOT]
     tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,10 +94,10 @@ def bytes_as_tokens() -> Tokenizer:
 
 class RecordInfo(NamedTuple):
     """What the check learns from one record."""
-    length: int = 1                 # positions: image expanded, cut to block_size
-    supervised: int = 0             # tokens
+    length: int = 1                 # positions: image expanded, truncated to block_size
+    supervised: int = 0             # supervised tokens
     image: bool = False
-    cut: int = 0                    # positions lost to block_size
+    cut: int = 0                    # positions lost to truncation
     problem: str = ""               # "kind: detail", empty if there is none
     notes: tuple[str, ...] = ()     # not wrong, but worth knowing
     id_hash: int = 0                # of the record's "id", to find duplicates
@@ -103,7 +105,7 @@ class RecordInfo(NamedTuple):
 
 
 def inspect_record(dataset: Dataset, decode: str, span: tuple[int, int]) -> RecordInfo:
-    """What `Dataset.sample` would meet. The picture: "full" decodes it, "header" only reads its size."""
+    """Find what `Dataset.sample` would. decode: "full" decodes the image, "header" only reads its size."""
     try:
         record, ids, labels, cut = dataset.prepare(span)
         image = IMAGE_ID in ids
@@ -125,7 +127,7 @@ def inspect_record(dataset: Dataset, decode: str, span: tuple[int, int]) -> Reco
 
 
 def notes_on(record: dict) -> tuple[str, ...]:
-    """What is not wrong with a good record, but may not be what its author meant."""
+    """Oddities of a good record that its author may not have intended."""
     said = [turn["value"] for turn in record["conversations"]]
     first = next(turn["value"] for turn in record["conversations"] if turn["from"] == "human").strip()
     turns, image = to_turns(record)
@@ -181,7 +183,7 @@ class Survey:
 
 
 def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: int) -> None:
-    """Counts by kind, and the first `show` records of every bad or odd kind by line and id."""
+    """Print counts by kind, and line and id of the first `show` records of each bad or odd kind."""
     n_image = survey.image[survey.good].sum()
     n_text = survey.good.sum() - n_image
     print(f"{dataset.path}: {len(ranges):,} records: {n_image:,} with an image, {n_text:,} of text only, "
@@ -199,7 +201,7 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
 
 
 def print_lengths(length: np.ndarray, supervised: int) -> None:
-    """Lengths in numbers and as a histogram, and the share of positions that is supervised."""
+    """Print length percentiles, a histogram, and the fraction of supervised positions."""
     percentiles = [f"{q} % have up to {np.percentile(length, q):.0f}" for q in (50, 90, 99, 100)]
     print(f"positions: {length.sum():,}, {length.mean():.0f} a sample; " + ", ".join(percentiles))
     spread = int(length.max() - length.min())
@@ -212,7 +214,7 @@ def print_lengths(length: np.ndarray, supervised: int) -> None:
 
 
 def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict[int, str]) -> None:
-    """The good records, byte for byte, as a json list; next to it the bad ones with what is wrong with them."""
+    """Write the good records, byte for byte, as a json list; next to it the bad ones, with their problems."""
     rejects = path.with_suffix(".rejects.jsonl")
     separator = b"\n"
     with replacing(path) as part, open(part, "wb") as clean, open(rejects, "w", encoding="utf-8") as bad:

@@ -1,8 +1,8 @@
-"""Folders of weights: which tensors are stored in them, whether these are the model's, and the model's config.
+"""Model folders: which tensors they store, whether these fit our model, and the model's config.
 
-`open_weights` reads the headers and the config of a folder once; everything else works on the Weights that it returns.
-A tensor is only read when it is copied into a model. Model folders are untrusted: nothing in them is executed, and no
-number in them takes memory before it has been compared with the sizes of the files.
+`open_weights` reads a folder's headers and config once; everything else works on the Weights that it returns. A tensor
+is only read when it is copied into a model. Model folders are untrusted: nothing in them is executed, and no number in
+them decides how much memory is allocated before it has been compared with the files' sizes.
 """
 import re
 import warnings
@@ -31,11 +31,11 @@ SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
-HEADER_LIMIT = 2_000_000        # bytes of a file's table of tensors; the whole model's has 90 thousand
+HEADER_LIMIT = 2_000_000        # bytes of a file's table of tensors; that of the whole model takes 90 thousand
 
 
 class Kind(StrEnum):
-    """Kinds of folders, told apart by the names of their tensors."""
+    """Kinds of folders, recognized by the names of their tensors."""
     PHI = "a Phi-2 language model"
     CLIP = "a CLIP vision tower"
     SIGLIP = "a SigLIP vision tower"
@@ -45,7 +45,7 @@ class Kind(StrEnum):
     OTHER = "a folder of other tensors"
 
 
-KIND_OF_PARTS = {                       # the parts that are there -> the kind, with CLIP as the tower and with SigLIP
+KIND_OF_PARTS = {                       # the parts in a folder -> its kind with CLIP as the tower, and with SigLIP
     ("llm",): (Kind.PHI, Kind.PHI),
     ("vision",): (Kind.CLIP, Kind.SIGLIP),
     ("llm", "vision"): (Kind.NO_PROJECTOR, Kind.NO_PROJECTOR),
@@ -64,7 +64,7 @@ HINTS = {
 
 class Stored(NamedTuple):
     """A tensor in a file, not read yet."""
-    name: str                               # as the file calls it
+    name: str                               # in the file
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -75,15 +75,15 @@ class Stored(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-Pieces = dict[str, Stored]                  # one of our tensors as it is stored; for the keys see layouts.to_ours
+Pieces = dict[str, Stored]                  # how one of our tensors is stored; for the keys see layouts.to_ours
 
 
 class Folder(NamedTuple):
     """The tensors stored in one folder."""
     path: Path
     found: dict[str, Pieces]                # under our names, in the order of the files
-    dropped: dict[str, str]                 # the file's name of a tensor -> why it is left out
-    unexpected: list[Stored]                # tensors that our model has no place for
+    dropped: dict[str, str]                 # a tensor's name in the file -> why it is left out
+    unexpected: list[Stored]                # tensors that our model does not have
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ class Folder(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """One opened model folder, or a language model's and a tower's, with the config that they give."""
+    """One opened model folder, or a language model's and a tower's, with their config."""
     folders: tuple[Folder, ...]
     config: LLaVAConfig
 
@@ -114,7 +114,7 @@ class Weights:
 
     @property
     def kind(self) -> Kind:
-        """Of the folder; of two, what they make together."""
+        """That of the folder, or of the model that two folders make."""
         if len(self.folders) == 1:
             return self.folders[0].kind
         return Kind.MIPHA if self.has_siglip else Kind.LLAVA
@@ -135,7 +135,7 @@ class Weights:
 def open_weights(*paths: Path, expect: tuple[Kind, ...] = (Kind.LLAVA, Kind.MIPHA)) -> Weights:
     """Open one model folder, or a Phi folder and a tower's, in this order.
 
-    expect: the kinds that a single folder may be of. ValueError: it is something else, or not a folder of weights.
+    expect: the kinds allowed for a single folder. ValueError if it is of another kind, or has no weights.
     """
     kinds = [(Kind.PHI,), (Kind.CLIP, Kind.SIGLIP)] if len(paths) == 2 else [expect]
     folders = tuple(open_folder(Path(path), *allowed) for path, allowed in zip(paths, kinds, strict=True))
@@ -146,7 +146,7 @@ def open_weights(*paths: Path, expect: tuple[Kind, ...] = (Kind.LLAVA, Kind.MIPH
 
 
 def open_folder(path: Path, *kinds: Kind) -> Folder:
-    """Read the headers of a folder's files. ValueError if it is of none of `kinds`; none given: it may be anything."""
+    """Read the headers of a folder's files. ValueError if it is none of these kinds; without any, all are allowed."""
     hint = HINTS[kinds[0] if kinds else Kind.LLAVA].format(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; {hint}")
@@ -177,7 +177,7 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 def shard_files(index: Path) -> list[Path]:
-    """The shards that an index names. Only the files' names are taken from it: each shard lists its own tensors."""
+    """The shards that an index names. Only file names are taken from it, since each shard lists its own tensors."""
     weight_map = read_json(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     suffix = Path(index.name.removesuffix(".index.json")).suffix
@@ -193,7 +193,7 @@ def shard_files(index: Path) -> list[Path]:
 
 
 def sort_tensors(path: Path, tensors: list[Stored]) -> Folder:
-    """Find each tensor's place in our model. ValueError for a place that is taken, or a tensor of another model."""
+    """Find each tensor's place in our model. ValueError for a duplicate, or a tensor of another model."""
     folder = Folder(path, {}, {}, [])
     renamed = rename_sequential(stored.name for stored in tensors)
     for stored in tensors:
@@ -206,15 +206,15 @@ def sort_tensors(path: Path, tensors: list[Stored]) -> Folder:
         elif place:
             add_piece(folder, *place, stored)
         elif foreign:
-            raise ValueError(f"{path}: {name[:80]} is a tensor of {foreign[0]}; implemented here are Phi-2 as language "
-                             "model, CLIP and SigLIP as vision towers")
+            raise ValueError(f"{path}: {name[:80]} is a tensor of {foreign[0]}; only Phi-2 is implemented here as the "
+                             "language model, and CLIP and SigLIP as vision towers")
         else:
             folder.unexpected.append(stored)
     return folder
 
 
 def add_piece(folder: Folder, name: str, piece: str, stored: Stored) -> None:
-    """Note that `stored` is (a piece of) our tensor `name`. ValueError if the folder has that already."""
+    """Record that `stored` is (a piece of) our tensor `name`. ValueError if the folder already has it."""
     pieces = folder.found.setdefault(name, {})
     thirds = {piece, *pieces} <= {"q", "k", "v"}
     if pieces and (piece in pieces or not thirds):
@@ -228,7 +228,7 @@ def add_piece(folder: Folder, name: str, piece: str, stored: Stored) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """A library's error as one line, to end ours with. It may quote a name from the file, of any length."""
+    """A library's error in one line, for the end of ours. It is cut, because it may quote a name of any length."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
@@ -237,18 +237,18 @@ def read_safetensors(path: Path) -> list[Stored]:
     """The tensors of a safetensors file, none of them read yet."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")     # of the header, a table in json, which comes first
+        length = int.from_bytes(file.read(8), "little")     # of the json header that follows
     if length > min(HEADER_LIMIT, size - 8):
-        raise ValueError(f"{path}: file is {size} bytes, header says it alone has {length}: incomplete download?")
+        raise ValueError(f"{path}: file is {size} bytes, its header alone claims {length}: incomplete download?")
     stored = []
     try:
-        # "pread" reads a tensor into memory of its own. The default is to map the file: if another program then
-        # changed or cut it, the model would change, or the process would end.
+        # "pread" reads a tensor into memory of its own. The default maps the file: if another program then changed or
+        # truncated it, the model would change, or the process would be killed.
         file = safe_open(path, "pt", backend="pread")
         for name in file.offset_keys():
             entry = file.get_slice(name)
             if entry.get_dtype() not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{path}: {name[:80]} is of dtype {entry.get_dtype()}, which is not read here")
+                raise ValueError(f"{path}: {name[:80]} has dtype {entry.get_dtype()}, which is not supported here")
             dtype, shape = SAFETENSORS_DTYPES[entry.get_dtype()], tuple(entry.get_shape())
             stored.append(Stored(name, path, dtype, shape, partial(file.get_tensor, name)))
     except SafetensorError as e:
@@ -258,13 +258,13 @@ def read_safetensors(path: Path) -> list[Stored]:
 
 
 def zip_problem(path: Path) -> str:
-    """Why a .bin file is not a plain zip archive of torch.save, or "". Asked before torch reads anything in it.
+    """Why a .bin file is not a plain zip archive of torch.save, or "". Checked before torch reads anything in it.
 
-    torch maps the file and takes each tensor's bytes as they are stored, so a compressed record would be read as noise.
-    A table of millions of records, or a pickle of gigabytes, would take all memory before torch could object.
+    torch maps the file and takes each tensor's bytes as they are, so a compressed record would be read as noise. A
+    table of millions of records, or a pickle of gigabytes, would exhaust memory before torch could object.
     """
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 66_000))     # the table's length is in the last 66 thousand bytes
+        file.seek(max(0, path.stat().st_size - 66_000))     # the table's length is within the last 66 kB
         tail = file.read()
     end = tail.rfind(b"PK\5\6")
     length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
@@ -283,7 +283,7 @@ def zip_problem(path: Path) -> str:
 
 
 def read_bin(path: Path) -> list[Stored]:
-    """The tensors of a file of torch.save, mapped: their bytes are read when they are copied into a model."""
+    """The tensors of a torch.save file, memory-mapped: their bytes are read when they are copied into a model."""
     problem = zip_problem(path)
     if problem:
         raise ValueError(f"{path}: {problem}")
@@ -308,7 +308,7 @@ def read_bin(path: Path) -> list[Stored]:
 
 
 def config_of(*folders: Folder) -> LLaVAConfig:
-    """The config of one folder, or of a Phi folder and a tower's. A part that is in neither keeps our defaults."""
+    """The config of one folder, or of a Phi folder and a tower's. A part that is missing keeps our defaults."""
     llm, vision = folders[0], folders[-1]
     path, vision_path = llm.path / "config.json", vision.path / "config.json"
     llm_json = read_json(path)
@@ -326,8 +326,8 @@ def config_of(*folders: Folder) -> LLaVAConfig:
     require(vision_path, "vision_feature_select_strategy", strategy, every_patch)
     require(vision_path, "the features taken", tower.get("mm_vision_select_feature", "patch"), "patch")
     feature_layer = vision_json.get("vision_feature_layer", tower.get("mm_vision_select_layer", -2))
-    # Two bases have seen no padded picture yet. Stage 1, which is next for them, leaves pictures to the tower's own
-    # processor: CLIP's crops the center, SigLIP's squeezes the whole picture into a square.
+    # Two base models have not been trained on padded images yet. Stage 1, which comes next, uses the tower's own
+    # processor: CLIP's crops the center, SigLIP's squashes the whole image into a square.
     own_mode = "squash" if siglip else "crop"
     config = LLaVAConfig(
         llm=phi_config(text, path) if "llm" in llm.parts else PhiConfig(),
@@ -340,9 +340,9 @@ def config_of(*folders: Folder) -> LLaVAConfig:
 
 
 def trained_image_mode(config: dict, folder: Path, own_mode: str) -> str:
-    """How a folder's model saw its pictures: LLaVA says so in config.json, transformers in its processor's file.
+    """How images were made square in training: in LLaVA's config.json, or transformers' config of the processor.
 
-    own_mode: the tower's own way, for a folder where neither says anything that we know.
+    own_mode: the tower's own mode, used if neither says so.
     """
     if "image_aspect_ratio" in config:
         mode = config["image_aspect_ratio"]
@@ -356,7 +356,7 @@ def trained_image_mode(config: dict, folder: Path, own_mode: str) -> str:
 
 
 def require_layers(part: str, folder: Folder, n_layer: int) -> None:
-    """config.json and the tensors must agree. A mistyped number would otherwise build a model of that many layers."""
+    """config.json and the tensors must agree, before a mistyped number can build a model with that many layers."""
     layers = {without_layer(name)[1] for name in folder.found if name.startswith(part + ".")} - {""}
     if layers and len(layers) != n_layer:
         raise ValueError(f"{folder.path}: config.json says {n_layer} {part} layers, the tensors are of {len(layers)}")
@@ -365,27 +365,27 @@ def require_layers(part: str, folder: Folder, n_layer: int) -> None:
 def config_of_run(config: LLaVAConfig, dropout: float, image_mode: str) -> LLaVAConfig:
     """The config of a training run: that of the weights it starts from, with the run's own settings.
 
-    A negative dropout stands for "as the language model's config.json says".
+    A negative dropout keeps that of the language model's config.json.
     """
     if dropout >= 0:
         config = replace(config, llm=replace(config.llm, dropout=dropout))
     return replace(config, image_mode=image_mode)
 
 # ---------------------------------------------------------------------------------------------------
-# The model's tensors and the folders'
+# The model's tensors and those of the folders
 
 
 def meta_model(config: LLaVAConfig, tower: bool = True) -> LLaVAPhi:
-    """A model that has names and shapes but no memory yet."""
+    """A model on the meta device: it has names and shapes, but takes no memory."""
     with torch.device("meta"):
         return LLaVAPhi(config, tower)
 
 
 def saved_shapes(model: LLaVAPhi) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape of everything in the folder of a model like this one.
+    """Our name -> shape of every tensor in the saved folder of such a model.
 
-    A folder holds more than our model: whoever loads it with another program expects the whole tower, with the layers
-    after the hidden state that LLaVA reads.
+    A folder holds more than our model: other programs expect the whole tower, including the layers after the hidden
+    state that LLaVA reads.
     """
     shapes = {}
     for name, parameter in model.named_parameters():
@@ -405,7 +405,7 @@ def saved_shapes(model: LLaVAPhi) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_after_the_layers(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that follow a tower's layers: a LayerNorm, and SigLIP's attention-pooling head. Ours has neither."""
+    """The tensors after a tower's layers: a LayerNorm, and SigLIP's attention-pooling head. Our model has neither."""
     width, inner = vision.n_embd, vision.n_inner
     shapes = {"vision.ln_post.weight": (width,), "vision.ln_post.bias": (width,)}
     if vision.class_token:
@@ -423,7 +423,7 @@ def shapes_after_the_layers(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
 def check_tensors(weights: Weights, shapes: dict[str, tuple[int, ...]], needed: Iterable[str], limit: int = 8) -> None:
     """Compare the stored tensors with a model's `shapes`: all of `needed` must be there, and nothing unknown.
 
-    ValueError lists everything that is missing, unexpected and misshapen at once, `limit` names of each.
+    ValueError lists everything that is missing, unexpected or misshapen at once, up to `limit` names of each.
     """
     found = weights.found
     missing, unexpected, misshapen = [], [], []
@@ -453,7 +453,7 @@ def describe(name: str, shape: Iterable[int]) -> str:
 
 
 def missing_pieces(name: str, pieces: Pieces, shape: tuple[int, ...]) -> list[str]:
-    """The missing pieces of one of our tensors under the names they are saved by: all of it, or some of q, k and v."""
+    """The missing pieces of one of our tensors, by their saved names: all of it, or some of q, k and v."""
     if "whole" in pieces or "by head" in pieces:
         return []
     saved = to_saved(name)
@@ -476,12 +476,12 @@ def misfits(pieces: Pieces, shape: tuple[int, ...]) -> list[str]:
 
 
 def in_order(pieces: Pieces) -> list[Stored]:
-    """The pieces in the order of their rows in our tensor. A file may hold q, k and v in any order."""
+    """The pieces in the order of our tensor's rows. A file may hold q, k and v in any order."""
     return [pieces[piece] for piece in ("whole", "by head", "q", "k", "v") if piece in pieces]
 
 
 def read_tensor(weights: Weights, name: str) -> Tensor:
-    """One of our tensors, in the file's dtype. OSError or ValueError: its file has changed since it was opened."""
+    """One of our tensors, in the file's dtype. OSError or ValueError if its file has changed since it was opened."""
     pieces = weights.found[name]
     tensors = []
     for stored in in_order(pieces):

@@ -1,8 +1,8 @@
-"""`python load_weights.py inspect DIR`: what a folder holds, what would be ignored or is missing, and what it can do.
+"""`python load_weights.py inspect DIR`: what a folder holds, what is ignored or missing, and what to do with it.
 
-All tensors can be in place and still be read wrongly: with q, k and v in another order, or rotary channels paired in
-another way, the shapes are the same, and the model talks nonsense. `--try` therefore runs the model: it predicts a page
-of text that it has never seen, and looks at a picture.
+All tensors can be in place and still be read wrongly: with q, k and v in another order, or rotary channels paired
+differently, the shapes are the same, and the model talks nonsense. Therefore `--try` runs the model: it predicts a page
+of text that it has never seen, and looks at an image.
 """
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from lib.folders import (Folder, Kind, Weights, check_tensors, config_of, meta_m
 from lib.save_weights import verify_checksums
 from model import LLaVAPhi
 
-LAYOUTS = (     # part of a language model's tensor names -> which of the published layouts it is in
+LAYOUTS = (     # part of a language model's tensor names -> the published layout
     (".q_proj.", "split q, k, v (transformers 4.37 and newer)"),
     ("query_key_value", "fused query_key_value, packed head by head (transformers 4.36, LLaVA-Phi)"),
     ("transformer.h.", "mixer.Wqkv (phi-msft)"),
@@ -52,7 +52,7 @@ def print_row(label: str, text: object) -> None:
 def inspect(path: Path, load_model: Callable[..., LLaVAPhi] | None = None) -> int:
     """Print a page about a folder -> the exit code: 2 if there is a problem.
 
-    load_model: the loader, to try the model out as well.
+    load_model: given to try the model out as well.
     """
     folder = open_folder(path)
     files = tensor_files(path)
@@ -87,7 +87,7 @@ def inspect(path: Path, load_model: Callable[..., LLaVAPhi] | None = None) -> in
 
 
 def inspect_part(folder: Folder, part: str) -> None:
-    """Print how many tensors there are of the language model, the tower or the projector, and how large they are."""
+    """Print the number and the size of the language model's, the tower's or the projector's tensors."""
     tensors = []
     for name, pieces in folder.found.items():
         if name.startswith(part + "."):
@@ -104,7 +104,7 @@ def inspect_part(folder: Folder, part: str) -> None:
 
 
 def inspect_config(weights: Weights) -> None:
-    """Print a folder's sizes and what would be left out. ValueError names everything that does not fit."""
+    """Print a model's sizes and which tensors are ignored. ValueError names everything that does not fit."""
     [folder] = weights.folders
     llm, vision, image_mode = weights.config.llm, weights.config.vision, weights.config.image_mode
     if "llm" in folder.parts:
@@ -136,16 +136,16 @@ class Page(NamedTuple):
     """A text that no model was trained on, and a question about a red circle in the same language."""
     file: str
     question: str
-    sound: float                    # nats per token: a sound model is below,
-    misread: float                  # and one whose weights were read wrongly is above
+    sound: float                    # nats per token: a sound model is below this,
+    misread: float                  # and one whose weights were read wrongly above this
 
 
-# A uniform guess is at ln 51200 = 10.8, knowing how frequent each token is at about 7. A model with scrambled layers can
-# do no better than that. Phi-2 is at 2 to 3 on plain prose, and tuned on conversations perhaps half a nat above.
+# A uniform guess has ln 51200 = 10.8, and token frequencies alone about 7: a model with scrambled layers can do no
+# better. Phi-2 has 2 to 3 on plain prose, and perhaps half a nat more after tuning on conversations.
 ENGLISH = Page("english.txt", "What is the color of the circle?\nAnswer the question using a single word or phrase.",
                sound=4.0, misread=6.0)
-# The demo's language model speaks of nothing but shapes. Its page describes pictures in words, and the captions follow
-# with certainty: at 0.0003, or 0.004 after tuning. Rotary channels paired with their neighbors give 0.2, every wrong
+# The demo's language model only knows about shapes. Its page describes images in words, from which the captions follow
+# with certainty: 0.0003 nats, or 0.004 after tuning. Rotary channels paired with their neighbors give 0.2, any wrong
 # order of q, k and v more than 0.7.
 SHAPES = Page("shapes.txt", "What colour is the circle?", sound=0.01, misread=0.03)
 
@@ -156,7 +156,7 @@ def try_out(weights: Weights, load_model: Callable[..., LLaVAPhi]) -> bool:
         print_row("try", f"nothing: {weights.kind} does not speak; merge it with a language model first")
         return True
     parameters = sum(prod(stored.shape) for pieces in weights.found.values() for stored in pieces.values())
-    # fp32 shows fine differences. With billions of parameters it would take all memory, and minutes.
+    # fp32 shows small differences, but with billions of parameters it would take too much memory and minutes.
     dtype = torch.float32 if parameters < 1e9 else torch.bfloat16
     model = load_model(weights, dtype, choose_device(None))
     tok = load_tokenizer(weights.paths[0])
@@ -178,7 +178,7 @@ def try_out(weights: Weights, load_model: Callable[..., LLaVAPhi]) -> bool:
 
 @torch.no_grad()
 def page_loss(model: LLaVAPhi, tok: Tokenizer, page: Page) -> float:
-    """Mean nats per token. Of a line "given => predicted", only the second half counts."""
+    """Mean loss in nats per token. In a line "given => predicted", only the second half counts."""
     text = (Path(__file__).parent / page.file).read_text(encoding="utf-8")
     passages = [line.split(" => ") for line in text.splitlines()] if " => " in text else [["", text]]
     samples = []
@@ -193,7 +193,7 @@ def page_loss(model: LLaVAPhi, tok: Tokenizer, page: Page) -> float:
 
 
 def draw_circle(size: int = 336) -> tuple[Image.Image, Image.Image]:
-    """A red circle in the top right quarter of a dark ground, and the ground alone."""
+    """A red circle in the top right quarter of a dark background, and just the background."""
     blank = Image.new("RGB", (size, size), (40, 40, 48))
     drawn = blank.copy()
     x, y, r = size * 3 // 4, size // 4, size // 6

@@ -1,8 +1,8 @@
-"""The names of tensors and settings in published folders of all eras, and our names for them.
+"""Names of tensors and settings in published folders of all generations, and our names for them.
 
-We call a tensor "llm.h.3.attn.qkv.weight"; a published file calls it something else in each era. The tables hold names
-without ".weight" and ".bias". {layer} stands for a layer's number and {qkv} for q, k and v in turn: three published
-tensors whose rows follow each other in ours.
+What we call "llm.h.3.attn.qkv.weight" has had several names in published files. The tables hold names without
+".weight" and ".bias". {layer} stands for a layer's number and {qkv} for q, k and v: three published tensors that are
+concatenated in ours.
 """
 import re
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from pathlib import Path
 from model import PhiConfig
 from vision import SIGLIP_SO400M_384, VisionConfig
 
-SAVED = {       # our name -> its name in the folders we save, after PREFIX; they are transformers' own names
+SAVED = {       # our name -> its name in the folders we save, after PREFIX; these are transformers' names
     "llm.wte": "model.embed_tokens",
     "llm.h.{layer}.ln": "model.layers.{layer}.input_layernorm",
     "llm.h.{layer}.attn.qkv": "model.layers.{layer}.self_attn.{qkv}_proj",
@@ -31,8 +31,8 @@ SAVED = {       # our name -> its name in the folders we save, after PREFIX; the
     "vision.h.{layer}.ln_2": "encoder.layers.{layer}.layer_norm2",
     "vision.h.{layer}.mlp.fc": "encoder.layers.{layer}.mlp.fc1",
     "vision.h.{layer}.mlp.proj": "encoder.layers.{layer}.mlp.fc2",
-    "vision.ln_post": "post_layernorm",                             # this and the head below are not in our model,
-    "vision.head.probe": "head.probe",                              # they are only passed on when a folder is saved
+    "vision.ln_post": "post_layernorm",                             # this and the head below are not in our model:
+    "vision.head.probe": "head.probe",                              # they are only copied when a folder is saved
     "vision.head.attn.in_proj_weight": "head.attention.in_proj_weight",
     "vision.head.attn.in_proj_bias": "head.attention.in_proj_bias",
     "vision.head.attn.proj": "head.attention.out_proj",
@@ -44,7 +44,7 @@ SAVED = {       # our name -> its name in the folders we save, after PREFIX; the
 }
 PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
 
-BEGINNINGS = (  # how a published name may begin, the part of the model it belongs to, how SAVED or OTHER have it begin
+BEGINNINGS = (  # prefix of a published name, the part of the model it belongs to, the prefix in SAVED or OTHER
     ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
     ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi, Mipha
     ("model.vision_tower.vision_tower.", "vision", ""),
@@ -82,21 +82,21 @@ OTHER = {       # other published names -> ours
     "2": "projector.proj",
 }
 # The rows of Wqkv are (3, head, size), as ours are; those of query_key_value are (head, 3, size). Both matrices have
-# the same shape, so the name alone says which it is.
+# the same shape, so only the name tells them apart.
 PACKED_BY_HEAD = "query_key_value"
 
-DROPPED = (     # tensors of published files that are left out on purpose: a pattern, and the reason for `inspect`
+DROPPED = (     # published tensors that are ignored on purpose: a pattern, and the reason that `inspect` prints
     (r".*rotary_emb", "rotary angles are computed in every forward"),
     (r".*position_ids", "they are 0, 1, 2, ..."),
     (r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias",
      "the text tower and contrastive heads, with which the vision tower was trained"),
 )
 
-FOREIGN = (     # part of a tensor's name in a related model that is not implemented here, and which model that is
+FOREIGN = (     # part of a tensor name -> the model that it gives away, which is not implemented here
     ("mlp.gate_up_proj", "Phi-3"),
-    ("mlp.gate_proj", "Gemma, or another language model in the manner of Llama"),
+    ("mlp.gate_proj", "Gemma, or another Llama-style language model"),
     ("layer_scale1.", "DINOv2"),
-    ("embeddings.patch_embeddings.", "DINOv2, or another vision tower in the manner of transformers' ViT"),
+    ("embeddings.patch_embeddings.", "DINOv2, or another vision tower in the format of transformers' ViT"),
 )
 
 
@@ -121,7 +121,7 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 
 def without_layer(name: str) -> tuple[str, str]:
-    """"h.3.mlp.fc" -> ("h.{layer}.mlp.fc", "3"). A name outside of the layers stays, with an empty number."""
+    """"h.3.mlp.fc" -> ("h.{layer}.mlp.fc", "3"). A name outside the layers is unchanged, with an empty number."""
     match = LAYER.search(name)
     if match is None:
         return name, ""
@@ -163,7 +163,7 @@ def to_ours(name: str) -> tuple[str, str] | None:
 
 
 def rename_sequential(names: Iterable[str]) -> dict[str, str]:
-    """The earliest Phi files are one list: layers.0 is the embedding, the last one the head -> their later names."""
+    """The earliest Phi files are one nn.Sequential: layers.0 is the embedding, the last one the head -> later names."""
     numbers = {}
     for name in names:
         match = re.match(r"layers\.(\d+)\.", name)
@@ -181,11 +181,10 @@ def rename_sequential(names: Iterable[str]) -> dict[str, str]:
             renamed[name] = f"transformer.h.{number - 1}.{rest}"
     return renamed
 
-
 # ---------------------------------------------------------------------------------------------------
 # config.json
 
-# Our field -> its spellings in config.json through the years, and transformers' default where none is there.
+# Our field -> its spellings in config.json over the years, and transformers' default if none is present.
 PHI_KEYS = {
     "vocab_size": (("vocab_size",), 51200),
     "block_size": (("max_position_embeddings", "n_positions"), 2048),
@@ -211,7 +210,7 @@ SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("laye
 
 
 def config_fields(config: dict, keys: dict, path: Path) -> dict:
-    """Our config fields from a config.json of any era. null is the same as a missing key."""
+    """Our config fields from a config.json of any generation. null counts as a missing key."""
     fields = {}
     for field, (spellings, default) in keys.items():
         key = next((key for key in spellings if config.get(key) is not None), None)
@@ -241,7 +240,7 @@ def require(path: Path, what: str, value: object, *implemented: object) -> None:
 
 
 def phi_config(config: dict, path: Path) -> PhiConfig:
-    rope = subconfig(config, "rope_parameters", {}, path)           # transformers 5 keeps the rotary numbers there
+    rope = subconfig(config, "rope_parameters", {}, path)           # where transformers 5 keeps the rotary settings
     fields = config_fields(config | rope, PHI_KEYS | ROTARY_KEYS, path)
     rotary_dim = fields.pop("rotary_dim")
     rotary_factor = fields.pop("rotary_factor")
@@ -257,8 +256,8 @@ def phi_config(config: dict, path: Path) -> PhiConfig:
     require(path, "the number of key and value heads", kv_heads, None, fields["n_head"])
     if fields["n_embd"] % fields["n_head"]:
         raise ValueError(f"{path}: hidden_size {fields['n_embd']} is not a multiple of {fields['n_head']} heads")
-    # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. They are refused because their outputs were never
-    # compared with the original's here.
+    # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. They are refused because their outputs have never
+    # been compared with the originals'.
     if (fields["n_layer"], fields["n_embd"]) == (24, 2048):
         raise ValueError(f"{path}: 24 layers of width 2048 are Phi-1 or Phi-1.5, and only Phi-2 is implemented here")
     if rotary_dim is None:
@@ -267,7 +266,7 @@ def phi_config(config: dict, path: Path) -> PhiConfig:
 
 
 def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path) -> VisionConfig:
-    """The tower's sizes come from config.json. Whether it is CLIP or SigLIP is known from its tensors."""
+    """The tower's config. Sizes come from config.json; whether it is CLIP or SigLIP is known from its tensors."""
     require(path, "num_channels", config.get("num_channels", 3), 3)
     activation = config.get("hidden_act")
     if siglip:
@@ -283,7 +282,7 @@ def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path)
 
 
 def feature_strategy(siglip: bool) -> str:
-    """transformers' word for "the patches": CLIP's first position is the class token, SigLIP has none."""
+    """transformers' name for taking just the patches: CLIP has a class token in front of them, SigLIP does not."""
     return "full" if siglip else "default"
 
 

@@ -71,7 +71,7 @@ class Metrics:
 
 
 def forget_later_steps(path: Path, done: int) -> None:
-    """Drop the lines that a killed run wrote after the checkpoint from which this one goes on at step `done`.
+    """Drop the lines that a killed run wrote after the checkpoint that this one resumes from, at step `done`.
 
     A validation loss measured after k steps carries step k, and the next training step, from 0, carries k as well.
     """

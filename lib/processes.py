@@ -14,10 +14,10 @@ import torch.distributed as dist
 # Collectives
 
 
-def join_group(backend: str, timeout: timedelta, **alone) -> None:
-    """Join the group that torchrun's environment describes, or make one of this process (`alone`)."""
+def join_group(backend: str, timeout: timedelta, **group_of_one) -> None:
+    """Join the group that torchrun's environment describes, or make a group of one from these options."""
     try:
-        dist.init_process_group(backend, timeout=timeout, **alone)
+        dist.init_process_group(backend, timeout=timeout, **group_of_one)
     except RuntimeError as e:
         first_line = str(e).partition("\n")[0][:200]
         raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib.common import Parser, at_least, between, dtype_name
 
-IMAGE_MODES = ("crop", "pad", "squash")         # how a picture is made square, see data.load_image
+IMAGE_MODES = ("crop", "pad", "squash")         # how an image is made square, see data.load_image
 
 # Values that differ between stages or recipes; the rest are defaults in `add_flags`. `data.py check` reads these, too.
 # llava-phi: scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of the paper (arXiv 2401.02330).
@@ -191,7 +191,7 @@ def add_flags(parser: Parser) -> None:
 
     add = parser.add_argument_group("instead of training").add_argument
     add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the loss curves of these runs into loss.html")
-    add("--plan", action=on_or_off, default=False, help="print what fits into memory, from shapes alone")
+    add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
     add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB per GPU")
@@ -205,14 +205,14 @@ def check_together(cfg: Namespace) -> None:
             raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
                              "new model is made from --llm and --vision")
     if cfg.compile and cfg.recompute == "selective":
-        raise ValueError("--compile does what --recompute selective does by itself; give --recompute none or full")
+        raise ValueError("--compile already does what --recompute selective would; give --recompute none or full")
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):
         raise ValueError("--base-bits 4 needs --lora-r (64, say) and --lora-on both: weights in 4 bits cannot learn, "
                          "only adapters on them can")
     if cfg.base_bits == 4 and cfg.compile:
-        raise ValueError("--base-bits 4 works without --compile only")
+        raise ValueError("--base-bits 4 does not work with --compile; leave one of them out")
     if cfg.stage == "sft" and (cfg.model or cfg.vision):
-        raise ValueError("--stage sft trains a language model alone: give --llm, and neither --model nor --vision")
+        raise ValueError("--stage sft trains just a language model: give --llm, and neither --model nor --vision")
 
 
 def settings(cfg: Namespace) -> dict:

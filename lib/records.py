@@ -1,7 +1,7 @@
-"""Where the records of a large json file lie, and which of them a run has skipped.
+"""Random access to the records of a large json file, and the list of those that a run has skipped.
 
-LLaVA's stage 2 is a list of one gigabyte, and every process of a run needs it. So the byte ranges of its records are
-kept in memory, and a record is read when its turn comes.
+LLaVA's stage 2 is a single list of one gigabyte, and every process of a run needs it. So only the byte ranges of its
+records are kept in memory, and a record is read when it is needed.
 """
 import json
 import re
@@ -15,7 +15,7 @@ BLOCK = 1 << 24                     # bytes read at a time
 
 
 def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no value in json")
+    raise ValueError(f"{name} is not valid json")
 
 
 STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)          # Python's own also reads NaN and Infinity
@@ -30,7 +30,7 @@ def parse_record(record: bytes) -> dict:
 
 
 def json_problem(e: Exception, start: int = 0) -> str:
-    """What json's parser met, and how far behind `start`, where the record begins: its lines are not the file's."""
+    """The parser's message, and how far behind `start`, the record's beginning: its line is not the file's."""
     return f"{e.msg} after {e.pos - start} characters" if isinstance(e, json.JSONDecodeError) else str(e)
 
 
@@ -61,7 +61,7 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
     start = file.read(BLOCK).index(b"[") + 1                # where `text` begins in the file
     file.seek(start)
     text = ""
-    i = 0                                                   # everything in front of it has been yielded
+    i = 0                                                   # everything before text[i] has been yielded
     separator = "["
     while separator != "]":
         try:
@@ -73,8 +73,8 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
             if text[after] not in ",]":
                 raise ValueError("expected , or ] after this record")
         except (ValueError, IndexError, RecursionError) as e:
-            # Either the record goes on in the next block, or it is broken. The end of the file, or 16 blocks for one
-            # record, settle which.
+            # Either the record continues in the next block, or it is broken. It is broken if the file ends, or if it
+            # takes more than 16 blocks.
             block = file.read(max(BLOCK, len(text) - i))
             if not block or len(text) - i > 16 * BLOCK:
                 [line] = lines_of(path, [start + begin])
@@ -107,18 +107,18 @@ def lines_of(path: Path, positions: list[int]) -> list[int]:
 
 
 def id_of(record: bytes) -> str:
-    """A record's id, also where the record cannot be parsed."""
+    """A record's id, even if the record cannot be parsed."""
     match = re.search(rb'"id"\s*:\s*("[^"]*"|-?\d+)', record)
     return match[1].decode("utf-8", "replace").strip('"') if match else "(none)"
 
 # ---------------------------------------------------------------------------------------------------
-# Bad samples that a run goes on without
+# Bad samples
 
-BAD_SAMPLES = "bad_samples.jsonl"   # in the run's folder, written by all its processes
+BAD_SAMPLES = "bad_samples.jsonl"   # in the run's folder, appended to by all of its processes
 
 
 class BadSamples:
-    """Which of a file's n records have been skipped; in BAD_SAMPLES, if there is a folder for it."""
+    """Those of a file's n records that have been skipped, listed in `folder`'s BAD_SAMPLES if there is a folder."""
 
     def __init__(self, folder: Path | None, checksum: str, n: int):
         self.folder = folder
@@ -127,7 +127,7 @@ class BadSamples:
         self.found: set[int] = set()
 
     def add(self, problem: dict) -> None:
-        """List a problem, but not again in the next epoch. ValueError when there are too many."""
+        """Add a problem, unless an earlier epoch has. ValueError when there are too many."""
         if self.folder:             # other ranks list theirs there, and so did this run before it was resumed
             listed = read_bad_samples(self.folder)
             self.found |= {sample for checksum, sample in listed if checksum == self.checksum}
@@ -136,7 +136,7 @@ class BadSamples:
             if self.folder:
                 with open(self.folder / BAD_SAMPLES, "ab", buffering=0) as file:
                     line = json.dumps({"checksum": self.checksum, **problem}) + "\n"
-                    file.write(line.encode())               # in one write: lines of several processes do not mix
+                    file.write(line.encode())               # in one write, so that processes' lines do not mix
         if len(self.found) > self.limit:
             raise ValueError(f"{len(self.found)} bad samples, more than {self.limit} (0.1 % of the data, but at least "
                              f"10); the last: {problem['problem']}")

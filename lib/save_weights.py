@@ -24,8 +24,8 @@ from vision import VisionConfig
 
 # Shards are built in memory, one at a time, so they are smaller than the usual 5 GB.
 SHARD_BYTES = 1_500_000_000
-SAVED_MODEL = Path(__file__).parent.parent / "saved_model"         # files that go into every saved folder as they are
-# How saved names begin -> how they begin where one part is written by itself, as Phi, CLIP and LLaVA name them.
+SAVED_MODEL = Path(__file__).parent.parent / "saved_model"         # files that are copied into every saved folder
+# Prefix of saved names -> the prefix where one part is written by itself, as in Phi, CLIP and LLaVA.
 PHI_ALONE = {"language_model.": ""}
 TOWER_ALONE = {"vision_tower.": ""}
 PROJECTOR_ALONE = {"multi_modal_projector.linear_1.": "model.mm_projector.0.",
@@ -34,12 +34,12 @@ Lazy = Tensor | Callable[[], Tensor]        # a tensor, or the function that loa
 
 
 class ToSave(NamedTuple):
-    """Everything that goes into a saved folder; tensors by our names, in the order of the files."""
+    """Everything that goes into a saved folder; tensors by our names, in file order."""
     config: LLaVAConfig
     tokenizer: Tokenizer
     tensors: dict[str, Lazy]
     shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]          # to save each tensor in
+    dtypes: dict[str, torch.dtype]          # that each tensor is saved in
 
     def part(self, part: str) -> "ToSave":
         """Only the tensors of "llm", "vision" or "projector"."""
@@ -47,22 +47,22 @@ class ToSave(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
-        """The first tensor's dtype, for config.json. Never fp16, in which this model must not be computed."""
+        """The first tensor's dtype, for config.json. Never fp16, in which this model would overflow."""
         first = self.dtypes[next(iter(self.tensors))]
         return str(torch.float32 if first == torch.float16 else first).removeprefix("torch.")
 
 
 def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
                dtype: torch.dtype | None = None) -> None:
-    """Write a model folder that is complete by itself.
+    """Write a self-contained model folder.
 
     changed: parameters that differ from those in `source`, the weights that the model was made from. Everything else
     (other parameters, the vision layers after the one that is read, the tokenizer) is copied from there.
-    dtype None: each tensor's own; functions need one. In a training folder config.json keeps the trainer's settings
-    under its key "training".
+    dtype: None keeps each tensor's own, and is not possible for functions. In a training folder, config.json keeps the
+    run's settings under "training".
     """
     model = collect(changed, config, source, dtype)
-    # <image> gets the first id after the tokenizer's own. Phi-2's table has 900 rows that no token uses.
+    # <image> gets the first id after the tokenizer's own. Phi-2's embedding has 900 unused rows.
     if image_token_id(model.tokenizer) >= config.llm.vocab_size:
         rows = config.llm.vocab_size
         raise ValueError(f"{source.paths[0]}: all {rows} embedding rows are taken, none is left for <image>")
@@ -74,14 +74,14 @@ def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, sour
 
 def save_phi(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
              dtype: torch.dtype | None = None) -> None:
-    """The same for a language model alone, as transformers' PhiForCausalLM and `merge --llm` read it."""
+    """Like save_model, for just a language model, which transformers' PhiForCausalLM and `merge --llm` read."""
     phi = collect(changed, config, source, dtype, parts=("llm",))
     with replacing_model(out) as made:
         write_phi(made, phi)
 
 
 def save_parts(out: Path, source: Weights, dtype: torch.dtype | None = None) -> None:
-    """A plain Phi folder, a tower's, and LLaVA's mm_projector: what llama.cpp's converters and LLaVA read."""
+    """Write a plain Phi folder, a tower's, and LLaVA's mm_projector, for llama.cpp's converters and LLaVA."""
     model = collect({}, source.config, source, dtype)
     with replacing_model(out) as made:
         write_phi(made / "phi-2", model.part("llm"))
@@ -93,7 +93,7 @@ def save_parts(out: Path, source: Weights, dtype: torch.dtype | None = None) -> 
 
 def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, dtype: torch.dtype | None,
             parts: tuple[str, ...] = ("llm", "vision", "projector")) -> ToSave:
-    """The `changed` tensors, and from `source` all others that a saved folder of these parts has."""
+    """The `changed` tensors, and from `source` all others in a saved folder of these parts."""
     shapes = saved_shapes(meta_model(config))
     names = [name for name in shapes if name.startswith(parts)]
     assert changed.keys() <= set(names), f"not in the model: {changed.keys() - set(names)}"
@@ -113,9 +113,9 @@ def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, d
 
 
 def write_tensors(folder: Path, model: ToSave, renamed: dict[str, str] = {}, file: str = "model") -> None:
-    """Write a model's tensors as safetensors, in shards if they are large. `file`: the files' name without its ending.
+    """Write a model's tensors as safetensors, sharded if they are large.
 
-    renamed: see PHI_ALONE.
+    file: the file name without its suffix. renamed: see PHI_ALONE.
     """
     shards = plan_shards({name: prod(model.shapes[name]) * model.dtypes[name].itemsize for name in model.tensors})
     weight_map, total = {}, 0
@@ -132,8 +132,8 @@ def write_tensors(folder: Path, model: ToSave, renamed: dict[str, str] = {}, fil
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         path = folder / f"{file}{suffix}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})               # transformers refuses files without "format"
-        # safetensors makes a file that only its owner may read. Give it the rights of any new file: the folder's own,
-        # which follow the umask, without the right to enter it.
+        # safetensors creates a file that only its owner may read. Give it the permissions of any new file: those of
+        # the folder, which follow the umask, without the execute bits.
         path.chmod(folder.stat().st_mode & 0o666)
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
@@ -142,7 +142,7 @@ def write_tensors(folder: Path, model: ToSave, renamed: dict[str, str] = {}, fil
 
 
 def plan_shards(nbytes: dict[str, int]) -> list[list[str]]:
-    """Tensors' sizes in bytes -> their names in shards of at most SHARD_BYTES, or of one tensor that is larger."""
+    """Sizes of tensors in bytes -> their names, in shards of at most SHARD_BYTES, or of one larger tensor."""
     shards, room = [], 0
     for name, size in nbytes.items():
         if size > room:
@@ -154,7 +154,7 @@ def plan_shards(nbytes: dict[str, int]) -> list[list[str]]:
 
 
 def saved_pieces(name: str, tensor: Tensor, renamed: dict[str, str] = {}) -> dict[str, Tensor]:
-    """One of our tensors as it is saved, q, k and v apart: views of it under their names."""
+    """One of our tensors as it is saved, with q, k and v split: views of it under their saved names."""
     names = to_saved(name)
     pieces = {}
     for saved, piece in zip(names, tensor.chunk(len(names)), strict=True):
@@ -174,10 +174,10 @@ def write_json(path: Path, value: dict) -> None:
 
 @contextmanager
 def replacing_model(out: Path) -> Iterator[Path]:
-    """A temporary folder for a model. On success it becomes `out`, or its files move into it.
+    """A temporary folder for a model. On success it becomes `out`, or its files are moved there.
 
-    The latter happens where a training run, or an older saved model, is already; its other files stay. ValueError
-    where `out` holds anything else.
+    They are moved if `out` already holds a training run or an older saved model, whose other files stay. ValueError if
+    `out` holds anything else.
     """
     out = out.resolve()                 # the folder itself, where `out` is a link
     if not out.exists() or not any(out.iterdir()):
@@ -199,8 +199,10 @@ def replacing_model(out: Path) -> Iterator[Path]:
 
 
 def move_into(out: Path, made: Path, settings: dict) -> None:
-    """Replace the model in `out` by the one in `made`. A crash in between leaves no mixture of both that would load:
-    config.json says nothing of a model until the new one comes, as the last file.
+    """Replace the model in `out` with the one in `made`.
+
+    A crash in between cannot leave a mixture of both that would load: config.json does not describe a model until the
+    new one arrives, as the last file.
     """
     if (made / "config.json").exists():
         write_whole(out / "config.json", json.dumps(settings))
@@ -214,22 +216,22 @@ def move_into(out: Path, made: Path, settings: dict) -> None:
     sync_folder(out)
 
 
-CHECKSUMS = "SHA256SUMS"        # the usual name and form: `sha256sum -c SHA256SUMS` reads it too
+CHECKSUMS = "SHA256SUMS"        # the usual name and format: `sha256sum -c SHA256SUMS` reads it too
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of a folder's tensor files, by which `inspect` can tell later whether a bit has changed.
+    """Write the checksums of a folder's tensor files, so that `inspect` can later detect a changed bit.
 
-    Text files are left out: people may edit a config.json.
+    Text files are left out, since people may edit a config.json.
     """
     lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
 def verify_checksums(folder: Path) -> int | None:
-    """Read a saved folder's tensor files again -> how many are as they were written; None: it has no checksums.
+    """Read a saved folder's tensor files again -> the number of intact ones; None if it has no checksums.
 
-    ValueError names every file that is not.
+    ValueError names the damaged or missing files.
     """
     if not (folder / CHECKSUMS).is_file():
         return None
@@ -258,7 +260,7 @@ def image_token_id(tokenizer: Tokenizer) -> int:
 
 
 def image_processor(config: LLaVAConfig) -> dict:
-    """The settings with which transformers makes the same pixels as data.load_image and VisionTower."""
+    """Settings with which transformers computes the same pixels as data.load_image and VisionTower."""
     size = config.vision.image_size
     processor = {
         "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
@@ -279,7 +281,7 @@ def special_ids(eot: int) -> dict:
 
 
 def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
-    """config.json of a PhiForCausalLM, with the rotary numbers where transformers 4 looks and where 5 does."""
+    """config.json of a PhiForCausalLM, with the rotary settings where transformers 4 and 5 look for them."""
     factor = config.rotary_dim / (config.n_embd // config.n_head)
     rope = {"rope_theta": config.rope_base, "partial_rotary_factor": factor}
     return {
@@ -303,11 +305,11 @@ def tower_json(config: VisionConfig) -> dict:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
-    """tokenizer.json and the files around it that transformers 4 and 5 read, with a token for the picture or without.
+    """tokenizer.json and the files around it that transformers 4 and 5 read, with or without an <image> token.
 
-    Only transformers needs that token. `load_tokenizer` takes it out again: here "<image>" in a text is text.
+    Only transformers needs that token. `load_tokenizer` removes it again: here, "<image>" in a text is text.
     """
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())      # a copy, the caller's own stays as it is
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())      # a copy, to leave the caller's unchanged
     roles = {"bos_token": EOT, "eos_token": EOT, "pad_token": EOT, "unk_token": EOT}
     special, image_role = {}, {}
     if image:
@@ -342,7 +344,7 @@ def write_tower(folder: Path, tower: ToSave) -> None:
     folder.mkdir()
     vision = tower.config.vision
     write_tensors(folder, tower, TOWER_ALONE)
-    # transformers has no use for the layer; without it llama.cpp's converter leaves out one too many.
+    # transformers ignores vision_feature_layer; without it, llama.cpp's converter drops one layer too many.
     write_json(folder / "config.json", tower_json(vision) | {"vision_feature_layer": vision.feature_layer,
                                                              "torch_dtype": tower.dtype_name})
     own_processor = image_processor(replace(tower.config, image_mode="crop" if vision.class_token else "squash"))
@@ -353,7 +355,7 @@ def write_tower(folder: Path, tower: ToSave) -> None:
 
 
 def write_model_texts(folder: Path, model: ToSave) -> None:
-    """All of a whole model's folder but its tensors."""
+    """Every file of a whole model's folder except its tensors."""
     config, vision = model.config, model.config.vision
     write_tokenizer(folder, model.tokenizer, image=True)
     eot = eot_id(model.tokenizer)

@@ -250,7 +250,7 @@ TEXT_OFFSETS = {"a": {"dtype": "F32", "shape": [4], "data_offsets": ["0", "16"]}
 BROKEN = {              # bytes of a model.safetensors -> what is said about it
     "truncated": (ONE[:-4], r"incomplete download\? .file is 82 bytes; .*not fully covered"),
     "trailing bytes": (ONE + b"\0" * 4, "file is 90 bytes; .*not fully covered"),
-    "header of a terabyte": (header({}, length=2 ** 40), "header says it alone has 1099511627776"),
+    "header of a terabyte": (header({}, length=2 ** 40), "its header alone claims 1099511627776"),
     "header cut": (ONE[:30], "incomplete download"),
     "empty": (b"", "file is 0 bytes"),
     "wrong shape": (header({"a": entry(0, 16, [5])}, b"\0" * 16), "invalid shape, data type, or offset for tensor"),
@@ -259,13 +259,13 @@ BROKEN = {              # bytes of a model.safetensors -> what is said about it
     "negative": (header({"a": entry(0, 16, [-2, -2])}, b"\0" * 16), "invalid value: integer `-2`"),
     "shape is text": (header({"a": entry(0, 16, "4444")}, b"\0" * 16), "not a safetensors file"),
     "a dtype of another kind": (header({"a": entry(0, 4, [4], "F8_E4M3")}, b"\0" * 4),
-                                "a is of dtype F8_E4M3, which is not read here"),
+                                "a has dtype F8_E4M3, which is not supported here"),
     "unknown dtype": (header({"a": entry(0, 16, [4], "F4")}, b"\0" * 16), "invalid shape, data type, or offset"),
     "offsets are text": (header(TEXT_OFFSETS, b"\0" * 16), "not a safetensors file"),
     "a list": (header([1, 2, 3]), "not a safetensors file"),
     "deep": (header(b"[" * 100_000), "invalid JSON in header"),
-    "html": (b"<!DOCTYPE html><html><head><title>404</title></head></html>", "header says it alone has"),
-    "a million entries": (header({f"{i:x}": entry(0, 0, [0]) for i in range(10 ** 6)}), "header says it alone has"),
+    "html": (b"<!DOCTYPE html><html><head><title>404</title></head></html>", "its header alone claims"),
+    "a million entries": (header({f"{i:x}": entry(0, 0, [0]) for i in range(10 ** 6)}), "its header alone claims"),
 }
 
 

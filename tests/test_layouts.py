@@ -146,9 +146,9 @@ def test_two_layouts_in_one_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("model.layers.0.mlp.gate_up_proj.weight", "a tensor of Phi-3; implemented here are Phi-2"),
+    ("model.layers.0.mlp.gate_up_proj.weight", "a tensor of Phi-3; only Phi-2 is implemented here"),
     ("language_model.model.layers.0.mlp.gate_proj.weight", "a tensor of Gemma, or another"),
-    ("model.vision_tower.encoder.layer.0.layer_scale1.lambda1", "a tensor of DINOv2; implemented here"),
+    ("model.vision_tower.encoder.layer.0.layer_scale1.lambda1", "a tensor of DINOv2; only Phi-2 is implemented here"),
     ("embeddings.patch_embeddings.projection.weight", "a tensor of DINOv2, or another vision tower"),
 ])
 def test_related_models_are_refused_by_their_names(name, words, tmp_path):

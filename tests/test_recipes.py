@@ -46,12 +46,12 @@ def test_help_shows_the_defaults_of_the_stage_and_recipe_it_is_asked_for(capsys)
     (["--dtype", "fp16"], "fp16: expected fp32 or bf16; .* overflow in fp16"),
     (["--gather", "weights"], "--gather: invalid choice: 'weights'"),
     (["--stage", "finetune", "--llm", "demo/phi"], "--model out/pretrain has one already"),
-    (["--stage", "sft", "--model", "x"], "--stage sft trains a language model alone"),
+    (["--stage", "sft", "--model", "x"], "--stage sft trains just a language model"),
     (["--compile", "--recompute", "selective"], "give --recompute none or full"),
     (["--base-bits", "8", "--lora-r", "4"], "--base-bits: invalid choice: 8"),
     (["--base-bits", "4"], "--base-bits 4 needs --lora-r"),
     (["--base-bits", "4", "--lora-r", "4", "--lora-on", "attn"], "--base-bits 4 needs --lora-r .* --lora-on both"),
-    (["--base-bits", "4", "--lora-r", "4", "--compile"], "without --compile"),
+    (["--base-bits", "4", "--lora-r", "4", "--compile"], "does not work with --compile"),
 ])
 def test_flags_that_make_no_sense_are_refused_in_one_line(args, words):
     with pytest.raises(ValueError, match=words) as refused:
