@@ -28,7 +28,7 @@ def test_8_bits_promise_memory_and_not_time_on_a_gpu(script, capsys):
     """There the weights are widened before they are multiplied, so more bytes are moved than bf16's."""
     with pytest.raises(SystemExit):
         script.parse(["--help"])
-    assert "on a GPU 8 bits save memory, not time" in " ".join(capsys.readouterr().out.split())
+    assert "8 bits save memory but no time" in " ".join(capsys.readouterr().out.split())
 
 # ---------------------------------------------------------------------------------------------------
 # Prepacked weights
