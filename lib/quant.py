@@ -278,7 +278,8 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 class Int4Linear(nn.Linear):
     """Weights in 4 bits, in the layout of torch's matmul for their device, which takes activations in bf16.
 
-    On a CPU the many rows of a prompt are faster in 8 bits, to which the weights are converted on the fly.
+    On a CPU the many rows of a prompt are faster in 8 bits, to which the weights are converted on the fly. For training,
+    lib/lora.py has Int4LoRALinear, whose backward pass torch's layouts cannot serve.
     """
 
     def __init__(self, base: nn.Linear):
