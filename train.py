@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
-from lib.device import has_bf16, memory_of, missing_kernels, torch_dtype
+from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
@@ -73,9 +73,7 @@ def setup() -> tuple[DeviceMesh, torch.device]:
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
-        if env.local_rank >= torch.cuda.device_count():
-            raise ValueError(f"{env.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
-                             "torchrun one for each (--nproc_per_node)")
+        check_gpu_count(env)
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between hosts need not wait for the GPUs' queues

@@ -20,7 +20,7 @@ from torch import Tensor
 from data import ImageConfig, eot_id, load_tokenizer
 from lib.chat import encode_chat, open_image
 from lib.common import torchrun_env
-from lib.device import choose_device, choose_dtype, torch_dtype, use_device
+from lib.device import check_gpu_count, choose_device, choose_dtype, torch_dtype, use_device
 from lib.folders import open_weights
 from lib.generate import Session
 from lib.processes import join_group
@@ -53,9 +53,7 @@ def own_device(asked: str | None) -> str:
         use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another GPU
     device = choose_device(asked)
     if device == "cuda":
-        if here.local_world > torch.cuda.device_count():
-            raise ValueError(f"{here.local_world} processes on a machine with {torch.cuda.device_count()} GPUs: give "
-                             "torchrun one for each (--nproc_per_node)")
+        check_gpu_count(here)
         device = f"cuda:{here.local_rank}"
     use_device(device)
     return device

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lib.common import DTYPES, torchrun_env
+from lib.common import DTYPES, Torchrun, torchrun_env
 
 USABLE = 0.92       # of a GPU's free memory; micro-batches of varying size fragment the rest
 
@@ -89,6 +89,14 @@ def use_device(device: str | torch.device) -> None:
     device = torch.device(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+
+
+def check_gpu_count(here: Torchrun) -> None:
+    """ValueError if torchrun started more processes on this machine than it has GPUs."""
+    n_gpus = torch.cuda.device_count()
+    if max(here.local_world, here.local_rank + 1) > n_gpus:
+        raise ValueError(f"{here.local_world} processes on a machine with {n_gpus} GPUs: give torchrun one for each "
+                         "(--nproc_per_node)")
 
 
 def missing_kernels(card: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import GOLDEN, TINY_MODEL
 from safetensors.torch import load_file
+from zoo import write_zoo_images
 
 from data import load_tokenizer
 from load_weights import load_model
@@ -70,6 +71,14 @@ def chat_json(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "chat.json"
     path.write_text(json.dumps(helpers.conversations()))
     return path
+
+
+@pytest.fixture(scope="session")
+def zoo_images(tmp_path_factory):
+    """A folder with every kind of good and bad image file."""
+    folder = tmp_path_factory.mktemp("images")
+    write_zoo_images(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import GOLDEN, ROOT, talk
-from zoo import open_dataset, write_data, write_zoo_images, zoo
+from zoo import open_dataset, write_data, zoo
 
 import data
 from data import IMAGE
@@ -17,13 +17,6 @@ from lib.recipes import parse_check
 @pytest.fixture(scope="module")
 def tiny(tiny_tokenizer):
     return tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def zoo_images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    write_zoo_images(folder)
-    return folder
 
 
 def check(flags: list) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, talk
-from zoo import open_dataset, write_data, write_zoo_images, zoo
+from zoo import open_dataset, write_data, zoo
 
 from data import EOT, IGNORE, IMAGE, Dataset, Index, Loader, Sample, collate, eot_id
 from lib import records
@@ -22,13 +22,6 @@ from lib.schedule import epoch_order, modality_order, split_step, step_samples, 
 @pytest.fixture(scope="module")
 def tiny(tiny_tokenizer):
     return tiny_tokenizer
-
-
-@pytest.fixture(scope="module")
-def zoo_images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    write_zoo_images(folder)
-    return folder
 
 # ---------------------------------------------------------------------------------------------------
 # Schedule
