@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
-from benchmarks.files import first_existing, read_answers, short_sha256, to_json, to_jsonl
+from benchmarks.files import first_existing, read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
 from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--exact", action=on_or_off, default=False,
         help="one question at a time and no prefix caching, like the official runs; in fp32 this changes no answer, "
              "unless --bits is 4")
-    add("--limit", type=at_least(1), help="only the first N questions")
+    add("--limit", type=at_least(1), help="only the first N questions (shapes: each with and without its picture)")
     add("--check-data", action=on_or_off, default=False, help="only check that the official data is there")
     add("--score", help="only score this answers file, ours or LLaVA's; needs no model")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two answers files")
@@ -100,7 +100,9 @@ class Data(NamedTuple):
     examples: list[Example]
 
     def first(self, limit: int | None) -> "Data":
-        return self._replace(examples=self.examples[:limit])
+        """The first questions; one that is asked again about a blank picture counts once."""
+        starts = [row for row, example in enumerate(self.examples) if example.image != BLANK]
+        return self._replace(examples=self.examples[:starts[limit]] if limit and limit < len(starts) else self.examples)
 
 
 def load_data(name: str, args: Namespace) -> Data:
@@ -111,22 +113,39 @@ def load_data(name: str, args: Namespace) -> Data:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
     folder = data_folder(name, task, Path(args.root))
     options = Namespace(**{**vars(args), "split": split})
+    problem = ""
     try:
-        examples = list(task.read(folder, options))
-        problem = "" if examples else f"no questions in {folder}"
+        data = Data(name, task, split, folder, list(task.read(folder, options)))
+        problem = repeated_id(data)
+        rehearse(data)
     except FileNotFoundError as e:
-        problem = str(e)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        # The readers index into the files without checking them, so a file in another format ends up here.
-        problem = f"{folder} is not in the official format ({type(e).__name__}: {e})"
+        problem = f"{e}. Get it: {task.source}"
     except ValueError as e:
-        raise ValueError(f"{name}: {e}") from e
+        problem = str(e)
     if problem:
-        raise ValueError(f"{name}: {problem}. Get it: {task.source}")
-    number, times = Counter(example.question_id for example in examples).most_common(1)[0]
-    if times > 1 and not task.repeated_ids:
-        raise ValueError(f"{name}: question_id {number!r} occurs {times} times in {folder}, expected once")
-    return Data(name, task, split, folder, examples)
+        raise ValueError(f"{name}: {problem}")
+    return data
+
+
+def repeated_id(data: Data) -> str:
+    """What is wrong with the ids of the questions as a whole; "" if nothing is."""
+    for number, times in Counter(example.question_id for example in data.examples).most_common(1):
+        if times == 1 or data.task.repeated_ids:
+            return ""
+        return f"question_id {number!r} occurs {times} times in {data.folder}, expected once"
+    return f"no questions in {data.folder}"
+
+
+def rehearse(data: Data) -> None:
+    """Grade an empty answer to every question. Raises ValueError for data that a grader cannot use, which would
+    otherwise end the run after the last answer."""
+    grades = []
+    for example in data.examples:
+        with reading(f"{data.folder}, question {example.question_id!r}"):
+            scored = data.task.grade and example.truth is not None
+            grades.append(data.task.grade(example, "") if scored else Grade(None))
+    with reading(data.folder):
+        summarize_scored(data, grades)
 
 
 def data_folder(name: str, task: Task, root: Path) -> Path:
@@ -273,7 +292,7 @@ def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
     for path in sorted(out.glob("answers*.jsonl")):
         for line in read_jsonl(path, torn=True):
             row, number = line.get("row"), line.get("question_id")
-            if not isinstance(row, int) or row >= len(examples) or examples[row].question_id != number:
+            if not isinstance(row, int) or not 0 <= row < len(examples) or examples[row].question_id != number:
                 raise ValueError(f"{path} answers question {number!r} in row {row!r}, which is not this task's")
             answers[row] = line
     return answers
@@ -362,8 +381,7 @@ def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
 def asked_in_other_words(example: Example, answer: dict) -> bool:
     """Was the answer made with another prompt? Only the first two lines are compared, because LLaVA saves some prompts
     without the instruction at the end."""
-    saved = answer.get("prompt", example.prompt)
-    return saved.removeprefix("<image>\n").split("\n")[:2] != example.prompt.split("\n")[:2]
+    return words_asked(answer.get("prompt", example.prompt))[:2] != words_asked(example.prompt)[:2]
 
 
 def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | None:
@@ -394,6 +412,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     texts = [answer["text"] for answer in given]
     others = [asked_in_other_words(e, answer) for e, answer in zip(data.examples, answers) if answer]
     checksums, notes = data_versions(data, args)
+    blank = sum(example.image == BLANK for example in data.examples)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     if "torch" in sys.modules:              # scoring alone does not import it
         versions["torch"] = sys.modules["torch"].__version__
@@ -401,7 +420,8 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
         "task": data.name,
         "split": data.split,
         "metric": task.metric,
-        "n": len(data.examples),
+        "n": len(data.examples) - blank,
+        "blank": blank,                     # of these, asked again about a blank picture
         "value": total.value if total else None,
         "interval": [total.low, total.high] if total else None,
         "interval_method": f"95 %, {total.interval}" if total else None,

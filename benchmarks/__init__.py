@@ -6,6 +6,7 @@ import argparse
 
 from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, own_questions, pope, scienceqa, seedbench, shapes,
                         textvqa, vizwiz, vqav2)
+from lib.common import at_least
 
 TASKS = {                           # the name on the command line -> the benchmark
     "vqav2": vqav2.TASK,
@@ -40,9 +41,10 @@ def add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--ocr", action=on_or_off, default=True, help="textvqa: OCR tokens in the prompt, worth about 10 points")
     add("--img-only", action=on_or_off, default=False, help="scienceqa: leave out the questions without an image")
-    add("--questions", help="jsonl: file of your own questions")
+    add("--questions", help="jsonl: file of your own questions, one json object a line, of which only text must be "
+                            f"given: {own_questions.EXAMPLE}")
     add("--images", help="jsonl: folder of their images")
     add("--grades", help=f"{judged}: an existing grade or review file")
     add("--judge-url", help=f"{judged}: an OpenAI-compatible service; its key is read from JUDGE_API_KEY")
     add("--judge-model", help="name of the judge's model")
-    add("--judge-timeout", type=float, default=60.0, help="seconds to wait for one reply of the judge")
+    add("--judge-timeout", type=at_least(0.001), default=60.0, help="seconds to wait for one reply of the judge")

@@ -16,9 +16,12 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
-from benchmarks.files import lettered, required_file
+from PIL import Image
+
+from benchmarks.files import field, lettered, reading, required_files
 from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Score, Task, accuracy, mean
 from lib.common import write_whole
 
@@ -37,58 +40,66 @@ ROTATION = 1_000_000                    # index = question + number of the rotat
 
 def read_english(folder: Path, options: Namespace) -> Iterator[Example]:
     split = options.split
-    path = required_file(folder, f"mmbench_{split}_20230712.tsv", f"MMBench_{split.upper()}_EN_legacy.tsv")
+    [path] = required_files(folder, f"mmbench_{split}_20230712.tsv or MMBench_{split.upper()}_EN_legacy.tsv")
     return read_table(path, LETTER)
 
 
 def read_chinese(folder: Path, options: Namespace) -> Iterator[Example]:
     split = options.split
-    path = required_file(folder, f"mmbench_{split}_cn_20231003.tsv", f"MMBench_{split.upper()}_CN_legacy.tsv")
+    [path] = required_files(folder, f"mmbench_{split}_cn_20231003.tsv or MMBench_{split.upper()}_CN_legacy.tsv")
     return read_table(path, LETTER_CN)
 
 
 def read_table(path: Path, instruction: str) -> Iterator[Example]:
     """The file has a row for each rotation. They cannot be rebuilt here: an option such as "all of the above" keeps its
     place, which only the file records."""
-    csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    image_of = {row["index"]: row["image"] for row in rows}
+    rows = list(table_rows(path))
+    image_of = {row.get("index"): row.get("image") for _, row in rows}
     decoded = {}                                # rotations share one bytes object, so the tower runs once
-    for row in rows:
-        image = row["image"]
-        if len(image) < 64:                     # not a picture but the index of the row that has it
-            image = image_of[image]
-        if image not in decoded:
-            decoded[image] = base64.b64decode(image)
-        choices = choices_of(row)
-        lines = [cell(row, "hint"), row["question"], lettered(choices.values()), instruction]
-        prompt = "\n".join(line for line in lines if line)
-        parent = cell(row, "l2-category")
-        categories = [ABBREVIATIONS.get(parent, parent), cell(row, "category")]
-        sheet = {}
-        for name in SHEET:
-            if name in row:
-                sheet[name] = cell(row, name) if name in "ABCD" else row[name]
-        yield Example(int(float(row["index"])), decoded[image], prompt, cell(row, "answer") or None,
-                      tuple(category for category in categories if category), {"options": choices, "row": sheet})
+    for where, row in rows:
+        with reading(where):
+            image = field(row, "image")
+            if len(image) < 64:                 # not a picture but the index of the row that has it
+                image = image_of[image]
+            if image not in decoded:
+                decoded[image] = picture_in(image)
+            field(row, "A")
+            choices = choices_of(row)
+            lines = [row.get("hint"), field(row, "question"), lettered(choices.values()), instruction]
+            prompt = "\n".join(line for line in lines if line)
+            parent = row.get("l2-category")
+            categories = [ABBREVIATIONS.get(parent, parent), row.get("category")]
+            truth = field(row, "answer", among=tuple("ABCD")) if row.get("answer") else None
+            sheet = {name: row[name] for name in SHEET if name in row}
+            yield Example(int(float(row["index"])), decoded[image], prompt, truth,
+                          tuple(category for category in categories if category), {"options": choices, "row": sheet})
 
 
-def cell(row: dict[str, str], name: str) -> str:
-    """A cell's text. The releases write a missing option in several ways."""
-    text = row.get(name) or ""
-    return "" if text.lower() in ("nan", "none") else text
+def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the place of each row and its cells. A row that is cut, as the last one of a broken download, is refused.
+
+    The releases write a missing option in several ways, all of which become ""."""
+    csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
+    with reading(path):
+        text = path.read_bytes().decode("utf-8-sig")
+        heading, *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+    for number, cells in enumerate(rows, 1):
+        if "".join(cells).strip():
+            with reading(f"{path}, row {number}"):
+                cells = ["" if cell.lower() in ("nan", "none") else cell for cell in cells]
+                yield f"{path}, row {number}", dict(zip(heading, cells, strict=True))
+
+
+def picture_in(text: str) -> bytes:
+    """The file in a cell. Its head is read at once, so that a broken one is found before anything is asked."""
+    content = base64.b64decode(text, validate=True)
+    Image.open(io.BytesIO(content)).close()
+    return content
 
 
 def choices_of(row: dict[str, str]) -> dict[str, str]:
     """letter -> option, up to the first that is missing."""
-    choices = {}
-    for letter in "ABCD":
-        option = cell(row, letter)
-        if not option:
-            break
-        choices[letter] = option
-    return choices
+    return dict(takewhile(lambda choice: choice[1], ((letter, row.get(letter)) for letter in "ABCD")))
 
 
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -109,7 +120,7 @@ def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
         return letters[0]
     if not letters and "Z" in words:
         return "Z"
-    answer_is = re.search(rf"answer is \**([{''.join(options)}])\b", text, re.IGNORECASE)
+    answer_is = re.search(rf"answer is \**([{''.join(options)}])\b", text, re.IGNORECASE) if options else None
     if answer_is:
         return answer_is[1].upper()
     if len(text) > 2 * sum(map(len, options.values())):
@@ -120,7 +131,7 @@ def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
 
 def grade_answer(example: Example, text: str) -> Grade:
     """raw: whether the answer is exactly the letter, a stricter rule."""
-    letter = mmbench_letter(text, example.info["options"])
+    letter = mmbench_letter(text, example.info.get("options", {}))
     bare_letter = float(text.strip() == example.truth)
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None, raw=(bare_letter,))
 

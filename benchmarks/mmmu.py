@@ -12,9 +12,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import first_existing, image_file, read_official_json, required_file, to_json
+from benchmarks.files import (field, first_existing, image_file, read_official_json, reading, required_files, rows_of,
+                              texts_of, to_json)
 from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Grade, Score, Task, accuracy, mean
-from lib.common import read_jsonl, write_whole
+from lib.common import write_whole
 
 DOMAINS = {
     "Art & Design": "Art Art_Theory Design Music",
@@ -36,22 +37,32 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
     answers = {}
     answer_file = first_existing(folder, "answer_dict_val.json")
     if options.split == "val" and answer_file:
-        answers = read_official_json(answer_file)
-    for row in read_jsonl(required_file(folder, f"{options.split}.jsonl")):
-        choices = {}
-        prompt = f"{row['question']}\n{SHORT}"
-        if row["question_type"] == "multiple-choice":
-            # The parquet files store the list as Python source.
-            listed = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
-            choices = dict(zip(LETTERS, listed))
-            lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
-            prompt = f"{row['question']}\n{lines}\n{LETTER}"
-        truth = answers[row["id"]]["ground_truth"] if row["id"] in answers else row["answer"]
-        if truth in ("", "?"):                                      # test has no answers
-            truth = None
-        subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]      # "validation_Art_Theory_2" -> "Art_Theory"
-        yield Example(row["id"], image_file(folder / "images", row["image_1"]), prompt, truth,
-                      (domain_of[subject], subject), {"options": choices})
+        answers = read_official_json(answer_file, dict)
+    [path] = required_files(folder, f"{options.split}.jsonl", images="images")
+    for where, row in rows_of(path):
+        with reading(where):
+            number = field(row, "id")
+            choices = {}
+            prompt = f"{field(row, 'question')}\n{SHORT}"
+            if row["question_type"] == "multiple-choice":
+                choices = dict(zip(LETTERS, listed(row["options"])))
+                lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
+                prompt = f"{row['question']}\n{lines}\n{LETTER}"
+            truth = listed(answers[number]["ground_truth"] if number in answers else row["answer"])
+            if truth in ([""], ["?"]):                                  # test has no answers
+                truth = None
+            elif choices:
+                truth = [field(truth, i, among=list(choices)) for i in range(len(truth))]
+            subject = number.split("_", 1)[1].rsplit("_", 1)[0]         # "validation_Art_Theory_2" -> "Art_Theory"
+            yield Example(number, image_file(folder / "images", field(row, "image_1")), prompt, truth,
+                          (domain_of[subject], subject), {"options": choices})
+
+
+def listed(value: object) -> list[str]:
+    """A list of texts, or one text. The parquet files store a list as its Python source: "['24/7', '3.429']"."""
+    if isinstance(value, str):
+        value = ast.literal_eval(value) if value.startswith("[") and value.endswith("]") else [value]
+    return [str(field(value, i, str, int, float, blank=True)) for i in range(len(value))]
 
 # ---------------------------------------------------------------------------------------------------
 # Reading an answer, by the rules of MMMU's own eval_utils.py
@@ -139,7 +150,7 @@ def mmmu_open_correct(text: str, truth: str | list[str]) -> bool:
 
 
 def grade_answer(example: Example, text: str) -> Grade:
-    options = example.info["options"]
+    options = example.info.get("options")
     if not options:
         return Grade(float(mmmu_open_correct(text, example.truth)), text)
     letter = mmmu_choice(text, options)
@@ -152,7 +163,7 @@ def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
     rng = random.Random(42)
     drawn = []
     for example, grade in zip(examples, grades):
-        options = example.info["options"]
+        options = example.info.get("options")
         if options and grade.unparsed:
             letter = rng.choice(list(options))
             grade = grade._replace(score=float(letter in example.truth))
@@ -165,7 +176,7 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
     """The chosen letter, or the whole open answer."""
     answers = {}
     for example, text in zip(examples, texts):
-        options = example.info["options"]
+        options = example.info.get("options")
         answers[example.question_id] = (mmmu_choice(text, options) or "") if options else text
     return write_whole(out / "mmmu.json", to_json(answers))
 

@@ -41,7 +41,10 @@ def remarks(result: dict) -> list[str]:
     """What to know when reading the score, a sentence or two each."""
     task = TASKS[result["task"]]
     settings = result["settings"]
-    lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
+    questions = f"{result['n']:,} questions"
+    if result["blank"]:
+        questions += f", {result['blank']:,} of them asked again about a blank picture"
+    lines = [f"{questions}: {result['unparsed']:,} answers are not readable, {result['empty']:,} empty, "
              f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
     if "model" in settings:
         bits = f", weights in {settings['bits']} bits" if "bits" in settings else ""

@@ -218,21 +218,25 @@ def parse_json(text: bytes, where: str, kind: type | tuple[type, ...]) -> dict |
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: not a json object, begins with {text[:40]!r}")
+        raise ValueError(f"{where}: not a json {'list' if kind is list else 'object'}, begins with {text[:40]!r}")
     return value
 
 
-def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
-    """Read a file with one json object per line. ValueError names the first line that is not one.
+def jsonl_rows(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yield the place ("FILE, line 3") and the object of every line that is not blank. ValueError names a bad line.
 
     torn: a killed process may have left an unfinished last line, which is dropped.
     """
-    rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1] if torn else lines, 1):
         if line.strip():
-            rows.append(parse_json(line, f"{path}, line {number}", dict))
-    return rows
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, dict)
+
+
+def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
+    """The objects of a file with one json object per line; see jsonl_rows."""
+    return [row for _, row in jsonl_rows(path, torn)]
 
 # ---------------------------------------------------------------------------------------------------
 # Dtype names, torchrun's processes, model folders

@@ -113,7 +113,7 @@ def test_check_data_names_what_is_wrong(tmp_path, capsys):
     with pytest.raises(ValueError, match="do not have two questions each"):
         ev.load_data("mme", ev.parse(["--root", str(root)]))
     write(root / "gqa/data/testdev_balanced_questions.json", {"1": {"question": "x"}})
-    with pytest.raises(ValueError, match="not in the official format"):
+    with pytest.raises(ValueError, match="question 1: not in the expected format: .types. is missing"):
         ev.load_data("gqa", ev.parse(["--root", str(root)]))
 
 

@@ -23,9 +23,11 @@ import pytest
 import torch
 from helpers import ROOT, load_weights_command, pattern, talk
 from PIL import Image
+from tiny_benchmarks import CASES, evaluate, llava_file, prepare
 from training import train_here
 
 import data
+import eval as ev
 import load_weights
 import serve.server
 from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
@@ -275,6 +277,72 @@ def test_data_files(tmp_path, tok, capsys):
         return case
 
     campaign("data files", 600, 300_000_000, make_case, capsys)
+
+# ---------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def mutate_data_file(path: Path, rng: random.Random) -> bytes:
+    """Bytes, values of json, or what editors, tables and other systems do to a text file."""
+    good = path.read_bytes()
+    kind = rng.randrange(4)
+    if kind == 0:
+        return mutate_bytes(good, rng)
+    if kind == 1 and path.suffix == ".json" and b"\n{" not in good:
+        return to_json(mutate_json(json.loads(good), rng))
+    if kind == 1 and good.startswith(b"{"):
+        lines = good.splitlines()
+        i = rng.randrange(len(lines))
+        lines[i] = to_json(mutate_json(json.loads(lines[i]), rng))
+        return b"\n".join(lines)
+    text = good.decode()
+    change = rng.choice((
+        lambda: text.encode("utf-8-sig"), lambda: (text + "\u00e9").encode("latin-1"), lambda: text.encode("utf-16"),
+        lambda: text.replace("\n", "\r\n").encode(), lambda: text.replace("\t", "    ").encode(),
+        lambda: text.replace("\n", "\n\n").encode(), lambda: text[:rng.randrange(len(text))].encode(),
+        lambda: text.replace("\t", "\tnan", rng.randrange(1, 30)).encode(), lambda: text.replace('"', "'").encode(),
+        lambda: b"".join(rng.sample(good.splitlines(True), len(good.splitlines()))), lambda: good + good, lambda: b""))
+    return change()
+
+
+def test_benchmark_files(tmp_path, capsys):
+    """The official files and those of answers: scored, or refused with one line before anything is asked."""
+    tasks = []
+    for name in CASES:
+        flags, questions = prepare(name, tmp_path / name)
+        answers = llava_file(tmp_path / name / "answers.jsonl", questions, CASES[name].answers)
+        files = [path for path in (tmp_path / name).rglob("*") if path.suffix in (".json", ".jsonl", ".tsv", ".txt")]
+        tasks.append(([*flags, "--score", str(answers), "--out", str(tmp_path / name / "out")], answers, files))
+    mutated = None
+
+    def make_case(rng: random.Random) -> Callable:
+        nonlocal mutated
+        if mutated:
+            mutated[0].write_bytes(mutated[1])
+        flags, answers, files = rng.choice(tasks)
+        target = rng.choice(files)
+        mutated = target, target.read_bytes()
+        target.write_bytes(mutate_data_file(target, rng))
+
+        def case() -> None:
+            args = ev.parse(flags)
+            if target == answers:
+                evaluate(flags)
+                return
+            try:
+                questions = ev.load_data(args.task, args)
+            except ValueError as e:
+                assert str(tmp_path) in str(e), f"names no file: {e}"
+                raise
+            texts = [""] * len(questions.examples)
+            try:
+                path = llava_file(answers.with_name("mutated.jsonl"), questions, texts)
+                evaluate([*flags, "--score", str(path), "--out", str(answers.with_name("out of mutated"))])
+            except ValueError as e:
+                raise AssertionError(f"refused after the answers were made: {e}") from e
+        return case
+
+    campaign("benchmark files", 4000, 300_000_000, make_case, capsys)
 
 # ---------------------------------------------------------------------------------------------------
 # Models
