@@ -254,14 +254,14 @@ def tokenize(text: str, tok: Tokenizer) -> Encoding:
 def to_turns(record: dict) -> tuple[list[str], bool]:
     """A record of LLaVA's json -> [question, answer, question, ...], and whether there is an image.
 
-    A greeting by gpt before the first question is dropped, as in LLaVA. With an image, an <image> at the beginning or
-    end of the first question is removed, since the image always goes in front; any other <image> is text. ValueError
-    says what is wrong.
+    A greeting by gpt before the first question is dropped, as in LLaVA. ValueError says what is wrong.
     """
     said = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(said, list) or not all(isinstance(t, dict) and isinstance(t.get("value"), str) for t in said):
+    bad = [t for t in said if not isinstance(t, dict) or not isinstance(t.get("value"), str)] if isinstance(
+        said, list) else [record]
+    if bad:
         raise ValueError('not a conversation: expected {"id", "image" (if any), "conversations": [{"from": "human", '
-                         '"value": ...}, {"from": "gpt", "value": ...}, ...]}, found ' + repr(record)[:80])
+                         '"value": ...}, {"from": "gpt", "value": ...}, ...]}, found ' + repr(bad[0])[:80])
     if said and said[0].get("from") == "gpt":
         said = said[1:]
     for i, turn in enumerate(said):
@@ -277,10 +277,15 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
         return turns, False
     if not isinstance(record["image"], str) or not record["image"]:
         raise ValueError(f"image name: expected one path, found {record['image']!r}")
-    question = turns[0].strip()
-    question = question.removeprefix(IMAGE) if question.startswith(IMAGE) else question.removesuffix(IMAGE)
-    turns[0] = question.strip()
-    return turns, True
+    return [without_tag(turns[0]), *turns[1:]], True
+
+
+def without_tag(question: str) -> str:
+    """A first question about an image, without an <image> at its beginning or end; the image always goes in front."""
+    text = question.strip()
+    if text.startswith(IMAGE):
+        return text.removeprefix(IMAGE).strip()
+    return text.removesuffix(IMAGE).strip() if text.endswith(IMAGE) else question
 
 
 @lru_cache(maxsize=4)
@@ -352,8 +357,7 @@ def encode_prompt(turns: list[str], tok: Tokenizer, image: bool) -> list[int]:
     """[question, answer, ..., question] -> the ids that the answer follows, exactly as in training."""
     if len(turns) % 2 == 0:
         raise ValueError(f"a prompt ends with a question: expected an odd number of turns, found {len(turns)}")
-    ids, _ = encode_turns(turns, tok, image)
-    return ids
+    return encode_turns([without_tag(turns[0]) if image else turns[0], *turns[1:]], tok, image)[0]
 
 
 def expand(ids: list[int], labels: list[int] | None, n_patches: int,
@@ -539,7 +543,8 @@ class Dataset:
             raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
         absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
         if absolute or "\0" in name or "\\" in name or ".." in name.split("/"):
-            raise ValueError(f"image outside the folder: {name!r}; expected a path relative to the image folder")
+            problem = "path has backslashes" if "\\" in name and not absolute else "outside the folder"
+            raise ValueError(f"image {problem}: {name!r}; expected a path with / that is relative to the image folder")
         path = self.image_dir / name
         if not self.follow_links and not path.resolve().is_relative_to(self.image_dir.resolve()):
             raise ValueError(f"image outside the folder: {name!r} is a link to {path.resolve()}; "

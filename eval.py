@@ -515,7 +515,7 @@ def score_file(args: Namespace) -> None:
     settings = settings or {**question_settings(data, args), "scored": path.name}
     # The answers' own folder has these settings already; those of any other must agree with them.
     with begin(out, settings) if out != path.parent else hold_folder(out):
-        print_result(score_task(data, answers, args, out, settings), out)
+        print_result(score_task(data, answers, args, out, settings), out, data.examples, answers)
 
 
 def answer_and_score(args: Namespace) -> None:
@@ -576,7 +576,7 @@ def score_run(data: Data, run: dict, settings: dict, args: Namespace, out: Path)
     data = data.first(args.limit)
     answers = match_answers(out / "answers.jsonl", data, args)
     result = score_task(data, answers, args, out, settings, run)
-    print_result(result, out)
+    print_result(result, out, data.examples, answers)
     return result
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks import TASKS
+from benchmarks.files import words_asked
 from benchmarks.scoring import BLANK, Example, Grade, published_columns
 from lib.common import html_page, visible
 
 WRONG_ANSWERS = 60          # shown in the report
+SHOWN_ANSWERS = 20          # to one's own questions, on the screen
 MOST_PIXELS = 89_000_000    # of a picture that gets a thumbnail; Pillow warns of larger ones
 
 
@@ -53,8 +55,8 @@ def remarks(result: dict) -> list[str]:
     if task.prompt_note:
         lines.append(task.prompt_note(settings))
     if result["value"] is None:
-        lines.append("Not scored here: the truth is on a server, a judge is needed (--grades, --judge-url), or --limit "
-                     "left none of the questions that count.")
+        lines.append("Not scored here: the questions come without answers, a judge is needed (--grades, --judge-url), "
+                     "or --limit left none of the questions that count.")
     if result["judge"]:
         lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
     if result["other_prompts"]:
@@ -87,11 +89,22 @@ def print_table(table: list[list[str]]) -> None:
         print("  ".join(["", name.ljust(first), *padded]).rstrip())
 
 
-def print_result(result: dict, out: Path) -> None:
+def print_result(result: dict, out: Path, examples: list[Example], answers: list[dict | None]) -> None:
+    if result["task"] == "jsonl":
+        print_answers(examples, answers)
     print(f"\n{result['task']} ({result['split']})")
     print_table(result_table(result))
     for line in [*remarks(result), f"{out / 'result.json'}, {out / 'report.html'}"]:
         print(f"  {visible(line)}")
+
+
+def print_answers(examples: list[Example], answers: list[dict | None]) -> None:
+    """The first answers to one's own questions, which are read rather than scored."""
+    for example, answer in list(zip(examples, answers))[:SHOWN_ANSWERS]:
+        question = words_asked(example.prompt)[-1][:80]
+        print(visible(f"  {example.question_id}: {question} -> {answer['text'] if answer else '(missing)'}"))
+    if len(examples) > SHOWN_ANSWERS:
+        print(f"  and {len(examples) - SHOWN_ANSWERS:,} more in answers.jsonl")
 
 
 def print_all(results: list[dict]) -> None:
@@ -146,13 +159,18 @@ def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = N
 
 
 def report_page(examples: list[Example], answers: list[dict | None], grades: list[Grade], result: dict) -> str:
-    """The score table, and a sample of wrong answers, spread evenly over the task."""
+    """The score table, and a sample of the wrong answers, or of all where none is scored, spread over the task."""
     wrong = []
+    unscored = []
     for example, answer, grade in zip(examples, answers, grades):
+        row = example, answer["text"] if answer else "(missing)", grade
         # An answer about a blank picture is not wrong, it is a measurement.
-        if grade.score is not None and grade.score < 0.5 and example.image != BLANK:
-            wrong.append((example, answer["text"] if answer else "(missing)", grade))
-    shown = wrong[::max(1, math.ceil(len(wrong) / WRONG_ANSWERS))]
+        if grade.score is None:
+            unscored.append(row)
+        elif grade.score < 0.5 and example.image != BLANK:
+            wrong.append(row)
+    title, listed = ("Wrong answers", wrong) if len(unscored) < len(examples) else ("Answers", unscored)
+    shown = listed[::max(1, math.ceil(len(listed) / WRONG_ANSWERS))]
     rows = [["question_id", "question", "answer", "read as", "truth"]]
     pictures = []
     for example, text, grade in shown:
@@ -162,6 +180,6 @@ def report_page(examples: list[Example], answers: list[dict | None], grades: lis
     body = html_table(result_table(result), "scores")
     for line in remarks(result):
         body += f"<p>{html.escape(visible(line))}</p>\n"
-    body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>\n"
+    body += f"<h2>{title}: {len(listed):,}, of which {len(shown):,} are shown</h2>\n"
     body += html_table(rows, "answers", pictures)
     return html_page(f"{result['task']} ({result['split']})", body, STYLE)

@@ -133,14 +133,20 @@ def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor
         yield i, tokens[i]
 
 
-def open_picture(image: Path | bytes | str | None, config: LLaVAConfig) -> Tensor:
-    """A question's picture -> uint8 (1, 3, S, S), or (0, 3, S, S) for a question without one."""
+def open_picture(image: Path | bytes | str | None, config: LLaVAConfig, number: int | str = "") -> Tensor:
+    """A question's picture -> uint8 (1, 3, S, S), or (0, 3, S, S) for a question without one.
+
+    number: the question_id, which is what an error names a picture by that is not a file.
+    """
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     elif isinstance(image, str):
         size = config.vision.image_size
         image = Image.new("RGB", (size, size), ImageConfig.of(config.vision, config.image_mode).pad_color)
-    return open_image(image, config)
+    try:
+        return open_image(image, config)
+    except ValueError as e:
+        raise ValueError(str(e).replace("the given picture", f"the picture of question {number!r}")) from None
 
 
 def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig) -> Iterator[list[Tensor]]:
@@ -151,9 +157,9 @@ def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig
     with ThreadPoolExecutor(4) as pool:
         decoding = {}
         for i, batch in enumerate(batches):
-            upcoming = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
+            upcoming = {examples[row].image: examples[row].question_id for rows in batches[i:i + 3] for row in rows}
             decoding = {image: job for image, job in decoding.items() if image in upcoming}    # forget finished ones
-            for image in upcoming:
+            for image, number in upcoming.items():
                 if image not in decoding:
-                    decoding[image] = pool.submit(open_picture, image, config)
+                    decoding[image] = pool.submit(open_picture, image, config, number)
             yield [decoding[examples[row].image].result() for row in batch]

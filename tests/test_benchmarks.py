@@ -476,6 +476,18 @@ def test_mmbench_xlsx(tmp_path):
     assert rows[1][0] == 5 and rows[1][4] is None and rows[1][6] == "A"
 
 
+def test_shapes_say_how_many_questions_were_asked_twice(tmp_path, capsys):
+    """Each is asked a second time about a blank picture, which is no further question: not in n, not for --limit."""
+    flags, data = prepare("shapes", tmp_path / "eval")
+    path = llava_file(tmp_path / "a.jsonl", data, CASES["shapes"].answers)
+    for limit, n in (("1", 1), ("2", 2), ("9", 2)):
+        evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--limit", limit])
+        result = json.loads((tmp_path / "out/result.json").read_text())
+        assert (result["n"], result["blank"]) == (n, n)
+        assert f"{n} questions, {n} of them asked again about a blank picture" in capsys.readouterr().out
+        assert "asked again" in (tmp_path / "out/report.html").read_text()
+
+
 def test_nothing_is_submitted_for_a_part(tmp_path):
     flags, data = prepare("vizwiz", tmp_path / "eval")
     path = llava_file(tmp_path / "a.jsonl", data, ["x"])

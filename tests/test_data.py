@@ -205,6 +205,28 @@ def test_prompts_equal_the_original_and_begin_the_training_ids(toks):
         encode_prompt(turns[:2], tok, image=False)
 
 
+@pytest.mark.parametrize("question", [
+    f"{IMAGE}\nWhat?", f"{IMAGE} What?", f"{IMAGE}What?", f"What?\n{IMAGE}", f" \n{IMAGE}\n What? ", f"What? {IMAGE} ",
+    f"What is {IMAGE} here?", f"{IMAGE}\n{IMAGE}\nWhat?", f"{IMAGE}What?{IMAGE}", "What?", " What?", "What?\n", IMAGE])
+def test_a_tag_in_a_question_is_read_alike_in_training_and_in_a_prompt(tiny, question):
+    for image in ("x.jpg", None):
+        ids, labels = encode(talk(question, "yes", image=image), tiny, "v0")
+        asked = ids[:next(i for i, label in enumerate(labels) if label != IGNORE)]
+        assert encode_prompt([question], tiny, image=image is not None) == asked
+
+
+def test_an_answer_that_is_no_text_is_shown(tiny):
+    """The message showed the beginning of the record, which ends before the answer in question."""
+    for value in (5, None, ["a"]):
+        record = talk("What is in this picture, and what would you say about it to somebody who cannot see?" * 3, "yes")
+        record["conversations"][1]["value"] = value
+        with pytest.raises(ValueError, match=re.escape(f"'value': {value!r}")):
+            encode(record, tiny, "v0")
+    for record in ({"value": "x"}, {"conversations": None}, {"conversations": [None]}, {"conversations": "x"}, []):
+        with pytest.raises(ValueError, match="not a conversation"):
+            encode(record, tiny, "v0")
+
+
 @needs_real
 def test_tokenizer_without_tokenizer_json_is_the_same(tmp_path, toks):
     """The released LLaVA-Phi has vocab.json, merges.txt and added_tokens.json only."""
