@@ -1,5 +1,6 @@
 """The benchmarks: one file each, which says what it asks, reads its files, grades answers and computes its score.
 
+docs/data.md says where the files come from and where they go.
 To add one, write such a file (gqa.py is a short one to start from) and add a line to the table below.
 """
 import argparse

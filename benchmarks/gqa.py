@@ -1,6 +1,5 @@
 """GQA: questions composed from scene graphs, with one answer each; scored on testdev_balanced (12,578 questions).
 
-gqa/data/testdev_balanced_questions.json (from questions1.2.zip), images in gqa/data/images/.
 Consistency, validity and plausibility need files that were never released for testdev; nobody can report them.
 """
 import json

@@ -2,8 +2,6 @@
 
 The score is the mean of our ratings over the mean of GPT-4's. --grades reads a review file of LLaVA's; --judge-url asks
 a judge with this project's prompt.
-
-llava-bench-in-the-wild/questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/.
 """
 from argparse import Namespace
 from pathlib import Path

@@ -2,9 +2,6 @@
 
 A question counts if all of its rotations are answered right (circular accuracy), so that a bias for one letter earns
 nothing. For answers that are letters this gives the server's number for dev.
-
-mmbench/mmbench_dev_20230712.tsv and mmbench_cn/mmbench_dev_cn_20231003.tsv, images inside; also the newer
-MMBench_DEV_EN_legacy.tsv and MMBench_DEV_CN_legacy.tsv, and each file's TEST.
 """
 import base64
 import csv
@@ -16,6 +13,7 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -38,21 +36,10 @@ SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split
 ROTATION = 1_000_000                    # index = question + number of the rotation * this
 
 
-def read_english(folder: Path, options: Namespace) -> Iterator[Example]:
-    split = options.split
-    [path] = required_files(folder, f"mmbench_{split}_20230712.tsv or MMBench_{split.upper()}_EN_legacy.tsv")
-    return read_table(path, LETTER)
-
-
-def read_chinese(folder: Path, options: Namespace) -> Iterator[Example]:
-    split = options.split
-    [path] = required_files(folder, f"mmbench_{split}_cn_20231003.tsv or MMBench_{split.upper()}_CN_legacy.tsv")
-    return read_table(path, LETTER_CN)
-
-
-def read_table(path: Path, instruction: str) -> Iterator[Example]:
+def read(names: str, instruction: str, folder: Path, options: Namespace) -> Iterator[Example]:
     """The file has a row for each rotation. They cannot be rebuilt here: an option such as "all of the above" keeps its
     place, which only the file records."""
+    [path] = required_files(folder, names.format(options.split, options.split.upper()))
     rows = list(table_rows(path))
     image_of = {row.get("index"): row.get("image") for _, row in rows}
     decoded = {}                                # rotations share one bytes object, so the tower runs once
@@ -65,20 +52,19 @@ def read_table(path: Path, instruction: str) -> Iterator[Example]:
                 decoded[image] = picture_in(image)
             field(row, "A")
             choices = choices_of(row)
-            lines = [row.get("hint"), field(row, "question"), lettered(choices.values()), instruction]
+            lines = [cell(row, "hint"), field(row, "question"), lettered(choices.values()), instruction]
             prompt = "\n".join(line for line in lines if line)
-            parent = row.get("l2-category")
-            categories = [ABBREVIATIONS.get(parent, parent), row.get("category")]
-            truth = field(row, "answer", among=tuple("ABCD")) if row.get("answer") else None
-            sheet = {name: row[name] for name in SHEET if name in row}
+            parent = cell(row, "l2-category")
+            categories = [ABBREVIATIONS.get(parent, parent), cell(row, "category")]
+            truth = field(row, "answer", among=tuple("ABCD")) if cell(row, "answer") else None
+            sheet = {name: cell(row, name) for name in SHEET if name in row}
             yield Example(int(float(row["index"])), decoded[image], prompt, truth,
                           tuple(category for category in categories if category), {"options": choices, "row": sheet})
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the place of each row and its cells. A row that is cut, as the last one of a broken download, is refused.
-
-    The releases write a missing option in several ways, all of which become ""."""
+    """Yield the place of each row and its cells, "nan" as "". A row that is cut, as the last of a broken download, is
+    refused."""
     csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
     with reading(path):
         text = path.read_bytes().decode("utf-8-sig")
@@ -86,7 +72,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     for number, cells in enumerate(rows, 1):
         if "".join(cells).strip():
             with reading(f"{path}, row {number}"):
-                cells = ["" if cell.lower() in ("nan", "none") else cell for cell in cells]
+                cells = ["" if text.lower() == "nan" else text for text in cells]
                 yield f"{path}, row {number}", dict(zip(heading, cells, strict=True))
 
 
@@ -97,9 +83,15 @@ def picture_in(text: str) -> bytes:
     return content
 
 
+def cell(row: dict[str, str], name: str) -> str:
+    """A cell's text. The releases also write "None" where an option is missing."""
+    text = row.get(name, "")
+    return "" if text.lower() == "none" else text
+
+
 def choices_of(row: dict[str, str]) -> dict[str, str]:
     """letter -> option, up to the first that is missing."""
-    return dict(takewhile(lambda choice: choice[1], ((letter, row.get(letter)) for letter in "ABCD")))
+    return dict(takewhile(lambda choice: choice[1], ((letter, cell(row, letter)) for letter in "ABCD")))
 
 
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -224,7 +216,7 @@ def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
 
 TASK = Task(
     metric="circular accuracy",
-    read=read_english,
+    read=partial(read, "mmbench_{0}_20230712.tsv or MMBench_{1}_EN_legacy.tsv", LETTER),
     grade=grade_answer,
     summarize=summarize,
     write_submission=write_submission,
@@ -237,7 +229,7 @@ TASK = Task(
 
 TASK_CN = replace(
     TASK,
-    read=read_chinese,
+    read=partial(read, "mmbench_{0}_cn_20231003.tsv or MMBench_{1}_CN_legacy.tsv", LETTER_CN),
     splits={"dev": 0, "test": 0},
     folders=("mmbench_cn", "mmbench"),
     files={"mmbench_dev_cn_20231003.tsv": ""},

@@ -2,8 +2,6 @@
 
 A subtask's score is its accuracy plus the share of images with both questions right, each up to 100. Papers report
 perception, the sum over ten subtasks (at most 2,000); cognition is a sub-score. Nobody reports their sum.
-
-MME/MME_Benchmark_release_version/SUBTASK/, MME/llava_mme.jsonl (eval.zip).
 """
 import re
 from argparse import Namespace

@@ -1,9 +1,8 @@
 """MMMU: college questions in 30 subjects, most of them multiple choice; val has 900.
 
 Only the first image of a question is shown, as LLaVA does; a literal <image 1> stays in the text.
-
-mmmu/val.jsonl: the rows of the parquet files as json, with image_1 naming a file in mmmu/images/. answer_dict_val.json
-of the MMMU repository gives the answers, some of which have several spellings. test is for the EvalAI server (2179).
+The optional answer_dict_val.json of the MMMU repository gives some answers in several spellings. test is for the EvalAI
+server (2179).
 """
 import ast
 import random
@@ -30,10 +29,7 @@ DOMAINS = {
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    domain_of = {}
-    for domain, subjects in DOMAINS.items():
-        for subject in subjects.split():
-            domain_of[subject] = domain
+    domain_of = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
     answers = {}
     answer_file = first_existing(folder, "answer_dict_val.json")
     if options.split == "val" and answer_file:
@@ -48,10 +44,13 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
                 choices = dict(zip(LETTERS, listed(row["options"])))
                 lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
                 prompt = f"{row['question']}\n{lines}\n{LETTER}"
-            truth = listed(answers[number]["ground_truth"] if number in answers else row["answer"])
-            if truth in ([""], ["?"]):                                  # test has no answers
+            truth = answers[number]["ground_truth"] if number in answers else row["answer"]
+            if not isinstance(truth, str) or re.fullmatch(r"\[['\"].*['\"]\]", truth):
+                truth = listed(truth)                                   # but "[1, 2]" is an interval
+            if truth in ("", "?"):                                      # test has no answers
                 truth = None
             elif choices:
+                truth = truth if isinstance(truth, list) else [truth]
                 truth = [field(truth, i, among=list(choices)) for i in range(len(truth))]
             subject = number.split("_", 1)[1].rsplit("_", 1)[0]         # "validation_Art_Theory_2" -> "Art_Theory"
             yield Example(number, image_file(folder / "images", field(row, "image_1")), prompt, truth,
@@ -59,9 +58,9 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
 
 
 def listed(value: object) -> list[str]:
-    """A list of texts, or one text. The parquet files store a list as its Python source: "['24/7', '3.429']"."""
+    """A list of texts. The parquet files store it as its Python source, such as "['24/7', '3.429']"."""
     if isinstance(value, str):
-        value = ast.literal_eval(value) if value.startswith("[") and value.endswith("]") else [value]
+        value = ast.literal_eval(value)
     return [str(field(value, i, str, int, float, blank=True)) for i in range(len(value))]
 
 # ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 The published scores are GPT-4's grades. The submission file goes to the official notebook or to the Hugging Face space
 whyu/MM-Vet_Evaluator; --grades reads the file that they return. --judge-url asks a judge of your choice, with this
 project's prompt: another judge shifts the score by several points.
-
-mm-vet/mm-vet.json and mm-vet/images/ (mm-vet.zip).
 """
 from argparse import Namespace
 from collections.abc import Iterator

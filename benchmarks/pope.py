@@ -2,9 +2,6 @@
 
 The three kinds of question differ in how the absent object is chosen: a random one, a popular one, or one that often
 appears with what the picture shows (adversarial). Papers report the mean of the three F1 scores.
-
-pope/coco/coco_pope_{adversarial,popular,random}.json of POPE's commit e3e39262 (its HEAD has 3,000 random questions,
-the published scores are on 2,910), pope/llava_pope_test.jsonl (eval.zip); images in pope/val2014/.
 """
 import re
 from argparse import Namespace

@@ -1,8 +1,6 @@
 """ScienceQA: school questions with two to five choices, half of them with a picture; test split, 4,241 questions.
 
 All are asked, those without a picture as text only, but papers report the accuracy on the 2,017 with a picture.
-
-scienceqa/problems.json, pid_splits.json, images/test/; llava_test_CQM-A.json (eval.zip) gives order and wording.
 """
 import re
 from argparse import Namespace

@@ -1,7 +1,4 @@
 """SEED-Bench: multiple choice in twelve dimensions; the image part (14,233 questions) unless `--split all` is given.
-
-seed_bench/SEED-Bench.json, images in SEED-Bench-image/; middle frames of the videos in SEED-Bench-video-image/;
-llava-seed-bench.jsonl (eval.zip) gives the order.
 """
 from argparse import Namespace
 from pathlib import Path

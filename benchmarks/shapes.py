@@ -25,18 +25,11 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
 
 
 def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    sighted = []
-    sighted_grades = []
-    blind_scores = []
-    for example, grade in zip(examples, grades):
-        if example.image == BLANK:
-            blind_scores.append(grade.score)
-        else:
-            sighted.append(example)
-            sighted_grades.append(grade)
-    chance = mean([example.info["chance"] for example in sighted])
-    subscores = {"chance": 100 * chance, "blank image": 100 * mean(blind_scores)}
-    return accuracy(sighted, sighted_grades, subscores)
+    blind = [grade.score for example, grade in zip(examples, grades) if example.image == BLANK]
+    sighted = [(example, grade) for example, grade in zip(examples, grades) if example.image != BLANK]
+    chance = mean([example.info["chance"] for example, _ in sighted])
+    subscores = {"chance": 100 * chance, "blank image": 100 * mean(blind)}
+    return accuracy([example for example, _ in sighted], [grade for _, grade in sighted], subscores)
 
 
 TASK = Task(

@@ -2,9 +2,6 @@
 
 LLaVA puts the words that an OCR program read into the prompt. That line is worth about ten points, so results with and
 without it (`--no-ocr`) are not comparable.
-
-textvqa/TextVQA_0.5.1_val.json, images in textvqa/train_images/; llava_textvqa_val_v051_ocr.jsonl (eval.zip), or
-TextVQA_Rosetta_OCR_v0.2_val.json for the words.
 """
 from argparse import Namespace
 from collections.abc import Iterator

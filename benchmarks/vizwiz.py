@@ -2,8 +2,6 @@
 
 The published score is on test (8,000), for which the EvalAI server no longer accepts submissions; the upload is still
 written. `--split val` (4,319) is scored here.
-
-vizwiz/llava_test.jsonl (eval.zip) or Annotations/test.json, val.json; images in vizwiz/test/ and vizwiz/val/.
 """
 import json
 from argparse import Namespace

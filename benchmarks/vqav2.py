@@ -2,10 +2,6 @@
 
 The published score is on test-dev, whose answers are on the EvalAI server (challenge 830): this file writes the
 upload. `--split val` is scored here, but LLaVA was trained on some of those images.
-
-vqav2/llava_vqav2_mscoco_test-dev2015.jsonl and ..._test2015.jsonl (eval.zip), or the official
-v2_OpenEnded_mscoco_test-dev2015_questions.json and ..._test2015_questions.json; images in vqav2/test2015/.
-For val: v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json; images in vqav2/val2014/.
 """
 import json
 from argparse import Namespace

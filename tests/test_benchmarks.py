@@ -415,6 +415,8 @@ def test_mmmu_reads_lists_that_are_written_as_text(tmp_path):
     example = ev.load_data("mmmu", ev.parse(flags)).examples[1]
     grades = [mmmu.grade_answer(example, text).score for text in ("24/7", "It is 3.429.", "3.43", "7")]
     assert grades == [1, 1, 1, 0]
+    changed_json(tmp_path / "mmmu/val.jsonl", 1, answer="[1, 2]")
+    assert ev.load_data("mmmu", ev.parse(flags)).examples[1].truth == "[1, 2]"
     changed_json(tmp_path / "mmmu/val.jsonl", 0, options="[3, 4.5]", answer="['A', 'B']")
     example = ev.load_data("mmmu", ev.parse(flags)).examples[0]
     assert example.prompt.startswith("See <image 1>?\n(A) 3\n(B) 4.5\n")

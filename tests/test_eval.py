@@ -156,6 +156,13 @@ def test_from_the_command_line(tmp_path, capsys):
         assert message in run_script("eval.py", *args, env={**os.environ, "PYTHONPATH": str(tmp_path / "stub")}).stdout
 
 
+@pytest.mark.parametrize("flag, value", [("--limit", "0"), ("--batch", "0"), ("--judge-timeout", "0"),
+                                         ("--judge-timeout", "-1"), ("--judge-timeout", "nan")])
+def test_numbers_that_would_do_nothing_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"{flag}: expected a .*number of at least"):
+        ev.parse(["--task", "pope", flag, value])
+
+
 def test_own_questions(tmp_path, capsys):
     write(tmp_path / "q.jsonl", [{"question_id": "a", "text": "What?", "image": "x.png", "answer": ["red", "crimson"],
                                   "category": "colour"},
