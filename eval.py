@@ -500,7 +500,9 @@ def score_file(args: Namespace) -> None:
     path = Path(args.score)
     settings_file = path.parent / "settings.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
-    if settings and args.task in (None, settings.get("task")):
+    if settings.get("task") not in list(TASKS):
+        settings = {}                       # some other program's
+    if settings and args.task in (None, settings["task"]):
         for name in ("task", "split", *QUESTION_FLAGS):
             setattr(args, name, settings.get(name))
     names = chosen_tasks(args)

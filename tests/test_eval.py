@@ -208,6 +208,15 @@ def test_own_questions_from_a_table_and_without_answers(tmp_path, capsys):
     assert "Answers: 23, of which 23 are shown" in page and "text 22" in page
 
 
+def test_another_programs_settings_beside_the_answers_are_not_ours(tmp_path):
+    flags, data = prepare("textvqa", tmp_path / "eval")
+    path = llava_file(tmp_path / "theirs/a.jsonl", data, ["x"] * 3)
+    for settings in ({"editor.fontSize": 12}, {"task": 5}, {"task": ["textvqa"]}):
+        write(path.with_name("settings.json"), settings)
+        evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out")])
+        assert json.loads((tmp_path / "out/result.json").read_text())["settings"]["task"] == "textvqa"
+
+
 def test_a_prompt_is_the_same_with_and_without_the_tag(tmp_path, capsys):
     """LLaVA's scripts save some prompts with it and some without: neither is another prompt."""
     texts = ["<image>\nA?\nb", "A?\nb"]
