@@ -217,9 +217,8 @@ class Handler(BaseHTTPRequestHandler):
     server_version = "LLaVA-Phi"
     sys_version = ""
     disable_nagle_algorithm = True          # a stream's small pieces leave at once
-    raw_requestline = b""
-    command = ""
-    path = ""
+    raw_requestline = b""                   # these are http.server's, for replies before a request was read
+    requestline = request_version = command = path = ""
     status = 0                              # of the reply; 0 until there is one
     note = ""                               # for the log
 
@@ -236,8 +235,11 @@ class Handler(BaseHTTPRequestHandler):
         see why it was refused; so the rest is read and thrown away, for a while.
         """
         with contextlib.suppress(OSError):      # a client that went away is no news
-            self.handle_one_request()
-            if self.raw_requestline:
+            if threading.active_count() > MAX_CONNECTIONS + 1:          # this one included
+                self.send_error(503, "too many connections: try again later")
+            else:
+                self.handle_one_request()
+            if self.raw_requestline or self.status:
                 self.log()
             if self.status >= 400:
                 self.connection.shutdown(socket.SHUT_WR)
@@ -269,8 +271,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self) -> None:
         """RequestError: this may not be asked, or there is no such route."""
-        if threading.active_count() > MAX_CONNECTIONS + 1:      # this one included
-            raise RequestError(503, "too many connections: try again later")
         card = self.server.card
         path = self.path.split("?")[0]
         if self.server.key is None:

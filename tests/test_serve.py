@@ -816,7 +816,8 @@ def test_one_connection_too_many_reads_why(tiny_model, tiny_tokenizer, monkeypat
                     status, reply, headers = request(server, "POST", "/v1/chat/completions", b"x" * size)
                     assert status == 503 and int(headers["Retry-After"]) > 0
                     assert json.loads(reply)["error"]["type"] == "server_error"
-            with socket.create_connection(server.server_address[:2]):       # sends nothing, and is not waited for
+            with socket.create_connection(server.server_address[:2], timeout=5) as silent:
+                assert silent.recv(65536).startswith(b"HTTP/1.1 503")       # it need not have asked for anything
                 began = time.monotonic()
                 assert request(server, "GET", "/health")[0] == 503 and time.monotonic() - began < 1.5
         wait_until(lambda: request(server, "GET", "/health")[0] == 200)
