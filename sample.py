@@ -263,7 +263,8 @@ def main(args: Namespace) -> None:
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
                 "top_p": args.top_p}
     if args.serve:
-        server.run(session, tok, folder.resolve().name, sampling)
+        name = os.path.relpath(folder)                  # out/demo/finetune says more than finetune
+        server.run(session, tok, folder.resolve().name if name.startswith(".") else name, sampling)
         return
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
     if args.prompt is not None:

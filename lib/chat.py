@@ -19,7 +19,7 @@ from lib.device import peak_memory
 from lib.generate import Session
 from model import LLaVAConfig, LLaVAPhi
 
-MAX_CHARACTERS = 32_000         # in a question, refused before it is tokenized; 2,048 positions hold about 8,000
+MAX_CHARACTERS = 32_000         # in a prompt, refused before it is tokenized; 2,048 positions hold about 8,000
 
 Picture = str | Path | BinaryIO | Image.Image | None    # None: a question without a picture
 
@@ -94,13 +94,12 @@ class Clock:
 def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
     """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> prompt ids, image positions expanded.
 
-    Raises ValueError if the last question is empty or too long, or if the chat leaves no position for an answer.
+    Raises ValueError if there is neither a question nor a picture, or if the chat leaves no position for an answer.
     """
-    question = turns[-1]
-    if not question.strip():
+    if not turns[-1].strip() and not len(image):
         raise ValueError("the question is empty")
-    if len(question) > MAX_CHARACTERS:
-        raise ValueError(f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}")
+    if (n := sum(map(len, turns))) > MAX_CHARACTERS:
+        raise ValueError(f"the prompt has {n:,} characters, expected at most {MAX_CHARACTERS:,}")
     ids = encode_prompt(turns, tok, image=len(image) > 0)
     limit = config.llm.block_size
     ids, _ = expand(ids, None, config.vision.n_patches, limit)

@@ -530,6 +530,65 @@ def test_request_bodies(server, capsys):
     assert counts["fine"] > 100
 
 
+GOOD_CONTENTS = (None, "", " ", "What?", [], [{"type": "text", "text": "What?"}],
+                 [{"type": "refusal", "refusal": "No."}], [{"type": "image_url", "image_url": PICTURE}],
+                 [{"type": "image_url", "image_url": {"url": PICTURE}}],
+                 [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": PICTURE}])
+BAD_CONTENTS = (["What?"], [{"type": "text"}], [{"type": "image_url", "image_url": {"url": PICTURE[:200]}}],
+                [{"type": "image_url", "image_url": {}}], {"type": "text"}, 7, [None])
+
+
+def odd_history(rng: random.Random) -> list[dict]:
+    """Messages in any order, of any speaker, with contents that clients send and some that none should."""
+    messages = []
+    for _ in range(rng.choice((1, 1, 2, 3, 4, 8))):
+        role = rng.choice(("user", "user", "user", "assistant", "assistant", "system", "developer"))
+        message = {"role": role, "content": rng.choice(GOOD_CONTENTS if rng.random() < 0.95 else BAD_CONTENTS)}
+        if rng.random() < 0.1:
+            message[rng.choice(("role", "name", "tool_calls", "refusal", "audio"))] = rng.choice(ODD_VALUES)
+        if rng.random() < 0.05:
+            del message[rng.choice(sorted(message))]
+        messages.append(message)
+    return messages
+
+
+def chunks_of(body: bytes, rng: random.Random) -> bytes:
+    """The same request with its body in chunks, now and then of a wrong length."""
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    while body:
+        piece, body = body[:(n := rng.choice((1, 100, 5000)))], body[n:]
+        size = len(piece) if rng.random() < 0.99 else rng.choice((0, len(piece) + 1, 10**9))
+        request += b"%x\r\n%s\r\n" % (size, piece)
+    return request + rng.choice((b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"", b"0\r\n"))
+
+
+def test_chat_histories(server, capsys, monkeypatch):
+    """A history is answered, or refused with the name of what is wrong in it; also when its body comes in chunks."""
+    monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.3)              # what is cut short is not waited for
+
+    def make_case(rng: random.Random) -> Callable:
+        fields = {"messages": odd_history(rng), "max_tokens": 2}
+        if rng.random() < 0.3:
+            fields[rng.choice(("tools", "response_format", "top_p", "n", "logprobs", "x"))] = rng.choice(ODD_VALUES)
+        body = to_json(fields)
+        request = chunks_of(body, rng) if rng.random() < 0.3 else post(body)
+
+        def case() -> None:
+            head, _, content = exchange(server, request).partition(b"\r\n\r\n")
+            status = int(head.split()[1])
+            if status == 200:
+                assert json.loads(content)["usage"]["completion_tokens"] <= 2
+                return
+            error = json.loads(content)["error"]
+            assert 400 <= status < 500 and error["message"], f"{status}: {content!r}"
+            assert error["param"] or b"chunked" in request, content         # which may have been cut short
+            raise ValueError(error["message"])
+        return case
+
+    counts = campaign("chat histories", 3000, 300_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 500
+
+
 def test_raw_requests(server, capsys):
     """Bytes that need not be HTTP. Whatever comes back is a status line, and never 500; the server goes on."""
     def make_case(rng: random.Random) -> Callable:
