@@ -603,5 +603,5 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     exit_code = run_command(main, ARGS)
-    sys.stdout.flush()
+    run_command(sys.stdout.flush)       # a log on a full disk, or a reader that has gone, does not spoil what is done
     os._exit(exit_code)         # gloo's threads may still be releasing tensors, and Python's shutdown would then abort

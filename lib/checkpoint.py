@@ -288,11 +288,12 @@ def saved_on_error(state: TrainState) -> Iterator[None]:
         try:
             if state.updates > state.saved_updates:
                 save_checkpoint(state)
-            if state.newest:
-                text += (f"; {state.newest} has it as trained so far: the same command goes on from there once that is "
-                         f"mended, and `python load_weights.py export --model {state.newest} --out DIR` makes a model")
         except OSError as e:
             text += f"; {e}"
+        if state.newest:
+            path = state.newest
+            text += (f"; {path} has it as trained up to that step: when this is mended, the same command goes on from "
+                     f"there; `python load_weights.py export --model {path} --out DIR` makes a model of it")
         raise (ValueError if isinstance(error, ValueError) else OSError)(text) from None
 
 

@@ -213,12 +213,12 @@ def hold_folder(out: Path) -> Iterator[None]:
         file = open(path, "a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(f"{out} is in use by {owner}; wait for it or end it, or choose another folder") from None
         except OSError as e:
+            if e.errno in (errno.EAGAIN, errno.EACCES):         # the two that POSIX has for a lock that is taken
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                file.close()
+                raise ValueError(f"{out} is in use by {owner}; wait for it, end it, or choose another folder") from None
             warn_once(f"{out} cannot be locked ({e}): do not start a second run in it")
         # The previous holder may have deleted the file after we opened it. Then ours is unlinked, and locking it keeps
         # nobody out.

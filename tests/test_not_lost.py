@@ -187,13 +187,27 @@ def test_what_is_raised_while_the_model_is_saved_leaves_a_checkpoint(where, erro
     more = ["--max-steps", "3", "--val-data", str(chat_json)]
     with monkeypatch.context() as patch:
         patch.setattr(where, raises(error))
-        with pytest.raises((ValueError, OSError), match="step_000003 has it as trained so far"):
+        with pytest.raises((ValueError, OSError), match="step_000003 has it as trained up to that step"):
             train_here(train_flags(tmp_path / "out", chat_json, *more))
-        with pytest.raises((ValueError, OSError), match="step_000003 has it as trained so far"):      # and once more
+        with pytest.raises((ValueError, OSError), match="step_000003 has it as trained up to that step"):
             train_here(train_flags(tmp_path / "out", chat_json, *more))
     train_here(train_flags(tmp_path / "out", chat_json, *more))
     train_here(train_flags(tmp_path / "calm", chat_json, *more))
     assert_same_run(tmp_path / "out", tmp_path / "calm")
+
+
+def test_a_disk_without_room_even_for_a_checkpoint_names_the_one_before(chat_json, tmp_path, monkeypatch):
+    flags = train_flags(tmp_path / "out", chat_json, "--max-steps", "3", "--save-every", "2")
+    monkeypatch.setattr("lib.save_weights.save_file", raises(SafetensorError("No space left on device")))
+    real = checkpoint.dcp.save
+
+    def save(tensors, **options):
+        if "step_000003" in str(options["storage_writer"].path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, **options)
+    monkeypatch.setattr(checkpoint.dcp, "save", save)
+    with pytest.raises(OSError, match="safetensors: No space.*step 3 not written: .*No space.*step_000002 has it"):
+        train_here(flags)
 
 
 def test_a_validation_that_fails_after_the_last_step_leaves_a_checkpoint(chat_json, tmp_path, monkeypatch):
@@ -249,7 +263,7 @@ def test_an_error_of_the_data_saves_what_was_learned(fault, words, chat_json, tm
         return real(model, optimizer, step, *rest)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", step)
-        with pytest.raises(ValueError, match=f"{words}.*step_00000[5678] has it as trained so far") as e:
+        with pytest.raises(ValueError, match=f"{words}.*step_00000[5678] has it as trained up to that step") as e:
             train_here(flags)
     assert "\n" not in str(e.value)
     shutil.copytree(GOLDEN / "images", pictures, dirs_exist_ok=True)
@@ -308,6 +322,16 @@ def test_a_full_disk_at_a_line_of_the_log_does_not_end_a_run(chat_json, tmp_path
     monkeypatch.setattr("builtins.print", lambda *a, **k: None if k.get("file") else raises(BrokenPipeError())())
     train_here(train_flags(tmp_path / "quiet", chat_json, "--max-steps", "6"))
     assert (tmp_path / "quiet" / "model.safetensors").exists()
+
+
+def test_a_reader_that_goes_does_not_end_a_training(chat_json, tmp_path):
+    """`train.py | head -1` stopped it after 49 steps, with exit code 0. A process, for its exit."""
+    process = start_train(train_flags(tmp_path / "out", chat_json, "--max-steps", "3"))
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    said = process.stderr.read()
+    assert said.count("\n") == 1 and "nothing can be printed any more" in said
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_half_a_line_that_a_full_disk_took_is_taken_back(tmp_path):
@@ -403,7 +427,7 @@ def test_a_disk_that_fails_to_sync_is_not_taken_for_one_that_cannot(tmp_path, mo
         common.write_whole(tmp_path / "note.txt", "text")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EPERM])
 def test_a_file_system_without_locks_or_permissions(number, chat_json, tmp_path, monkeypatch, capfd, warned):
     """Lustre without flock, FUSE without chmod."""
     for name in ("lockf", "flock"):
