@@ -99,7 +99,7 @@ def save_checkpoint(state: TrainState) -> Path:
         checksums = {}
         for of_one_process in on_every_process(lambda: checksums_of_own_files(part)):
             checksums |= of_one_process
-        on_process_0(lambda: complete(state, part, final, checksums))
+        on_process_0(lambda: complete(state, part, checksums))
     except (OSError, CheckpointException) as e:
         # dcp.save, like on_process_0, fails on all processes when it fails on one.
         if dist.get_rank() == 0 and not (part / "checkpoint.json").exists():
@@ -181,7 +181,7 @@ def crc32(path: Path) -> str:
     return f"{value:08x}"
 
 
-def complete(state: TrainState, part: Path, final: Path, checksums: dict[str, str]) -> None:
+def complete(state: TrainState, part: Path, checksums: dict[str, str]) -> None:
     """Write checkpoint.json, which completes the folder, and put it in its place."""
     for name in checksums:
         if not (part / name).is_file():
