@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import parse_or_exit, replacing, run_command, sha256
+from lib.common import parse_or_exit, run_command, sha256
 from lib.recipes import IMAGE_MODES, parse_check
 
 if __name__ == "__main__":
@@ -40,7 +40,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.records import BadSamples, find_records, id_of, lines_of, parse_record
+from lib.records import BadSamples, cached_arrays, find_records, id_of, lines_of, parse_record
 from lib.schedule import epoch_order, split_step, step_samples
 from lib.workers import map_in_chunks, map_in_workers
 
@@ -474,11 +474,7 @@ class Dataset:
                self.on_bad_sample]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         path = self.cache_dir / f"index_{name}.npz"
-        if not path.exists():
-            with replacing(path) as part:
-                np.savez(part, **self.make_index()._asdict())
-        with np.load(path) as arrays:
-            return Index(**arrays)
+        return Index(**cached_arrays(path, Index._fields, lambda: self.make_index()._asdict()))
 
     def make_index(self) -> Index:
         ranges = self.find_ranges()
@@ -552,8 +548,12 @@ class Dataset:
         return path
 
     def sample_error(self, span: tuple[int, int], problem: object) -> ValueError:
-        [line] = lines_of(self.path, [span[0]])
-        return ValueError(f"sample {id_of(self.read(span))}, line {line} of {self.path}: {problem}; "
+        try:
+            [line] = lines_of(self.path, [span[0]])
+            where = f"sample {id_of(self.read(span))}, line {line} of {self.path}"
+        except OSError:                                     # it is the file itself that has gone
+            where = f"a sample of {self.path}"
+        return ValueError(f"{where}: {problem}; "
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.image_dir}")
 
     def summary(self) -> str:

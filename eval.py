@@ -262,10 +262,11 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
 
 
 @contextmanager
-def begin(out: Path, settings: dict) -> Iterator[None]:
+def begin(out: Path, settings: dict, limit: int | None = None) -> Iterator[None]:
     """Lock the folder for this run while the context lasts.
 
-    Raises ValueError when another run holds it, or when it contains answers made with other settings or foreign files.
+    Raises ValueError when another run holds it, or when it contains answers made with other settings, foreign files,
+    or the result of more questions than --limit asks.
     """
     path = out / "settings.json"
     if out.exists() and not path.exists():
@@ -281,9 +282,21 @@ def begin(out: Path, settings: dict) -> Iterator[None]:
         for key in {**before, **settings}:
             if before.get(key) != settings.get(key):
                 changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
+        more = limit_before(out, limit)
+        if more:
+            changed.append(f"limit was {more}, now {limit}, which would replace the result")
         if changed:
             raise ValueError(f"{out} holds results of other settings: {'; '.join(changed)}; give another --out")
         yield
+
+
+def limit_before(out: Path, limit: int | None) -> str:
+    """The --limit of the run whose result is in `out` if it asked more questions than `limit` allows; else ""."""
+    result = read_json(out / "result.json") if limit and (out / "result.json").exists() else {}
+    before = result.get("limit")
+    if "model" not in result.get("settings", {}) or (before and before <= limit):      # of a file: scored in no time
+        return ""
+    return str(before or "none")
 
 
 def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
@@ -514,9 +527,10 @@ def score_file(args: Namespace) -> None:
     else:
         out = path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
     answers = match_answers(path, data, args)
+    # A folder of others' answers has no settings, and need not be ours; in any other, they must agree with these.
+    foreign = out == path.parent and not settings
     settings = settings or {**question_settings(data, args), "scored": path.name}
-    # The answers' own folder has these settings already; those of any other must agree with them.
-    with begin(out, settings) if out != path.parent else hold_folder(out):
+    with hold_folder(out) if foreign else begin(out, settings, args.limit):
         print_result(score_task(data, answers, args, out, settings), out, data.examples, answers)
 
 
@@ -540,7 +554,7 @@ def answer_and_score(args: Namespace) -> None:
             out = out / data.name
         settings = generation_settings(data, fingerprint, model.config, args)
         # Rank 0 locks the folder on behalf of all processes.
-        with begin(out, settings) if processes.rank == 0 else nullcontext():
+        with begin(out, settings, args.limit) if processes.rank == 0 else nullcontext():
             processes.barrier()
             started = time.time()
             n_asked = answer_missing(data, model, processes, settings, args, out)

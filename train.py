@@ -14,7 +14,6 @@ Every flag and the recipes' values are in lib/recipes.py.
 import dataclasses
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -44,8 +43,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
-from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
-                            try_to_save)
+from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
+                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
@@ -54,7 +53,7 @@ from lib.plan import choose_gather, choose_recompute, count, picture_cost, print
 from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, join_group, on_every_process, on_process_0,
                            print0, smallest, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
-from lib.save_weights import save_model, save_phi
+from lib.save_weights import check_before_training, save_model, save_phi
 from lib.schedule import steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
@@ -410,37 +409,32 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     if cfg.max_steps:
         steps = min(steps, cfg.max_steps)
     print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
-    # Days of training should not end with a full disk.
-    need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
-
-    is_complete = train(state, cfg, data, held_out, steps, signals, device)
-    bad = read_bad_samples(out)
-    if bad:
-        print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
-    if not is_complete:
+    print0(describe_saving(state))
+    check_room(out, count(model.parameters()) * torch_dtype(cfg.dtype).itemsize, state)
+    with saved_on_error(state):
+        is_complete = train(state, cfg, data, held_out, steps, signals, device)
+        bad = on_process_0(lambda: read_bad_samples(out))
+        if bad:
+            print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
+        if is_complete:
+            save_final(cfg, config, source, model)
+    if is_complete:
+        print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+    else:
         print0(f"stopped after step {state.step}; the same command goes on from there")
-        return
-    try:
-        save_final(cfg, config, source, model)
-    except OSError as e:
-        path = save_checkpoint(state)
-        raise OSError(f"the model was not written ({e}); {path} has it: make room, then run this again") from None
-    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
 
 
 def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
           device: torch.device) -> bool:
     """Train from state.step on -> True if all steps were taken, False if stopped early, with a checkpoint."""
-    metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device)
+    metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device, again=state.step == steps)
     warmup = math.ceil(cfg.warmup * steps)
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     skipped_in_a_row = 0
     if state.step == 0:                         # a resumed run already has this in its metrics
         measure_held_out(state, cfg, held_out, steps, metrics, device)
     metrics.start_clock()
+    state.tried_at = time.monotonic()
     for step, n_supervised, stop in synchronized_steps(loader, signals):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
         loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device)
@@ -462,10 +456,11 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
             break                               # the final model is written instead of a checkpoint
         if cfg.val_every and state.step % cfg.val_every == 0:
             measure_held_out(state, cfg, held_out, steps, metrics, device)
-        if stop or (cfg.save_every and state.step % cfg.save_every == 0):
-            try_to_save(state)
         if stop:
+            print0(f"saved {save_checkpoint(state)}")
             return False
+        if save_is_due(state):
+            try_to_save(state)
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
     measure_held_out(state, cfg, held_out, steps, metrics, device)
     return True
@@ -538,17 +533,19 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     supervised = 0
-    for step, n_supervised, _ in synchronized_steps(loader, []):
-        for batch in step.batches:
-            total += model(*to_device(batch, device)).double()
-        supervised += n_supervised
-    dist.all_reduce(total)
-    # A backward pass would have given the gathered weights back. While they are there, the model's parameters are copies
-    # in the compute dtype, which the optimizer and a checkpoint know nothing of.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    model.train()
+    try:
+        for step, n_supervised, _ in synchronized_steps(loader, []):
+            for batch in step.batches:
+                total += model(*to_device(batch, device)).double()
+            supervised += n_supervised
+        dist.all_reduce(total)
+    finally:
+        # A backward pass would have given the gathered weights back. While they are there, the model's parameters are
+        # copies in the compute dtype, which the optimizer and a checkpoint know nothing of.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train()
     return float(total / max(supervised, 1))
 
 
@@ -586,6 +583,7 @@ def main(args: Namespace) -> None:
         print_plan(args, config, partial(build_on_meta, config=config))
         return
     source, config = open_source(args)
+    check_before_training(config, source, has_tower(args))
     mesh, device = setup()
     try:
         check_arithmetic(args.dtype, device)
@@ -605,5 +603,5 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     exit_code = run_command(main, ARGS)
-    sys.stdout.flush()
+    run_command(sys.stdout.flush)       # a log on a full disk, or a reader that has gone, does not spoil what is done
     os._exit(exit_code)         # gloo's threads may still be releasing tensors, and Python's shutdown would then abort

@@ -3,6 +3,7 @@
 It does without torch, so that `--help`, a mistake in a flag and the scoring of answers respond at once.
 """
 import argparse
+import errno
 import fcntl
 import hashlib
 import html
@@ -135,11 +136,35 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# How file systems say that they do not implement a call, or not for a folder: SMB, FUSE, Lustre, some of NFS.
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EBADF, errno.EISDIR,
+               errno.EPERM, errno.EACCES}
+
+
 def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power failure; or a file."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    """fsync a folder, so that a rename in it survives a power failure; or a file. Some file systems cannot."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as e:
+        if e.errno not in UNSUPPORTED:
+            raise
+        kind = "folder" if path.is_dir() else "file"
+        warn_once(f"this file system cannot sync a {kind} to disk ({e.strerror}): a power failure may lose what was "
+                  "written last")
+
+
+WARNED: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Print a warning on stderr, but not a second time."""
+    if text not in WARNED:
+        WARNED.add(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def write_whole(path: Path, data: str | bytes) -> Path:
@@ -150,6 +175,19 @@ def write_whole(path: Path, data: str | bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return path
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Append a line of json in one write, so that processes do not mix theirs. OSError: nothing was written."""
+    line = json.dumps(record).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        before, written = file.tell(), 0
+        try:
+            while written < len(line):
+                written += file.write(line[written:])
+        finally:
+            if written < len(line):                 # the disk became full in the middle of it
+                file.truncate(before)
 
 
 def sha256(path: Path) -> str:
@@ -175,13 +213,13 @@ def hold_folder(out: Path) -> Iterator[None]:
         file = open(path, "a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(f"{out} is in use by {owner}; wait for it or end it, or choose another folder") from None
         except OSError as e:
-            print(f"warning: {out} cannot be locked ({e}): do not start a second run in it", file=sys.stderr)
+            if e.errno in (errno.EAGAIN, errno.EACCES):         # the two that POSIX has for a lock that is taken
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                file.close()
+                raise ValueError(f"{out} is in use by {owner}; wait for it, end it, or choose another folder") from None
+            warn_once(f"{out} cannot be locked ({e}): do not start a second run in it")
         # The previous holder may have deleted the file after we opened it. Then ours is unlinked, and locking it keeps
         # nobody out.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -4,6 +4,7 @@
 is only read when it is copied into a model. Model folders are untrusted: nothing in them is executed, and no number in
 them decides how much memory is allocated before it has been compared with the files' sizes.
 """
+import os
 import re
 import warnings
 import zipfile
@@ -18,8 +19,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from data import load_tokenizer
 from lib.common import read_json
 from lib.layouts import (DROPPED, FOREIGN, PREFIX, feature_strategy, phi_config, rename_sequential, require, subconfig,
                          to_ours, to_saved, vision_config, without_layer)
@@ -69,6 +72,7 @@ class Stored(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
+    opened: os.stat_result                  # the file as it was then
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +126,11 @@ class Weights:
     @property
     def has_siglip(self) -> bool:
         return self.folders[-1].has_siglip
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Kept once it has been read: the folder may have moved when a long run comes to save its model."""
+        return load_tokenizer(self.paths[0])
 
     @cached_property
     def found(self) -> dict[str, Pieces]:
@@ -235,7 +244,8 @@ def first_line(error: Exception) -> str:
 
 def read_safetensors(path: Path) -> list[Stored]:
     """The tensors of a safetensors file, none of them read yet."""
-    size = path.stat().st_size
+    opened = path.stat()
+    size = opened.st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")     # of the json header that follows
     if length > min(HEADER_LIMIT, size - 8):
@@ -250,7 +260,7 @@ def read_safetensors(path: Path) -> list[Stored]:
             if entry.get_dtype() not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{path}: {name[:80]} has dtype {entry.get_dtype()}, which is not supported here")
             dtype, shape = SAFETENSORS_DTYPES[entry.get_dtype()], tuple(entry.get_shape())
-            stored.append(Stored(name, path, dtype, shape, partial(file.get_tensor, name)))
+            stored.append(Stored(name, path, dtype, shape, partial(file.get_tensor, name), opened))
     except SafetensorError as e:
         raise ValueError(f"{path}: not a safetensors file, or not all of one: incomplete download? "
                          f"(file is {size} bytes; {first_line(e)})") from None
@@ -284,6 +294,7 @@ def zip_problem(path: Path) -> str:
 
 def read_bin(path: Path) -> list[Stored]:
     """The tensors of a torch.save file, memory-mapped: their bytes are read when they are copied into a model."""
+    opened = path.stat()
     problem = zip_problem(path)
     if problem:
         raise ValueError(f"{path}: {problem}")
@@ -300,7 +311,7 @@ def read_bin(path: Path) -> list[Stored]:
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
         if not isinstance(name, str) or not dense or not tensor.is_contiguous():
             raise ValueError(f"{path}: {str(name)[:80]!r} is not a plain dense tensor, stored row by row")
-        stored.append(Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach))
+        stored.append(Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach, opened))
     return stored
 
 # ---------------------------------------------------------------------------------------------------
@@ -475,20 +486,38 @@ def misfits(pieces: Pieces, shape: tuple[int, ...]) -> list[str]:
     return found
 
 
+def changed_in_place(stored: Stored) -> str:
+    """What is wrong if somebody has written into a tensor's file since it was opened; "" if nobody has."""
+    try:
+        now = stored.path.stat()
+    except OSError:
+        return ""
+    same = os.path.samestat(now, stored.opened)
+    if same and (now.st_size, now.st_mtime_ns) != (stored.opened.st_size, stored.opened.st_mtime_ns):
+        return "the file has been written to since it was opened"
+    return ""
+
+
 def in_order(pieces: Pieces) -> list[Stored]:
     """The pieces in the order of our tensor's rows. A file may hold q, k and v in any order."""
     return [pieces[piece] for piece in ("whole", "by head", "q", "k", "v") if piece in pieces]
 
 
 def read_tensor(weights: Weights, name: str) -> Tensor:
-    """One of our tensors, in the file's dtype. OSError or ValueError if its file has changed since it was opened."""
+    """One of our tensors, in the file's dtype. OSError or ValueError if its file has changed since it was opened.
+
+    A file that has been moved, replaced or deleted stays readable, because it is open.
+    """
     pieces = weights.found[name]
     tensors = []
     for stored in in_order(pieces):
+        problem = changed_in_place(stored)          # a mapped file that was truncated would even kill the process
         try:
-            tensors.append(stored.load())
+            tensors += [stored.load()] if not problem else []
         except SafetensorError as e:
-            raise ValueError(f"{stored.path}: {stored.name} cannot be read ({first_line(e)})") from None
+            problem = first_line(e)
+        if problem:
+            raise ValueError(f"{stored.path}: {stored.name} cannot be read ({problem})")
     if "by head" in pieces:
         n_head = weights.config.llm.n_head if name.startswith("llm") else weights.config.vision.n_head
         by_head = tensors[0].unflatten(0, (n_head, 3, -1))                         # (head, 3, size, ...)

@@ -19,7 +19,7 @@ from lib.chat import ask
 from lib.device import choose_device
 from lib.folders import (Folder, Kind, Weights, check_tensors, config_of, meta_model, open_folder, saved_shapes,
                          tensor_files)
-from lib.save_weights import verify_checksums
+from lib.save_weights import lacks_image_row, verify_checksums
 from model import LLaVAPhi
 
 LAYOUTS = (     # part of a language model's tensor names -> the published layout
@@ -72,6 +72,8 @@ def inspect(path: Path, load_model: Callable[..., LLaVAPhi] | None = None) -> in
     try:
         weights = Weights((folder,), config_of(folder))
         inspect_config(weights)
+        if "llm" in folder.parts and missing == "nothing" and lacks_image_row(weights.tokenizer, weights.config.llm):
+            print_row("", "no row is left for <image>: a saved model gets one more, which only other programs use")
         intact = verify_checksums(path)
     except (ValueError, OSError) as e:
         print_row("problem", e)

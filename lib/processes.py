@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lib.common import warn_once
+
 # ---------------------------------------------------------------------------------------------------
 # Collectives
 
@@ -25,9 +27,12 @@ def join_group(backend: str, timeout: timedelta, **group_of_one) -> None:
 
 
 def print0(text: str) -> None:
-    """Print on process 0 only."""
+    """Print on process 0 only. A log on a full disk, or a reader that has gone, does not end a run."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError as e:
+            warn_once(f"nothing can be printed any more ({e}); the run goes on")
 
 
 PATIENCE = timedelta(days=1)

@@ -5,11 +5,13 @@ records are kept in memory, and a record is read when it is needed.
 """
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.common import read_jsonl
+import numpy as np
+
+from lib.common import append_line, read_jsonl, replacing
 
 BLOCK = 1 << 24                     # bytes read at a time
 
@@ -112,6 +114,23 @@ def id_of(record: bytes) -> str:
     return match[1].decode("utf-8", "replace").strip('"') if match else "(none)"
 
 # ---------------------------------------------------------------------------------------------------
+# What has been measured of all records
+
+
+def cached_arrays(path: Path, names: Sequence[str], make: Callable[[], dict]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, which is made if it is not there or cannot be read."""
+    if path.exists():
+        try:
+            with np.load(path) as arrays:
+                return {name: arrays[name] for name in names}
+        except Exception as e:              # zipfile and numpy raise a dozen kinds of exception on bad bytes
+            print(f"{path} cannot be read ({type(e).__name__}) and is made anew", flush=True)
+    arrays = make()
+    with replacing(path) as part:
+        np.savez(part, **arrays)
+    return arrays
+
+# ---------------------------------------------------------------------------------------------------
 # Bad samples
 
 BAD_SAMPLES = "bad_samples.jsonl"   # in the run's folder, appended to by all of its processes
@@ -134,9 +153,7 @@ class BadSamples:
         if problem["sample"] not in self.found:
             self.found.add(problem["sample"])
             if self.folder:
-                with open(self.folder / BAD_SAMPLES, "ab", buffering=0) as file:
-                    line = json.dumps({"checksum": self.checksum, **problem}) + "\n"
-                    file.write(line.encode())               # in one write, so that processes' lines do not mix
+                append_line(self.folder / BAD_SAMPLES, {"checksum": self.checksum, **problem})
         if len(self.found) > self.limit:
             raise ValueError(f"{len(self.found)} bad samples, more than {self.limit} (0.1 % of the data, but at least "
                              f"10); the last: {problem['problem']}")

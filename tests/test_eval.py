@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, TINY_MODEL, run_script, start_script
+from helpers import GOLDEN, ROOT, TINY_MODEL, contents, run_script, start_script
 from tiny_benchmarks import CASES, evaluate, llava_file, make_pope, make_scienceqa, make_shapes, picture, prepare, write
 
 import eval as ev
@@ -391,6 +391,26 @@ def test_one_run_per_folder(tmp_path):
         assert f"is in use by process {first.pid} on" in done.stderr
     evaluate([*flags, "--out", str(out), "--limit", "2"])
     assert not (out / LOCK).exists()
+
+
+def test_a_limit_does_not_replace_the_result_of_more_questions(tmp_path, short):
+    """Nor does it when just scoring; a run without the limit, or with a higher one, goes on from there."""
+    flags, out = many_shapes(tmp_path), tmp_path / "out"
+    for limit in ("2", "4"):
+        evaluate([*flags, "--out", str(out), "--limit", limit])
+        assert json.loads((out / "result.json").read_text())["n"] == int(limit)
+    before = contents(out)
+    with pytest.raises(ValueError, match="limit was 4, now 3, which would replace the result; give another --out"):
+        evaluate([*flags, "--out", str(out), "--limit", "3"])
+    assert contents(out) == before
+    evaluate([*flags, "--out", str(out)])
+    before = contents(out)
+    for more in (["--out", str(out)], ["--score", str(out / "answers.jsonl")]):
+        with pytest.raises(ValueError, match="limit was none, now 3, which would replace the result"):
+            evaluate([*flags, *more, "--limit", "3"])
+    assert contents(out) == before
+    evaluate(["--score", str(out / "answers.jsonl"), *flags])
+    evaluate([*flags, "--out", str(tmp_path / "beside"), "--limit", "3"])
 
 
 def test_other_settings_are_refused(tmp_path, short):

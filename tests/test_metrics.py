@@ -47,8 +47,19 @@ def test_going_on_from_a_checkpoint_forgets_what_came_after_it(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     forget_later_steps(path, 2)
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:4]
+    forget_later_steps(path, 2, again=True)                         # the run resumes at its end and validates again
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]
     forget_later_steps(path, 0)
     assert path.read_text() == ""
+
+
+def test_broken_lines_of_a_log_do_not_keep_a_run_from_going_on(tmp_path, capfd):
+    """A power failure leaves zeros, a full disk half a line with the next one behind it."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n\0\0\n{"step": 1, "lo{"step": 1}\n[1]\n{"step": 1}\n{"loss": 1}\n')
+    forget_later_steps(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
+    assert f"warning: {path} has broken lines, which are dropped" in capfd.readouterr().err
 
 
 def test_a_training_process_plans_with_what_is_free_on_its_gpu(monkeypatch):
