@@ -153,14 +153,17 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
         p.requires_grad_(True)
 
 
-def print_parts(model: LLaVAPhi) -> None:
-    """Print each part's number of parameters, and whether they are trained."""
-    trained = trained_parts(model)
-    for name, part in model.named_children():
-        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
+def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
+    """Print each part's number of parameters, and whether they are trained, at which peak rate."""
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    rates = peak_lrs(cfg)
+    for name, part in model.named_children():
+        trained = name in trained_parts(model) and not (name == "llm" and adapters)
+        how = f"trained at {rates[name]:g}" if trained else "frozen"
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {how}")
     if adapters:
-        print0(f"{'adapters':10s} {adapters:>13,} of them, trained")
+        print0(f"{'adapters':10s} {adapters:>13,} of llm's, trained at {cfg.lr:g}, scaled by {cfg.lora_alpha:g} / "
+               f"{cfg.lora_r}")
 
 
 def split_names(text: str) -> list[str]:
@@ -199,7 +202,7 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Build, shard and load the model. It is sharded before it is allocated: no process holds more than its share."""
     model = build_on_meta(cfg, config)
-    print_parts(model)
+    print_parts(model, cfg)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
     memory = smallest(memory_of(device))
     warning = too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)
@@ -265,17 +268,22 @@ def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 
 
+def peak_lrs(cfg: Namespace) -> dict[str, float]:
+    """Each part's peak learning rate."""
+    return {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
+
+
 def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     """AdamW with two groups per part: matrices with weight decay, biases and LayerNorms without."""
-    peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
     for part, module in model.named_children():
+        peak_lr = peak_lrs(cfg)[part]
         trained = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         vectors = [p for p in trained if p.dim() <= 1]
         for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
             if params:
-                groups.append(dict(params=params, peak_lr=peak_lrs[part], lr=peak_lrs[part], weight_decay=decay))
+                groups.append(dict(params=params, peak_lr=peak_lr, lr=peak_lr, weight_decay=decay))
     optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     # AdamW creates its moments in the first step, but a checkpoint has to be loaded into them before that.
     for group in groups:
@@ -582,7 +590,7 @@ def main(args: Namespace) -> None:
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
         if all(folder.is_dir() for folder in folders(args)):
             _, config = open_source(args)
-        print_parts(build_on_meta(args, config))
+        print_parts(build_on_meta(args, config), args)
         print_plan(args, config, partial(build_on_meta, config=config))
         return
     source, config = open_source(args)
