@@ -47,15 +47,16 @@ from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
 from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
+from lib.flops import picture_cost
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
-from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
+from lib.plan import choose_gather, choose_recompute, count, print_plan, too_small
 from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, join_group, on_every_process, on_process_0,
                            print0, smallest, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import save_model, save_phi
-from lib.schedule import steps_per_epoch
+from lib.schedule import run_length, steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -414,9 +415,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
-    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
-    if cfg.max_steps:
-        steps = min(steps, cfg.max_steps)
+    steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)
     print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
     # Days of training should not end with a full disk.
     need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
@@ -586,12 +585,17 @@ def main(args: Namespace) -> None:
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:
-        # Planning needs no downloads: without the folders it assumes the published model's sizes.
+        # Planning needs no downloads: without the folders it assumes the published model's sizes and data.
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
+        index = None
         if all(folder.is_dir() for folder in folders(args)):
             _, config = open_source(args)
+            if Path(args.data).is_file():
+                data = open_data(args, config, args.data)
+                data.cache_dir = data.cache_dir if data.cache_dir.is_dir() else None
+                index = data.index
         print_parts(build_on_meta(args, config), args)
-        print_plan(args, config, partial(build_on_meta, config=config))
+        print_plan(args, config, partial(build_on_meta, config=config), index)
         return
     source, config = open_source(args)
     mesh, device = setup()

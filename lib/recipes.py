@@ -89,7 +89,7 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu_memory")
+INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -207,7 +207,10 @@ def add_flags(parser: Parser) -> None:
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
-    add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB per GPU")
+    add("--gpu", default="", metavar="NAME", help="for --plan: a card, such as 'RTX 4090', for its memory and its speed")
+    add("--gpu-memory", type=at_least(1.0), default=0.0, help="for --plan: GB per GPU; 0: those of --gpu, else 80")
+    add("--tflops", type=at_least(1.0), default=0.0, help="for --plan: a GPU's peak in dense TFLOP/s; 0: that of --gpu, "
+        "else no hours are given")
 
 
 def check_together(cfg: Namespace) -> None:

@@ -82,6 +82,6 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(args, words):
 def test_a_checkpoint_remembers_the_run_and_not_what_was_asked_for_instead():
     cfg = parse(["--stage", "finetune", "--plan", "--gpus", "4"])
     assert settings(cfg) == settings(parse(["--stage", "finetune"]))
-    assert not settings(cfg).keys() & {"plan", "plot", "gpus", "gpus_per_node", "gpu_memory"}
+    assert not settings(cfg).keys() & {"plan", "plot", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops"}
     other = replace(cfg, lr=math.pi)
     assert (other.lr, cfg.lr) == (math.pi, 2e-5) and settings(other) | {"lr": 2e-5} == settings(cfg)
