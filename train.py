@@ -46,15 +46,16 @@ from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
                             prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
+from lib.flops import picture_cost
 from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
-from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
+from lib.plan import choose_gather, choose_recompute, count, print_plan, too_small
 from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, join_group, on_every_process, on_process_0,
                            print0, smallest, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
-from lib.schedule import steps_per_epoch
+from lib.schedule import run_length, steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -152,14 +153,17 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
         p.requires_grad_(True)
 
 
-def print_parts(model: LLaVAPhi) -> None:
-    """Print each part's number of parameters, and whether they are trained."""
-    trained = trained_parts(model)
-    for name, part in model.named_children():
-        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
+def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
+    """Print each part's number of parameters, and whether they are trained, at which peak rate."""
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    rates = peak_lrs(cfg)
+    for name, part in model.named_children():
+        trained = name in trained_parts(model) and not (name == "llm" and adapters)
+        how = f"trained at {rates[name]:g}" if trained else "frozen"
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {how}")
     if adapters:
-        print0(f"{'adapters':10s} {adapters:>13,} of them, trained")
+        print0(f"{'adapters':10s} {adapters:>13,} of llm's, trained at {cfg.lr:g}, scaled by {cfg.lora_alpha:g} / "
+               f"{cfg.lora_r}")
 
 
 def split_names(text: str) -> list[str]:
@@ -198,7 +202,7 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Build, shard and load the model. It is sharded before it is allocated: no process holds more than its share."""
     model = build_on_meta(cfg, config)
-    print_parts(model)
+    print_parts(model, cfg)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
     memory = smallest(memory_of(device))
     warning = too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)
@@ -264,17 +268,22 @@ def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 
 
+def peak_lrs(cfg: Namespace) -> dict[str, float]:
+    """Each part's peak learning rate."""
+    return {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
+
+
 def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     """AdamW with two groups per part: matrices with weight decay, biases and LayerNorms without."""
-    peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
     for part, module in model.named_children():
+        peak_lr = peak_lrs(cfg)[part]
         trained = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         vectors = [p for p in trained if p.dim() <= 1]
         for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
             if params:
-                groups.append(dict(params=params, peak_lr=peak_lrs[part], lr=peak_lrs[part], weight_decay=decay))
+                groups.append(dict(params=params, peak_lr=peak_lr, lr=peak_lr, weight_decay=decay))
     optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     # AdamW creates its moments in the first step, but a checkpoint has to be loaded into them before that.
     for group in groups:
@@ -405,9 +414,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
-    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
-    if cfg.max_steps:
-        steps = min(steps, cfg.max_steps)
+    steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)
     print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
     print0(describe_saving(state))
     check_room(out, count(model.parameters()) * torch_dtype(cfg.dtype).itemsize, state)
@@ -575,12 +582,17 @@ def main(args: Namespace) -> None:
         plot(args.plot, args.plot[0] / "loss.html")
         return
     if args.plan:
-        # Planning needs no downloads: without the folders it assumes the published model's sizes.
+        # Planning needs no downloads: without the folders it assumes the published model's sizes and data.
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
+        index = None
         if all(folder.is_dir() for folder in folders(args)):
             _, config = open_source(args)
-        print_parts(build_on_meta(args, config))
-        print_plan(args, config, partial(build_on_meta, config=config))
+            if Path(args.data).is_file():
+                data = open_data(args, config, args.data)
+                data.cache_dir = data.cache_dir if data.cache_dir.is_dir() else None
+                index = data.index
+        print_parts(build_on_meta(args, config), args)
+        print_plan(args, config, partial(build_on_meta, config=config), index)
         return
     source, config = open_source(args)
     check_before_training(config, source, has_tower(args))

@@ -140,3 +140,45 @@ def has_bf16(device: str) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return True                                 # Apple's GPUs
+
+# ---------------------------------------------------------------------------------------------------
+# Cards
+
+# Dense bf16 FLOP/s with fp32 accumulation, and GB of memory, from NVIDIA's datasheets. An entry matches every card whose
+# name has all of its words; more specific entries come first.
+CARDS = {
+    "H100 PCIe": (756e12, 80), "H100 NVL": (835e12, 94), "H100 HBM3": (989e12, 80), "H200 NVL": (835e12, 141),
+    "H200": (989e12, 141), "GH200": (989e12, 96), "B200": (2250e12, 180), "A100": (312e12, 80), "A40": (149.7e12, 48),
+    "A30": (165e12, 24), "A10": (125e12, 24), "RTX A6000": (154.8e12, 48), "L40S": (362e12, 48), "L40": (181e12, 48),
+    "L4": (121e12, 24), "RTX 3090": (71e12, 24), "RTX 4090": (165.2e12, 24), "RTX 5090": (209.5e12, 32),
+}
+VARIANTS = {"laptop", "mig", "max", "d", "ti"}              # words that mark a partition or another variant of a card
+
+
+def find_card(name: str) -> tuple[float, float] | None:
+    """A card's peak FLOP/s and its GB, by torch's name for it; None if it is not in the table."""
+    words = set(re.split(r"[ -]", name.lower()))
+    if words & VARIANTS:
+        return None
+    for model, (peak, memory) in CARDS.items():
+        if words >= set(model.lower().split()):
+            size = re.search(r"(\d+) ?GB", name)            # an A100 has 40 or 80
+            return peak, float(size.group(1)) if size else memory
+    return None
+
+
+def peak_flops(name: str) -> float | None:
+    found = find_card(name)
+    return found[0] if found else None
+
+
+def planned_card(name: str, gigabytes: float, tflops: float, dtype: str) -> tuple[float, float]:
+    """Bytes of memory and peak FLOP/s of a card to plan with; what is 0 is looked up by its name.
+
+    Without a name it has 80 GB, and its FLOP/s are unknown: 0. ValueError for a card that is not in the table.
+    """
+    found = find_card(name) if name else (0.0, 80.0)
+    if found is None:
+        raise ValueError(f"--gpu {name}: not in the table; give --gpu-memory and --tflops, or one of {', '.join(CARDS)}")
+    peak = found[0] if dtype == "bf16" else 0.0             # the table has no other
+    return (gigabytes or found[1]) * 1e9, tflops * 1e12 or peak

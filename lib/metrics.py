@@ -1,6 +1,5 @@
 """Training metrics: metrics.jsonl, and a progress line for each step."""
 import json
-import re
 import time
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import torch.distributed as dist
 
 from data import Dataset, Step
 from lib.common import append_line, warn_once, write_whole
-from lib.device import peak_memory
-from lib.plan import step_flops
+from lib.device import peak_flops, peak_memory
+from lib.flops import step_flops
 from lib.processes import on_process_0
 from model import LLaVAConfig
 
@@ -115,26 +114,6 @@ def progress_line(r: dict, steps: int, seconds_left: float) -> str:
 
 # ---------------------------------------------------------------------------------------------------
 # Speed
-
-# Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's datasheets. An entry matches every card whose name has all of
-# its words; more specific entries come first.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100 HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A30": 165e12, "A10": 125e12, "RTX A6000": 154.8e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
-}
-SLOWER = {"Laptop", "MIG", "Max", "D", "Ti"}                # words that mark a partition or another variant of a card
-
-
-def peak_flops(name: str) -> float | None:
-    """A card's peak FLOP/s, by torch's name for it; None if it is not in the table."""
-    words = set(re.split(r"[ -]", name))
-    if words & SLOWER:
-        return None
-    for model, peak in PEAK_FLOPS.items():
-        if words >= set(model.split()):
-            return peak
-    return None
 
 
 def mfu(flops_per_second: float, device: torch.device) -> float | None:

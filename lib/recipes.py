@@ -89,29 +89,44 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu_memory")
+INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
 
 
 def parse(argv: list[str] | None) -> Namespace:
     """A run's settings. ValueError: an invalid flag, or flags that contradict each other."""
-    # The defaults depend on these two, so they are parsed first.
+    # The other defaults depend on these three, so they are parsed first.
     row = Parser(add_help=False, prog="train.py")
     row.add_argument("--stage", choices=tuple(LLAVA_PHI), default="pretrain",
                      help="pretrain: the projector; finetune: everything; sft: just the language model, before both")
     row.add_argument("--recipe", choices=tuple(RECIPES), default="llava-phi",
                      help="whose published defaults: llava-phi's (CLIP) or mipha's (SigLIP)")
+    row.add_argument("--lora-r", type=at_least(0), default=0,
+                     help="rank of LoRA adapters in the language model, whose own weights are then frozen; 0: none. "
+                          "LLaVA's published rates and scale for adapters become the defaults")
     chosen = row.parse_known_args(argv)[0]
     if chosen.stage not in RECIPES[chosen.recipe]:
         raise ValueError(f"--recipe {chosen.recipe} has no --stage {chosen.stage}: start from Phi-2 as it is published")
 
     parser = Parser(prog="train.py", description="Train LLaVA-Phi: every stage of the published recipes.",
-                    epilog=f"The defaults shown are those of --stage {chosen.stage} --recipe {chosen.recipe}.",
-                    parents=[row])
+                    epilog=f"The defaults shown are those of --stage {chosen.stage} --recipe {chosen.recipe}"
+                           f"{f' --lora-r {chosen.lora_r}' if chosen.lora_r else ''}.", parents=[row])
     add_flags(parser)
-    parser.set_defaults(**RECIPES[chosen.recipe][chosen.stage])
+    published = RECIPES[chosen.recipe][chosen.stage]
+    parser.set_defaults(**published)
+    if chosen.lora_r:
+        parser.set_defaults(**lora_defaults(published, chosen.lora_r))
     cfg = parser.parse_args(argv)
     check_together(cfg)
     return cfg
+
+
+def lora_defaults(published: dict, lora_r: int) -> dict:
+    """LLaVA's own recipe for adapters (scripts/v1_5/finetune_lora.sh): a scale of 2 and ten times finetune's rate.
+
+    Projector and tower, which are trained whole, keep the stage's rate; the projector does in LLaVA's script, too, and
+    the tower is frozen there. At a tenth of the rate and a scale of 1/4, adapters learned nothing in a hundred steps.
+    """
+    return {"lora_alpha": 2.0 * lora_r, "lr": 2e-4, "projector_lr": published["lr"], "vision_lr": published["lr"]}
 
 
 def add_flags(parser: Parser) -> None:
@@ -131,10 +146,8 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("model and data").add_argument
     add("--train", help="comma-separated parts to train: projector, llm, vision")
     add("--freeze", default="", help="comma-separated parts to take out of --train again")
-    add("--lora-r", type=at_least(0), default=0, help="rank of LoRA adapters in the language model, whose own weights "
-        "are then frozen; 0: none")
     add("--lora-alpha", type=at_least(0.0), default=16.0, help="adapters are scaled by lora_alpha / lora_r, and merged "
-        "when the model is saved")
+        "when the model is saved; with --lora-r, the default is twice that")
     add("--lora-on", choices=("both", "attn", "mlp"), default="both", help="linear layers that get adapters")
     add("--base-bits", type=int, choices=(4, 16), default=16, help="4: QLoRA, with the language model's frozen weights "
         "in 4 bits")
@@ -195,7 +208,10 @@ def add_flags(parser: Parser) -> None:
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
-    add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB per GPU")
+    add("--gpu", default="", metavar="NAME", help="for --plan: a card, such as 'RTX 4090', for its memory and its speed")
+    add("--gpu-memory", type=at_least(1.0), default=0.0, help="for --plan: GB per GPU; 0: those of --gpu, else 80")
+    add("--tflops", type=at_least(1.0), default=0.0, help="for --plan: a GPU's peak in dense TFLOP/s; 0: that of --gpu, "
+        "else no hours are given")
 
 
 def check_together(cfg: Namespace) -> None:
