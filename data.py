@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import parse_or_exit, replacing, run_command, sha256
+from lib.common import parse_or_exit, read_json, replacing, run_command, sha256
 from lib.recipes import IMAGE_MODES, parse_check
 
 if __name__ == "__main__":
@@ -208,7 +208,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """From tokenizer.json, without the <image> token that our export adds for transformers."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "tokenizer.json")
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
     return Tokenizer.from_str(json.dumps(content))
 
