@@ -216,8 +216,8 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
         model.vision.recompute = recompute != "none"
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    read_weights(model, source, cfg)
-    init_new_parameters(model, cfg, source)
+    init_new_parameters(model, cfg, config)
+    read_weights(model, source, cfg)            # may bring a trained projector
     if cfg.compile:
         compile_blocks(model, device)
     print0(f"compute in {cfg.dtype}, recompute {recompute}, gather {gather}" + (", compiled" if cfg.compile else ""))
@@ -229,11 +229,11 @@ def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
     load_into(model, source, copy_into, allow_missing=() if cfg.model else ("projector.",))
 
 
-def init_new_parameters(model: LLaVAPhi, cfg: Namespace, source: Weights) -> None:
+def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
     """Initialize a new projector and adapters. Every process draws whole tensors, so their number does not matter."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    if model.projector and not source.has_projector:
-        fresh = Projector(model.config.vision.n_embd, model.config.llm.n_embd)
+    if model.projector and not cfg.model:
+        fresh = Projector(config.vision.n_embd, config.llm.n_embd)
         init_weights(fresh, generator)
         for parameter, value in zip(model.projector.parameters(), fresh.parameters()):
             copy_into(parameter, value.data)
