@@ -26,6 +26,7 @@ HEADER_LIMIT = 2_000_000        # bytes of a file's table of tensors; that of th
 EXPORT = "make one of it with: python load_weights.py export --model {} --out DIR"
 MERGE_ADAPTERS = "merge them into it with peft (merge_and_unload, then save_pretrained), and give the folder saved"
 GET_WEIGHTS = "get the model.safetensors or pytorch_model.bin that it was made from"
+COPY_BLOBS = "in the hub's cache, blobs/ belongs to it; copy that as well, or download it again"
 OTHER_FORMS = (         # what lies in a folder without a model -> what it is, and what to do; {} is where it lies
     ("checkpoint.json", "a training run's checkpoint and no model yet", EXPORT),
     ("step_*/checkpoint.json", "a training run's checkpoint and no model yet", EXPORT),
@@ -40,6 +41,8 @@ OTHER_FORMS = (         # what lies in a folder without a model -> what it is, a
      "torch.distributed.checkpoint.format_utils dcp_to_torch {} pytorch_model.bin"),
     ("*-of-*.safetensors", "shards without their index", "download model.safetensors.index.json as well"),
     ("*-of-*.bin", "shards without their index", "download pytorch_model.bin.index.json as well"),
+    ("model.safetensor[s]", "a link to a file that is not there", COPY_BLOBS),
+    ("pytorch_model.bi[n]", "a link to a file that is not there", COPY_BLOBS),
     ("*.gguf", "a model for llama.cpp", GET_WEIGHTS),
     ("tf_model.h5", "a model for TensorFlow", GET_WEIGHTS),
     ("flax_model.msgpack", "a model for Flax", GET_WEIGHTS),

@@ -164,6 +164,13 @@ def hub_cache(out: Path) -> Path:
     return out
 
 
+def broken_link(out: Path) -> Path:
+    """A snapshot that was copied without the blobs it links to."""
+    out.mkdir()
+    (out / "model.safetensors").symlink_to("../../blobs/4d7a2146")
+    return out
+
+
 def adapters(out: Path) -> Path:
     out.mkdir()
     save_file({"base_model.model.model.layers.0.mlp.fc1.lora_A.weight": torch.ones(2, 2)},
@@ -193,6 +200,7 @@ FOREIGN_FOLDERS = {         # name -> (a function that makes such a folder, what
     "git-lfs": (with_files(model_dot_safetensors=LFS_POINTER, config_dot_json="{}"), "git-lfs pointer", "git lfs pull"),
     "git-lfs, .bin": (with_files(pytorch_model_dot_bin=LFS_POINTER), "git-lfs pointer", "git lfs pull"),
     "the hub's cache": (hub_cache, "the hub's cache", "snapshots/ef382358"),
+    "a link to a blob": (broken_link, "a link to a file that is not there", "blobs"),
     "a folder of caches": (lambda out: hub_cache(out / "models--microsoft--phi-2").parent, "the hub's cache",
                            "models--microsoft--phi-2/snapshots/ef38"),
     "a folder of models": (with_files(phi__config_dot_json="{}"), "a folder of folders", "such as .*phi"),
