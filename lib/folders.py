@@ -126,7 +126,7 @@ def open_weights(*paths: Path, expect: tuple[Kind, ...] = (Kind.LLAVA, Kind.MIPH
     llm = (Kind.PHI,) if len(paths) == 3 else (Kind.PHI, Kind.NO_TOWER)         # which brings a projector of its own
     kinds = [llm, (Kind.CLIP, Kind.SIGLIP), (Kind.PROJECTOR,)][:len(paths)] if len(paths) > 1 else [expect]
     weights = Weights(tuple(open_folder(Path(path), *allowed) for path, allowed in zip(paths, kinds, strict=True)))
-    weights.config                          # read now, so that whoever has Weights has no more surprises
+    weights.config                          # read it now, so that its errors come before anything else is done
     return weights
 
 # ---------------------------------------------------------------------------------------------------
