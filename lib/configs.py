@@ -56,7 +56,7 @@ def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
         tower = subconfig(tower, "vision_tower", tower, vision_file)    # LLaVA-Phi has two configs in vision_config
         if tower is llm_json and "llm" in parts:
             tower = published_tower(found, vision_file)                 # the numbers there are the language model's
-        vision = vision_config(tower, siglip, tower.get("vision_feature_layer", layers[0]), vision_file)
+        vision = vision_config(tower, siglip, tower.get("vision_feature_layer") or layers[0], vision_file)
         require_layers("vision", found, vision.n_layer, vision_file)
         mode = processor_mode(vision_file.parent, vision) or own_mode
     for file, json in jsons.items():
