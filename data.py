@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import parse_or_exit, run_command, sha256
+from lib.common import parse_or_exit, read_json, run_command, sha256
 from lib.recipes import IMAGE_MODES, parse_check
 
 if __name__ == "__main__":
@@ -48,6 +48,7 @@ IGNORE = -100                       # label of an unsupervised position
 IMAGE_ID = -200                     # the image slot in ids; after `expand`, every patch position
 IMAGE = "<image>"                   # LLaVA's placeholder in the first question; never a token
 EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
+PHI_RUNS = [" " * n for n in range(2, 32)] + ["\t" * n for n in range(2, 10)]        # tokens that GPT-2 does not have
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
@@ -181,7 +182,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, else from vocab.json, merges.txt and added_tokens.json; both give the same ids.
+    """From tokenizer.json, else from vocab.json, merges.txt and the added tokens; both give the same ids.
 
     Special tokens that occur in text are plain text: the image slot and the end of text are inserted by id, so an
     "<image>" or "<|endoftext|>" that somebody typed cannot move an image or end an answer.
@@ -196,11 +197,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                                 "get Phi-2's by: hf download microsoft/phi-2 --local-dir checkpoints/phi-2")
     try:
         tok = read(folder)
-        eot_id(tok)                                         # raises if there is none
+        if eot_id(tok) == 50256 and None in map(tok.token_to_id, PHI_RUNS):
+            raise ValueError("GPT-2's, without Phi-2's tokens for runs of spaces and tabs; get its added_tokens.json")
     except Exception as e:          # tokenizers raises plain Exception, and untrusted json may have any shape
         raise ValueError(f"{folder} holds no usable tokenizer: {e}") from e
-    # encode_turns maps characters to tokens. With trimmed offsets, whitespace tokens would report empty spans, and the
-    # labels would be silently wrong.
+    # With trimmed offsets, whitespace tokens would report empty spans, and encode_turns would give wrong labels.
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
     tok.encode_special_tokens = True                        # despite its name: treat them as plain text
     return tok
@@ -208,7 +209,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """From tokenizer.json, without the <image> token that our export adds for transformers."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "tokenizer.json")
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
     return Tokenizer.from_str(json.dumps(content))
 
@@ -219,16 +220,20 @@ def build_tokenizer(folder: Path) -> Tokenizer:
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens([EOT])
-    path = folder / "added_tokens.json"
-    added = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for text, i in sorted(added.items(), key=lambda item: item[1]):
-        if text in (EOT, IMAGE):
-            continue
+    added = [(i, text) for text, i in added_tokens(folder).items() if text not in (EOT, IMAGE)]
+    for i, text in sorted(added):
         tok.add_tokens([AddedToken(text, normalized=True, special=False)])      # takes the next free id
         if tok.token_to_id(text) != i:
-            raise ValueError(f"{path.name} gives {text!r} the id {i}, but the next free id is {tok.token_to_id(text)}: "
+            raise ValueError(f"{text!r} is said to have the id {i}, but the next free id is {tok.token_to_id(text)}: "
                              "vocab.json belongs to another tokenizer")
     return tok
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """The tokens beyond vocab.json and their ids, which newer folders have in tokenizer_config.json only."""
+    older, newer = [read_json(path) if path.exists() else {}
+                    for path in (folder / "added_tokens.json", folder / "tokenizer_config.json")]
+    return {token["content"]: int(i) for i, token in newer.get("added_tokens_decoder", {}).items()} | older
 
 
 def eot_id(tok: Tokenizer) -> int:

@@ -71,7 +71,7 @@ from torch import Tensor
 from data import load_tokenizer
 from lib.chat import Clock, answer, ask, encode_chat, open_image
 from lib.device import choose_device, choose_dtype, free_memory, torch_dtype, use_device
-from lib.folders import open_weights
+from lib.folders import open_weights, projector_warning
 from lib.generate import Session
 from load_weights import load_model
 
@@ -258,6 +258,9 @@ def main(args: Namespace) -> None:
 
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
     print_note(f"{folder} on {where}{weights}")
+    warning = projector_warning(source)
+    if warning:
+        print_note(f"warning: {warning}")
     model = load_model(source, torch_dtype(dtype), device, bits=args.bits)
     session = Session(model, args.cuda_graph)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from lib.common import parse_or_exit, run_command, torchrun_env
-from lib.recipes import parse, settings
+from lib.recipes import parse, recipe_note, settings
 
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
@@ -45,9 +45,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
                             prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
+from lib.configs import config_of_run
 from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
 from lib.flops import picture_cost
-from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
+from lib.folders import Kind, Weights, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import choose_gather, choose_recompute, count, print_plan, too_small
@@ -103,8 +104,8 @@ def check_arithmetic(dtype: str, device: torch.device) -> None:
 
 
 def folders(cfg: Namespace) -> list[Path]:
-    """The folders that the run starts from: a whole model's, or a language model's and perhaps a tower's."""
-    names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision]
+    """What the run starts from: a whole model, or a language model and perhaps a tower and a projector."""
+    names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision, cfg.projector]
     sources = [Path(name) for name in names if name]
     if Path(cfg.out).resolve() in [source.resolve() for source in sources]:
         raise ValueError(f"--out {cfg.out} is what the run starts from; choose another folder")
@@ -218,8 +219,8 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
         model.vision.recompute = recompute != "none"
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    read_weights(model, source, cfg)
     init_new_parameters(model, cfg, config)
+    read_weights(model, source, cfg)            # may bring a trained projector
     if cfg.compile:
         compile_blocks(model, device)
     print0(f"compute in {cfg.dtype}, recompute {recompute}, gather {gather}" + (", compiled" if cfg.compile else ""))
@@ -406,9 +407,8 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
         make_index(held_out, cfg)
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
-    if has_tower(cfg) and source.has_siglip != (cfg.recipe == "mipha"):
-        print0(f"note: the vision tower is {'SigLIP' if source.has_siglip else 'CLIP'}, and the defaults are those of "
-               f"--recipe {cfg.recipe}")
+    if has_tower(cfg) and (note := recipe_note(source.has_siglip, cfg.recipe)):
+        print0(note)
 
     model = build(cfg, config, source, mesh, device)
     state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
@@ -585,7 +585,7 @@ def main(args: Namespace) -> None:
         # Planning needs no downloads: without the folders it assumes the published model's sizes and data.
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
         index = None
-        if all(folder.is_dir() for folder in folders(args)):
+        if all(folder.exists() for folder in folders(args)):
             _, config = open_source(args)
             if Path(args.data).is_file():
                 data = open_data(args, config, args.data)

@@ -4,6 +4,7 @@ It is a separate file because it needs torch, which scoring does without. A ques
 its `image` is a file, an encoded picture, None, or any text for a blank picture.
 """
 import io
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,7 @@ from data import ImageConfig, eot_id, load_tokenizer
 from lib.chat import encode_chat, open_image
 from lib.common import torchrun_env
 from lib.device import check_gpu_count, choose_device, choose_dtype, torch_dtype, use_device
-from lib.folders import open_weights
+from lib.folders import open_weights, projector_warning
 from lib.generate import Session
 from lib.processes import join_group
 from model import LLaVAConfig, LLaVAPhi
@@ -88,6 +89,9 @@ class Model:
 
     def load(self) -> None:
         if self.session is None:
+            warning = projector_warning(self.source)
+            if warning and torchrun_env().rank == 0:
+                print(f"warning: {warning}", file=sys.stderr)
             self.session = Session(self.load_model())
 
     def encode(self, examples: list, rows: Iterable[int]) -> dict[int, list[int]]:

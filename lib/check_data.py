@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, open_rgb, to_turns
 from lib.common import read_json, replacing
 from lib.folders import open_weights
-from lib.recipes import RECIPES
+from lib.recipes import RECIPES, recipe_note
 from lib.records import id_of, lines_of
 from lib.schedule import steps_per_epoch
-from model import LLaVAConfig
+from model import MIPHA_CONFIG, LLaVAConfig
 
 
 def check_data(args: Namespace) -> int:
@@ -47,7 +47,8 @@ def check_data(args: Namespace) -> int:
         survey.add(i, info, block_size)
     print_records(survey, dataset, ranges, args.show)
     if not has_tokenizer and survey.good.any():
-        print(f"no lengths: there is no tokenizer at {args.tokenizer} (--tokenizer)")
+        print(f"no lengths: there is no tokenizer at {args.tokenizer}; --model FOLDER takes that of the model to be "
+              "trained, and its sizes")
     elif survey.good.any():
         print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
         global_batch = recipe["global_batch"]
@@ -68,9 +69,12 @@ def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
     if not folders and config_file.is_file() and "vision_config" in read_json(config_file):
         folders = [args.tokenizer]
     given = (args.image_size, args.n_patches, args.max_length)
-    config = LLaVAConfig()
+    config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
     if folders and None in given:
         config = open_weights(*folders).config
+        note = recipe_note(not config.vision.class_token, args.recipe)
+        if note:
+            print(note)
     image = ImageConfig.of(config.vision, mode)
     block_size = min(2048, config.llm.block_size)
     if folders and None in given:

@@ -256,8 +256,17 @@ def parse_json(text: bytes, where: str, kind: type | tuple[type, ...]) -> dict |
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: not a json {'list' if kind is list else 'object'}, begins with {text[:40]!r}")
+        problem = (pointer_problem(text)
+                   or f"not a json {'list' if kind is list else 'object'}, begins with {text[:40]!r}")
+        raise ValueError(f"{where}: {problem}")
     return value
+
+
+def pointer_problem(text: bytes) -> str:
+    """What to do if a file that begins like this is a pointer, which git leaves in place of a large file; else ""."""
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or get it with `hf download`"
+    return ""
 
 
 def jsonl_rows(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:

@@ -137,6 +137,8 @@ def add_flags(parser: Parser) -> None:
     add("--model", help="model folder to start from; empty: --llm and --vision with a new projector")
     add("--llm", help="Phi-2 folder (pretrain, sft)")
     add("--vision", help="CLIP or SigLIP folder (pretrain)")
+    add("--projector", default="", metavar="FILE", help="trained projector for --llm and --vision, as LLaVA's stage 1 "
+        "writes it (mm_projector.bin); default: a new one")
     add("--data", help="LLaVA json or jsonl")
     add("--images", help="folder that image paths in the data are relative to")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
@@ -221,6 +223,8 @@ def check_together(cfg: Namespace) -> None:
         if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
             raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
                              "new model is made from --llm and --vision")
+    if cfg.projector and (cfg.model or not cfg.vision):
+        raise ValueError(f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already")
     if cfg.compile and cfg.recompute == "selective":
         raise ValueError("--compile already does what --recompute selective would; give --recompute none or full")
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):
@@ -230,6 +234,14 @@ def check_together(cfg: Namespace) -> None:
         raise ValueError("--base-bits 4 does not work with --compile; leave one of them out")
     if cfg.stage == "sft" and (cfg.model or cfg.vision):
         raise ValueError("--stage sft trains just a language model: give --llm, and neither --model nor --vision")
+
+
+def recipe_note(siglip: bool, recipe: str) -> str:
+    """One line if a recipe is another tower's, for its defaults then fit the run badly; else ""."""
+    tower, own = ("SigLIP", "mipha") if siglip else ("CLIP", "llava-phi")
+    if recipe == own:
+        return ""
+    return f"note: the vision tower is {tower}, and the defaults are those of --recipe {recipe}, not --recipe {own}"
 
 
 def settings(cfg: Namespace) -> dict:
@@ -266,8 +278,8 @@ def parse_check(argv: list[str] | None) -> Namespace:
     add("--decode", choices=["header", "full"], default="full", help="full also finds truncated images")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--max-length", type=at_least(1), help="positions per sample, image expanded; default: the model's, up to 2048")
-    add("--n-patches", type=at_least(1), help="positions per image; default: the model's, else 576 (CLIP-336)")
-    add("--image-size", type=at_least(1), help="pixels per side; default: the model's, else 336")
+    add("--n-patches", type=at_least(1), help="positions per image; default: the model's, else the recipe's")
+    add("--image-size", type=at_least(1), help="pixels per side; default: the model's, else the recipe's")
     add("--image-mode", choices=IMAGE_MODES, help="how images are made square; default: as the recipe says")
     add("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
     add("--show", type=int, default=20, help="samples to list per kind of problem")

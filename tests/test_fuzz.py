@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import struct
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from helpers import ROOT, load_weights_command, pattern, talk
 from PIL import Image
 from tiny_benchmarks import CASES, evaluate, llava_file, prepare
 from training import train_here
+from zoo import projector_file
 
 import data
 import eval as ev
@@ -398,7 +400,8 @@ def test_model_folders(tmp_path, capsys):
     def make_case(rng: random.Random) -> Callable:
         folder = copy_model(folders[rng.choice(("safetensors", "safetensors", "bin"))], tmp_path / "model")
         [weights] = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        target = rng.choice((weights, weights, folder / "config.json", folder / "tokenizer.json"))
+        texts = [folder / f"{name}.json" for name in ("config", "tokenizer", "preprocessor_config")]
+        target = rng.choice((weights, weights, *texts))
         content = target.read_bytes()
         if target.suffix == ".safetensors":
             content = mutate_safetensors(content, rng)
@@ -415,6 +418,64 @@ def test_model_folders(tmp_path, capsys):
         return case
 
     campaign("model folders", 2000, 300_000_000, make_case, capsys)
+
+def mutate_archive(good: bytes, rng: random.Random) -> bytes:
+    """An archive of torch.save: a record's bytes (the pickle decides the most), its name, or which records there are."""
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    method = zipfile.ZIP_STORED
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        name = pickled if rng.random() < 0.6 else rng.choice([*records])
+        kind = rng.randrange(8)
+        if name not in records:
+            continue
+        if kind < 3:
+            records[name] = mutate_bytes(records[name], rng)
+        elif kind == 3:
+            changed = bytearray(records[name])
+            for place in rng.sample(range(len(changed)), min(len(changed), rng.choice((1, 2, 8)))):
+                changed[place] = rng.choice(b"K\x00\x01J\xffM(t)R.q\x85\x86\x87X}]e")        # opcodes of a pickle
+            records[name] = bytes(changed)
+        elif kind == 4:
+            del records[name]
+        elif kind == 5:
+            records[name + rng.choice(("x", "/", ".pkl", "\ud83d", "/../x"))] = records.pop(name)
+        elif kind == 6:
+            records[rng.choice([*records])] = records[name]
+        else:
+            method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in records.items():
+            archive.writestr(name.encode("utf-8", "replace").decode(), content)
+    return mutate_bytes(file.getvalue(), rng) if rng.random() < 0.1 else file.getvalue()
+
+
+def test_archives_of_torch_save(tmp_path, capsys):
+    """A pytorch_model.bin of a stranger, and a projector: loaded, merged and inspected, or refused with words."""
+    tower, phi = copy_model(GOLDEN / "tiny-clip", tmp_path / "clip"), GOLDEN / "tiny-phi"
+    projector = projector_file(tmp_path / "stage 1")
+    good = {path: path.read_bytes() for path in (tower / "pytorch_model.bin", projector)}
+
+    def make_case(rng: random.Random) -> Callable:
+        for path, content in good.items():
+            path.write_bytes(content)
+        target = rng.choice([*good])
+        target.write_bytes(mutate_archive(good[target], rng))
+        out = tmp_path / f"merged {rng.random()}"
+
+        def case() -> None:
+            load_weights_command(["inspect", str(target.parent)])
+            try:
+                load_weights_command(["merge", "--llm", str(phi), "--vision", str(tower), "--projector", str(projector),
+                                      "--out", str(out)])
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+        return case
+
+    counts = campaign("archives of torch.save", 2000, 300_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 200
 
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints
