@@ -21,6 +21,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------
+# Outside the virtual environment. Every script imports this file before any package, and old Pythons get this far.
+
+PACKAGES = ("torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm")
+ADVICE = ("activate the virtual environment (source .venv/bin/activate), or run `make demo`, which creates it and "
+          "installs requirements.txt")
+
+if sys.version_info < (3, 11):
+    print(f"error: Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: {ADVICE}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain_import(kind, error, trace) -> None:
+    """One line instead of the traceback where a package is missing, or lacks what a later version has."""
+    package = error.name.partition(".")[0] if isinstance(error, ImportError) and error.name else ""
+    if package not in PACKAGES:
+        sys.__excepthook__(kind, error, trace)
+        return
+    lacks = "is not installed" if error.name == package and isinstance(error, ModuleNotFoundError) else "is too old"
+    print(f"error: the package {package} {lacks} for {sys.executable} ({error}): {ADVICE}", file=sys.stderr)
+    sys.exit(2)
+
+
+sys.excepthook = explain_import
+
+# ---------------------------------------------------------------------------------------------------
 # The command line
 
 

@@ -1,8 +1,12 @@
 """What every command leans on: files written whole or not at all; which process, device and dtype it is run with."""
+import ast
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
 from lib.common import read_jsonl, replacing, torchrun_env, write_whole
 from lib.device import choose_device, choose_dtype
@@ -108,3 +112,49 @@ def test_a_line_that_is_no_json_object_is_named(line, tmp_path):
         read_jsonl(path)
     path.write_text('{"a": 1}\n' + line)
     assert read_jsonl(path, torn=True) == [{"a": 1}]        # as a killed process may leave its last line
+
+# ---------------------------------------------------------------------------------------------------
+# Outside the virtual environment
+
+def run_with(change: str, *script: str) -> subprocess.CompletedProcess:
+    """A script in a process whose Python was changed first."""
+    code = f"import runpy, sys; {change}; sys.argv = {list(script)}; sys.path.insert(0, '.')\n" \
+           f"runpy.run_path({script[0]!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("script, package", [
+    (["train.py"], "numpy"), (["eval.py"], "tqdm"), (["sample.py"], "torch"),
+    (["data.py", "check", "--data", "x", "--images", "y"], "numpy"), (["load_weights.py", "inspect", "x"], "torch"),
+])
+def test_a_missing_package_is_one_line(script, package):
+    """It was a traceback, for everybody who had not activated the virtual environment."""
+    done = run_with(f"sys.modules[{package!r}] = None", *script)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: the package {package} is not installed for {sys.executable}")
+    assert "source .venv/bin/activate" in done.stderr and "make demo" in done.stderr
+
+
+def test_a_torch_that_is_too_old_is_one_line():
+    """2.7 has no HuggingFaceStorageWriter; this one has nothing, and is imported faster."""
+    done = run_with("import types; sys.modules['torch'] = types.ModuleType('torch')", "load_weights.py", "inspect", "x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: the package torch is too old for" in done.stderr and "requirements.txt" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "data.py", "eval.py", "sample.py", "load_weights.py"])
+def test_an_old_python_is_one_line(script):
+    """Python 3.9 can read these files, up to the first annotation with a bar."""
+    done = run_with("sys.version_info = (3, 9, 18); sys.version = '3.9.18 (main)'", script, "--help")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: Python 3.9.18 is too old, 3.11 or newer is needed: activate")
+
+
+@pytest.mark.parametrize("script", ["train.py", "data.py", "eval.py", "sample.py", "load_weights.py", "lib/common.py"])
+def test_an_old_python_can_parse_what_says_so(script):
+    ast.parse((ROOT / script).read_text(), feature_version=(3, 9))
+
+
+def test_a_defect_keeps_its_traceback():
+    done = run_with("sys.modules['fractions'] = None; import lib.common; import fractions", "train.py")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "make demo" not in done.stderr
