@@ -405,6 +405,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
         make_index(held_out, cfg)
+    on_every_process(partial(check_shared_memory, cfg, data))
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
     if has_tower(cfg) and source.has_siglip != (cfg.recipe == "mipha"):
         print0(f"note: the vision tower is {'SigLIP' if source.has_siglip else 'CLIP'}, and the defaults are those of "
@@ -423,7 +424,6 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     free = shutil.disk_usage(out).free
     if need > free:
         raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
-    on_every_process(partial(check_shared_memory, cfg, data))
 
     is_complete = train(state, cfg, data, held_out, steps, signals, device)
     bad = read_bad_samples(out)

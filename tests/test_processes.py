@@ -574,7 +574,7 @@ def test_other_signals_save_as_well_and_a_closed_output_does_not_prevent_it(numb
     os.kill(process.pid, number)
     stderr = process.stderr.read()
     assert process.wait(timeout=120) == 128 + number
-    assert [line for line in stderr.splitlines() if line] == [
+    assert [line for line in stderr.splitlines() if name in line] == [
         f"{name}: finishing this step, then saving; Ctrl-C{' again' * (name == 'SIGINT')} ends it now, without",
         f"stopped by {name}"]
     [saved] = out.glob("step_*")
