@@ -667,7 +667,7 @@ def kill_under_restarts(kills: int, chat_json: Path, tmp_path: Path, seed: int) 
                     assert process.poll() is None and time.time() < wait_until, "no step since the last kill"
                     time.sleep(0.05)
             os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=400)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         for rank in children(process.pid):
