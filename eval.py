@@ -25,6 +25,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
+                        read_json, read_jsonl, run_command, visible, write_whole)
+
 import numpy as np
 from tqdm import tqdm
 
@@ -32,8 +35,6 @@ from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
 from benchmarks.files import first_existing, read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
-from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
-                        read_json, read_jsonl, run_command, visible, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # The command line

@@ -46,14 +46,15 @@ from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
                             prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.configs import config_of_run
-from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
+from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels,
+                        torch_dtype)
 from lib.flops import picture_cost
 from lib.folders import Kind, Weights, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
-from lib.plan import choose_gather, choose_recompute, count, print_plan, too_small
-from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, join_group, on_every_process, on_process_0,
-                           print0, smallest, watch_signals)
+from lib.plan import check_shared_memory, choose_gather, choose_recompute, count, print_plan, too_small
+from lib.processes import (count_signals, exit_code_of_stop, explain, explain_dead_worker, explain_out_of_memory,
+                           join_group, launch_problem, on_every_process, on_process_0, print0, smallest, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
 from lib.schedule import run_length, steps_per_epoch
@@ -64,16 +65,21 @@ from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, 
 # Set-up: processes, model, optimizer, data
 
 
-def setup() -> tuple[DeviceMesh, torch.device]:
+def setup(asked: str = "auto") -> tuple[DeviceMesh, torch.device]:
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
     then never leaves the fast links within a node. Nodes of one process each shard across all of them.
     """
     env = torchrun_env()
+    problem = launch_problem()
+    if problem:
+        raise ValueError(problem)
     device = torch.device("cpu")
     backend = "gloo"
-    if torch.cuda.is_available():
+    if asked == "cuda":
+        choose_device(asked)                    # ValueError where there is none
+    if torch.cuda.is_available() and asked != "cpu":
         check_gpu_count(env)
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
@@ -206,9 +212,10 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
     print_parts(model, cfg)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
     memory = smallest(memory_of(device))
-    warning = too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)
-    if warning:
-        print0(warning)
+    for warning in (cpu_warning(cfg.device, device, count(model.parameters())),
+                    too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)):
+        if warning:
+            print0(warning)
     recompute, gather = cfg.recompute, cfg.gather
     if recompute == "auto":
         recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
@@ -391,8 +398,8 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
 # The loop
 
 
-def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> None:
-    """One run, from data to saved model. Every process goes through all of it in the same order."""
+def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> int | None:
+    """One run, from data to saved model -> exit code (None: 0). Every process goes through all of it in this order."""
     began = time.perf_counter()
     out = Path(cfg.out)
     if is_finished(settings(cfg)):
@@ -406,6 +413,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
         make_index(held_out, cfg)
+    on_every_process(partial(check_shared_memory, cfg, data))
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
     if has_tower(cfg) and (note := recipe_note(source.has_siglip, cfg.recipe)):
         print0(note)
@@ -429,6 +437,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
     else:
         print0(f"stopped after step {state.step}; the same command goes on from there")
+        return exit_code_of_stop(signals)
 
 
 def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
@@ -514,7 +523,7 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
         # The tensor is on the CPU, so this goes over gloo and no process waits for its GPU.
-        sums = torch.tensor([supervised, len(signals), int(problem is not None)])
+        sums = torch.tensor([supervised, count_signals(signals), int(problem is not None)])
         dist.all_reduce(sums)
         supervised, n_signals, n_problems = sums.tolist()
         if n_problems:
@@ -576,7 +585,7 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
     on_process_0(write)
 
 
-def main(args: Namespace) -> None:
+def main(args: Namespace) -> int | None:
     if args.plot:
         from lib.plot import plot               # imported here because training needs none of it
         plot(args.plot, args.plot[0] / "loss.html")
@@ -596,11 +605,11 @@ def main(args: Namespace) -> None:
         return
     source, config = open_source(args)
     check_before_training(config, source, has_tower(args))
-    mesh, device = setup()
+    mesh, device = setup(args.device)
     try:
         check_arithmetic(args.dtype, device)
         with lock_output(Path(args.out)):
-            run(args, config, source, mesh, device)
+            exit_code = run(args, config, source, mesh, device)
     except torch.OutOfMemoryError as e:
         raise ValueError(explain_out_of_memory(e, args)) from None
     except RuntimeError as e:
@@ -611,6 +620,7 @@ def main(args: Namespace) -> None:
     else:
         # Only after success: leaving waits for the other processes, which may be waiting for one that failed.
         dist.destroy_process_group()
+    return exit_code
 
 
 if __name__ == "__main__":

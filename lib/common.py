@@ -12,14 +12,40 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+# ---------------------------------------------------------------------------------------------------
+# Outside the virtual environment. Every script imports this file before any package, and old Pythons get this far.
+
+PACKAGES = ("torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm")
+ADVICE = ("activate the virtual environment (source .venv/bin/activate), or run `make demo`, which creates it and "
+          "installs requirements.txt")
+
+if sys.version_info < (3, 11):
+    print(f"error: Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: {ADVICE}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain_import(kind, error, trace) -> None:
+    """One line instead of the traceback where a package is missing, or lacks what a later version has."""
+    package = error.name.partition(".")[0] if isinstance(error, ImportError) and error.name else ""
+    if package not in PACKAGES:
+        sys.__excepthook__(kind, error, trace)
+        return
+    lacks = "is not installed" if error.name == package and isinstance(error, ModuleNotFoundError) else "is too old"
+    print(f"error: the package {package} {lacks} for {sys.executable} ({error}): {ADVICE}", file=sys.stderr)
+    sys.exit(2)
+
+
+sys.excepthook = explain_import
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -90,19 +116,55 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
     and exit code 2. Every other exception is a bug of ours and keeps its traceback. interrupted: printed after Ctrl-C.
     """
     try:
-        return main(*args) or 0
+        exit_code = main(*args) or 0
+        if exit_code > 128:
+            print_last(f"stopped by {signal.Signals(exit_code - 128).name}")
+        return exit_code
     except KeyboardInterrupt:
         if interrupted:
-            print(interrupted, file=sys.stderr)
+            print_last(interrupted)
         return 130
     except BrokenPipeError:
-        # Somebody piped us into `head`, which has read enough. Python flushes stdout once more when it exits; that
-        # must not fail again, so stdout now leads nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        detach_stdout()             # somebody piped us into `head`, which has read enough
         return 0
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        leave_it_to_process_0()
+        print_last(f"error: {e}")
         return 2
+
+
+def detach_stdout() -> None:
+    """Let stdout lead nowhere once its reader is gone. Python flushes it again on exit, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave_it_to_process_0() -> None:
+    """Wait for torchrun to end this process, because process 0 has met the same mistake and prints it.
+
+    torchrun sends SIGTERM to all others as soon as one has ended. Leaving with 0 keeps them out of its list of
+    failures. If nobody ends this process, the mistake was met here alone, and the caller goes on to print it: first
+    one process of a node.
+    """
+    here = torchrun_env()
+    if here.rank:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+        time.sleep(10 if here.local_rank else 5)
+
+
+def print_last(line: str) -> None:
+    """Print the line with which a command ends.
+
+    torchrun follows every failure with a traceback and a table, under which the line would be lost. It ends that table
+    with what it finds in a file of the process, so the line goes there. It prints no table when it is about to restart
+    the processes.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with suppress(OSError):         # the terminal may be gone
+        if file and os.environ.get("TORCHELASTIC_RESTART_COUNT") == os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+            message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
+        else:
+            print(line, file=sys.stderr)
 
 # ---------------------------------------------------------------------------------------------------
 # Files

@@ -56,20 +56,45 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
+def unused_gpu(dev: Path = Path("/dev")) -> str:
+    """Why torch cannot use the NVIDIA GPU of this machine; "" if it can, if there is none, or if it is hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not any(dev.glob("nvidia[0-9]*")):
+        return ""
+    build = f"built for CUDA {torch.version.cuda}, and its driver may be older" if torch.version.cuda else "a CPU build"
+    return (f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use ({build}): `nvidia-smi` names "
+            "the CUDA version of the driver, and https://pytorch.org/get-started the torch for it")
+
+
+FULL_SIZE = 1e9     # parameters
+
+
+def cpu_warning(asked: str, device: torch.device, parameters: int) -> str:
+    """What to say, loudly, before training on a CPU that nobody asked for; "" for a small model without a GPU."""
+    if asked == "cpu" or device.type != "cpu":
+        return ""
+    problem = unused_gpu()
+    if parameters > FULL_SIZE:
+        slow = f"{parameters / 1e9:.1f}B parameters would train on the CPU, some hundred times slower than on a GPU"
+        problem = f"{slow}; {problem}" if problem else f"{slow}, and torch {torch.__version__} finds no GPU here"
+    return f"WARNING: {problem}; --device cpu trains on the CPU without this warning" if problem else ""
+
+
 def choose_device(asked: str | None) -> str:
     """The device that was asked for, else the best one here. ValueError if this machine or this torch lacks it."""
     here = ["cpu"]
     if torch.backends.mps.is_available():
         here.append("mps")
-    problem = ""
     if torch.cuda.is_available():
         number = asked.partition(":")[2] if asked else ""
         problem = missing_kernels(int(number) if number.isdecimal() else 0)
         if not problem:
             here.append("cuda")
-        elif not asked:
-            print(f"{problem}; computing on the {here[-1]}", file=sys.stderr)
+    else:
+        problem = unused_gpu()
     device = asked or here[-1]
+    if problem and not asked:
+        print(f"{problem}; computing on the {device}", file=sys.stderr)
     if device.split(":")[0] not in here:
         raise ValueError(f"--device {device}: this machine and this torch {torch.__version__} offer {', '.join(here)}"
                          + (f"; {problem}" if problem else ""))

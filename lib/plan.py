@@ -1,14 +1,21 @@
-"""Memory per GPU and hours of a training run, computed just from shapes."""
+"""Memory per GPU and hours of a training run, computed just from shapes; shared memory for its data workers."""
+import math
+import os
+import shutil
+import socket
 from argparse import Namespace
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 
-from data import Index
+from data import Dataset, Index
 from lib.checkpoint import host_memory_to_save
+from lib.common import torchrun_env
 from lib.device import USABLE, planned_card, torch_dtype
 from lib.flops import PUBLISHED, mean_sample, recomputed_flops, step_flops
 from lib.recipes import RECIPES, parse, replace
 from lib.schedule import run_length
+from lib.workers import AHEAD
 from model import LLaVAConfig, LLaVAPhi, trained_parts
 
 RECOMPUTE_MODES = ("none", "selective", "full")         # the fastest first
@@ -155,6 +162,24 @@ def too_small(cfg: Namespace, build: Callable[[Namespace], LLaVAPhi], shards: in
             break
     return (f"planned {need / 1e9:.0f} GB on each GPU even with --recompute full, and {memory / 1e9:.0f} GB can be "
             f"used: {advice}")
+
+
+def check_shared_memory(cfg: Namespace, data: Dataset, where: Path = Path("/dev/shm")) -> None:
+    """OSError if this machine's data workers may run out of shared memory, where a worker dies or waits for ever."""
+    here = torchrun_env()
+    pixels = 3 * data.image_config.size ** 2 * bool(data.index.image.any())
+    pictures = min(cfg.global_batch, math.ceil(cfg.micro_tokens / data.image_config.n_patches))
+    # For each position a token, and at most a label, a place in the loss and a place for a patch, all int64. Each of a
+    # batch's six tensors begins a page of memory.
+    micro_batch = 8 * 4 * cfg.micro_tokens + pixels * pictures + 6 * os.sysconf("SC_PAGE_SIZE")
+    loaders = 2 if cfg.val_data else 1
+    in_use = pixels * math.ceil(cfg.global_batch / here.world)          # by the step that is being computed
+    need = here.local_world * (loaders * min(cfg.workers, os.cpu_count()) * AHEAD * micro_batch + in_use)
+    free = shutil.disk_usage(where).free if where.is_dir() else math.inf            # macOS has no such folder
+    if cfg.workers and need > free:
+        raise OSError(f"{where} on {socket.gethostname()} has {free / 1e9:.2f} GB free, and the data workers take up "
+                      f"to {need / 1e9:.2f} GB: start the container with --shm-size={math.ceil(need / 1e9) + 1}g or "
+                      "--ipc=host, or give --workers 0")
 
 
 def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace], LLaVAPhi],

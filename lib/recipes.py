@@ -181,6 +181,8 @@ def add_flags(parser: Parser) -> None:
         "config.json says")
 
     add = parser.add_argument_group("hardware").add_argument
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPUs, or the CPU where torch finds "
+        "none")
     add("--dtype", type=dtype_name, default="bf16", metavar="{fp32,bf16}", help="compute dtype; master weights and "
         "reductions are always fp32")
     add("--micro-tokens", type=at_least(1), default=16384, help="tokens per forward pass on one process: as many as "
