@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from lib.checkpoint import host_memory_to_save
+from lib.common import plural
 from lib.device import USABLE, torch_dtype
 from lib.recipes import replace
 from lib.schedule import steps_per_epoch
@@ -220,4 +221,4 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     length = round(text_tokens + with_picture * config.vision.n_patches)
     steps = math.ceil(cfg.epochs * steps_per_epoch(samples, cfg.global_batch))
     flops = cfg.global_batch * step_flops(config, trained_parts(model), length, length ** 2, with_picture, supervised)
-    print(f"{steps:,} steps of {cfg.global_batch} samples of {length} tokens: {flops / 1e15:.2f} PFLOP a step")
+    print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {length} tokens: {flops / 1e15:.2f} PFLOP a step")
