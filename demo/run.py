@@ -134,8 +134,6 @@ def caption_losses() -> tuple[float, float]:
 def report() -> Path:
     """One self-contained page: the curves of both stages, the score, pictures with questions and answers."""
     before, after = caption_losses()
-    steps = [*read_jsonl(OUT / "pretrain" / "metrics.jsonl"), *read_jsonl(OUT / "finetune" / "metrics.jsonl")]
-    seconds = sum(step.get("seconds", 0) for step in steps)
     result = json.loads((OUT / "eval" / "result.json").read_text())
     pictures = questions_by_picture()
     in_chat, alone = read_chats(), read_alone()
@@ -145,13 +143,13 @@ def report() -> Path:
     # Three shapes are the hardest, and the most to look at.
     shown = [image for image, questions in pictures.items() if any(q["answer"] == "three" for q in questions)][:12]
     body = f"""
-<p>A tiny CLIP, a projector and a tiny Phi, trained in {seconds / 60:.1f} minutes by the code that trains the real ones.
+<p>A tiny CLIP, a projector and a tiny Phi, trained by the code that trains the real ones.
 Of {len(in_chat)} questions about {len(pictures)} pictures that it never saw, it answers <b>{result["value"]:.1f} %</b>
 correctly when each is asked by itself, {share_right(in_chat)[-1]:.1f} % when all about a picture are asked in one chat.
 Guessing reaches {score["chance"]:.1f} %, and the same model, shown a blank picture, {score["blank image"]:.1f} %.</p>
 <div class="runs"><div><h2>Stage 1: the projector learns captions</h2>
 {figure(read_curves(OUT / "pretrain"))}</div>
-<div><h2>Stage 2: the language model learns to answer</h2>
+<div><h2>Stage 2: the model learns to answer</h2>
 {figure(read_curves(OUT / "finetune"))}</div></div>
 <p>The loss on captions of held-out pictures fell from {before:.2f} to <b>{after:.2f}</b> in stage 1, where both towers
 are frozen. {CURVE_NOTE}</p>
