@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import parse_or_exit, read_json, run_command, sha256
+from lib.common import parse_or_exit, plural, read_json, run_command, sha256
 from lib.recipes import IMAGE_MODES, parse_check
 
 if __name__ == "__main__":
@@ -566,7 +566,7 @@ class Dataset:
         index = self.index
         n_cut = (index.cut > 0).sum()
         n_useless = (index.supervised == 0).sum()
-        return (f"{len(self):,} samples, {index.image.sum():,} with an image, {index.length.mean():.0f} positions "
+        return (f"{plural(len(self), 'sample')}, {index.image.sum():,} with an image, {index.length.mean():.0f} positions "
                 f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn")
 
 # ---------------------------------------------------------------------------------------------------

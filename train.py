@@ -23,7 +23,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from lib.common import parse_or_exit, run_command, torchrun_env
+from lib.common import parse_or_exit, plural, run_command, torchrun_env
 from lib.recipes import parse, recipe_note, settings
 
 if __name__ == "__main__":
@@ -484,7 +484,7 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
 
 def print_run_length(cfg: Namespace, steps: int, resumed: str) -> None:
     warmup = math.ceil(cfg.warmup * steps)
-    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up{resumed}")
+    print0(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')}, the first {warmup:,} warming up{resumed}")
     if steps == warmup == 1:
         print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
                "--global-batch, more --epochs, or --warmup 0")
@@ -588,7 +588,7 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
 def main(args: Namespace) -> int | None:
     if args.plot:
         from lib.plot import plot               # imported here because training needs none of it
-        plot(args.plot, args.plot[0] / "loss.html")
+        plot(args.plot, Path(args.plot_to or args.plot[0] / "loss.html"))
         return
     if args.plan:
         # Planning needs no downloads: without the folders it assumes the published model's sizes and data.

@@ -121,7 +121,17 @@ def print_all(results: list[dict]) -> None:
 # The page
 
 STYLE = """td { white-space: pre-wrap }
-.scores td:not(:first-child), .scores th { text-align: right }"""
+.scores td:not(:first-child), .scores th { text-align: right }
+.wide { overflow-x: auto }
+@media (max-width: 40em) {                                  /* a phone: the cells of a wrong answer below each other */
+td, th { padding: .3em .4em }
+.answers th { display: none }
+.answers tr { display: block; padding: .6em 0; border-bottom: 1px solid var(--line) }
+.answers td { display: block; padding: 0; border: 0 }
+.answers td:nth-child(4)::before { content: "answer: " }
+.answers td:nth-child(5)::before { content: "read as: " }
+.answers td:nth-child(6)::before { content: "truth: " }
+}"""
 
 
 def thumbnail(image: Path | bytes | str | None) -> str:
@@ -155,7 +165,7 @@ def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = N
             has_picture = i > 0 and pictures[i - 1]             # the heading has none
             cells.insert(0, f'<img src="{pictures[i - 1]}" alt="">' if has_picture else "")
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
-    return f'<table class="{style}">\n{"".join(lines)}</table>\n'
+    return f'<div class="wide"><table class="{style}">\n{"".join(lines)}</table></div>\n'
 
 
 def report_page(examples: list[Example], answers: list[dict | None], grades: list[Grade], result: dict) -> str:

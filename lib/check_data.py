@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, open_rgb, to_turns
-from lib.common import read_json, replacing
+from lib.common import plural, read_json, replacing
 from lib.folders import open_weights
 from lib.recipes import RECIPES, recipe_note
 from lib.records import id_of, lines_of
@@ -53,7 +53,7 @@ def check_data(args: Namespace) -> int:
         print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
         global_batch = recipe["global_batch"]
         steps = steps_per_epoch(survey.good.sum(), global_batch)
-        print(f"{args.stage}: {steps:,} steps of {global_batch} samples an epoch")
+        print(f"{args.stage}: {plural(steps, 'step')} of {plural(global_batch, 'sample')} an epoch")
     if args.write_clean:
         write_clean(args.write_clean, dataset, ranges, survey.problems)
     return 1 if survey.problems else 0
@@ -190,7 +190,7 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
     """Print counts by kind, and line and id of the first `show` records of each bad or odd kind."""
     n_image = survey.image[survey.good].sum()
     n_text = survey.good.sum() - n_image
-    print(f"{dataset.path}: {len(ranges):,} records: {n_image:,} with an image, {n_text:,} of text only, "
+    print(f"{dataset.path}: {plural(len(ranges), 'record')}: {n_image:,} with an image, {n_text:,} of text only, "
           f"{len(survey.problems):,} bad")
     for heading, records in sorted(survey.headings.items()):
         print(f"\n{heading}: {len(records):,}")
@@ -232,4 +232,4 @@ def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict
                 clean.write(separator + record.strip())
                 separator = b",\n"
         clean.write(b"\n]\n")
-    print(f"wrote {path} ({len(ranges) - len(problems):,} records) and {rejects} ({len(problems):,})")
+    print(f"wrote {path} ({plural(len(ranges) - len(problems), 'record')}) and {rejects} ({len(problems):,})")

@@ -129,7 +129,9 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
         return 0
     except (ValueError, OSError) as e:
         leave_it_to_process_0()
-        print_last(f"error: {e}")
+        filename = getattr(e, "filename", None)
+        flag = flag_for(Path(filename), args) if isinstance(filename, str) else ""
+        print_last(f"error: {e}{flag}")
         return 2
 
 
@@ -165,6 +167,29 @@ def print_last(line: str) -> None:
             Path(file).write_text(json.dumps({"message": message}))
         else:
             print(line, file=sys.stderr)
+
+
+def flag_for(path: Path, args: tuple) -> str:
+    """" (--out VALUE)", for the flag that leads to this path; "" if none does.
+
+    Its value, which may be its default, is the path, a folder above it, or one below that could not be made.
+    """
+    flags = []
+    for settings in args:
+        for name, value in vars(settings).items() if isinstance(settings, argparse.Namespace) else ():
+            values = value if isinstance(value, list) else [value]
+            flags += [(name.replace("_", "-"), Path(v)) for v in values if v and isinstance(v, (str, Path))]
+    # An exact match first, then the closest folder above.
+    flags.sort(key=lambda flag: (flag[1] not in (path, *path.parents), -len(flag[1].parts)))
+    for name, value in flags:
+        if value in (path, *path.parents) or path in value.parents:
+            return f" (--{name} {value})"
+    return ""
+
+
+def plural(n: int, noun: str) -> str:
+    """"1 step", "2,000 steps"."""
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
 
 # ---------------------------------------------------------------------------------------------------
 # Files
@@ -421,11 +446,16 @@ def without_control(text: str) -> str:
 def html_page(title: str, body: str, style: str = "") -> str:
     """A self-contained page. Its security policy forbids scripts and requests to any host."""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{html.escape(title)}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }}
+:root {{ color-scheme: light dark; --text: #222; --ground: #fff; --line: #ddd; --right: #1b7f3b; --wrong: #c0311b }}
+@media (prefers-color-scheme: dark) {{
+:root {{ --text: #ddd; --ground: #16181c; --line: #3a3e45; --right: #5fcb84; --wrong: #ff8a75 }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em;
+  color: var(--text); background: var(--ground); overflow-wrap: break-word }}
 table {{ border-collapse: collapse; margin: 1em 0 }}
-td, th {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}
+td, th {{ padding: .3em .8em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }}
 {style}
 </style></head><body><h1>{html.escape(title)}</h1>
 {body}

@@ -89,7 +89,7 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
+INSTEAD_OF_TRAINING = ("plot", "plot_to", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -116,6 +116,8 @@ def parse(argv: list[str] | None) -> Namespace:
     if chosen.lora_r:
         parser.set_defaults(**lora_defaults(published, chosen.lora_r))
     cfg = parser.parse_args(argv)
+    if cfg.plot_to and not cfg.plot:
+        parser.error(f"--plot-to {cfg.plot_to} needs --plot, with the --out folders of runs")
     check_together(cfg)
     return cfg
 
@@ -165,7 +167,7 @@ def add_flags(parser: Parser) -> None:
 
     add = parser.add_argument_group("optimization").add_argument
     add("--global-batch", type=at_least(1), help="samples per optimizer step, over all processes")
-    add("--epochs", type=at_least(0.0), help="passes over the data")
+    add("--epochs", type=at_least(1e-6), help="passes over the data")
     add("--max-steps", type=at_least(0), default=0, help="upper limit of optimizer steps; 0: --epochs decides")
     add("--lr", type=at_least(0.0), help="peak learning rate")
     add("--projector-lr", type=at_least(0.0), default=0.0, help="the projector's own peak rate; 0: as --lr")
@@ -208,7 +210,8 @@ def add_flags(parser: Parser) -> None:
     add("--resume", default="auto", help="auto: from the newest checkpoint in --out; never; or a checkpoint folder")
 
     add = parser.add_argument_group("instead of training").add_argument
-    add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the loss curves of these runs into loss.html")
+    add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the curves of these runs: loss, gradient norm, rate")
+    add("--plot-to", default="", metavar="FILE", help="page to draw them into; default: loss.html in the first of them")
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")

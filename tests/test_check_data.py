@@ -48,7 +48,7 @@ def test_the_check_names_every_animal_of_the_zoo(tmp_path, zoo_images, capsys):
     assert [json.loads(r["record"]) for r in rejects] == [r for _, r in animals]
     assert json.loads(clean.read_text(encoding="utf-8")) == good
     code, out = run_check(capsys, clean, zoo_images, "--workers", "2")
-    assert code == 0 and "0 bad" in out and "1 steps of 128 samples" in out
+    assert code == 0 and "0 bad" in out and "1 step of 128 samples" in out
     code, out = run_check(capsys, path, zoo_images, "--decode", "header")
     assert code == 1 and f"{len(animals) - 1} bad" in out              # only the truncated picture has a good head
 

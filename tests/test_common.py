@@ -1,15 +1,17 @@
 """What every command leans on: files written whole or not at all; which process, device and dtype it is run with."""
+import argparse
 import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
 
-from lib.common import print_last, read_jsonl, replacing, torchrun_env, write_whole
+from lib.common import plural, print_last, read_jsonl, replacing, run_command, torchrun_env, write_whole
 from lib.device import choose_device, choose_dtype, cpu_warning, unused_gpu
 
 
@@ -212,3 +214,26 @@ def test_training_on_a_cpu_is_loud_where_it_is_hopeless(driver, monkeypatch):
     assert "has an NVIDIA GPU" in cpu_warning("auto", cpu, 1_000_000)
     assert "has an NVIDIA GPU" in cpu_warning("auto", cpu, 3_000_000_000)
     assert cpu_warning("cpu", cpu, 3_000_000_000) == ""         # insisted
+
+@pytest.mark.parametrize("path, flag", [
+    ("/there/out/.in_use", "--out /there/out"), ("/there/out", "--out /there/out"),
+    ("/there", "--val-data /there/x/val.json"), ("/there/x", "--val-data /there/x/val.json"), ("b.jpg", "--image b.jpg"), ("pictures/1/2.jpg", "--images pictures"),
+])
+def test_an_error_about_a_path_names_the_flag_that_led_there(path, flag, capsys):
+    """Permission denied, not a directory, no space left: the path may be a folder above, or a file within."""
+    def main(args):
+        raise PermissionError(13, "Permission denied", path)
+
+    args = argparse.Namespace(stage="pretrain", steps=3, llm="", keep=None, out="/there/out", images=Path("pictures"),
+                              image=["a.jpg", "b.jpg"], val_data="/there/x/val.json")
+    assert run_command(main, args) == 2
+    assert capsys.readouterr().err == f"error: [Errno 13] Permission denied: '{path}' ({flag})\n"
+
+
+def test_an_error_that_no_flag_led_to_stays_as_it_is(capsys):
+    assert run_command(open, "/nowhere/at/all") == 2
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: '/nowhere/at/all'\n"
+
+
+def test_one_is_singular():
+    assert [plural(n, "step") for n in (0, 1, 2, 2000)] == ["0 steps", "1 step", "2 steps", "2,000 steps"]

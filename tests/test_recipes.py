@@ -58,6 +58,8 @@ def test_help_shows_the_defaults_of_the_stage_and_recipe_it_is_asked_for(capsys)
     (["--recipe", "mipha", "--stage", "sft"], "--recipe mipha has no --stage sft"),
     (["--lerning-rate", "1"], "unrecognized arguments: --lerning-rate"),
     (["--global-batch", "0"], "--global-batch: expected a whole number of at least 1, found 0"),
+    (["--epochs", "0"], "--epochs: expected a number of at least 1e-06, found 0"),
+    (["--plot-to", "x.html"], "--plot-to x.html needs --plot, with the --out folders of runs"),
     (["--keep", "1.5"], "--keep: expected a whole number of at least 1, found 1.5"),
     (["--lr", "nan"], "--lr: expected a number of at least 0.0, found nan"),
     (["--lr", "inf"], "--lr: expected a number of at least 0.0, found inf"),
