@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.files import (field, first_existing, image_file, read_official_json, reading, required_files, rows_of,
-                              texts_of, to_json)
+                              to_json)
 from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Grade, Score, Task, accuracy, mean
 from lib.common import write_whole
 
