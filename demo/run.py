@@ -30,7 +30,7 @@ MOST_LOST = 5                           # points that a question may lose in a c
 COMMON = ["--dtype", "fp32", "--workers", "1", "--micro-tokens", "8192", "--log-every", "20"]
 STAGE_1 = ["train.py", "--stage", "pretrain", "--llm", "demo/phi", "--vision", "demo/clip",
            "--data", f"{DATA}/pretrain.json", "--images", f"{DATA}/images",
-           "--val-data", f"{DATA}/heldout_captions.json", "--val-every", "40",
+           "--val-data", f"{DATA}/heldout_captions.json", "--val-every", "10",
            "--out", f"{OUT}/pretrain", "--global-batch", "32", "--lr", "3e-3", "--epochs", "2"]
 # The tower stays frozen, as the paper's text has it (its script trains it); that is one point better here.
 STAGE_2 = ["train.py", "--stage", "finetune", "--model", f"{OUT}/pretrain",
