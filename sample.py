@@ -174,7 +174,7 @@ class Chat:
         elif command == "/quit":
             raise EOFError
         elif command == "/save" and argument:
-            with open(argument, "x", encoding="utf-8") as file:         # "x": never over an existing file
+            with open(argument, "x", encoding="utf-8", errors="backslashreplace") as file:  # "x": never over a file
                 json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
         else:
             print_note(COMMANDS)

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import hashlib
 import html
+import io
 import json
 import math
 import os
@@ -88,6 +89,12 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
     Anything that a user's file, flag or machine can cause is raised as ValueError or OSError, and ends with one line
     and exit code 2. Every other exception is a bug of ours and keeps its traceback. interrupted: printed after Ctrl-C.
     """
+    # A closed stdin or stdout is None: nothing is there to be read, and what is printed goes nowhere.
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    # Names and texts may hold characters that UTF-8, or the terminal's encoding, does not have.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(*args) or 0
     except KeyboardInterrupt:
