@@ -25,7 +25,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
@@ -35,12 +34,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.records import BadSamples, find_records, id_of, lines_of, parse_record
+from lib.pictures import open_rgb
+from lib.records import BadSamples, find_records, id_of, lines_of, media_problem, parse_record
 from lib.schedule import epoch_order, split_step, step_samples
 from lib.workers import map_in_chunks, map_in_workers
 
@@ -71,10 +71,6 @@ class Batch(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------
 # Images
-
-MAX_PIXELS = 89_478_485             # Pillow's own limit, but checked before decoding: 268 MB as RGB
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of phones
-warnings.filterwarnings("ignore", module="PIL")             # about odd EXIF data and the like in images that open fine
 
 
 class ImageConfig(NamedTuple):
@@ -126,55 +122,6 @@ def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig)
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image))              # (S, S, 3)
     return pixels.permute(2, 0, 1).contiguous()             # (3, S, S)
-
-
-def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
-    """Open as upright RGB. Alpha is dropped and only the first frame of an animation is read, as in LLaVA.
-
-    Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
-    """
-    name = str(source) if isinstance(source, (str, Path)) else "the given picture"
-    if "://" in name:
-        raise ValueError(f"image is an address: {name}; download it and give the file")
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        w, h = image.size
-        pixels = largest_pixels(w, h, size, mode)
-        if decode and pixels <= MAX_PIXELS:
-            image = upright(image).convert("RGB")
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"image missing: {name}") from e
-    except UnidentifiedImageError:
-        raise ValueError(f"image unreadable: {name}: not a {', '.join(FORMATS)} file, or cut short") from None
-    except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
-        raise ValueError(f"image unreadable: {name}: {e}") from e
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to "
-                         f"{size} x {size} (mode {mode}), more than {MAX_PIXELS:,}")
-    return image
-
-
-def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
-    """Pixels of the largest intermediate image.
-
-    A strip of a million pixels by one is a small file, but padded to a square, or with its shortest edge resized to
-    `size`, it would exhaust any memory.
-    """
-    if mode == "pad":
-        return max(w, h) ** 2
-    if mode == "squash":
-        return w * h
-    resized = (size * w // min(w, h)) * (size * h // min(w, h))
-    return max(w * h, resized)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Rotate a photo as its EXIF data says. Phones store most photos on their side; annotators saw them upright."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:               # broken EXIF data in a good image
-        return image
-    return image if orientation == 1 else ImageOps.exif_transpose(image)
 
 # ---------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -272,11 +219,12 @@ def to_turns(record: dict) -> tuple[list[str], bool]:
     if not said or len(said) % 2:
         raise ValueError("no answer: the conversation " + ("ends with a question" if said else "is empty"))
 
+    problem = media_problem(record, said)
+    if problem:
+        raise ValueError(problem)
     turns = [turn["value"] for turn in said]
     if record.get("image") is None:
         return turns, False
-    if not isinstance(record["image"], str) or not record["image"]:
-        raise ValueError(f"image name: expected one path, found {record['image']!r}")
     question = turns[0].strip()
     question = question.removeprefix(IMAGE) if question.startswith(IMAGE) else question.removesuffix(IMAGE)
     turns[0] = question.strip()

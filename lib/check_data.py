@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, open_rgb, to_turns
-from lib.common import read_json, replacing
+from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, to_turns
+from lib.common import read_json, replacing, visible
 from lib.folders import open_weights
+from lib.pictures import open_rgb
 from lib.recipes import RECIPES
 from lib.records import id_of, lines_of
 from lib.schedule import steps_per_epoch
@@ -193,11 +194,12 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
         shown = records[:show]
         lines = lines_of(dataset.path, ranges[shown, 0].tolist())
         for i, line in zip(shown, lines):
-            print(f"    line {line}, id {id_of(dataset.read(ranges[i]))} {survey.problems.get(i, '')[:200]}".rstrip())
+            id = id_of(dataset.read(ranges[i]))
+            print(visible(f"    line {line}, id {id} {survey.problems.get(i, '')[:200]}").rstrip())
     good_ids = survey.id_hash[survey.good]
     print(f"\nids that were used before: {len(good_ids) - len(np.unique(good_ids)):,}")
     folders = [f"{folder} {n:,}" for folder, n in survey.image_folders.most_common(20)]
-    print("image folders: " + ", ".join(folders))
+    print(visible("image folders: " + ", ".join(folders)))
 
 
 def print_lengths(length: np.ndarray, supervised: int) -> None:

@@ -67,7 +67,8 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
         try:
             begin = SPACE.match(text, i).end()
             if separator == "[" and text[begin] == "]":
-                return                                      # an empty list
+                after = begin                               # an empty list
+                break
             _, end = STRICT_JSON.raw_decode(text, begin)
             after = SPACE.match(text, end).end()
             if text[after] not in ",]":
@@ -87,6 +88,13 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
         yield start + begin, start + end
         separator = text[after]
         i = after + 1
+    position = file.seek(start + after + 1)
+    while block := file.read(BLOCK):
+        if not block.isspace():
+            [line] = lines_of(path, [position + len(block) - len(block.lstrip())])
+            raise ValueError(f"not json: {path}, line {line}: {block.strip()[:20]!r} after the end of the list; two lists "
+                             "in one file must become one, or two files")
+        position += len(block)
 
 
 def lines_of(path: Path, positions: list[int]) -> list[int]:
@@ -110,6 +118,27 @@ def id_of(record: bytes) -> str:
     """A record's id, even if the record cannot be parsed."""
     match = re.search(rb'"id"\s*:\s*("[^"]*"|-?\d+)', record)
     return match[1].decode("utf-8", "replace").strip('"') if match else "(none)"
+
+# ---------------------------------------------------------------------------------------------------
+# What is in a record
+
+MEDIA = re.compile(r"(media|image|img|picture|photo|video|audio|sound|speech)s?"
+                   r"(_?(path|file|file_?name|name|url|list|bytes|base64|data)s?)?", re.IGNORECASE)
+
+
+def media_problem(record: dict, said: list[dict]) -> str:
+    """What is wrong with a record's picture, or the name of other media in it or in its turns; "" if there is nothing.
+
+    Without this, such a sample would be trained as text, about something that the model cannot see.
+    """
+    image = record.get("image")
+    if image is not None and (not isinstance(image, str) or not image):
+        return f"image name: expected one path, found {image!r}"
+    for part in (record, *said):
+        for key, value in part.items():
+            if MEDIA.fullmatch(key) and value and not (key == "image" and part is record):
+                return f'media not read: the record has {key!r}; expected one picture under "image", or none'
+    return ""
 
 # ---------------------------------------------------------------------------------------------------
 # Bad samples

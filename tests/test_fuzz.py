@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, load_weights_command, pattern, talk
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from training import train_here
 
 import data
@@ -221,6 +221,42 @@ def test_pictures(capsys):
 
     counts = campaign("pictures", 6000, 1_200_000_000, make_case, capsys)
     assert min(counts["fine"], counts["refused"]) > 500
+
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exif(capsys):
+    """Good pixels behind mutated EXIF data, as an EXIF chunk or an old raw profile: always read, the right way up."""
+    image = pattern(60, 40)
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010e: "a photo", 0x011a: 72.0, 0x0132: "2026:01:01 00:00:00", 0x0213: 1})
+    exif.get_ifd(0x8769).update({0x829a: 0.01, 0x9286: b"ASCII\0\0\0x", 0xa002: 60})
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    good = exif.tobytes()
+    turns = [None, *Image.Transpose]
+    possible = [load_image(image if turn is None else image.transpose(turn), ImageConfig(28, "pad", (0, 0, 0), 4))
+                for turn in turns]
+
+    def make_case(rng: random.Random) -> Callable:
+        mutated = mutate_bytes(good, rng)
+        form = rng.choice(("PNG", "JPEG", "WEBP", "MPO"))
+        file = io.BytesIO()
+        if form == "PNG" and rng.random() < 0.5:
+            raw = rng.choice((mutated.hex(), mutate_bytes(mutated.hex().encode(), rng).decode("latin-1")))
+            info = PngImagePlugin.PngInfo()
+            info.add_text("Raw profile type exif", f"\nexif\n{len(mutated):8}\n{raw}", zip=rng.random() < 0.5)
+            image.save(file, form, pnginfo=info)
+        else:
+            image.save(file, form, exif=mutated[:65_000], **({"lossless": True} if form == "WEBP" else {}))
+
+        def case() -> None:
+            pixels = load_image(io.BytesIO(file.getvalue()), ImageConfig(28, "pad", (0, 0, 0), 4))
+            if form in ("PNG", "WEBP"):
+                assert any(torch.equal(pixels, other) for other in possible)
+        return case
+
+    counts = campaign("exif", 6000, 300_000_000, make_case, capsys)
+    assert counts["refused"] == 0
 
 # ---------------------------------------------------------------------------------------------------
 # Records
