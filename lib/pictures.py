@@ -22,8 +22,9 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
 
     Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
     """
-    name = str(source) if isinstance(source, (str, Path)) else "the given picture"
-    if "://" in name:
+    is_path = isinstance(source, (str, Path))
+    name = str(source) if is_path else getattr(source, "name", "the given picture")
+    if is_path and "://" in name:
         raise ValueError(f"image is an address: {name}; download it and give the file")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
