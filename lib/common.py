@@ -3,7 +3,6 @@
 It does without torch, so that `--help`, a mistake in a flag and the scoring of answers respond at once.
 """
 import argparse
-import fcntl
 import hashlib
 import html
 import io
@@ -17,9 +16,13 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+fcntl = None
+with suppress(ImportError):
+    import fcntl        # Windows does not have it
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -181,6 +184,8 @@ def hold_folder(out: Path) -> Iterator[None]:
     while True:
         file = open(path, "a+")
         try:
+            if fcntl is None:
+                raise OSError("this system has no POSIX locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
@@ -201,7 +206,8 @@ def hold_folder(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)        # before the lock is released
+            with suppress(PermissionError):         # Windows deletes no open file
+                path.unlink(missing_ok=True)        # before the lock is released
 
 
 JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's tokenizer.json has 2 MB
