@@ -184,6 +184,10 @@ def read_record(record: object) -> tuple[Record, str]:
         role = ROLES.get(name, repr(name)) if isinstance(name, str) else repr(name)
         if its_places and role != "user":
             return nothing, f"image places: a picture in the words of {role}; expected it in a question"
+        if said and said[-1][0] == role == "user" and "messages" in record:
+            # OpenAI's own examples give the question and the picture as two messages in a row.
+            before = said.pop()[1]
+            pieces = [*before[:-1], f"{before[-1]}\n{pieces[0]}", *pieces[1:]]
         said.append((role, pieces))
         places += its_places
     if isinstance(record.get("system"), str) and record["system"]:

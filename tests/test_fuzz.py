@@ -15,6 +15,8 @@ import shutil
 import signal
 import socket
 import struct
+import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ import data
 import load_weights
 import serve.server
 from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
+from lib.archives import Pictures
 from lib.common import run_command
 from lib.generate import Session
 from lib.recipes import parse_check
@@ -269,6 +272,14 @@ RECORDS = [
     {"id": "c", "image": "tall.png", "conversations": [{"from": "gpt", "value": "hello"},
                                                        {"from": "human", "value": "what?\n<image>"},
                                                        {"from": "gpt", "value": "this"}]},
+    {"id": "d", "system": "Be brief.", "images": ["photo.jpg", {"path": "wide.png"}], "messages": [
+        {"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "this"}]},
+    {"id": "e", "images": ["photo.jpg"], "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "tall.png"}}, {"type": "image"},
+                                     {"type": "text", "text": "same?"}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,iVBORw0KGgo="}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "no"}]}]},
 ]
 
 
@@ -282,6 +293,7 @@ def test_records_by_value(tok, capsys):
             ids, labels = data.encode(record, tok, template)
             ids, labels = data.expand(ids, labels, 4, 128)
             assert len(ids) == len(labels)
+            assert ids.count(data.IMAGE_ID) == 4 * len(data.conversation_of(record).images)
         return case
 
     campaign("records", 6000, 200_000_000, make_case, capsys)
@@ -311,6 +323,46 @@ def test_data_files(tmp_path, tok, capsys):
         return case
 
     campaign("data files", 600, 300_000_000, make_case, capsys)
+
+
+
+def test_archives(tmp_path, capsys):
+    """Zips and tars with changed bytes: members are read, or refused with words, and never more than a picture's size."""
+    photo = (GOLDEN / "images/photo.jpg").read_bytes()[:3000]
+    names = ["a.jpg", "folder/b.jpg", "é" * 60 + "/" + "x" * 80 + ".jpg"]
+    seeds = []
+    for packed in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "seed", "w", packed) as file:
+            for name in names:
+                with file.open(name, "w", force_zip64=packed == zipfile.ZIP_STORED) as member:
+                    member.write(photo)
+        seeds.append((tmp_path / "seed").read_bytes())
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "seed", "w", format=form) as file:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(photo)
+                file.addfile(member, io.BytesIO(photo))
+        seeds.append((tmp_path / "seed").read_bytes()[:20_000])
+    path = tmp_path / "archive"
+
+    def make_case(rng: random.Random) -> Callable:
+        content = bytearray(rng.choice(seeds))
+        # Pictures are most of the bytes and none of the structure: change headers and directories more often.
+        begin, end = (0, len(content)) if rng.random() < 0.3 else rng.choice(
+            [(at, at + 600) for sign in (b"PK\1\2", b"PK\5\6", b"PK\3\4", b"ustar") for at in [content.rfind(sign)] if at > 0])
+        begin = max(0, begin - 257)
+        content[begin:end] = mutate_bytes(bytes(content[begin:end]), rng)
+
+        def case() -> None:
+            path.write_bytes(content)
+            pictures = Pictures([path])
+            for name in names:
+                assert len(pictures.open(name).read()) <= 1 << 28
+        return case
+
+    counts = campaign("archives", 4000, 700_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 300
 
 # ---------------------------------------------------------------------------------------------------
 # Models

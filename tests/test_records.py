@@ -58,6 +58,42 @@ def test_the_same_conversation_in_any_form_is_the_same_sample(form, tiny_tokeniz
     assert encode(FORMS[form], tiny_tokenizer, "v0") == encode(FORMS["llava"], tiny_tokenizer, "v0")
 
 
+# As their own documentation writes them: OpenAI's guide to vision fine-tuning, ms-swift's to custom data sets, torchtune's
+# ShareGPTToMessages, LLaMA-Factory's README of its data, TRL's data sets with vision.
+PUBLIC = {
+    "openai": ({"messages": [
+        {"role": "system", "content": "You identify works of art."},
+        {"role": "user", "content": "Describe this."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PHOTO, "detail": "low"}}]},
+        {"role": "assistant", "content": "A dog."}]}, ("(picture)\nYou identify works of art.\nDescribe this.", "A dog.")),
+    "ms-swift": ({"messages": [
+        {"role": "user", "content": "<image><image>What differs?"}, {"role": "assistant", "content": "The color."}],
+        "images": [PHOTO, "wide.png"]}, ("(picture)(picture)What differs?", "The color.")),
+    "torchtune": ({"image": PHOTO, "conversations": [
+        {"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A dog."}]}, ("(picture)\nBe brief.\nWhat is it?", "A dog.")),
+    "llama-factory": ({"conversations": [
+        {"from": "human", "value": "<image>Who is that?"}, {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}], "system": "Be brief.", "tools": "",
+        "images": [PHOTO]}, ("(picture)\nBe brief.\nWho is that?", "A dog.", "Sure?", "Yes.")),
+    "trl": ({"images": [{"bytes": None, "path": PHOTO}], "messages": [
+        {"role": "user", "content": [{"index": 0, "text": None, "type": "image"},
+                                     {"index": None, "text": "What is it?", "type": "text"}]},
+        {"role": "assistant", "content": [{"index": None, "text": "A dog.", "type": "text"}]}]},
+        ("(picture)\nWhat is it?", "A dog.")),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_forms_that_others_document(name, tmp_path, tiny_tokenizer):
+    record, want = PUBLIC[name]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(record))
+    sample = open_dataset(path, tiny_tokenizer).sample(0)
+    assert decoded(encode(record, tiny_tokenizer, "v0")[0], tiny_tokenizer) == v0(*want)
+    assert len(sample.image) == want[0].count("(picture)")
+
+
 def decoded(ids: list[int], tok) -> str:
     """The text of a sample, with (picture) for each image slot."""
     parts, run = [], []
