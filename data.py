@@ -549,8 +549,10 @@ class Dataset:
         index = self.index
         n_cut = (index.cut > 0).sum()
         n_useless = (index.supervised == 0).sum()
-        lines = [f"{len(self):,} samples, {(index.image > 0).sum():,} with an image, {index.length.mean():.0f} positions "
-                 f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn"]
+        n_with = (index.image > 0).sum()
+        where = f" from {self.pictures}" if n_with else ""
+        lines = [f"{len(self):,} samples, {n_with:,} with an image{where}, {index.length.mean():.0f} positions each; "
+                 f"{n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn"]
         for bit, note in enumerate(NOTES):
             if n := (index.notes >> bit & 1).sum():
                 lines.append(f"note: {n:,} samples: {note}")
