@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -212,9 +212,8 @@ def conversation_of(record: dict) -> Conversation:
     prompt, so a record's own goes in front of its first question.
     """
     (said, images), problem = read_record(record)
-    system = [text[0] for role, text in said if role == "system"]
-    if system and [role for role, _ in said[:len(system)]] == ["system"] * len(system):
-        said = said[len(system):]
+    system = [text[0] for _, text in takewhile(lambda turn: turn[0] == "system", said)]
+    said = said[len(system):]
     if said and said[0][0] == "assistant":
         said = said[1:]
     turns = [text for _, text in said]
