@@ -530,7 +530,7 @@ class Dataset:
             images = [load_image(self.pictures.open(name), self.image_config) for name in names]
         except (ValueError, OSError) as e:
             raise self.sample_error(span, e) from e
-        return Sample(str(record.get("id", i)), ids, labels, torch.stack(images) if images else None)
+        return Sample(str(record.get("id", i)), ids, labels, torch.stack(images).squeeze(0) if images else None)
 
     def read(self, span: tuple[int, int]) -> bytes:
         start, end = span

@@ -202,6 +202,7 @@ def bench_resume() -> None:
     class NoReading(Dataset):
         def __init__(self, index: Index):
             self.index, self.checksum, self.cache_dir, self.on_bad_sample = index, "", None, "stop"
+            self.image_dir, self.follow_links = [], False
             self.image_config = ImageConfig.of(CLIP_L_336, "pad")
             self.tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
 
