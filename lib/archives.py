@@ -24,7 +24,7 @@ from lib.records import cached_arrays
 MOST_BYTES = 1 << 28                # of a picture file; no larger one would be decoded
 STORED, DEFLATED = 0, 8             # zip's numbers for how a member is packed, all below 100
 IN_TAR, ENCRYPTED, LINK = 256, 257, 258
-TAR_BLOCK = 512                         # tar's unit
+TAR_BLOCK = 512                     # tar's unit
 
 Entry = tuple[bytes, int, int, int]                         # name, offset, size in the archive, how it is packed
 
@@ -278,6 +278,7 @@ def name_problem(name: str) -> str:
 
 
 def find_members(archive: Path, index: dict[str, np.ndarray], name: str) -> list[Member]:
+    """Those of that name: one, none, or several where a name was used twice."""
     key = np.uint64(hash_of(name.encode(errors="surrogateescape")))
     first, last = np.searchsorted(index["hash"], key), np.searchsorted(index["hash"], key, side="right")
     return [Member(archive, name, *(int(index[column][i]) for column in ("offset", "size", "packed")))

@@ -63,7 +63,7 @@ def test_members_are_read_as_they_were_written(kind, tmp_path):
             pictures.open(folder)
 
 
-def test_a_zip_of_more_than_65535_members_and_a_self_extracting_one(tmp_path, monkeypatch):
+def test_a_zip_of_more_than_65535_members(tmp_path, monkeypatch):
     """zip64, which the pictures of stage 1 need twice: for their number and for their 27 GB."""
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 2)
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 300)
