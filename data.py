@@ -423,7 +423,7 @@ class Index(NamedTuple):
 
 @dataclass(eq=False)
 class Dataset:
-    """A json list or jsonl of conversations. FileNotFoundError or ValueError if the file is not there or something else.
+    """A json list or jsonl of conversations. FileNotFoundError or ValueError if the file is not there or not one.
 
     Each record goes through `prepare` once for the index, which needs its length, and again whenever it is sampled. The
     index does not keep the ids: for the 665K records of stage 2 they would add a second gigabyte to every run's folder,
@@ -447,8 +447,8 @@ class Dataset:
         first = next(find_records(self.path), None)
         if first is None or not any(key in self.read(first) for key in (b'"conversations"', b'"messages"')):
             found = f"found {self.read(first)[:80]!r}" if first else "it has no records"
-            raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\" or \"messages\", "
-                             f"{found}")
+            raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\" or "
+                             f"\"messages\", {found}")
 
     def __setstate__(self, state: dict) -> None:
         """Unpickle in a worker process. Pickling a tokenizer loses encode_special_tokens."""
@@ -544,7 +544,7 @@ class Dataset:
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.pictures}")
 
     def summary(self) -> str:
-        """A line for the log, with counts of truncated samples and of those without a supervised token, then the notes."""
+        """A line for the log, with counts of truncated samples and of those without a supervised token, then notes."""
         index = self.index
         n_cut = (index.cut > 0).sum()
         n_useless = (index.supervised == 0).sum()

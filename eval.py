@@ -234,7 +234,8 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
         image_mode = data.task.mipha_mode if reference == "mipha" else data.task.paper_mode
     questions = []
     for example in data.examples:
-        names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True for picture in example.pictures]
+        names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True
+                 for picture in example.pictures]
         questions.append([example.question_id, example.prompt, names if len(names) > 1 else (*names, False)[0]])
     arithmetic = {"dtype": args.dtype}
     if args.bits < 16:

@@ -144,7 +144,7 @@ def zip64_sizes(extra: bytes, stored: int, unpacked: int, offset: int) -> tuple[
 
 
 def tar_entries(file: BinaryIO) -> Iterator[Entry]:
-    """The members of an uncompressed tar, with the long names of GNU and POSIX. Python's tarfile is ten times slower."""
+    """The members of an uncompressed tar, long names of GNU and POSIX among them. Python's tarfile is slower."""
     end = file.seek(0, 2)
     position = 0
     long_name, long_size = b"", -1                          # of the next member, from the one in front of it

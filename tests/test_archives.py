@@ -15,7 +15,8 @@ from lib import archives
 from lib.archives import Pictures
 
 PHOTO = (GOLDEN / "images/photo.jpg").read_bytes()
-NAMES = ["a.jpg", "folder/b.jpg", "folder/é 中.jpg", "x" * 90 + "/" + "y" * 150 + ".jpg", "folder/" + "n" * 99 + ".jpg"]
+NAMES = ["a.jpg", "folder/b.jpg", "folder/é 中.jpg", "x" * 90 + "/" + "y" * 150 + ".jpg",
+         "folder/" + "n" * 99 + ".jpg"]
 
 
 def content(name: str) -> bytes:
@@ -84,9 +85,11 @@ def test_several_places(tmp_path):
     """Each picture from where it is; one that is in two of them would be a guess."""
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose/c.jpg").write_bytes(b"c")
-    one, two = write_zip(tmp_path / "one.zip", ["a.jpg", "same.jpg"]), write_tar(tmp_path / "two.tar", ["b.jpg", "same.jpg"])
+    one = write_zip(tmp_path / "one.zip", ["a.jpg", "same.jpg"])
+    two = write_tar(tmp_path / "two.tar", ["b.jpg", "same.jpg"])
     pictures = Pictures([tmp_path / "loose", one, two])
-    assert pictures.open("a.jpg").read() and pictures.open("b.jpg").read() and pictures.open("c.jpg").read_bytes() == b"c"
+    assert pictures.open("a.jpg").read() and pictures.open("b.jpg").read()
+    assert pictures.open("c.jpg").read_bytes() == b"c"
     with pytest.raises(ValueError, match="image named twice: 'same.jpg' is 2 times in .*loose .*one.zip .*two.tar"):
         pictures.open("same.jpg")
     (tmp_path / "images.zip").write_bytes(one.read_bytes())

@@ -367,7 +367,8 @@ def test_a_stray_tag_leaves_the_neighbours_alone(tiny):
     torch.testing.assert_close(c, c_alone)
 
 
-@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "pictures", "image_path", "Image", "media", "img"])
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "pictures", "image_path", "Image", "media",
+                                 "img"])
 def test_media_that_is_not_read_is_never_trained_as_text(key, tiny):
     """In the record or in a turn. What only describes a picture, or holds nothing, is no medium."""
     record = talk("what is this?", "a dog")

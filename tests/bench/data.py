@@ -2,7 +2,7 @@
 
     $ python -m tests.bench.data                            # pixels, tokens, schedule: about a minute on one core
     $ python -m tests.bench.data --records 665298           # and the check and the index on that many synthetic records
-    $ python -m tests.bench.data --members 558128           # just archives: the same pictures from a folder, a zip and a tar
+    $ python -m tests.bench.data --members 558128           # only the same pictures from a folder, a zip and a tar
 
 The comparisons are made in the same process, alternating, in CPU seconds of one thread. What needs transformers, or
 Phi-2's tokenizer, is left out where they are not there.
@@ -267,8 +267,8 @@ def bench_archives(n: int) -> None:
             grown = (peak_memory("cpu") - before) / 1e6
             start = time.process_time()
             Pictures([root / name], cache_dir=root / "out")
-            print(f"{name}, {n:,} members: ready after {seconds:.1f} CPU s, peak memory {grown:+.0f} MB; from the cache "
-                  f"after {time.process_time() - start:.2f} s")
+            print(f"{name}, {n:,} members: ready after {seconds:.1f} CPU s, peak memory {grown:+.0f} MB; from the "
+                  f"cache after {time.process_time() - start:.2f} s")
         config = ImageConfig.of(CLIP_L_336, "pad")
         opened = medians({name: partial(open_all, place, photos) for name, place in places.items()})
         loaded = medians({name: partial(open_all, place, photos[:20], config) for name, place in places.items()})
