@@ -19,6 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from lib.common import visible_name
 from lib.records import cached_arrays
 
 MOST_BYTES = 1 << 28                # of a picture file; no larger one would be decoded
@@ -44,7 +45,7 @@ class Member:
         file = io.BytesIO(data)
         file.name = f"{self.name} in {self.archive}"
         if problem:
-            raise ValueError(f"image unreadable: {file.name}: {problem}")
+            raise ValueError(f"image unreadable: {visible_name(file.name)}: {problem}")
         return file
 
 

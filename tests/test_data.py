@@ -4,6 +4,7 @@ import os
 import random
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from zoo import BAD_RECORDS, write_zoo_images
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, ImageConfig, Sample, collate, encode, encode_prompt, eot_id,
                   expand, load_image, load_tokenizer, open_rgb)
+from lib.archives import Pictures
 from lib.recipes import IMAGE_MODES
 from vision import CLIP_L_336, SIGLIP_SO400M_384, normalize
 
@@ -209,6 +211,21 @@ def test_bad_pictures_are_named(zoo_images, name, problem):
         with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){problem}") as e:
             load_image(zoo_images / name, for_clip(28, mode))
         assert name in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_name_of_several_lines_is_one_line(tmp_path):
+    """What a record calls a picture may be anything; an error stays one line, and moves no cursor."""
+    name = "what?\n\x1b[2J<image>.jpg"
+    (tmp_path / name).write_text("no picture")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(name, "no picture")
+    for source in (tmp_path / name, tmp_path / "absent" / name):
+        with pytest.raises((ValueError, OSError), match="what") as e:
+            load_image(source, for_clip(28, "pad"))
+        assert not set(str(e.value)) & set("\n\x1b")
+    with pytest.raises(ValueError, match="what") as e:
+        Pictures([tmp_path / "x.zip"]).open(name)
+    assert not set(str(e.value)) & set("\n\x1b")
 
 
 def test_odd_but_good_pictures_open(zoo_images):
