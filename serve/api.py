@@ -34,7 +34,7 @@ HARMLESS = {"user", "safety_identifier", "metadata", "service_tier", "parallel_t
 # All other fields are refused, except with a value that asks for nothing: null, false, 0, empty, or one of these.
 DEFAULTS = {"tool_choice": ["none", "auto"], "function_call": ["none", "auto"], "response_format": [{"type": "text"}],
             "modalities": [["text"]], "reasoning_effort": ["none"], "repetition_penalty": [1]}
-ROLES = ("user", "assistant", "system", "developer")
+SPEAKERS = ("user", "assistant", "system", "developer")
 PART = '{"type": "text", "text": "..."} or {"type": "image_url", "image_url": {"url": "data:image/...;base64,..."}}'
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -126,8 +126,8 @@ def message_problem(message: Any) -> tuple[str, str | None]:
     # null is an answer that failed, or one that was nothing but a refusal.
     if type(message.get("content")) not in (str, list, NoneType) or role != "assistant" and "content" not in message:
         return ".content", "expected a string or an array of parts"
-    if role not in ROLES:
-        return ".role", f"expected one of {', '.join(ROLES)}, found {json.dumps(role)[:40]}"
+    if role not in SPEAKERS:
+        return ".role", f"expected one of {', '.join(SPEAKERS)}, found {json.dumps(role)[:40]}"
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             return f".{name}", "this model has no tools"
