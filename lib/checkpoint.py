@@ -503,7 +503,7 @@ DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
 def is_finished(settings: dict) -> bool:
     """True if --out holds the model of a finished run with these settings; ValueError if they were different.
 
-    The data is the same if its content is, wherever it has moved. Of the pictures only the folder's name is known.
+    The data is the same if its content is, wherever it has moved. Of the pictures only the folders' names are known.
     """
     saved = read_settings(Path(settings["out"]))
     if settings["resume"] != "auto" or "model_type" not in saved:
@@ -513,7 +513,7 @@ def is_finished(settings: dict) -> bool:
     may_change = MAY_CHANGE - {"data", "images"}
     if then.get(DATA_CHECKSUM) == now[DATA_CHECKSUM]:
         may_change |= {"data"}
-    if Path(then["images"]) == Path(now["images"]):             # however it is written
+    if list(map(Path, then["images"])) == list(map(Path, now["images"])):       # however they are written
         may_change |= {"images"}
     check_same_settings(then, now, may_change,
                         f"--out {settings['out']} holds a finished model made with other settings; "

@@ -186,7 +186,7 @@ def test_own_questions(tmp_path, capsys):
             ({"text": 5}, "line 3: text is 5, expected a text"),
             ({"text": "x", "answer": {}}, "line 3: answer is {}"), ({"text": "x", "answer": [["x"]]}, "line 3: 0 is"),
             ({"text": "x", "question_id": [1]}, "line 3: question_id is"),
-            ({"text": "x", "image": "a\\b.png"}, "line 3: .*write /"),
+            ({"text": "x", "image": "a\\b.png"}, "line 3: .*expected a path with /"),
             ({"text": "x", "answer": True}, "line 3: answer is True"), ([], "line 3: not a json object")]:
         (tmp_path / "q.jsonl").write_text('{"text": "What?"}\n\n' + json.dumps(line))
         with pytest.raises(ValueError, match=message):

@@ -295,11 +295,11 @@ def test_links_out_of_the_folder_can_be_allowed(tmp_path, zoo_images, tiny):
 
 def test_a_windows_path_is_called_one(tmp_path, tiny, zoo_images):
     """It is not outside the folder: what is wrong with it is the separator."""
-    dataset = open_dataset(write_data(tmp_path), tiny, images=zoo_images)
+    pictures = open_dataset(write_data(tmp_path), tiny, images=zoo_images).pictures
     with pytest.raises(ValueError, match="image path has backslashes: .*expected a path with /"):
-        dataset.image_path({"image": "sub\\x.jpg"})
+        pictures.find("sub\\x.jpg")
     with pytest.raises(ValueError, match="image outside the folder"):
-        dataset.image_path({"image": "C:\\x.jpg"})
+        pictures.find("C:\\x.jpg")
 
 
 def test_an_error_outside_the_workers_ends_the_process():
