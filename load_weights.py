@@ -42,6 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     exporting.add_argument("--to", choices=("model", "parts"), default="model",
                            help="model: one folder, which transformers and vLLM read too; "
                                 "parts: Phi, vision tower and projector separately, for llama.cpp's converters")
+    exporting.add_argument("--head-bias", choices=("fold", "keep"), default="fold",
+                           help="fold: the bias of the language model's head is folded into its weight, exactly, since "
+                                "transformers' Llava has no such bias; keep: both as they are")
     for command in (merging, exporting):
         command.add_argument("--dtype", type=dtype_name, help="bf16 or fp32; default: each tensor as it is stored")
     return parser.parse_args(argv)
@@ -131,18 +134,22 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
     save_model(out, tensors, bases.config, bases, dtype)
 
 
-def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Write any readable model, or a training checkpoint (out/step_NNNNNN), in the format we save."""
+def export(model: Path, out: Path, dtype: torch.dtype | None, fold: bool = True) -> None:
+    """Write any readable model, or a training checkpoint (out/step_NNNNNN), in the format we save.
+
+    fold: put the head's bias into its weight, so that transformers computes the same. A language model by itself keeps
+    its bias, which transformers' Phi reads.
+    """
     if not (model / "checkpoint.json").is_file():
         source = open_weights(model)
-        save_model(out, {}, source.config, source, dtype)
+        save_model(out, {}, source.config, source, dtype, fold)
         return
     settings, paths = read_for_export(model)
     is_phi = settings["stage"] == "sft"
     source = open_weights(*paths, expect=(Kind.PHI,)) if is_phi else open_weights(*paths)
     config = config_of_run(source.config, settings["dropout"], settings["image_mode"])
     trained = merged_tensors(model, source, settings["lora_alpha"])
-    save = save_phi if is_phi else save_model
+    save = save_phi if is_phi else partial(save_model, fold=fold)
     save(out, trained, config, source, dtype or torch_dtype(settings["dtype"]))
 
 
@@ -175,7 +182,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
         return 0
     else:
-        export(args.model, args.out, dtype)
+        export(args.model, args.out, dtype, args.head_bias == "fold")
     return inspect(args.out)
 
 

@@ -18,12 +18,14 @@ from torch import Tensor
 from data import EOT, IMAGE, eot_id, load_tokenizer
 from lib.common import read_json, remove, replacing, sha256, sync_folder, write_whole
 from lib.folders import Weights, check_tensors, in_order, meta_model, read_tensor, saved_shapes
+from lib.head_bias import fold_head_bias
 from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
 
 # Shards are built in memory, one at a time, so they are smaller than the usual 5 GB.
 SHARD_BYTES = 1_500_000_000
+CHECKSUMS = "SHA256SUMS"        # the usual name and format: `sha256sum -c SHA256SUMS` reads it too
 SAVED_MODEL = Path(__file__).parent.parent / "saved_model"         # files that are copied into every saved folder
 # Prefix of saved names -> the prefix where one part is written by itself, as in Phi, CLIP and LLaVA.
 PHI_ALONE = {"language_model.": ""}
@@ -45,6 +47,10 @@ class ToSave(NamedTuple):
         """Only the tensors of "llm", "vision" or "projector"."""
         return self._replace(tensors={name: load for name, load in self.tensors.items() if name.startswith(part)})
 
+    def load(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return tensor() if callable(tensor) else tensor.detach()
+
     @property
     def dtype_name(self) -> str:
         """The first tensor's dtype, for config.json. Never fp16, in which this model would overflow."""
@@ -53,15 +59,17 @@ class ToSave(NamedTuple):
 
 
 def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
-               dtype: torch.dtype | None = None) -> None:
+               dtype: torch.dtype | None = None, fold: bool = False) -> None:
     """Write a self-contained model folder.
 
     changed: parameters that differ from those in `source`, the weights that the model was made from. Everything else
     (other parameters, the vision layers after the one that is read, the tokenizer) is copied from there.
-    dtype: None keeps each tensor's own, and is not possible for functions. In a training folder, config.json keeps the
-    run's settings under "training".
+    dtype: None keeps each tensor's own, and is not possible for functions. fold: see lib/head_bias.py. In a training
+    folder, config.json keeps the run's settings under "training".
     """
     model = collect(changed, config, source, dtype)
+    if fold:
+        model = model._replace(tensors=model.tensors | fold_head_bias(model.load, model.dtypes))
     # <image> gets the first id after the tokenizer's own. Phi-2's embedding has 900 unused rows.
     if image_token_id(model.tokenizer) >= config.llm.vocab_size:
         rows = config.llm.vocab_size
@@ -122,11 +130,9 @@ def write_tensors(folder: Path, model: ToSave, renamed: dict[str, str] = {}, fil
     for number, names in enumerate(shards, 1):
         shard = {}
         for name in names:
-            tensor = model.tensors[name]
-            if callable(tensor):
-                tensor = tensor()
+            tensor = model.load(name)
             assert tensor.shape == model.shapes[name], f"{name}: {tuple(tensor.shape)} is not {model.shapes[name]}"
-            tensor = tensor.detach().to("cpu", model.dtypes[name]).contiguous()
+            tensor = tensor.to("cpu", model.dtypes[name]).contiguous()
             shard |= saved_pieces(name, tensor, renamed)
             total += tensor.nbytes
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -187,7 +193,7 @@ def replacing_model(out: Path) -> Iterator[Path]:
         return
     config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     settings = {"training": config["training"]} if "training" in config else {}
-    if not settings and not any((out / name).exists() for name in ("load_hf.py", "mm_projector.safetensors")):
+    if not settings and not any((out / name).exists() for name in (CHECKSUMS, "mm_projector.safetensors")):
         raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
     made = out / ".writing_model"
     with replacing(made) as part:
@@ -214,9 +220,6 @@ def move_into(out: Path, made: Path, settings: dict) -> None:
         path.replace(out / path.name)
     remove(made)
     sync_folder(out)
-
-
-CHECKSUMS = "SHA256SUMS"        # the usual name and format: `sha256sum -c SHA256SUMS` reads it too
 
 
 def write_checksums(folder: Path) -> None:
@@ -300,7 +303,7 @@ def tower_json(config: VisionConfig) -> dict:
                "projection_dim": config.n_embd * 3 // 4}
     else:
         own = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model",
-               "hidden_act": "gelu_pytorch_tanh", "vision_use_head": True}
+               "hidden_act": "gelu_pytorch_tanh", "vision_use_head": False}
     return own | named_as_published(config, VISION_KEYS) | {"num_channels": 3, "attention_dropout": 0.0}
 
 
@@ -376,5 +379,5 @@ def write_model_texts(folder: Path, model: ToSave) -> None:
         "num_additional_image_tokens": vision.n_positions - vision.n_patches,
         "vision_feature_select_strategy": strategy,
     })
-    for file in ("chat_template.jinja", "load_hf.py", "README.md"):
+    for file in ("chat_template.jinja", "README.md"):
         shutil.copyfile(SAVED_MODEL / file, folder / file)

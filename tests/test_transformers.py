@@ -5,7 +5,6 @@ Skipped where transformers is not installed:
 $ python -m venv .hf && .hf/bin/pip install -r requirements.txt transformers jinja2
 $ .hf/bin/python -m pytest tests/test_transformers.py
 """
-import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -47,15 +46,12 @@ def ours(folder: Path) -> LLaVAPhi:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path):
-    return load_with_their_help(folder)
+    return load_theirs(folder)
 
 
-def load_with_their_help(folder: Path):
-    """As a user of transformers would: by the load_hf.py in the folder."""
-    spec = importlib.util.spec_from_file_location("load_hf", folder / "load_hf.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load(torch_dtype=torch.float32).eval()
+def load_theirs(folder: Path):
+    """As a user of transformers would."""
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +112,24 @@ def test_everything_equals_ours(folder, ours, theirs, processor, turns, name):
     assert processor.decode(made, skip_special_tokens=True) == tokenizer.decode(answer)
 
 
-def test_the_head_bias_is_what_load_hf_is_for(folder, ours, theirs):
-    assert theirs.get_output_embeddings().bias.abs().max() > 0
-    assert torch.equal(theirs.get_output_embeddings().bias, ours.llm.lm_head.bias)
+@torch.no_grad()
+def test_the_head_bias_is_folded_without_loss(folder, ours, theirs, tmp_path):
+    """transformers' logits are those of the model with its bias, which are far from those without one."""
+    export(folder_before(ours), tmp_path / "kept", None, fold=False)
+    kept = load_model(tmp_path / "kept")
+    bias = kept.llm.lm_head.bias
+    assert bias.abs().max() > 0.1 and not ours.llm.lm_head.bias.any()
+    picture, prompt = pixels_of(kept, "photo.jpg")[None], prompt_of(kept, TURNS[1], load_tokenizer(folder))
+    expected = logits(kept, prompt, picture)
+    ids = torch.tensor([theirs.config.image_token_index if i == IMAGE_ID else i for i in prompt])
+    pixels = normalize(picture, kept.config.vision.mean, kept.config.vision.std)
+    made = theirs(input_ids=ids[None], pixel_values=pixels, attention_mask=torch.ones_like(ids)[None]).logits[0]
+    torch.testing.assert_close(made, expected, atol=2e-5, rtol=0)
+    assert (made - (expected - bias)).abs().max() > 0.1
+
+
+def folder_before(model: LLaVAPhi) -> Path:
+    return TINY_MODEL if model.config.vision.class_token else TINY_MIPHA
 
 
 def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
@@ -156,7 +167,7 @@ def test_parts_are_plain_folders(tmp_path):
 
 
 def test_siglip_as_a_plain_folder(tmp_path):
-    """What export --to parts writes, transformers reads as SiglipVisionModel, its pooling head included."""
+    """What export --to parts writes, transformers reads as SiglipVisionModel, without its pooling head."""
     save_parts(tmp_path / "parts", open_weights(TINY_MIPHA))
     folder = tmp_path / "parts" / "siglip"
     theirs, info = transformers.SiglipVisionModel.from_pretrained(folder, output_loading_info=True)
@@ -201,7 +212,7 @@ def test_mipha_at_full_width(tmp_path):
             torch.nn.init.normal_(parameter, std=0.02)      # zeros would hide a bias that is dropped
     save_at_full_width(tmp_path / "source", model, tokenizer)
     export(tmp_path / "source", tmp_path / "model", None)
-    ours, theirs = load_model(tmp_path / "model"), load_with_their_help(tmp_path / "model").eval()
+    ours, theirs = load_model(tmp_path / "model"), load_theirs(tmp_path / "model")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
     picture = pixels_of(ours, "photo.jpg")
     turns = ["What is this?"]
