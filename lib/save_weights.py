@@ -88,9 +88,10 @@ def save_phi(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source
         write_phi(made, phi)
 
 
-def save_parts(out: Path, source: Weights, dtype: torch.dtype | None = None) -> None:
-    """Write a plain Phi folder, a tower's, and LLaVA's mm_projector, for llama.cpp's converters and LLaVA."""
-    model = collect({}, source.config, source, dtype)
+def save_parts(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
+               dtype: torch.dtype | None = None) -> None:
+    """Write a plain Phi folder, a tower's, and LLaVA's mm_projector, for programs that take one of them."""
+    model = collect(changed, config, source, dtype)
     with replacing_model(out) as made:
         write_phi(made / "phi-2", model.part("llm"))
         shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
@@ -227,7 +228,8 @@ def write_checksums(folder: Path) -> None:
 
     Text files are left out, since people may edit a config.json.
     """
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".gguf")]
+    lines = [f"{sha256(path)}  {path.name}\n" for path in files]
     (folder / CHECKSUMS).write_text("".join(lines))
 
 

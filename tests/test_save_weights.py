@@ -17,7 +17,7 @@ from torch import Tensor
 from data import load_tokenizer
 from lib.common import read_json
 from lib.folders import open_weights
-from lib.save_weights import save_model, save_parts
+from lib.save_weights import save_model
 from load_weights import export, load_model, merge
 
 VISION = "vision_tower.vision_model."
@@ -162,7 +162,7 @@ def test_tokenizer_files(tmp_path, saved):
 
 def test_parts_can_be_joined_again(tmp_path, tiny_model, tiny):
     parts = tmp_path / "parts"
-    save_parts(parts, tiny)
+    export(TINY_MODEL, parts, None, "parts")
     assert read_json(parts / "clip" / "config.json")["vision_feature_layer"] == -2          # for llama.cpp
     assert (parts / "phi-2" / "chat_template.jinja").is_file()
     joined = model_from(parts / "phi-2", parts / "clip")
@@ -170,11 +170,11 @@ def test_parts_can_be_joined_again(tmp_path, tiny_model, tiny):
     projector = load_file(parts / "mm_projector.safetensors")
     assert torch.equal(projector["model.mm_projector.2.weight"], tiny_model.projector.proj.weight)
     assert len(projector) == 4
-    save_parts(parts, tiny)                 # over itself
+    export(TINY_MODEL, parts, None, "parts")                 # over itself
     shutil.rmtree(parts / "clip")
-    save_parts(parts, tiny)
+    export(TINY_MODEL, parts, None, "parts")
     mipha = open_weights(TINY_MIPHA)
-    save_parts(tmp_path / "mipha", mipha)
+    export(TINY_MIPHA, tmp_path / "mipha", None, "parts")
     assert open_weights(TINY_PHI, tmp_path / "mipha" / "siglip").config.vision == mipha.config.vision
 
 # ---------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_a_crash_while_files_are_moved_leaves_no_mixture_that_would_load(moved, 
 def test_checksums_are_sha256sums_own(tmp_path, saved, tiny):
     """Of a whole model and of its parts; every file with tensors is listed."""
     parts = tmp_path / "parts"
-    save_parts(parts, tiny)
+    export(TINY_MODEL, parts, None, "parts")
     for folder in (saved, parts, parts / "phi-2", parts / "clip"):
         done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
         files = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from data import IMAGE_ID, ImageConfig, encode_prompt, expand, load_image, load_tokenizer
-from lib.folders import open_weights, saved_shapes
+from lib.folders import saved_shapes
 from lib.generate import Session
-from lib.save_weights import phi_json, save_parts, saved_pieces, tower_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, saved_pieces, tower_json, write_json, write_tokenizer
 from load_weights import export, load_model, merge
 from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig, init_weights
 from vision import SIGLIP_SO400M_384, normalize
@@ -140,7 +140,7 @@ def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
 
 def test_pixels_of_two_bases(tmp_path):
     """Before stage 1 a model sees pictures as its tower's own processor makes them: CLIP's crops, SigLIP's squashes."""
-    save_parts(tmp_path / "parts", open_weights(TINY_MIPHA))
+    export(TINY_MIPHA, tmp_path / "parts", None, "parts")
     for vision, mode in ((TINY_CLIP, "crop"), (tmp_path / "parts" / "siglip", "squash")):
         out = tmp_path / mode
         merge(TINY_PHI, vision, out, 0, None)
@@ -154,7 +154,7 @@ def test_pixels_of_two_bases(tmp_path):
 
 def test_parts_are_plain_folders(tmp_path):
     ours = load_model(TINY_MODEL)
-    save_parts(tmp_path / "parts", open_weights(TINY_MODEL))
+    export(TINY_MODEL, tmp_path / "parts", None, "parts")
     phi = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "phi-2")
     clip, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -168,7 +168,7 @@ def test_parts_are_plain_folders(tmp_path):
 
 def test_siglip_as_a_plain_folder(tmp_path):
     """What export --to parts writes, transformers reads as SiglipVisionModel, without its pooling head."""
-    save_parts(tmp_path / "parts", open_weights(TINY_MIPHA))
+    export(TINY_MIPHA, tmp_path / "parts", None, "parts")
     folder = tmp_path / "parts" / "siglip"
     theirs, info = transformers.SiglipVisionModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
