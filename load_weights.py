@@ -40,13 +40,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                            help="folder to read: a model, or a training checkpoint (out/step_NNNNNN)")
     exporting.add_argument("--out", type=Path, required=True, help="folder to write")
     exporting.add_argument("--to", choices=("model", "parts", "gguf"), default="model",
-                           help="model: one folder, which transformers and vLLM read too; gguf: two files for llama.cpp "
-                                "and Ollama; parts: Phi, vision tower and projector separately")
+                           help="model: one folder, which transformers and vLLM read too; gguf: two files for "
+                                "llama.cpp and Ollama; parts: Phi, vision tower and projector separately")
     exporting.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), default="f16",
                            help="how a GGUF file stores the language model's matrices")
     exporting.add_argument("--head-bias", choices=("fold", "keep"), default="fold",
-                           help="fold: the bias of the language model's head is folded into its weight, exactly, since "
-                                "transformers' Llava has no such bias; keep: both as they are")
+                           help="fold: the bias of the language model's head is folded into its weight, exactly, "
+                                "since transformers' Llava has no such bias; keep: both as they are")
+    exporting.add_argument("--scores", type=Path,
+                           help="folder that eval.py wrote, such as out/eval: its scores go into the model's README.md")
     for command in (merging, exporting):
         command.add_argument("--dtype", type=dtype_name, help="bf16 or fp32; default: each tensor as it is stored")
     return parser.parse_args(argv)
@@ -65,8 +67,9 @@ from lib.folders import (Kind, Weights, check_tensors, config_of_run, in_order, 
 from lib.gguf import save_gguf
 from lib.inspect import inspect
 from lib.lora import merge_lora
+from lib.model_card import read_scores
 from lib.quant import check_int4_product, copy_or_quantize, prepack_linears, quantize_linears
-from lib.save_weights import Lazy, collect, save_model, save_parts, save_phi
+from lib.save_weights import Lazy, collect, run_settings, save_model, save_parts, save_phi
 from model import LLaVAPhi, init_weights
 
 # ---------------------------------------------------------------------------------------------------
@@ -138,11 +141,11 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
 
 
 def export(path: Path, out: Path, dtype: torch.dtype | None, to: str = "model", fold: bool = True,
-           kind: str = "f16") -> None:
+           kind: str = "f16", scores: list[dict] = []) -> None:
     """Write any readable model, or a training checkpoint (out/step_NNNNNN), in another form.
 
     to: "model", the format we save; "parts" or "gguf". fold: put the head's bias into its weight, in a model, so that
-    transformers computes the same. kind: how a GGUF file stores the decoder's matrices.
+    transformers computes the same. kind: how a GGUF file stores the decoder's matrices. scores: for the model's card.
     """
     changed: dict[str, Lazy] = {}
     if (path / "checkpoint.json").is_file():
@@ -154,13 +157,13 @@ def export(path: Path, out: Path, dtype: torch.dtype | None, to: str = "model", 
         dtype = dtype or torch_dtype(settings["dtype"])
     else:
         source = open_weights(path)
-        config = source.config
+        config, settings = source.config, run_settings(path)
     if source.kind is Kind.PHI and to != "model":
         raise ValueError(f"{path}: a language model by itself, which is only exported with --to model")
     if source.kind is Kind.PHI:
         save_phi(out, changed, config, source, dtype)
     elif to == "model":
-        save_model(out, changed, config, source, dtype, fold)
+        save_model(out, changed, config, source, dtype, fold, settings, scores)
     elif to == "parts":
         save_parts(out, changed, config, source, dtype)
     else:
@@ -192,7 +195,8 @@ def main(args: argparse.Namespace) -> int:
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, dtype)
     else:
-        export(args.model, args.out, dtype, args.to, args.head_bias == "fold", args.type)
+        scores = read_scores(args.scores) if args.scores else []
+        export(args.model, args.out, dtype, args.to, args.head_bias == "fold", args.type, scores)
         if args.to != "model":
             print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
             return 0

@@ -18,8 +18,9 @@ from torch import Tensor
 from data import EOT, IMAGE, eot_id, load_tokenizer
 from lib.common import read_json, remove, replacing, sha256, sync_folder, write_whole
 from lib.folders import Weights, check_tensors, in_order, meta_model, read_tensor, saved_shapes
-from lib.head_bias import fold_head_bias
-from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
+from lib.head_bias import HEAD_BIAS, fold_head_bias
+from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, subconfig, to_saved
+from lib.model_card import model_card
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
 
@@ -59,13 +60,14 @@ class ToSave(NamedTuple):
 
 
 def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
-               dtype: torch.dtype | None = None, fold: bool = False) -> None:
+               dtype: torch.dtype | None = None, fold: bool = False, settings: dict | None = None,
+               scores: list[dict] = []) -> None:
     """Write a self-contained model folder.
 
     changed: parameters that differ from those in `source`, the weights that the model was made from. Everything else
     (other parameters, the vision layers after the one that is read, the tokenizer) is copied from there.
-    dtype: None keeps each tensor's own, and is not possible for functions. fold: see lib/head_bias.py. In a training
-    folder, config.json keeps the run's settings under "training".
+    dtype: None keeps each tensor's own, and is not possible for functions. fold: see lib/head_bias.py. settings and
+    scores: for the model's card. In a training folder, config.json keeps the run's settings under "training".
     """
     model = collect(changed, config, source, dtype)
     if fold:
@@ -77,7 +79,15 @@ def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, sour
     with replacing_model(out) as made:
         write_tensors(made, model)
         write_model_texts(made, model)
+        card = model_card(config, settings or run_settings(out), scores, folded=not model.load(HEAD_BIAS).any())
+        (made / "README.md").write_text(card, encoding="utf-8")
         write_checksums(made)
+
+
+def run_settings(folder: Path) -> dict | None:
+    """The settings of the run that trained the model in a folder, if it says so."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return subconfig(config, "training", {}, folder / "config.json") or None
 
 
 def save_phi(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
@@ -192,8 +202,7 @@ def replacing_model(out: Path) -> Iterator[Path]:
             made.mkdir()
             yield made
         return
-    config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
-    settings = {"training": config["training"]} if "training" in config else {}
+    settings = {"training": run_settings(out)} if run_settings(out) else {}
     if not settings and not any((out / name).exists() for name in (CHECKSUMS, "mm_projector.safetensors")):
         raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
     made = out / ".writing_model"
@@ -381,5 +390,4 @@ def write_model_texts(folder: Path, model: ToSave) -> None:
         "num_additional_image_tokens": vision.n_positions - vision.n_patches,
         "vision_feature_select_strategy": strategy,
     })
-    for file in ("chat_template.jinja", "README.md"):
-        shutil.copyfile(SAVED_MODEL / file, folder / file)
+    shutil.copyfile(SAVED_MODEL / "chat_template.jinja", folder / "chat_template.jinja")
