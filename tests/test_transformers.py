@@ -132,6 +132,33 @@ def folder_before(model: LLaVAPhi) -> Path:
     return TINY_MODEL if model.config.vision.class_token else TINY_MIPHA
 
 
+@pytest.mark.parametrize("turns", TURNS)
+def test_the_chat_template_takes_content_in_every_form(processor, turns):
+    """A string or a list, a system message in either, pictures before or behind the text, with and without a prompt."""
+    def render(chat: list[dict]) -> str:
+        return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+    as_lists = messages(turns)
+    as_strings = [{"role": message["role"], "content": text} for message, text in zip(as_lists, turns, strict=True)]
+    as_strings[0]["content"] = "<image>\n" + turns[0]
+    assert render(as_strings) == render(as_lists)
+    as_lists[0]["content"].reverse()
+    assert render(as_strings) == render(as_lists)
+    system = {"role": "system", "content": "Be brief."}
+    system_list = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert render([system, *as_strings]) == render([system_list, *as_lists])
+    assert render([system, *as_strings]).startswith("Be brief. USER: <image>\n" + turns[0])
+
+
+def test_vllm_sees_that_content_may_be_a_list(processor):
+    """It looks for a loop over message['content'] inside a loop over messages."""
+    jinja2 = pytest.importorskip("jinja2")
+    loops = list(jinja2.Environment().parse(processor.chat_template).find_all(jinja2.nodes.For))
+    parts = [loop for loop in loops if isinstance(loop.iter, jinja2.nodes.Getitem) and loop.iter.node.name == "message"
+             and loop.iter.arg.value == "content"]
+    assert parts and any(getattr(loop.iter, "name", "") == "messages" for loop in loops)
+
+
 def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
     _, info = transformers.AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
