@@ -1,7 +1,7 @@
 """Does llama.cpp compute what we compute? One exported model, both engines, in one process; see docs/other-engines.md.
 
-$ python tests/bench/other_engines.py --model out/base --gguf phi-2.gguf
-$ python tests/bench/other_engines.py --model out/base --gguf phi-2.gguf --mmproj mmproj.gguf --image x.png
+$ python load_weights.py export --model out/finetune --out out/gguf --to gguf
+$ python tests/bench/other_engines.py --model out/finetune --gguf out/gguf --image x.png
 
 Needs `pip install gguf llama-cpp-python` beside requirements.txt. Three things are compared, each where it arises, so
 that a difference names its cause: the decoder's tensors in the GGUF file, the logits and greedy ids of a question
@@ -30,9 +30,7 @@ TENSORS = {         # llama.cpp's name of a tensor -> ours; {} is the layer
     "output_norm": "llm.ln_f",
     "output": "llm.lm_head",
     "blk.{}.attn_norm": "llm.h.{}.ln",
-    "blk.{}.attn_q": "llm.h.{}.attn.qkv",
-    "blk.{}.attn_k": "llm.h.{}.attn.qkv",
-    "blk.{}.attn_v": "llm.h.{}.attn.qkv",
+    "blk.{}.attn_qkv": "llm.h.{}.attn.qkv",
     "blk.{}.attn_output": "llm.h.{}.attn.proj",
     "blk.{}.ffn_up": "llm.h.{}.mlp.fc",
     "blk.{}.ffn_down": "llm.h.{}.mlp.proj",
@@ -41,15 +39,11 @@ QUESTION = "What is in this picture, and what is it for?"
 
 
 def our_tensor(model: LLaVAPhi, name: str) -> torch.Tensor:
-    """The tensor of our model that llama.cpp calls `name`. Queries, keys and values are thirds of one matrix here."""
+    """The tensor of our model that llama.cpp calls `name`."""
     stem, leaf = name.rsplit(".", 1)
     layer = next((part for part in stem.split(".") if part.isdigit()), "")
     pattern = stem.replace(f".{layer}.", ".{}.") if layer else stem
-    tensor = model.get_parameter(f"{TENSORS[pattern].format(layer)}.{leaf}").to_dense()           # also if prepacked
-    for third, ending in enumerate(("attn_q", "attn_k", "attn_v")):
-        if stem.endswith(ending):
-            return tensor.chunk(3)[third]
-    return tensor
+    return model.get_parameter(f"{TENSORS[pattern].format(layer)}.{leaf}").to_dense()             # also if prepacked
 
 
 def compare_tensors(model: LLaVAPhi, path: Path) -> None:
@@ -137,23 +131,21 @@ def compare_picture(model: LLaVAPhi, llm: Llama, mmproj: Path, image: torch.Tens
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model that was exported")
-    parser.add_argument("--gguf", type=Path, required=True, help="its decoder, converted")
-    parser.add_argument("--mmproj", type=Path, help="its tower and projector, converted")
-    parser.add_argument("--image", type=Path, help="a picture to look at; with --mmproj")
+    parser.add_argument("--gguf", type=Path, required=True, help="folder of `export --to gguf`")
+    parser.add_argument("--image", type=Path, help="a picture to look at")
     parser.add_argument("--tokens", type=int, default=32, help="how many greedy ids to compare")
     args = parser.parse_args()
-    if bool(args.mmproj) != bool(args.image):
-        raise ValueError("--mmproj and --image belong together: give both or neither")
+    [decoder] = args.gguf.glob("model-*.gguf")
 
     model = load_model(args.model)
     ids = encode_prompt([QUESTION], load_tokenizer(args.model), image=False)
-    compare_tensors(model, args.gguf)
-    llm = Llama(str(args.gguf), n_ctx=model.config.llm.block_size, logits_all=True, verbose=False)
+    compare_tensors(model, decoder)
+    llm = Llama(str(decoder), n_ctx=model.config.llm.block_size, logits_all=True, verbose=False)
     compare_text(model, llm, ids, args.tokens)
-    if args.mmproj:
+    if args.image:
         vision = model.config.vision
         image = load_image(args.image, ImageConfig.of(vision, model.config.image_mode))
-        compare_picture(model, llm, args.mmproj, image)
+        compare_picture(model, llm, args.gguf / "mmproj-f16.gguf", image)
 
 
 if __name__ == "__main__":
