@@ -15,6 +15,7 @@ from data import SYSTEM
 from lib.gguf import encode_numbers, tokenizer_fields
 from lib.save_weights import verify_checksums
 from load_weights import load_model
+from model import Phi, PhiConfig
 
 TYPES = {0: ("f32", 1, 4), 1: ("f16", 1, 2), 30: ("bf16", 1, 2), 8: ("q8_0", 32, 34), 2: ("q4_0", 32, 18)}
 SCALARS = {4: "<I", 5: "<i", 6: "<f", 7: "<?"}
@@ -186,3 +187,26 @@ def test_the_gguf_package_reads_them(tmp_path):
         for tensor in theirs.tensors:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(ours.tensors[tensor.name][1].shape)
             np.testing.assert_array_equal(values, ours.tensors[tensor.name][1])
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_llama_cpp_packs_the_same_bytes(kind, tmp_path):
+    """Its own quantizer, without its mixtures of types, makes of our fp32 file what we write, tensor by tensor."""
+    llama_cpp, gguf = pytest.importorskip("llama_cpp"), pytest.importorskip("gguf")
+    from tests.bench.llama import write_decoder                     # it needs llama_cpp
+
+    llm = Phi(PhiConfig(vocab_size=512, n_layer=2, n_head=4, n_embd=128, n_inner=512, rotary_dim=8))
+    for parameter in llm.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+    paths = [tmp_path / name for name in ("f32.gguf", "ours.gguf", "theirs.gguf")]
+    write_decoder(llm, paths[0], "f32")
+    write_decoder(llm, paths[1], kind)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.pure, settings.ftype, settings.nthread = True, {"q8_0": 7, "q4_0": 2}[kind], 1
+    settings.output_tensor_type = 8                                 # q8_0, also where the others have 4 bits
+    assert llama_cpp.llama_model_quantize(bytes(paths[0]), bytes(paths[2]), settings) == 0
+    ours, theirs = ({tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in paths[1:])
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.tensor_type == theirs[name].tensor_type, name
+        np.testing.assert_array_equal(tensor.data, theirs[name].data, err_msg=name)
