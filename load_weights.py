@@ -42,16 +42,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     exporting.add_argument("--to", choices=("model", "parts", "gguf"), default="model",
                            help="model: one folder, which transformers and vLLM read too; gguf: two files for "
                                 "llama.cpp and Ollama; parts: Phi, vision tower and projector separately")
-    exporting.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), default="f16",
-                           help="how a GGUF file stores the language model's matrices")
-    exporting.add_argument("--head-bias", choices=("fold", "keep"), default="fold",
-                           help="fold: the bias of the language model's head is folded into its weight, exactly, "
-                                "since transformers' Llava has no such bias; keep: both as they are")
+    exporting.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"),
+                           help="how a GGUF file stores the language model's matrices; default: f16")
+    exporting.add_argument("--head-bias", choices=("fold", "keep"),
+                           help="fold (the default): the bias of the language model's head is folded into its weight, "
+                                "exactly, since transformers' Llava has no such bias; keep: both as they are")
     exporting.add_argument("--scores", type=Path,
                            help="folder that eval.py wrote, such as out/eval: its scores go into the model's README.md")
     for command in (merging, exporting):
         command.add_argument("--dtype", type=dtype_name, help="bf16 or fp32; default: each tensor as it is stored")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "export":
+        for flag, forms in (("type", "gguf"), ("head_bias", "model"), ("scores", "model"), ("dtype", "model or parts")):
+            if getattr(args, flag) is not None and args.to not in forms.split(" or "):
+                parser.error(f"--{flag.replace('_', '-')} is for --to {forms}, found --to {args.to}")
+    return args
 
 
 if __name__ == "__main__":
@@ -196,7 +201,7 @@ def main(args: argparse.Namespace) -> int:
         merge(args.llm, args.vision, args.out, args.seed, dtype)
     else:
         scores = read_scores(args.scores) if args.scores else []
-        export(args.model, args.out, dtype, args.to, args.head_bias == "fold", args.type, scores)
+        export(args.model, args.out, dtype, args.to, args.head_bias != "keep", args.type or "f16", scores)
         if args.to != "model":
             print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
             return 0

@@ -9,7 +9,7 @@ from vision import CLIP_L_336, SIGLIP_SO400M_384
 DATASETS = {"blip_laion_cc_sbu_558k.json": "liuhaotian/LLaVA-Pretrain",
             "llava_v1_5_mix665k.json": "liuhaotian/LLaVA-Instruct-150K"}
 SHOWN = ("stage", "recipe", "train", "lr", "epochs", "max_steps", "global_batch", "image_mode", "lora_r", "dropout",
-            "seed")
+         "seed")
 
 CARD = """\
 {header}
@@ -26,10 +26,11 @@ model = AutoModelForImageTextToText.from_pretrained(".", dtype="bfloat16")    # 
 processor = AutoProcessor.from_pretrained(".")      # with the chat template
 ```
 
-    vllm serve . --model-impl transformers --max-model-len 2048 --limit-mm-per-prompt '{{"image": 1}}'
+    vllm serve . --model-impl transformers --max-model-len 2048 --limit-mm-per-prompt '{{"image": 1}}' \\
+        --override-generation-config '{{"temperature": 0}}'
     python sample.py --model . --image x.jpg        # in the project that trained it
 
-{bias} Its `load_weights.py export --to gguf` writes files for llama.cpp and Ollama.
+{bias} In that project `load_weights.py export --to gguf` writes files for llama.cpp and Ollama.
 `sha256sum -c SHA256SUMS` says whether the weights are as they were written. To publish this folder:
 `hf upload NAME/MODEL .`
 """

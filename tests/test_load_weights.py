@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import lib.folders
+import load_weights
 import model as model_file
 import sample
 from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
@@ -287,6 +288,14 @@ def test_a_damaged_checkpoint_json_is_not_exported(tmp_path, change):
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
+
+
+@pytest.mark.parametrize(("to", "flag"), [("model", "--type q8_0"), ("parts", "--type f16"), ("gguf", "--dtype bf16"),
+                                          ("gguf", "--head-bias keep"), ("parts", "--scores out/eval")])
+def test_a_flag_that_would_change_nothing_is_refused(to, flag):
+    """Each form that `export` writes has flags of its own."""
+    with pytest.raises(ValueError, match=f"{flag.split()[0]} is for --to .*, found --to {to}; see"):
+        load_weights.parse(["export", "--out", "x", "--to", to, *flag.split()])
 
 
 def test_commands(tmp_path, capsys):

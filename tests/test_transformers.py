@@ -148,6 +148,9 @@ def test_the_chat_template_takes_content_in_every_form(processor, turns):
     system_list = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     assert render([system, *as_strings]) == render([system_list, *as_lists])
     assert render([system, *as_strings]).startswith("Be brief. USER: <image>\n" + turns[0])
+    # llama.cpp's form of a picture: its server takes a random marker, its command line <__media__>.
+    as_strings[0]["content"] = "<__media_Xy1__>" + turns[0]
+    assert render(as_strings).replace("<__media_Xy1__>", "<image>") == render(as_lists)
 
 
 def test_vllm_sees_that_content_may_be_a_list(processor):

@@ -159,7 +159,8 @@ def compare_answers(model: LLaVAPhi, folder: Path, llm: Llama, context: ctypes.c
         same += ours == theirs
         ours_right += grade_plain(example, ours).score
         theirs_right += grade_plain(example, theirs).score
-    print(f"questions  {same} of {len(examples)} answers the same; right: ours {ours_right:g}, llama.cpp's {theirs_right:g}")
+    print(f"questions  {same} of {len(examples)} answers the same; "
+          f"right: ours {ours_right:g}, llama.cpp's {theirs_right:g}")
 
 
 @torch.inference_mode()
@@ -167,7 +168,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model that was exported")
     parser.add_argument("--gguf", type=Path, required=True, help="folder of `export --to gguf`")
-    parser.add_argument("--image", type=Path, default=Path("tests/golden/images/photo.jpg"), help="a picture to look at")
+    parser.add_argument("--image", type=Path, default=Path("tests/golden/images/photo.jpg"), help="one to look at")
     parser.add_argument("--root", type=Path, help="the demo's data, for questions about pictures")
     parser.add_argument("--questions", type=int, default=100, help="how many of them")
     parser.add_argument("--tokens", type=int, default=32, help="how many greedy ids to compare")
