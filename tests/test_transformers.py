@@ -148,9 +148,11 @@ def test_the_chat_template_takes_content_in_every_form(processor, turns):
     system_list = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     assert render([system, *as_strings]) == render([system_list, *as_lists])
     assert render([system, *as_strings]).startswith("Be brief. USER: <image>\n" + turns[0])
-    # llama.cpp's form of a picture: its server takes a random marker, its command line <__media__>.
-    as_strings[0]["content"] = "<__media_Xy1__>" + turns[0]
-    assert render(as_strings).replace("<__media_Xy1__>", "<image>") == render(as_lists)
+    # llama.cpp's form of a picture. Its server makes one text of both, llama-cpp-python two; the name is random.
+    marker, text = "<__media_Xy1__>", {"type": "text", "text": turns[0]}
+    for content in (marker + turns[0], [{"type": "text", "text": marker}, text]):
+        as_strings[0]["content"] = content
+        assert render(as_strings).replace(marker, "<image>") == render(as_lists)
 
 
 def test_vllm_sees_that_content_may_be_a_list(processor):

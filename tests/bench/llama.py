@@ -13,6 +13,7 @@ from lib.gguf import decoder_entries, decoder_fields, write_gguf
 from lib.save_weights import ToSave
 from model import LLaVAConfig, Phi
 
+
 def write_decoder(llm: Phi, path: Path, kind: str) -> None:
     """The decoder in fp32 -> a GGUF file without a tokenizer: ids in, ids out. kind: one of lib/gguf.py's types."""
     tensors = {f"llm.{name}": parameter.detach() for name, parameter in llm.named_parameters()}

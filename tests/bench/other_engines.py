@@ -9,11 +9,11 @@ make of a picture, and greedy answers to the demo's questions, with the prompt f
 
 llama-cpp-python takes its vision half from the folder that the environment variable MTMD_CPP_LIB names, if it is set.
 """
+import base64
 import ctypes
+import io
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import llama_cpp
 import numpy as np
 import torch
-from jinja2 import Template
 from llama_cpp import Llama, mtmd_cpp
+from llama_cpp.llama_chat_format import MTMDChatHandler
+from PIL import Image
 
 from benchmarks.scoring import BLANK, grade_plain
 from benchmarks.shapes import read
@@ -35,11 +36,6 @@ from model import LLaVAPhi
 
 QUESTION = "What is in this picture, and what is it for?"
 GGML_TYPE_F32 = 0
-
-
-@llama_cpp.llama_log_callback
-def say_nothing(level, text, user_data) -> None:
-    """llama.cpp prints some hundred lines for each model that it loads."""
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -67,51 +63,28 @@ def compare_text(model: LLaVAPhi, llm: Llama, ids: list[int], n_tokens: int) -> 
           f"(the head bias alone is up to {model.llm.lm_head.bias.abs().max():.2g})")
 
 
-@contextmanager
-def vision_half(llm: Llama, mmproj: Path) -> Iterator[ctypes.c_void_p]:
-    """llama.cpp's tower and projector. Raises ValueError: it cannot load the file."""
-    settings = mtmd_cpp.mtmd_context_params_default()
-    settings.use_gpu = False
-    settings.warmup = False
-    settings.print_timings = False
-    context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), llm.model, settings)
-    if context is None:
-        raise ValueError(f"{mmproj}: llama.cpp cannot load this as the vision half of {llm.model_path}")
-    yield context
-    mtmd_cpp.mtmd_free(context)
-
-
-@contextmanager
-def chunks_of(context: ctypes.c_void_p, text: str, pixels: torch.Tensor) -> Iterator[ctypes.c_void_p]:
-    """A text with one picture, where its marker stands, as llama.cpp reads it.
-
-    pixels: (3, S, S) uint8, of the tower's own size, so that nothing is resized.
-    """
+def encode_picture(llm: Llama, context: mtmd_cpp.mtmd_context_p, pixels: torch.Tensor) -> torch.Tensor:
+    """pixels (3, S, S) uint8, of the tower's own size so that nothing is resized -> patches (P, C) as the decoder's."""
     size = pixels.size(-1)
     rgb = pixels.permute(1, 2, 0).contiguous().numpy()                              # (S, S, 3), as a bitmap's bytes
     bitmap = mtmd_cpp.mtmd_bitmap_init(size, size, rgb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
-    encoded = text.encode()
-    whole = mtmd_cpp.mtmd_input_text(text=encoded, text_len=len(encoded), add_special=False, parse_special=True)
+    marker = mtmd_cpp.mtmd_default_marker()
+    text = mtmd_cpp.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
     chunks = mtmd_cpp.mtmd_input_chunks_init()
-    failed = mtmd_cpp.mtmd_tokenize(context, chunks, ctypes.byref(whole),
-                                    (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(bitmap), 1)
+    bitmaps = (mtmd_cpp.mtmd_bitmap_p_ctypes * 1)(bitmap)
+    failed = mtmd_cpp.mtmd_tokenize(context, chunks, ctypes.byref(text), bitmaps, 1)
     assert not failed, f"mtmd_tokenize returned {failed}"
-    yield chunks
+    chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, 0)                               # the picture is all there is
+    failed = mtmd_cpp.mtmd_encode_chunk(context, chunk)
+    assert not failed, f"mtmd_encode_chunk returned {failed}"
+    shape = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk), llm.n_embd()
+    patches = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), shape).copy()
     mtmd_cpp.mtmd_input_chunks_free(chunks)
     mtmd_cpp.mtmd_bitmap_free(bitmap)
+    return torch.from_numpy(patches)
 
 
-def encode_picture(llm: Llama, context: ctypes.c_void_p, pixels: torch.Tensor) -> torch.Tensor:
-    """pixels (3, S, S) uint8 -> patches (P, C) as the decoder reads them."""
-    with chunks_of(context, mtmd_cpp.mtmd_default_marker().decode(), pixels) as chunks:
-        chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, 0)                           # the picture is all there is
-        failed = mtmd_cpp.mtmd_encode_chunk(context, chunk)
-        assert not failed, f"mtmd_encode_chunk returned {failed}"
-        shape = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk), llm.n_embd()
-        return torch.from_numpy(np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), shape).copy())
-
-
-def compare_picture(model: LLaVAPhi, llm: Llama, context: ctypes.c_void_p, image: torch.Tensor) -> None:
+def compare_picture(model: LLaVAPhi, llm: Llama, context: mtmd_cpp.mtmd_context_p, image: torch.Tensor) -> None:
     """Patches behind the projector. An order or a layer of the tower that differs shows as a cosine far from 1."""
     theirs = encode_picture(llm, context, image)                                    # (P, C)
     ours = model.projector(model.vision(image[None]))[0].float()                    # (P, C)
@@ -122,32 +95,17 @@ def compare_picture(model: LLaVAPhi, llm: Llama, context: ctypes.c_void_p, image
           f"{cosine.mean():.5f} on average, {cosine.min():.5f} at worst")
 
 
-def their_answer(llm: Llama, context: ctypes.c_void_p, question: str, pixels: torch.Tensor) -> str:
-    """The greedy answer, in at most 32 tokens."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    prompt = Template(llm.metadata["tokenizer.chat_template"]).render(
-        messages=[{"role": "user", "content": content}], add_generation_prompt=True)
-    prompt = prompt.replace("<image>", mtmd_cpp.mtmd_default_marker().decode())
-    llm.reset()
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
-    position = llama_cpp.llama_pos(0)
-    with chunks_of(context, prompt, pixels) as chunks:
-        failed = mtmd_cpp.mtmd_helper_eval_chunks(context, llm.ctx, chunks, 0, 0, llm.n_batch, True,
-                                                  ctypes.byref(position))
-        assert not failed, f"mtmd_helper_eval_chunks returned {failed}"
-    ids = []
-    while len(ids) < 32:
-        logits = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-        token = int(np.ctypeslib.as_array(logits, (llm.n_vocab(),)).argmax())
-        if token == llm.token_eos():
-            break
-        ids.append(token)
-        batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * 1)(token), 1)
-        assert not llama_cpp.llama_decode(llm.ctx, batch), "llama_decode failed"
-    return llm.detokenize(ids).decode().strip()
+def their_answer(llm: Llama, question: str, pixels: torch.Tensor) -> str:
+    """As docs/other-engines.md asks, with the picture sized beforehand."""
+    png = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": question}]
+    reply = llm.create_chat_completion([{"role": "user", "content": content}], temperature=0, max_tokens=32)
+    return reply["choices"][0]["message"]["content"].strip()
 
 
-def compare_answers(model: LLaVAPhi, folder: Path, llm: Llama, context: ctypes.c_void_p, root: Path, n: int) -> None:
+def compare_answers(model: LLaVAPhi, folder: Path, llm: Llama, root: Path, n: int) -> None:
     """The demo's first n questions about a picture."""
     tokenizer = load_tokenizer(folder)
     examples = [example for example in read(root / "shapes", Namespace()) if example.image != BLANK][:n]
@@ -155,7 +113,9 @@ def compare_answers(model: LLaVAPhi, folder: Path, llm: Llama, context: ctypes.c
     for example in examples:
         pixels = load_image(example.image, ImageConfig.of(model.config.vision, model.config.image_mode))
         [ours] = ask(model, tokenizer, example.prompt, [pixels[None]], max_new_tokens=32)
-        theirs = their_answer(llm, context, example.prompt, pixels)
+        theirs = their_answer(llm, example.prompt, pixels)
+        if ours != theirs:
+            print(f"{example.question_id}: {example.prompt!r}: ours {ours!r}, llama.cpp's {theirs!r}")
         same += ours == theirs
         ours_right += grade_plain(example, ours).score
         theirs_right += grade_plain(example, theirs).score
@@ -177,17 +137,17 @@ def main() -> None:
 
     model = load_model(args.model)
     ids = encode_prompt([QUESTION], load_tokenizer(args.model), image=False)
-    mtmd_cpp.mtmd_helper_log_set(say_nothing, None)
-    # Keys and values in fp32: in llama.cpp's usual fp16 they are most of what the decoders differ by.
-    llm = Llama(str(decoder), n_ctx=model.config.llm.block_size, logits_all=True, verbose=False,
+    # Keys and values in fp32, because in llama.cpp's usual fp16 they would be most of the difference in an f32 file.
+    tower = MTMDChatHandler(str(args.gguf / "mmproj-f16.gguf"), use_gpu=False)
+    llm = Llama(str(decoder), n_ctx=model.config.llm.block_size, logits_all=True, verbose=False, chat_handler=tower,
                 type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
     print(f"{decoder.name}, llama-cpp-python {llama_cpp.__version__}")
     compare_text(model, llm, ids, args.tokens)
-    with vision_half(llm, args.gguf / "mmproj-f16.gguf") as context:
-        image = load_image(args.image, ImageConfig.of(model.config.vision, model.config.image_mode))
-        compare_picture(model, llm, context, image)
-        if args.root:
-            compare_answers(model, args.model, llm, context, args.root, args.questions)
+    tower._init_mtmd_context(llm)
+    image = load_image(args.image, ImageConfig.of(model.config.vision, model.config.image_mode))
+    compare_picture(model, llm, tower.mtmd_ctx, image)
+    if args.root:
+        compare_answers(model, args.model, llm, args.root, args.questions)
 
 
 if __name__ == "__main__":
