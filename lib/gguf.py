@@ -62,7 +62,7 @@ TOWER = {
 WITHOUT_LEAF = {"vision.cls": "v.class_embd", "vision.pos": "v.position_embd.weight"}
 
 
-class Entry(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor of a GGUF file, not computed yet."""
     name: str
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ PARAMETER temperature 0
 # The decoder
 
 
-def decoder_entries(model: ToSave, kind: str) -> list[Entry]:
+def decoder_entries(model: ToSave, kind: str) -> list[GGUFTensor]:
     entries = []
     for name, shape in model.shapes.items():
         if not name.startswith("llm."):
@@ -114,7 +114,7 @@ def decoder_entries(model: ToSave, kind: str) -> list[Entry]:
         wanted = "q8_0" if kind == "q4_0" and template == "llm.lm_head" else kind
         stored_as = matrix_kind(shape, wanted)
         theirs = DECODER[template].replace("{layer}", layer)
-        entries.append(Entry(f"{theirs}.{leaf}", shape, stored_as, partial(model.load, name)))
+        entries.append(GGUFTensor(f"{theirs}.{leaf}", shape, stored_as, partial(model.load, name)))
     return entries
 
 
@@ -176,7 +176,7 @@ def tokenizer_fields(tokenizer: Tokenizer, rows: int) -> dict[str, object]:
 # The tower and the projector
 
 
-def tower_entries(model: ToSave) -> list[Entry]:
+def tower_entries(model: ToSave) -> list[GGUFTensor]:
     """Only the layers that are computed: llama.cpp runs all of them, and has no place for the LayerNorm after them."""
     entries = []
     for name, shape in model.shapes.items():
@@ -184,16 +184,16 @@ def tower_entries(model: ToSave) -> list[Entry]:
         template, layer = without_layer(stem)
         unused = layer and name.startswith("vision.") and int(layer) >= model.config.vision.n_used
         if name in WITHOUT_LEAF:
-            entries.append(Entry(WITHOUT_LEAF[name], shape, "f32", partial(model.load, name)))
+            entries.append(GGUFTensor(WITHOUT_LEAF[name], shape, "f32", partial(model.load, name)))
         elif template in TOWER and not unused:
             theirs = f"{TOWER[template].replace('{layer}', layer)}.{leaf}"
             if "{qkv}" not in theirs:
-                entries.append(Entry(theirs, shape, matrix_kind(shape, "f16"), partial(model.load, name)))
+                entries.append(GGUFTensor(theirs, shape, matrix_kind(shape, "f16"), partial(model.load, name)))
                 continue
             third = (shape[0] // 3, *shape[1:])
             for number, letter in enumerate("qkv"):
                 load = partial(load_third, model, name, number)
-                entries.append(Entry(theirs.replace("{qkv}", letter), third, matrix_kind(third, "f16"), load))
+                entries.append(GGUFTensor(theirs.replace("{qkv}", letter), third, matrix_kind(third, "f16"), load))
     return entries
 
 
@@ -231,7 +231,7 @@ def tower_fields(config: LLaVAConfig) -> dict[str, object]:
 # The file
 
 
-def write_gguf(path: Path, fields: dict[str, object], entries: list[Entry]) -> None:
+def write_gguf(path: Path, fields: dict[str, object], entries: list[GGUFTensor]) -> None:
     """Write a file, one tensor in memory at a time."""
     header = [b"GGUF", struct.pack("<IQQ", 3, len(entries), len(fields))]
     for key, value in fields.items():

@@ -41,7 +41,7 @@ transformers' Llava drops the bias of the language model's head, and the answers
 with `load_weights.py export`, which folds the bias into the head's weight."""
 
 
-def model_card(config: LLaVAConfig, settings: dict | None, scores: list[dict], folded: bool) -> str:
+def hub_card(config: LLaVAConfig, settings: dict | None, scores: list[dict], folded: bool) -> str:
     """settings: those of the run that trained the model, if it is known. scores: contents of eval.py's result.json."""
     siglip = not config.vision.class_token
     return CARD.format(header=header(config, settings), name="Mipha" if siglip else "LLaVA-Phi",

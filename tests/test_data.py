@@ -3,17 +3,22 @@ import json
 import os
 import random
 import re
+import struct
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import GOLDEN, ROOT, pattern, talk
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from zoo import BAD_RECORDS, write_zoo_images
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, ImageConfig, Sample, collate, encode, encode_prompt, eot_id,
-                  expand, load_image, load_tokenizer)
+                  expand, load_image, load_tokenizer, open_rgb)
+from lib.archives import Pictures
 from lib.recipes import IMAGE_MODES
 from vision import CLIP_L_336, SIGLIP_SO400M_384, normalize
 
@@ -122,7 +127,7 @@ def test_pixels_equal_the_image_processor_of_transformers(mode):
     transformers = pytest.importorskip("transformers")
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     shapes = [(57, 99), (1, 50), (301, 7), (7, 301), (56, 56), (1000, 333), (90, 180), (60, 181)]
-    modes = ("L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F", "YCbCr", "HSV", "PA")
+    modes = ("L", "LA", "P", "RGBA", "CMYK", "1", "I", "F", "YCbCr", "HSV", "PA")
     for pil_mode, w, h in [("RGB", *shape) for shape in shapes] + [(pil_mode, 80, 61) for pil_mode in modes]:
         image = drawn_as(pil_mode, w, h)
         rgb = image.convert("RGB")
@@ -132,6 +137,50 @@ def test_pixels_equal_the_image_processor_of_transformers(mode):
             rgb = square
         theirs = processor(rgb, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(normalised(load_image(image, for_clip(56, mode))), theirs), (pil_mode, w, h)
+
+
+@pytest.mark.parametrize("tag, kind", [(0x011a, 2), (0x011a, 7), (0x010e, 5), (0x0213, 10), (0x0132, 12), (0x8298, 5)])
+def test_a_photo_is_turned_by_its_orientation_alone(tag, kind, tmp_path):
+    """Another tag whose value is of the wrong type once made a good photo unreadable."""
+    image = pattern(60, 40)
+    for orientation in range(10):
+        exif = struct.pack("<4sIHHHIHHHHIII", b"II*\0", 8, 2, 0x0112, 3, 1, orientation, 0, tag, kind, 1, 38, 0)
+        image.save(tmp_path / "odd.png", exif=exif + b"abcdefgh")
+        image.getexif()[0x0112] = orientation
+        want = load_image(ImageOps.exif_transpose(image), for_clip(28, "crop"))
+        assert torch.equal(load_image(tmp_path / "odd.png", for_clip(28, "crop")), want), orientation
+
+
+@pytest.mark.parametrize("mode, largest, white", [
+    ("I;16", 60_000, 65535), ("I;16", 200, 65535), ("I", 60_000, 65535), ("I", 200, 255), ("I", 1, 255),
+    ("I", 10**6, 10**6), ("F", 0.9, 1), ("F", 254.5, 255), ("F", 60_000, 65535), ("F", 1e9, 1e9), ("F", 0, 1)])
+def test_deep_pictures_are_scaled_to_8_bits(mode, largest, white):
+    """Pillow clips at 255, so that a 16-bit scan or a depth map became white."""
+    values = np.linspace(0, largest, 30 * 20).reshape(20, 30)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    deep = Image.fromarray(values.astype(kind))
+    assert deep.mode == mode
+    want = np.rint(values.astype(kind) * (255 / white)).astype(int)
+    pixels = np.asarray(open_rgb(deep, 28, "pad")).astype(int)
+    assert pixels.shape == (20, 30, 3) and (pixels == want[..., None]).all()
+
+
+def test_odd_values_of_floating_point_pictures():
+    values = np.array([[np.nan, -5, 0.5, 1]], dtype=np.float32)
+    assert np.asarray(open_rgb(Image.fromarray(values), 28, "squash"))[0, :, 0].tolist() == [0, 0, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["text", "profile"])
+def test_a_png_with_a_megabyte_of_text_is_read(kind, tmp_path):
+    """Editors put their history and whole color profiles into a file. Pillow's limit is for bombs."""
+    info = PngImagePlugin.PngInfo()
+    if kind == "text":
+        info.add_text("history", "edited " * 500_000, zip=True)
+        info.add_itxt("XML:com.adobe.xmp", "<x/> " * 500_000, zip=True)
+    more = {"icc_profile": random.Random(0).randbytes(1_500_000)} if kind == "profile" else {}
+    pattern(60, 40).save(tmp_path / "x.png", pnginfo=info, **more)
+    assert torch.equal(load_image(tmp_path / "x.png", for_clip(28, "pad")),
+                       load_image(pattern(60, 40), for_clip(28, "pad")))
 
 
 def test_a_photo_lying_on_its_side_is_put_upright(tmp_path):
@@ -163,6 +212,21 @@ def test_bad_pictures_are_named(zoo_images, name, problem):
         with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){problem}") as e:
             load_image(zoo_images / name, for_clip(28, mode))
         assert name in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_name_of_several_lines_is_one_line(tmp_path):
+    """What a record calls a picture may be anything; an error stays one line, and moves no cursor."""
+    name = "what?\n\x1b[2J<image>.jpg"
+    (tmp_path / name).write_text("no picture")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(name, "no picture")
+    for source in (tmp_path / name, tmp_path / "absent" / name):
+        with pytest.raises((ValueError, OSError), match="what") as e:
+            load_image(source, for_clip(28, "pad"))
+        assert not set(str(e.value)) & set("\n\x1b")
+    with pytest.raises(ValueError, match="what") as e:
+        Pictures([tmp_path / "x.zip"]).open(name)
+    assert not set(str(e.value)) & set("\n\x1b")
 
 
 def test_odd_but_good_pictures_open(zoo_images):
@@ -205,6 +269,28 @@ def test_prompts_equal_the_original_and_begin_the_training_ids(toks):
         encode_prompt(turns[:2], tok, image=False)
 
 
+@pytest.mark.parametrize("question", [
+    f"{IMAGE}\nWhat?", f"{IMAGE} What?", f"{IMAGE}What?", f"What?\n{IMAGE}", f" \n{IMAGE}\n What? ", f"What? {IMAGE} ",
+    f"What is {IMAGE} here?", f"{IMAGE}\n{IMAGE}\nWhat?", f"{IMAGE}What?{IMAGE}", "What?", " What?", "What?\n", IMAGE])
+def test_a_tag_in_a_question_is_read_alike_in_training_and_in_a_prompt(tiny, question):
+    for image in ("x.jpg", None):
+        ids, labels = encode(talk(question, "yes", image=image), tiny, "v0")
+        asked = ids[:next(i for i, label in enumerate(labels) if label != IGNORE)]
+        assert encode_prompt([question], tiny, image=image is not None) == asked
+
+
+def test_an_answer_that_is_no_text_is_shown(tiny):
+    """The message showed the beginning of the record, which ends before the answer in question."""
+    for value in (5, None, ["a"]):
+        record = talk("What is in this picture, and what would you say about it to somebody who cannot see?" * 3, "yes")
+        record["conversations"][1]["value"] = value
+        with pytest.raises(ValueError, match=re.escape(f"'value': {value!r}")):
+            encode(record, tiny, "v0")
+    for record in ({"value": "x"}, {"conversations": None}, {"conversations": [None]}, {"conversations": "x"}, []):
+        with pytest.raises(ValueError, match="not a conversation"):
+            encode(record, tiny, "v0")
+
+
 @needs_real
 def test_tokenizer_without_tokenizer_json_is_the_same(tmp_path, toks):
     """The released LLaVA-Phi has vocab.json, merges.txt and added_tokens.json only."""
@@ -216,6 +302,45 @@ def test_tokenizer_without_tokenizer_json_is_the_same(tmp_path, toks):
         a, b = (t.encode(text, add_special_tokens=False) for t in (built, toks["real"]))
         assert a.ids == b.ids and a.offsets == b.offsets
     assert built.encode(" " * 40).ids == [50257, 50279]
+
+
+def gpt2_like(folder: Path, n: int = 50256) -> dict[str, int]:
+    """vocab.json and merges.txt with GPT-2's number of tokens -> Phi-2's added tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = alphabet + [f"word{i}" for i in range(n - len(alphabet))] + [EOT]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    runs = [" " * i for i in range(31, 1, -1)] + ["\t" * i for i in range(9, 1, -1)]
+    return {run: n + 1 + i for i, run in enumerate(runs)}
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "both"])
+def test_added_tokens_stand_in_either_file(where, tmp_path):
+    """Newer folders have them in tokenizer_config.json only. Without them every indent would get other ids."""
+    added = gpt2_like(tmp_path)
+    if where != "tokenizer_config.json":
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    if where != "added_tokens.json":
+        decoder = {str(i): {"content": text, "normalized": True, "special": False} for text, i in added.items()}
+        decoder |= {"50256": {"content": EOT, "special": True}, "50295": {"content": IMAGE, "special": True}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode(" " * 40 + "\t" * 9).ids == [50257, 50279, 50287]
+    assert tok.token_to_id(IMAGE) is None and eot_id(tok) == 50256
+
+
+@pytest.mark.parametrize("lacks", [None, " " * 2, "\t" * 2, "\t" * 9], ids=repr)
+@pytest.mark.parametrize("form", ["older", "tokenizer.json"])
+def test_a_vocabulary_without_phis_added_tokens_is_refused(lacks, form, tmp_path):
+    added = gpt2_like(tmp_path)
+    kept = [text for text in added if lacks and text != lacks]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({text: 50257 + i for i, text in enumerate(kept)}))
+    if form == "tokenizer.json":
+        tok = Tokenizer(models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
+        tok.add_tokens(kept)
+        tok.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="GPT-2's, without Phi-2's tokens for runs of spaces and tabs"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_saved_image_token_is_dropped(tmp_path, tiny):
@@ -231,7 +356,9 @@ def test_a_saved_image_token_is_dropped(tmp_path, tiny):
 @pytest.mark.parametrize("files", [
     {}, {"tokenizer.json": "{"}, {"tokenizer.json": '{"added_tokens": []}'},
     {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '{"  ": 7}'},
-    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '["  "]'}])
+    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '["  "]'},
+    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "tokenizer_config.json": '{"added_tokens_decoder": [1]}'},
+    {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": '{"added_tokens_decoder": {"x": 1}}'}])
 def test_bad_tokenizers_are_named(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -319,6 +446,20 @@ def test_a_stray_tag_leaves_the_neighbours_alone(tiny):
         (a, _, c), (a_alone, c_alone) = hidden([first, stray, last]), hidden([first, last])
     torch.testing.assert_close(a, a_alone)
     torch.testing.assert_close(c, c_alone)
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "pictures", "image_path", "Image", "media",
+                                 "img"])
+def test_media_that_is_not_read_is_never_trained_as_text(key, tiny):
+    """In the record or in a turn. What only describes a picture, or holds nothing, is no medium."""
+    record = talk("what is this?", "a dog")
+    for bad in (record | {key: "x.mp4"}, {"conversations": [record["conversations"][0] | {key: ["x"]},
+                                                            record["conversations"][1]]}):
+        for template in ("v0", "plain"):
+            with pytest.raises(ValueError, match=f"media not read: .*'{key}'"):
+                encode(bad, tiny, template)
+    fine = record | {key: None, "image_id": 7, "image_size": [3, 4], "video_title": "", "source": "video", "audio": []}
+    assert encode(fine, tiny, "v0") == encode(record, tiny, "v0")
 
 
 def test_an_empty_answer_teaches_the_end(tiny):

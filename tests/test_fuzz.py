@@ -15,6 +15,8 @@ import shutil
 import signal
 import socket
 import struct
+import tarfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +24,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, load_weights_command, pattern, talk
-from PIL import Image
+from PIL import Image, PngImagePlugin
+from tiny_benchmarks import CASES, evaluate, llava_file, prepare
 from training import train_here
+from zoo import projector_file
 
 import data
+import eval as ev
 import load_weights
 import serve.server
 from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
+from lib.archives import Pictures
 from lib.common import run_command
 from lib.generate import Session
 from lib.recipes import parse_check
@@ -222,6 +228,42 @@ def test_pictures(capsys):
     counts = campaign("pictures", 6000, 1_200_000_000, make_case, capsys)
     assert min(counts["fine"], counts["refused"]) > 500
 
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exif(capsys):
+    """Good pixels behind mutated EXIF data, as an EXIF chunk or an old raw profile: always read, the right way up."""
+    image = pattern(60, 40)
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010e: "a photo", 0x011a: 72.0, 0x0132: "2026:01:01 00:00:00", 0x0213: 1})
+    exif.get_ifd(0x8769).update({0x829a: 0.01, 0x9286: b"ASCII\0\0\0x", 0xa002: 60})
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    good = exif.tobytes()
+    turns = [None, *Image.Transpose]
+    possible = [load_image(image if turn is None else image.transpose(turn), ImageConfig(28, "pad", (0, 0, 0), 4))
+                for turn in turns]
+
+    def make_case(rng: random.Random) -> Callable:
+        mutated = mutate_bytes(good, rng)
+        form = rng.choice(("PNG", "JPEG", "WEBP", "MPO"))
+        file = io.BytesIO()
+        if form == "PNG" and rng.random() < 0.5:
+            raw = rng.choice((mutated.hex(), mutate_bytes(mutated.hex().encode(), rng).decode("latin-1")))
+            info = PngImagePlugin.PngInfo()
+            info.add_text("Raw profile type exif", f"\nexif\n{len(mutated):8}\n{raw}", zip=rng.random() < 0.5)
+            image.save(file, form, pnginfo=info)
+        else:
+            image.save(file, form, exif=mutated[:65_000], **({"lossless": True} if form == "WEBP" else {}))
+
+        def case() -> None:
+            pixels = load_image(io.BytesIO(file.getvalue()), ImageConfig(28, "pad", (0, 0, 0), 4))
+            if form in ("PNG", "WEBP"):
+                assert any(torch.equal(pixels, other) for other in possible)
+        return case
+
+    counts = campaign("exif", 6000, 300_000_000, make_case, capsys)
+    assert counts["refused"] == 0
+
 # ---------------------------------------------------------------------------------------------------
 # Records
 
@@ -233,6 +275,14 @@ RECORDS = [
     {"id": "c", "image": "tall.png", "conversations": [{"from": "gpt", "value": "hello"},
                                                        {"from": "human", "value": "what?\n<image>"},
                                                        {"from": "gpt", "value": "this"}]},
+    {"id": "d", "system": "Be brief.", "images": ["photo.jpg", {"path": "wide.png"}], "messages": [
+        {"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "this"}]},
+    {"id": "e", "images": ["photo.jpg"], "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "tall.png"}}, {"type": "image"},
+                                     {"type": "text", "text": "same?"}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,iVBORw0KGgo="}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "no"}]}]},
 ]
 
 
@@ -246,6 +296,7 @@ def test_records_by_value(tok, capsys):
             ids, labels = data.encode(record, tok, template)
             ids, labels = data.expand(ids, labels, 4, 128)
             assert len(ids) == len(labels)
+            assert ids.count(data.IMAGE_ID) == 4 * len(data.conversation_of(record).images)
         return case
 
     campaign("records", 6000, 200_000_000, make_case, capsys)
@@ -275,6 +326,126 @@ def test_data_files(tmp_path, tok, capsys):
         return case
 
     campaign("data files", 600, 300_000_000, make_case, capsys)
+
+
+
+def test_archives(tmp_path, capsys):
+    """Zips and tars with changed bytes: members are read, or refused with words, and no memory runs full."""
+    photo = (GOLDEN / "images/photo.jpg").read_bytes()[:3000]
+    names = ["a.jpg", "folder/b.jpg", "é" * 60 + "/" + "x" * 80 + ".jpg"]
+    seeds = []
+    for packed in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "seed", "w", packed) as file:
+            for name in names:
+                with file.open(name, "w", force_zip64=packed == zipfile.ZIP_STORED) as member:
+                    member.write(photo)
+        seeds.append((tmp_path / "seed").read_bytes())
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "seed", "w", format=form) as file:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(photo)
+                file.addfile(member, io.BytesIO(photo))
+        seeds.append((tmp_path / "seed").read_bytes()[:20_000])
+    path = tmp_path / "archive"
+
+    def make_case(rng: random.Random) -> Callable:
+        content = bytearray(rng.choice(seeds))
+        # Pictures are most of the bytes and none of the structure: change headers and directories more often.
+        found = [content.rfind(sign) for sign in (b"PK\1\2", b"PK\5\6", b"PK\3\4", b"ustar")]
+        at = rng.choice([at for at in found if at > 0])
+        begin, end = (0, len(content)) if rng.random() < 0.3 else (max(0, at - 257), at + 600)
+        content[begin:end] = mutate_bytes(bytes(content[begin:end]), rng)
+
+        def case() -> None:
+            path.write_bytes(content)
+            pictures = Pictures([path])
+            for name in names:
+                assert len(pictures.open(name).read()) <= 1 << 28
+        return case
+
+    counts = campaign("archives", 4000, 700_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 300
+
+# ---------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def mutate_data_file(path: Path, rng: random.Random) -> bytes:
+    """Bytes, values of json, or what editors, tables and other systems do to a text file."""
+    good = path.read_bytes()
+    kind = rng.randrange(4)
+    if kind == 0:
+        return mutate_bytes(good, rng)
+    if kind == 1 and path.suffix == ".json" and b"\n{" not in good:
+        return to_json(mutate_json(json.loads(good), rng))
+    if kind == 1 and good.startswith(b"{"):
+        lines = good.splitlines()
+        i = rng.randrange(len(lines))
+        lines[i] = to_json(mutate_json(json.loads(lines[i]), rng))
+        return b"\n".join(lines)
+    text = good.decode()
+    change = rng.choice((
+        lambda: text.encode("utf-8-sig"), lambda: (text + "\u00e9").encode("latin-1"), lambda: text.encode("utf-16"),
+        lambda: text.replace("\n", "\r\n").encode(), lambda: text.replace("\t", "    ").encode(),
+        lambda: text.replace("\n", "\n\n").encode(), lambda: text[:rng.randrange(len(text))].encode(),
+        lambda: text.replace("\t", "\tnan", rng.randrange(1, 30)).encode(), lambda: text.replace('"', "'").encode(),
+        lambda: b"".join(rng.sample(good.splitlines(True), len(good.splitlines()))), lambda: good + good, lambda: b""))
+    return change()
+
+
+GRADES = {
+    "mmvet": (".json", json.dumps({f"v1_{i}": {"model": ["j"], "content": ["0.5"], "score": [0.5]} for i in range(2)})),
+    "llavabench": (".jsonl", "".join(json.dumps({"question_id": i, "content": "8 6\nGood."}) + "\n" for i in range(2))),
+}
+
+
+def test_benchmark_files(tmp_path, capsys):
+    """The official files and those of answers: scored, or refused with one line before anything is asked."""
+    tasks = []
+    for name in CASES:
+        flags, questions = prepare(name, tmp_path / name)
+        answers = llava_file(tmp_path / name / "answers.jsonl", questions, CASES[name].answers)
+        flags = [*flags, "--score", str(answers), "--out", str(tmp_path / name / "out")]
+        ours = [answers]
+        if name in GRADES:
+            ours.append(tmp_path / name / f"grades{GRADES[name][0]}")
+            ours[1].write_text(GRADES[name][1])
+            flags += ["--grades", str(ours[1])]
+        files = [path for path in (tmp_path / name).rglob("*") if path.suffix in (".json", ".jsonl", ".tsv", ".txt")]
+        tasks.append((flags, ours, files))
+    mutated = None
+
+    def make_case(rng: random.Random) -> Callable:
+        nonlocal mutated
+        if mutated:
+            mutated[0].write_bytes(mutated[1])
+        flags, ours, files = rng.choice(tasks)
+        target = rng.choice(files)
+        mutated = target, target.read_bytes()
+        target.write_bytes(mutate_data_file(target, rng))
+
+        def case() -> None:
+            args = ev.parse(flags)
+            if target in ours:                  # what comes after the answers
+                evaluate(flags)
+                return
+            try:
+                questions = ev.load_data(args.task, args)
+            except ValueError as e:
+                assert str(tmp_path) in str(e), f"names no file: {e}"
+                raise
+            texts = [""] * len(questions.examples)
+            try:
+                path = llava_file(ours[0].with_name("mutated.jsonl"), questions, texts)
+                evaluate([*flags, "--score", str(path), "--out", str(ours[0].with_name("out of mutated"))])
+            except ValueError as e:
+                if "no grade for" in str(e):    # a question that the mutated file has under another id
+                    return
+                raise AssertionError(f"refused after the answers were made: {e}") from e
+        return case
+
+    campaign("benchmark files", 4000, 300_000_000, make_case, capsys)
 
 # ---------------------------------------------------------------------------------------------------
 # Models
@@ -316,7 +487,8 @@ def test_model_folders(tmp_path, capsys):
     def make_case(rng: random.Random) -> Callable:
         folder = copy_model(folders[rng.choice(("safetensors", "safetensors", "bin"))], tmp_path / "model")
         [weights] = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        target = rng.choice((weights, weights, folder / "config.json", folder / "tokenizer.json"))
+        texts = [folder / f"{name}.json" for name in ("config", "tokenizer", "preprocessor_config")]
+        target = rng.choice((weights, weights, *texts))
         content = target.read_bytes()
         if target.suffix == ".safetensors":
             content = mutate_safetensors(content, rng)
@@ -333,6 +505,64 @@ def test_model_folders(tmp_path, capsys):
         return case
 
     campaign("model folders", 2000, 300_000_000, make_case, capsys)
+
+def mutate_archive(good: bytes, rng: random.Random) -> bytes:
+    """An archive of torch.save: a record's bytes (the pickle decides the most), its name, or which records there are."""
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    method = zipfile.ZIP_STORED
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        name = pickled if rng.random() < 0.6 else rng.choice([*records])
+        kind = rng.randrange(8)
+        if name not in records:
+            continue
+        if kind < 3:
+            records[name] = mutate_bytes(records[name], rng)
+        elif kind == 3:
+            changed = bytearray(records[name])
+            for place in rng.sample(range(len(changed)), min(len(changed), rng.choice((1, 2, 8)))):
+                changed[place] = rng.choice(b"K\x00\x01J\xffM(t)R.q\x85\x86\x87X}]e")        # opcodes of a pickle
+            records[name] = bytes(changed)
+        elif kind == 4:
+            del records[name]
+        elif kind == 5:
+            records[name + rng.choice(("x", "/", ".pkl", "\ud83d", "/../x"))] = records.pop(name)
+        elif kind == 6:
+            records[rng.choice([*records])] = records[name]
+        else:
+            method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in records.items():
+            archive.writestr(name.encode("utf-8", "replace").decode(), content)
+    return mutate_bytes(file.getvalue(), rng) if rng.random() < 0.1 else file.getvalue()
+
+
+def test_archives_of_torch_save(tmp_path, capsys):
+    """A pytorch_model.bin of a stranger, and a projector: loaded, merged and inspected, or refused with words."""
+    tower, phi = copy_model(GOLDEN / "tiny-clip", tmp_path / "clip"), GOLDEN / "tiny-phi"
+    projector = projector_file(tmp_path / "stage 1")
+    good = {path: path.read_bytes() for path in (tower / "pytorch_model.bin", projector)}
+
+    def make_case(rng: random.Random) -> Callable:
+        for path, content in good.items():
+            path.write_bytes(content)
+        target = rng.choice([*good])
+        target.write_bytes(mutate_archive(good[target], rng))
+        out = tmp_path / f"merged {rng.random()}"
+
+        def case() -> None:
+            load_weights_command(["inspect", str(target.parent)])
+            try:
+                load_weights_command(["merge", "--llm", str(phi), "--vision", str(tower), "--projector", str(projector),
+                                      "--out", str(out)])
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+        return case
+
+    counts = campaign("archives of torch.save", 2000, 300_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 200
 
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -446,6 +676,65 @@ def test_request_bodies(server, capsys):
 
     counts = campaign("request bodies", 3000, 300_000_000, make_case, capsys)
     assert counts["fine"] > 100
+
+
+GOOD_CONTENTS = (None, "", " ", "What?", [], [{"type": "text", "text": "What?"}],
+                 [{"type": "refusal", "refusal": "No."}], [{"type": "image_url", "image_url": PICTURE}],
+                 [{"type": "image_url", "image_url": {"url": PICTURE}}],
+                 [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": PICTURE}])
+BAD_CONTENTS = (["What?"], [{"type": "text"}], [{"type": "image_url", "image_url": {"url": PICTURE[:200]}}],
+                [{"type": "image_url", "image_url": {}}], {"type": "text"}, 7, [None])
+
+
+def odd_history(rng: random.Random) -> list[dict]:
+    """Messages in any order, of any speaker, with contents that clients send and some that none should."""
+    messages = []
+    for _ in range(rng.choice((1, 1, 2, 3, 4, 8))):
+        role = rng.choice(("user", "user", "user", "assistant", "assistant", "system", "developer"))
+        message = {"role": role, "content": rng.choice(GOOD_CONTENTS if rng.random() < 0.95 else BAD_CONTENTS)}
+        if rng.random() < 0.1:
+            message[rng.choice(("role", "name", "tool_calls", "refusal", "audio"))] = rng.choice(ODD_VALUES)
+        if rng.random() < 0.05:
+            del message[rng.choice(sorted(message))]
+        messages.append(message)
+    return messages
+
+
+def chunks_of(body: bytes, rng: random.Random) -> bytes:
+    """The same request with its body in chunks, now and then of a wrong length."""
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    while body:
+        piece, body = body[:(n := rng.choice((1, 100, 5000)))], body[n:]
+        size = len(piece) if rng.random() < 0.99 else rng.choice((0, len(piece) + 1, 10**9))
+        request += b"%x\r\n%s\r\n" % (size, piece)
+    return request + rng.choice((b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"", b"0\r\n"))
+
+
+def test_chat_histories(server, capsys, monkeypatch):
+    """A history is answered, or refused with the name of what is wrong in it; also when its body comes in chunks."""
+    monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.3)              # what is cut short is not waited for
+
+    def make_case(rng: random.Random) -> Callable:
+        fields = {"messages": odd_history(rng), "max_tokens": 2}
+        if rng.random() < 0.3:
+            fields[rng.choice(("tools", "response_format", "top_p", "n", "logprobs", "x"))] = rng.choice(ODD_VALUES)
+        body = to_json(fields)
+        request = chunks_of(body, rng) if rng.random() < 0.3 else post(body)
+
+        def case() -> None:
+            head, _, content = exchange(server, request).partition(b"\r\n\r\n")
+            status = int(head.split()[1])
+            if status == 200:
+                assert json.loads(content)["usage"]["completion_tokens"] <= 2
+                return
+            error = json.loads(content)["error"]
+            assert 400 <= status < 500 and error["message"], f"{status}: {content!r}"
+            assert error["param"] or b"chunked" in request, content         # which may have been cut short
+            raise ValueError(error["message"])
+        return case
+
+    counts = campaign("chat histories", 3000, 300_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 500
 
 
 def test_raw_requests(server, capsys):

@@ -4,7 +4,7 @@ import json
 import pytest
 from helpers import TINY_MODEL, load_weights_command
 
-from lib.model_card import header, model_card, read_scores
+from lib.model_card import header, hub_card, read_scores
 from lib.recipes import parse, settings
 from model import LLaVAConfig
 from vision import SIGLIP_SO400M_384
@@ -14,7 +14,7 @@ RESULT = {"task": "pope", "split": "all", "metric": "accuracy", "value": 85.04, 
 
 def test_published_bases_and_data_are_named():
     run = settings(parse(["--stage", "finetune", "--data", "/home/me/llava_v1_5_mix665k.json"]))
-    page = model_card(LLaVAConfig(), run, [RESULT], folded=True)
+    page = hub_card(LLaVAConfig(), run, [RESULT], folded=True)
     head = page.split("---")[1]
     for line in ("pipeline_tag: image-text-to-text", "- microsoft/phi-2", "- openai/clip-vit-large-patch14-336",
                  "- liuhaotian/LLaVA-Instruct-150K", "license: mit"):
@@ -26,7 +26,7 @@ def test_published_bases_and_data_are_named():
 
 def test_a_card_claims_nothing_that_is_not_known(tiny_model):
     """A small model of unknown origin: no base, no license, no data, no scores, but its bias is spoken of."""
-    page = model_card(tiny_model.config, None, [], folded=False)
+    page = hub_card(tiny_model.config, None, [], folded=False)
     for word in ("base_model", "license", "datasets", "## Scores", "## How it was trained"):
         assert word not in page, word
     assert "transformers' Llava drops the bias" in page
@@ -46,6 +46,6 @@ def test_export_writes_the_card(tmp_path):
 def test_the_hub_reads_the_header():
     hub = pytest.importorskip("huggingface_hub")
     run = settings(parse(["--stage", "finetune"]))
-    data = hub.ModelCard(model_card(LLaVAConfig(), run, [RESULT], folded=True)).data
+    data = hub.ModelCard(hub_card(LLaVAConfig(), run, [RESULT], folded=True)).data
     assert data.pipeline_tag == "image-text-to-text" and data.datasets == ["liuhaotian/LLaVA-Instruct-150K"]
     assert data.base_model == ["microsoft/phi-2", "openai/clip-vit-large-patch14-336"]
