@@ -7,7 +7,7 @@
 
 The first two follow Hugging Face's CLIPImageProcessor and SiglipImageProcessor (the pixels, bit for bit) and LLaVA's
 train.py (the chat template, where the image goes). Nothing here depends on the model: sizes are passed in.
-`python data.py check --help` says how to find bad samples before training.
+`python data.py --help` says how to find bad samples before training, and how to see what is learned.
 """
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from lib.common import parse_or_exit, run_command, sha256
-from lib.recipes import IMAGE_MODES, parse_check
+from lib.recipes import IMAGE_MODES, parse_data
 
 if __name__ == "__main__":
-    ARGS = parse_or_exit(parse_check)   # --help and mistakes are answered before the imports below take seconds
+    ARGS = parse_or_exit(parse_data)    # --help and mistakes are answered before the imports below take seconds
 
 import hashlib
 import json
@@ -635,7 +635,11 @@ class Loader:
 
 
 def main(args: Namespace) -> int:
-    from lib.check_data import check_data  # imported here because it is built on this file
+    # Imported here because they are built on this file.
+    if args.command == "show":
+        from lib.show import show_data
+        return show_data(args)
+    from lib.check_data import check_data
     return check_data(args)
 
 

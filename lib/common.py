@@ -321,6 +321,7 @@ def without_control(text: str) -> str:
 def html_page(title: str, body: str, style: str = "") -> str:
     """A self-contained page. Its security policy forbids scripts and requests to any host."""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{html.escape(title)}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }}

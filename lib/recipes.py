@@ -1,4 +1,4 @@
-"""The published recipes, every flag of train.py, and those of data.py, which checks data for a recipe.
+"""The published recipes, every flag of train.py, and those of data.py, which looks at data as a recipe reads it.
 
 It does not import torch, so that `--help` and mistakes are answered at once.
 """
@@ -11,7 +11,7 @@ from lib.common import Parser, at_least, between, dtype_name
 
 IMAGE_MODES = ("crop", "pad", "squash")         # how an image is made square, see data.load_image
 
-# Values that differ between stages or recipes; the rest are defaults in `add_flags`. `data.py check` reads these, too.
+# Values that differ between stages or recipes; the rest are defaults in `add_flags`. data.py reads these, too.
 # llava-phi: scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of the paper (arXiv 2401.02330).
 LLAVA_PHI = {
     "pretrain": {
@@ -225,19 +225,21 @@ def replace(cfg: Namespace, **changes) -> Namespace:
     return Namespace(**vars(cfg) | changes)
 
 # ---------------------------------------------------------------------------------------------------
-# python data.py check
+# python data.py check, show, convert
 
-CHECK = """Find every bad sample before a GPU is used: records, images, lengths.
+DATA_COMMANDS = """Look at data before a GPU is used.
 
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
     $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
+    $ python data.py show --data my.json --images my_pictures --out show.html
 """
 
 
-def parse_check(argv: list[str] | None) -> Namespace:
-    parser = Parser(prog="data.py", description=CHECK)
-    check = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="find every bad sample")
-    add = check.add_argument
+def parse_data(argv: list[str] | None) -> Namespace:
+    parser = Parser(prog="data.py", description=DATA_COMMANDS)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{check,show}")
+    as_trained = Parser(add_help=False)
+    add = as_trained.add_argument
     add("--data", type=Path, required=True, help="records: json or jsonl, LLaVA's, ShareGPT's or OpenAI's messages")
     add("--images", type=Path, nargs="+", required=True, help="folder that image paths in the data are relative to, or "
         ".zip or .tar archives")
@@ -247,15 +249,20 @@ def parse_check(argv: list[str] | None) -> Namespace:
         help="the model to be trained, for its sizes: one folder, or Phi-2's and the vision tower's")
     add("--tokenizer", type=Path, help="tokenizer folder, without which lengths are not checked; default: the model's, "
         "else checkpoints/phi-2")
-    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated images")
-    add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--max-length", type=at_least(1), help="positions per sample, image expanded; default: the model's, up to 2048")
     add("--n-patches", type=at_least(1), help="positions per image; default: the model's, else 576 (CLIP-336)")
     add("--image-size", type=at_least(1), help="pixels per side; default: the model's, else 336")
     add("--image-mode", choices=IMAGE_MODES, help="how images are made square; default: as the recipe says")
     add("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
+    add = commands.add_parser("check", parents=[as_trained], help="find every bad sample").add_argument
+    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated images")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--show", type=int, default=20, help="samples to list per kind of problem")
     add("--write-clean", type=Path, help="write the good records here, and the bad ones to a .rejects.jsonl next to it")
+    add = commands.add_parser("show", parents=[as_trained], help="a page of samples as the model gets them").add_argument
+    add("--n", type=at_least(1), default=12, help="samples, evenly spread over the data")
+    add("--ids", nargs="+", metavar="ID", help="these samples instead")
+    add("--out", type=Path, default=Path("show.html"), help="the page")
     args = parser.parse_args(argv)
     if args.model and len(args.model) > 2:
         parser.error(f"--model: expected one folder, or Phi-2's and the vision tower's, found {len(args.model)}")

@@ -34,7 +34,7 @@ from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
 from lib.archives import Pictures
 from lib.common import run_command
 from lib.generate import Session
-from lib.recipes import parse_check
+from lib.recipes import parse_data
 from serve.server import Server
 
 GOLDEN = ROOT / "tests/golden"
@@ -313,7 +313,7 @@ def test_data_files(tmp_path, tok, capsys):
 
         def case() -> None:
             path.write_bytes(content)
-            args = parse_check(["check", "--data", str(path), "--images", str(GOLDEN / "images"), "--tokenizer",
+            args = parse_data(["check", "--data", str(path), "--images", str(GOLDEN / "images"), "--tokenizer",
                                 str(TINY), "--workers", "0", "--decode", "header"])
             assert data.main(args) in (0, 1)
             dataset = Dataset(path, GOLDEN / "images", tok, "v0", ImageConfig(28, "pad", (122, 116, 104), 4), 128,
