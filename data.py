@@ -639,6 +639,9 @@ def main(args: Namespace) -> int:
     if args.command == "show":
         from lib.show import show_data
         return show_data(args)
+    if args.command == "convert":
+        from lib.convert import convert
+        return convert(args)
     from lib.check_data import check_data
     return check_data(args)
 

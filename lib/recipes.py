@@ -232,12 +232,13 @@ DATA_COMMANDS = """Look at data before a GPU is used.
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
     $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
     $ python data.py show --data my.json --images my_pictures --out show.html
+    $ python data.py convert --data downloaded/*.parquet --out data/mine
 """
 
 
 def parse_data(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="data.py", description=DATA_COMMANDS)
-    commands = parser.add_subparsers(required=True, dest="command", metavar="{check,show}")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{check,show,convert}")
     as_trained = Parser(add_help=False)
     add = as_trained.add_argument
     add("--data", type=Path, required=True, help="records: json or jsonl, LLaVA's, ShareGPT's or OpenAI's messages")
@@ -263,7 +264,13 @@ def parse_data(argv: list[str] | None) -> Namespace:
     add("--n", type=at_least(1), default=12, help="samples, evenly spread over the data")
     add("--ids", nargs="+", metavar="ID", help="these samples instead")
     add("--out", type=Path, default=Path("show.html"), help="the page")
+    add = commands.add_parser("convert", help="parquet files with pictures in their rows -> jsonl and zip").add_argument
+    add("--data", type=Path, nargs="+", required=True, help="parquet files, like those of The Cauldron, FineVision or "
+        "LLaVA-OneVision-Data")
+    add("--out", type=Path, required=True, help="folder for records.jsonl and images.zip; an interrupted conversion goes on")
     args = parser.parse_args(argv)
+    if args.command == "convert":
+        return args
     if args.model and len(args.model) > 2:
         parser.error(f"--model: expected one folder, or Phi-2's and the vision tower's, found {len(args.model)}")
     if args.tokenizer is None:

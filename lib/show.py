@@ -141,8 +141,7 @@ def tokens_html(ids: list[int], kinds: list[str], tok: Tokenizer, n_patches: int
                 continue
             text = html.escape(visible(text)).replace("\n", "&crarr;\n")
             text = f"<b>{text}</b>" if ids[start] == eot_id(tok) else text      # unlike one that somebody typed
-        title = f"token {' '.join(map(str, ids[start:end]))}" if ids[start] != IMAGE_ID else "one per patch"
-        spans.append(f'<span class="{kinds[start]}" title="{title}">{text}</span>')
+        spans.append(f'<span class="{kinds[start]}" title="token {" ".join(map(str, ids[start:end][:4]))}">{text}</span>')
         start = end
     return "".join(spans)
 
