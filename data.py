@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -212,9 +212,8 @@ def conversation_of(record: dict) -> Conversation:
     prompt, so a record's own goes in front of its first question.
     """
     (said, images), problem = read_record(record)
-    system = [text[0] for role, text in said if role == "system"]
-    if system and [role for role, _ in said[:len(system)]] == ["system"] * len(system):
-        said = said[len(system):]
+    system = [text[0] for _, text in takewhile(lambda turn: turn[0] == "system", said)]
+    said = said[len(system):]
     if said and said[0][0] == "assistant":
         said = said[1:]
     turns = [text for _, text in said]
@@ -424,7 +423,7 @@ class Index(NamedTuple):
 
 @dataclass(eq=False)
 class Dataset:
-    """A json list or jsonl of conversations. FileNotFoundError or ValueError if the file is not there or something else.
+    """A json list or jsonl of conversations. FileNotFoundError or ValueError if the file is not there or not one.
 
     Each record goes through `prepare` once for the index, which needs its length, and again whenever it is sampled. The
     index does not keep the ids: for the 665K records of stage 2 they would add a second gigabyte to every run's folder,
@@ -448,8 +447,8 @@ class Dataset:
         first = next(find_records(self.path), None)
         if first is None or not any(key in self.read(first) for key in (b'"conversations"', b'"messages"')):
             found = f"found {self.read(first)[:80]!r}" if first else "it has no records"
-            raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\" or \"messages\", "
-                             f"{found}")
+            raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\" or "
+                             f"\"messages\", {found}")
 
     def __setstate__(self, state: dict) -> None:
         """Unpickle in a worker process. Pickling a tokenizer loses encode_special_tokens."""
@@ -531,7 +530,7 @@ class Dataset:
             images = [load_image(self.pictures.open(name), self.image_config) for name in names]
         except (ValueError, OSError) as e:
             raise self.sample_error(span, e) from e
-        return Sample(str(record.get("id", i)), ids, labels, torch.stack(images) if images else None)
+        return Sample(str(record.get("id", i)), ids, labels, torch.stack(images).squeeze(0) if images else None)
 
     def read(self, span: tuple[int, int]) -> bytes:
         start, end = span
@@ -545,12 +544,14 @@ class Dataset:
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.pictures}")
 
     def summary(self) -> str:
-        """A line for the log, with counts of truncated samples and of those without a supervised token, then the notes."""
+        """A line for the log, with counts of truncated samples and of those without a supervised token, then notes."""
         index = self.index
         n_cut = (index.cut > 0).sum()
         n_useless = (index.supervised == 0).sum()
-        lines = [f"{len(self):,} samples, {(index.image > 0).sum():,} with an image, {index.length.mean():.0f} positions "
-                 f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn"]
+        n_with = (index.image > 0).sum()
+        where = f" from {self.pictures}" if n_with else ""
+        lines = [f"{len(self):,} samples, {n_with:,} with an image{where}, {index.length.mean():.0f} positions each; "
+                 f"{n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn"]
         for bit, note in enumerate(NOTES):
             if n := (index.notes >> bit & 1).sum():
                 lines.append(f"note: {n:,} samples: {note}")

@@ -234,7 +234,8 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
         image_mode = data.task.mipha_mode if reference == "mipha" else data.task.paper_mode
     questions = []
     for example in data.examples:
-        names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True for picture in example.pictures]
+        names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True
+                 for picture in example.pictures]
         questions.append([example.question_id, example.prompt, names if len(names) > 1 else (*names, False)[0]])
     arithmetic = {"dtype": args.dtype}
     if args.bits < 16:
@@ -363,9 +364,10 @@ def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
 
 def asked_in_other_words(example: Example, answer: dict) -> bool:
     """Was the answer made with another prompt? Only the first two lines are compared, because LLaVA saves some prompts
-    without the instruction at the end."""
-    saved = answer.get("prompt", example.prompt)
-    return saved.removeprefix("<image>\n").split("\n")[:2] != example.prompt.split("\n")[:2]
+    without the instruction at the end, and some with the image's tag in front."""
+    saved, asked = (prompt.removeprefix("<image>\n").split("\n")[:2]
+                    for prompt in (answer.get("prompt", example.prompt), example.prompt))
+    return saved != asked
 
 
 def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | None:

@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("--model", help=f"model folder; default: the first of {', '.join(map(str, USUAL_MODELS))} that exists")
     add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, or - for stdin; default: text only")
-    add("--together", action=BooleanOptionalAction, default=False, help="ask about all pictures at once, instead of each")
+    add("--together", action=BooleanOptionalAction, default=False, help="ask about all pictures at once, not each")
     add("--prompt", help="ask this once and exit, or - for stdin; default: chat")
     add("--max-new-tokens", type=at_least(1), default=256, help="longest answer, in tokens")
     add("--temperature", type=at_least(0.0), default=0.0, help="sampling temperature; 0: greedy")

@@ -44,6 +44,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
+from lib.archives import find_place
 from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
                             try_to_save)
 from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
@@ -290,7 +291,9 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
 
 def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
     # The sizes come from the model, so that an image takes as many positions as its tower makes patches.
-    return Dataset(Path(path), [Path(place) for place in cfg.images], load_tokenizer(folders(cfg)[0]), cfg.template,
+    # Archives are opened later, but a place that is not there should be noticed before --out is touched.
+    places = [find_place(Path(place)) for place in cfg.images] if has_tower(cfg) else []
+    return Dataset(Path(path), places, load_tokenizer(folders(cfg)[0]), cfg.template,
                    ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
                    on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
 

@@ -1,8 +1,8 @@
 """Your own questions: `--task jsonl --questions my.jsonl --images my_images`.
 
-Each line of the file is a json object with question_id and text, and optionally image (a file in the --images folder or
-archive, or a list of them, whose places in the text are <image> each, or in front), answer (one, or a list of right ones) and category (gets its own sub-score). Questions without an answer are asked and
-not scored.
+Each line of the file is a json object with question_id and text, and optionally image (a file in the --images folder
+or archive, or a list of them, which are where the text has <image>, or in front), answer (one, or a list of right ones)
+and category (gets its own sub-score). Questions without an answer are asked and not scored.
 """
 from argparse import Namespace
 from collections.abc import Iterator
@@ -22,7 +22,8 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         names = row.get("image") or row.get("images") or []
         images = tuple(places.find(name) for name in ([names] if isinstance(names, str) else names))
         categories = (str(row["category"]),) if "category" in row else ()
-        yield Example(row.get("question_id", i), images if len(images) > 1 else next(iter(images), None), row["text"], row.get("answer"), categories)
+        image = images if len(images) > 1 else next(iter(images), None)
+        yield Example(row.get("question_id", i), image, row["text"], row.get("answer"), categories)
 
 
 TASK = Task(

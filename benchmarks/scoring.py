@@ -45,8 +45,8 @@ def published_columns(reference: str | None) -> dict[str, str]:
 class Example(NamedTuple):
     """One question. It is identified by its row in the benchmark: question_id repeats in some of them."""
     question_id: int | str
-    image: Path | Member | bytes | str | tuple | None   # a file, one in an archive, an encoded picture, BLANK, a tuple of
-                                        # several, or None for text only
+    # A file, one in an archive, an encoded picture, BLANK, a tuple of several, or None for text only.
+    image: Path | Member | bytes | str | tuple | None
     prompt: str                         # final wording, instruction included
     truth: object = None                # what the grader compares with; None: the truth is on a server
     categories: tuple[str, ...] = ()    # the sub-scores that this question counts in

@@ -19,12 +19,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from lib.common import visible_name
 from lib.records import cached_arrays
 
 MOST_BYTES = 1 << 28                # of a picture file; no larger one would be decoded
 STORED, DEFLATED = 0, 8             # zip's numbers for how a member is packed, all below 100
 IN_TAR, ENCRYPTED, LINK = 256, 257, 258
-TAR_BLOCK = 512                         # tar's unit
+TAR_BLOCK = 512                     # tar's unit
 
 Entry = tuple[bytes, int, int, int]                         # name, offset, size in the archive, how it is packed
 
@@ -44,7 +45,7 @@ class Member:
         file = io.BytesIO(data)
         file.name = f"{self.name} in {self.archive}"
         if problem:
-            raise ValueError(f"image unreadable: {file.name}: {problem}")
+            raise ValueError(f"image unreadable: {visible_name(file.name)}: {problem}")
         return file
 
 
@@ -144,7 +145,7 @@ def zip64_sizes(extra: bytes, stored: int, unpacked: int, offset: int) -> tuple[
 
 
 def tar_entries(file: BinaryIO) -> Iterator[Entry]:
-    """The members of an uncompressed tar, with the long names of GNU and POSIX. Python's tarfile is ten times slower."""
+    """The members of an uncompressed tar, long names of GNU and POSIX among them. Python's tarfile is slower."""
     end = file.seek(0, 2)
     position = 0
     long_name, long_size = b"", -1                          # of the next member, from the one in front of it
@@ -278,6 +279,7 @@ def name_problem(name: str) -> str:
 
 
 def find_members(archive: Path, index: dict[str, np.ndarray], name: str) -> list[Member]:
+    """Those of that name: one, none, or several where a name was used twice."""
     key = np.uint64(hash_of(name.encode(errors="surrogateescape")))
     first, last = np.searchsorted(index["hash"], key), np.searchsorted(index["hash"], key, side="right")
     return [Member(archive, name, *(int(index[column][i]) for column in ("offset", "size", "packed")))

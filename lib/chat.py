@@ -117,9 +117,10 @@ def answer(session: Session, tok: Tokenizer, chats: list[list[Turn]], images: li
 
     chats: for each, question, answer, question, ..., question. images: for each chat one, or a list, in any form that
     `open_image` accepts. Several are where the questions have "<image>", or between the pieces of a question that is a
-    list (`pieces_of` makes them from a message of OpenAI's form), or else in front. session: keeps the KV cache, so that the next turn, or another question about the same picture, computes
-    only its new tokens; its `finish` says why each answer ended. clock: measures speed. sampling: temperature, top_k,
-    top_p and generator (the seed) of `Session.generate`.
+    list (`pieces_of` makes them from a message of OpenAI's form), or else in front. session: keeps the KV cache, so
+    that the next turn, or another question about the same picture, computes only its new tokens; its `finish` says why
+    each answer ended. clock: measures speed. sampling: temperature, top_k, top_p and generator (the seed) of
+    `Session.generate`.
 
     A chat's answer is its pieces joined. The caller may stop iterating at any time.
     Raises ValueError if a question cannot be asked or leaves no room for an answer.

@@ -211,7 +211,7 @@ def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict
                 line = {"problem": problems[i], "record": record.decode("utf-8", "replace")}
                 bad.write(json.dumps(line) + "\n")
             else:
-                clean.write(separator + record.strip())
+                clean.write(separator + record.removeprefix(b"\xef\xbb\xbf").strip())    # a file's byte order mark
                 separator = b",\n"
         clean.write(b"\n]\n")
     print(f"wrote {path} ({len(ranges) - len(problems):,} records) and {rejects} ({len(problems):,})")

@@ -310,6 +310,11 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
+def visible_name(name: str) -> str:
+    """The same for a name that stands in the middle of a line."""
+    return visible(name).replace("\n", "\\n")
+
+
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 

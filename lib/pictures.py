@@ -6,6 +6,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
+from lib.common import visible_name
+
 MAX_PIXELS = 89_478_485             # Pillow's own limit, but checked before decoding: 268 MB as RGB
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of phones
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -23,7 +25,7 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
     Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
     """
     is_path = isinstance(source, (str, Path))
-    name = str(source) if is_path else getattr(source, "name", "the given picture")
+    name = visible_name(str(source) if is_path else getattr(source, "name", "the given picture"))
     if is_path and "://" in name:
         raise ValueError(f"image is an address: {name}; download it and give the file")
     try:

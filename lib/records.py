@@ -99,8 +99,8 @@ def check_end(path: Path, file: BinaryIO, position: int) -> None:
     while block := file.read(BLOCK):
         if not block.isspace():
             [line] = lines_of(path, [position + len(block) - len(block.lstrip())])
-            raise ValueError(f"not json: {path}, line {line}: {block.strip()[:20]!r} after the end of the list; two lists "
-                             "in one file must become one, or two files")
+            raise ValueError(f"not json: {path}, line {line}: {block.strip()[:20]!r} after the end of the list; two "
+                             "lists in one file must become one, or two files")
         position += len(block)
 
 
@@ -263,7 +263,7 @@ def notes_on(record: dict, n_images: int) -> int:
     placed = sum(len(pieces) - 1 for pieces in questions)
     n_tags = sum(text.count(IMAGE) for text in texts)
     n_in_questions = sum(piece.count(IMAGE) for pieces in questions for piece in pieces)
-    at_edge = any(text.startswith(IMAGE) or text.endswith(IMAGE) for text in (pieces[0].strip() for pieces in questions))
+    at_edge = any(text.startswith(IMAGE) or text.endswith(IMAGE) for text in (piece[0].strip() for piece in questions))
     if n_images == 1 and not placed:
         placed_by_tag = int(at_edge or n_in_questions == 1)
     else:

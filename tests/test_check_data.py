@@ -90,6 +90,13 @@ def test_closed_streams(closed, code, stderr):
     assert (done.returncode, done.stderr) == (code, stderr)
 
 
+def test_what_is_written_as_clean_has_no_byte_order_mark(tmp_path, capsys):
+    path, clean = tmp_path / "data.jsonl", tmp_path / "clean.json"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(json.dumps(talk("q", "a", id=i)).encode() for i in range(3)))
+    assert run_check(capsys, path, tmp_path, "--write-clean", str(clean))[0] == 0
+    assert [record["id"] for record in json.loads(clean.read_text())] == [0, 1, 2]
+
+
 DEEP = '{"id": "deep", "conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
 GOOD = json.dumps(talk("q", "a", id="good"))
 

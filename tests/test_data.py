@@ -4,6 +4,7 @@ import os
 import random
 import re
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from zoo import BAD_RECORDS, write_zoo_images
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, ImageConfig, Sample, collate, encode, encode_prompt, eot_id,
                   expand, load_image, load_tokenizer, open_rgb)
+from lib.archives import Pictures
 from lib.recipes import IMAGE_MODES
 from vision import CLIP_L_336, SIGLIP_SO400M_384, normalize
 
@@ -211,6 +213,21 @@ def test_bad_pictures_are_named(zoo_images, name, problem):
         assert name in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_name_of_several_lines_is_one_line(tmp_path):
+    """What a record calls a picture may be anything; an error stays one line, and moves no cursor."""
+    name = "what?\n\x1b[2J<image>.jpg"
+    (tmp_path / name).write_text("no picture")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(name, "no picture")
+    for source in (tmp_path / name, tmp_path / "absent" / name):
+        with pytest.raises((ValueError, OSError), match="what") as e:
+            load_image(source, for_clip(28, "pad"))
+        assert not set(str(e.value)) & set("\n\x1b")
+    with pytest.raises(ValueError, match="what") as e:
+        Pictures([tmp_path / "x.zip"]).open(name)
+    assert not set(str(e.value)) & set("\n\x1b")
+
+
 def test_odd_but_good_pictures_open(zoo_images):
     for name in ("gif.jpg", "cmyk.jpg", "deep.png", "palette.png", "thin.png"):
         assert load_image(zoo_images / name, for_clip(28, "pad")).shape == (3, 28, 28)
@@ -367,7 +384,8 @@ def test_a_stray_tag_leaves_the_neighbours_alone(tiny):
     torch.testing.assert_close(c, c_alone)
 
 
-@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "pictures", "image_path", "Image", "media", "img"])
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "pictures", "image_path", "Image", "media",
+                                 "img"])
 def test_media_that_is_not_read_is_never_trained_as_text(key, tiny):
     """In the record or in a turn. What only describes a picture, or holds nothing, is no medium."""
     record = talk("what is this?", "a dog")

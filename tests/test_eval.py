@@ -165,22 +165,24 @@ def test_own_questions_about_several_pictures_and_from_archives(tmp_path, capsys
         for name in ("x.png", "y.png"):
             archive.write(tmp_path / "images" / name, name)
             tape.add(tmp_path / "images" / name, name)
-    write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Which is red?", "image": ["x.png", "y.png"], "answer": "no"},
+    both = ["x.png", "y.png"]
+    write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Which is red?", "image": both, "answer": "no"},
                                  {"question_id": 2, "text": "Is <image> like <image>?", "images": ["y.png", "x.png"]},
-                                 {"question_id": 3, "text": "Color?", "image": "x.png", "answer": "no"}])
+                                 {"question_id": 3, "text": "<image>\nColor?", "image": "x.png", "answer": "no"}])
     flags = ["--task", "jsonl", "--questions", str(tmp_path / "q.jsonl"), "--model", str(TINY_MODEL), "--device", "cpu"]
     for place in ("images", "x.zip", "x.tar"):
         evaluate([*flags, "--images", str(tmp_path / place), "--out", str(tmp_path / f"out {place}")])
     answers, page = ((tmp_path / "out images" / name).read_text() for name in ("answers.jsonl", "report.html"))
-    assert page.count("<img ") == 3
+    assert page.count("<img ") == 3 and "another prompt" not in page
     for place in ("x.zip", "x.tar"):
         assert (tmp_path / f"out {place}/answers.jsonl").read_text() == answers
         assert (tmp_path / f"out {place}/report.html").read_text().count("<img ") == 3
     model = load_weights.load_model(TINY_MODEL)
-    [want] = ask(model, load_tokenizer(TINY_MODEL), "Which is red?", [[tmp_path / "images/x.png", tmp_path / "images/y.png"]],
+    [want] = ask(model, load_tokenizer(TINY_MODEL), "Which is red?", [[tmp_path / "images" / name for name in both]],
                  max_new_tokens=128)
     assert json.loads(answers.splitlines()[0])["text"] == want
-    for images, problem in ((["--images", str(tmp_path / "x.tar")], "image missing: 'z.png' is not in"), ([], "not given")):
+    missing = (["--images", str(tmp_path / "x.tar")], "image missing: 'z.png' is not in")
+    for images, problem in (missing, ([], "not given")):
         write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Which?", "image": "z.png"}])
         with pytest.raises(ValueError, match=problem):
             ev.load_data("jsonl", ev.parse([*flags, *images]))

@@ -1,4 +1,4 @@
-"""Records in every form that people have them in: the same conversation is the same sample, and the same training run."""
+"""Records in every form that people have: the same conversation is the same sample, and the same training run."""
 import base64
 import json
 import tarfile
@@ -44,8 +44,10 @@ FORMS = {
     "parts with url": messages([picture(PHOTO), text("What is this?")], "A dog.", "Sure?", "Yes."),
     "parts with path": messages([{"type": "image", "path": PHOTO, "text": None}, text("What is this?")],
                                 [text("A dog.")], [text("Sure?")], [text("Yes.")]),
-    "parts, picture last": messages([text("What is this?"), {"type": "image", "image": PHOTO}], "A dog.", "Sure?", "Yes."),
-    "parts without names": messages([{"type": "image"}, text("What is this?")], "A dog.", "Sure?", "Yes.", images=PHOTO),
+    "parts, picture last": messages([text("What is this?"), {"type": "image", "image": PHOTO}], "A dog.", "Sure?",
+                                    "Yes."),
+    "parts without names": messages([{"type": "image"}, text("What is this?")], "A dog.", "Sure?", "Yes.",
+                                    images=PHOTO),
     "url as a string": messages([{"type": "image_url", "image_url": PHOTO}, text("What is this?")], "A dog.", "Sure?",
                                 "Yes."),
 }
@@ -58,14 +60,15 @@ def test_the_same_conversation_in_any_form_is_the_same_sample(form, tiny_tokeniz
     assert encode(FORMS[form], tiny_tokenizer, "v0") == encode(FORMS["llava"], tiny_tokenizer, "v0")
 
 
-# As their own documentation writes them: OpenAI's guide to vision fine-tuning, ms-swift's to custom data sets, torchtune's
-# ShareGPTToMessages, LLaMA-Factory's README of its data, TRL's data sets with vision.
+# As their own documentation writes them: OpenAI's guide to vision fine-tuning, ms-swift's to custom data sets,
+# torchtune's ShareGPTToMessages, LLaMA-Factory's README of its data, TRL's data sets with vision.
 PUBLIC = {
     "openai": ({"messages": [
         {"role": "system", "content": "You identify works of art."},
         {"role": "user", "content": "Describe this."},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PHOTO, "detail": "low"}}]},
-        {"role": "assistant", "content": "A dog."}]}, ("(picture)\nYou identify works of art.\nDescribe this.", "A dog.")),
+        {"role": "assistant", "content": "A dog."}]},
+        ("(picture)\nYou identify works of art.\nDescribe this.", "A dog.")),
     "ms-swift": ({"messages": [
         {"role": "user", "content": "<image><image>What differs?"}, {"role": "assistant", "content": "The color."}],
         "images": [PHOTO, "wide.png"]}, ("(picture)(picture)What differs?", "The color.")),
@@ -91,7 +94,7 @@ def test_forms_that_others_document(name, tmp_path, tiny_tokenizer):
     path.write_text(json.dumps(record))
     sample = open_dataset(path, tiny_tokenizer).sample(0)
     assert decoded(encode(record, tiny_tokenizer, "v0")[0], tiny_tokenizer) == v0(*want)
-    assert len(sample.image) == want[0].count("(picture)")
+    assert sample.image.shape == ((2, 3, 28, 28) if want[0].count("(picture)") == 2 else (3, 28, 28))
 
 
 def decoded(ids: list[int], tok) -> str:
@@ -134,20 +137,22 @@ def test_one_picture_is_in_front_of_its_own_question(said, want, tiny_tokenizer)
 
 def test_a_prompt_obeys_the_rule_of_training(tiny_tokenizer):
     """A tag that somebody types with a picture is its place; without a picture it is text."""
-    for said in (["q", "a", f"{IMAGE}\nr"], [f"q {IMAGE}", "a", "r"], [f"see {IMAGE} here"], ["q", "a", "r"], ["", "a", "r"]):
+    for said in (["q", "a", f"{IMAGE}\nr"], [f"q {IMAGE}", "a", "r"], [f"see {IMAGE} here"], ["q", "a", "r"],
+                 ["", "a", "r"]):
         ids, _ = encode(talk(*said, "b", image=PHOTO), tiny_tokenizer, "v0")
         prompt = encode_prompt(said, tiny_tokenizer, True)
         assert ids[:len(prompt)] == prompt
         assert IMAGE_ID not in encode_prompt(said, tiny_tokenizer, False)
-        several, _ = encode(talk(*said, f"b {IMAGE}", f"{IMAGE} {IMAGE}?", "c", images=["x"] * (2 + (IMAGE in "".join(said)))),
-                            tiny_tokenizer, "v0")
-        prompt = encode_prompt([*said, f"b {IMAGE}", f"{IMAGE} {IMAGE}?"], tiny_tokenizer, 2 + (IMAGE in "".join(said)))
+        more, n = [*said, f"b {IMAGE}", f"{IMAGE} {IMAGE}?"], 2 + (IMAGE in "".join(said))
+        several, _ = encode(talk(*more, "c", images=["x"] * n), tiny_tokenizer, "v0")
+        prompt = encode_prompt(more, tiny_tokenizer, n)
         assert several[:len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("record, want", [
     (talk(f"{IMAGE} and {IMAGE}\nsame?", "no", images=["a", "b"]), ("(picture) and (picture)\nsame?", "no")),
-    (talk(f"first {IMAGE}", "a", f"now {IMAGE} ", "b", image=["a", "b"]), ("first (picture)", "a", "now (picture) ", "b")),
+    (talk(f"first {IMAGE}", "a", f"now {IMAGE} ", "b", image=["a", "b"]),
+     ("first (picture)", "a", "now (picture) ", "b")),
     (messages([picture("a"), picture("b"), text("same?")], "no"), ("(picture)\n(picture)\nsame?", "no")),
     (messages([text(f"a {IMAGE}"), picture("a")], "yes", [text("and"), picture("b"), text("?")], "no"),
      (f"a {IMAGE}\n(picture)", "yes", "and\n(picture)\n?", "no")),
@@ -164,7 +169,8 @@ def test_a_text_without_pictures_keeps_its_tags(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("record, want", [
-    ({"messages": [{"role": "system", "content": "Be brief."}, *messages("q", "a")["messages"]]}, ("Be brief.\nq", "a")),
+    ({"messages": [{"role": "system", "content": "Be brief."}, *messages("q", "a")["messages"]]},
+     ("Be brief.\nq", "a")),
     (messages("q", "a", system="Be brief."), ("Be brief.\nq", "a")),
     ({"image": PHOTO, "conversations": [{"from": "system", "value": "Be brief."},
                                         *talk(f"{IMAGE}\nq", "a")["conversations"]]}, ("(picture)\nBe brief.\nq", "a")),
@@ -198,7 +204,8 @@ def test_a_system_prompt_goes_in_front_of_the_first_question(record, want, tiny_
     (messages("q", "a", "r"), "no answer"), ({"messages": []}, "no answer"),
     ({"messages": [{"role": "user", "content": "q", "images": ["x"]}, {"role": "assistant", "content": "a"}]},
      "media not read: the record has 'images'"),
-    ({"messages": [{"role": "tool", "content": "q"}, {"role": "assistant", "content": "a"}]}, "wrong speaker: .*'tool'"),
+    ({"messages": [{"role": "tool", "content": "q"}, {"role": "assistant", "content": "a"}]},
+     "wrong speaker: .*'tool'"),
 ])
 def test_what_is_not_read_is_named(record, problem, tiny_tokenizer):
     for template in ("v0", "plain"):
@@ -224,7 +231,7 @@ def test_positions_of_several_pictures_are_counted(tiny_tokenizer, tmp_path):
     for i, name in enumerate(("wide.png", "tall.png")):
         alone = tmp_path / f"{i}.jsonl"
         alone.write_text(json.dumps(talk("q", "a", image=name)))
-        assert torch.equal(open_dataset(alone, tiny_tokenizer).sample(0).image[0], sample.image[i])
+        assert torch.equal(open_dataset(alone, tiny_tokenizer).sample(0).image, sample.image[i])
 
 
 @pytest.mark.parametrize("record, notes", [
@@ -299,8 +306,9 @@ def test_every_form_and_every_place_gives_the_same_run(tmp_path):
 def test_training_says_what_the_check_says(tmp_path, capsys):
     """Counts of every note, a line each; a run that could learn nothing does not begin."""
     path = tmp_path / "data.json"
-    records = [talk("q", "", id="a"), talk(IMAGE, "a", id="b"), talk(IMAGE, "b", id="c"), talk("q", "word " * 3000, id="d"),
-               talk("why " * 3000, "because", id="e"), talk("q", "a", image=PHOTO, id="f")]
+    records = [talk("q", "", id="a"), talk(IMAGE, "a", id="b"), talk(IMAGE, "b", id="c"),
+               talk("q", "word " * 3000, id="d"), talk("why " * 3000, "because", id="e"),
+               talk("q", "a", image=PHOTO, id="f")]
     path.write_text(json.dumps(records))
     train_here(train_flags(tmp_path / "out", path, "--max-steps", "1"))
     out = capsys.readouterr().out
