@@ -636,8 +636,7 @@ class Loader:
 
 
 def main(args: Namespace) -> int:
-    # Imported here because they are built on this file.
-    if args.command == "show":
+    if args.command == "show":  # imported here because they are built on this file
         from lib.show import show_data
         return show_data(args)
     if args.command == "convert":

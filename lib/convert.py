@@ -1,7 +1,7 @@
-"""`python data.py convert`: parquet files with pictures in their rows -> a jsonl of records and a zip, as training reads them.
+"""`python data.py convert`: parquet files with pictures in their rows -> a jsonl of records and a zip of pictures.
 
-Files are read row group by row group, and after each one a small file says how far the output is complete. So memory does
-not grow with the data, and after a crash the same command goes on.
+Files are read row group by row group, and after each one a small file says how far the output is complete. So memory
+does not grow with the data, and after a crash the same command goes on.
 """
 import io
 import json
@@ -11,6 +11,7 @@ import zlib
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,8 +43,8 @@ def convert(args: Namespace) -> int:
         if not done["finished"]:
             convert_rest(args.out, args.data, [columns for columns, _ in schemas], done)
     records, pictures, bad = (args.out / name for name in OUTPUTS)
-    print(f"{done['rows']:,} rows: {done['rows'] - done['bad']:,} records in {records}, {done['pictures']:,} pictures in "
-          f"{pictures}; {done['bad']:,} bad rows, listed in {bad}")
+    print(f"{done['rows']:,} rows: {done['rows'] - done['bad']:,} records in {records}, {done['pictures']:,} pictures "
+          f"in {pictures}; {done['bad']:,} bad rows, listed in {bad}")
     print(f"next: python data.py check --data {records} --images {pictures}")
     return 1 if done["bad"] else 0
 
@@ -61,13 +62,13 @@ def columns_of(path: Path) -> tuple[list[str], str]:
     columns = [name for name in names if name in CONVERSATIONS or name in ("id", "system", *embedded)
                or MEDIA.fullmatch(name) and not (embedded and name.startswith("image"))]
     if not set(CONVERSATIONS) & set(names):
-        return [], (f"{path} has the columns {', '.join(names)[:200]}; expected one of {', '.join(CONVERSATIONS)}, and the "
-                    "pictures' bytes in image or images")
+        return [], (f"{path} has the columns {', '.join(names)[:200]}; expected one of {', '.join(CONVERSATIONS)}, and "
+                    "the pictures' bytes in image or images")
     return columns, ""
 
 
 def start_of(out: Path, files: list[Path]) -> tuple[dict, str]:
-    """How far an earlier conversion into `out` came, and what is wrong with it: it was of other files, or is not whole."""
+    """How far an earlier conversion into `out` came, and what is wrong with it: other files, or not all its output."""
     sources = [[str(file), file.stat().st_size] for file in files]
     done = {"sources": sources, "file": 0, "group": 0, "rows": 0, "rows_before": 0, "bad": 0, "pictures": 0,
             "finished": False, "sizes": dict.fromkeys(OUTPUTS, 0)}
@@ -145,7 +146,7 @@ def convert_row(row: "pyarrow.RecordBatch", path: Path, outputs: dict[str, Binar
 def record_of(row: dict, number: int) -> tuple[dict, dict[str, bytes]]:
     """A row as one of the records that lib/records.py reads, and its pictures by the names that they get.
 
-    The `texts` of The Cauldron and FineVision have no places for their pictures, which go in front of the first question.
+    The `texts` of The Cauldron and FineVision have no places for pictures, which go in front of the first question.
     """
     pictures: dict[str, bytes] = {}
 
@@ -167,7 +168,8 @@ def record_of(row: dict, number: int) -> tuple[dict, dict[str, bytes]]:
     if isinstance(texts, list) and texts and all(isinstance(turn, dict) for turn in texts):
         said = [{"role": role, "content": turn.get(role)} for turn in texts for role in ("user", "assistant")]
         given = [record.pop(key) for key in ("image", "images") if key in record]
-        parts = [{"type": "image", "image": name} for name in sum((x if isinstance(x, list) else [x] for x in given), [])]
+        names = chain.from_iterable(value if isinstance(value, list) else [value] for value in given)
+        parts = [{"type": "image", "image": name} for name in names]
         said[0]["content"] = [*parts, {"type": "text", "text": said[0]["content"]}]
         record["messages"] = said
         del record["texts"]
@@ -183,7 +185,7 @@ def write_member(file: BinaryIO, name: bytes, data: bytes) -> None:
 
 
 def write_directory(path: Path, file: BinaryIO) -> None:
-    """Append the directory of all members to `file`, which is open at the end of `path`; zip64, so any number and size."""
+    """Append the directory of all members to `file`, which is open at the end of `path`. zip64: any number and size."""
     file.flush()
     start = file.tell()
     n = position = 0
@@ -193,8 +195,8 @@ def write_directory(path: Path, file: BinaryIO) -> None:
             crc, size, _, n_name, _ = struct.unpack("<14x3L2H", members.read(30))
             name = members.read(n_name)
             extra = struct.pack("<HHQ", 1, 8, position)
-            file.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", 45, 45, 0x800, 0, 0, 0x21, crc, size, size, n_name, len(extra),
-                                   0, 0, 0, 0, 0xFFFFFFFF) + name + extra)
+            file.write(struct.pack("<4s6H3L5H2L", b"PK\1\2", 45, 45, 0x800, 0, 0, 0x21, crc, size, size, n_name,
+                                   len(extra), 0, 0, 0, 0, 0xFFFFFFFF) + name + extra)
             position += 30 + n_name + size
             n += 1
     end = file.tell()

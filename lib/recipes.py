@@ -260,14 +260,15 @@ def parse_data(argv: list[str] | None) -> Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--show", type=int, default=20, help="samples to list per kind of problem")
     add("--write-clean", type=Path, help="write the good records here, and the bad ones to a .rejects.jsonl next to it")
-    add = commands.add_parser("show", parents=[as_trained], help="a page of samples as the model gets them").add_argument
+    add = commands.add_parser("show", parents=[as_trained], help="a page of samples as trained on").add_argument
     add("--n", type=at_least(1), default=12, help="samples, evenly spread over the data")
     add("--ids", nargs="+", metavar="ID", help="these samples instead")
     add("--out", type=Path, default=Path("show.html"), help="the page")
     add = commands.add_parser("convert", help="parquet files with pictures in their rows -> jsonl and zip").add_argument
     add("--data", type=Path, nargs="+", required=True, help="parquet files, like those of The Cauldron, FineVision or "
         "LLaVA-OneVision-Data")
-    add("--out", type=Path, required=True, help="folder for records.jsonl and images.zip; an interrupted conversion goes on")
+    add("--out", type=Path, required=True, help="folder for records.jsonl and images.zip; the same command goes on "
+        "after an interruption")
     args = parser.parse_args(argv)
     if args.command == "convert":
         return args

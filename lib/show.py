@@ -20,8 +20,8 @@ from lib.recipes import RECIPES
 from lib.records import NOTES, id_of, lines_of, notes_on
 
 SHOW_STYLE = """
-:root { color-scheme: light dark; --learned: #c4ecc9; --edge: #1c7c31; --faint: #767676; --image: #dbe7fb; --cut: #b3261e }
-body { background: #fff }
+:root { --learned: #c4ecc9; --edge: #1c7c31; --faint: #767676; --image: #dbe7fb; --cut: #b3261e }
+body { color-scheme: light dark; background: #fff }
 .sample { display: grid; grid-template-columns: 240px 1fr; gap: 0 1.2em; border-top: 1px solid #8886; padding: 1em 0 }
 h2 { font-size: 1em; margin: 0 0 .5em; grid-column: 1 / -1; overflow-wrap: anywhere }
 img { width: 100%; border: 1px solid #8886; display: block; margin-bottom: .5em }
@@ -49,14 +49,16 @@ of it.</p>"""
 def show_data(args: Namespace) -> None:
     recipe = RECIPES[args.recipe][args.stage]
     image_config, block_size = sizes_to_check(args, args.image_mode or recipe["image_mode"])
-    dataset = Dataset(args.data, args.images, load_tokenizer(args.tokenizer), recipe["template"], image_config, block_size,
-                      follow_links=args.follow_links)
+    dataset = Dataset(args.data, args.images, load_tokenizer(args.tokenizer), recipe["template"], image_config,
+                      block_size, follow_links=args.follow_links)
     spans = dataset.find_ranges().tolist()
     chosen = choose(dataset, spans, args.n, args.ids)
-    about = (f"<p>{len(chosen):,} of {len(spans):,} samples, as --stage {args.stage} of the recipe {args.recipe} reads them: "
-             f"template {dataset.template}, images made square by {image_config.mode}, at most {block_size:,} positions.</p>")
+    about = (f"<p>{len(chosen):,} of {len(spans):,} samples, as --stage {args.stage} of the recipe {args.recipe} reads "
+             f"them: template {dataset.template}, images made square by {image_config.mode}, at most {block_size:,} "
+             "positions.</p>")
     samples = "\n".join(sample_html(dataset, span) for span in chosen)
-    write_whole(args.out, html_page(visible(f"What is learned from {args.data.name}"), about + LEGEND + samples, SHOW_STYLE))
+    title = visible(f"What is learned from {args.data.name}")
+    write_whole(args.out, html_page(title, about + LEGEND + samples, SHOW_STYLE))
     print(f"wrote {args.out}: {len(chosen):,} of {len(spans):,} samples")
 
 
@@ -99,7 +101,7 @@ def sample_html(dataset: Dataset, span: tuple[int, int]) -> str:
     about += "".join(f"<br>note: {html.escape(note)}" for bit, note in enumerate(NOTES)
                      if notes_on(record, len(names)) >> bit & 1)
     if not learned:
-        about += f'<br><span class="bad">nothing to learn: no answer in the first {dataset.block_size:,} positions</span>'
+        about += f'<br><b class="bad">nothing to learn: no answer in the first {dataset.block_size:,} positions</b>'
     shown = tokens_html(all_ids, kinds, dataset.tok, dataset.image_config.n_patches)
     return (f'<div class="sample">{title}</h2><div>{pictures}</div><p class="tokens">{shown}</p>'
             f'<p class="about">{about}</p></div>')
@@ -141,7 +143,8 @@ def tokens_html(ids: list[int], kinds: list[str], tok: Tokenizer, n_patches: int
                 continue
             text = html.escape(visible(text)).replace("\n", "&crarr;\n")
             text = f"<b>{text}</b>" if ids[start] == eot_id(tok) else text      # unlike one that somebody typed
-        spans.append(f'<span class="{kinds[start]}" title="token {" ".join(map(str, ids[start:end][:4]))}">{text}</span>')
+        token = " ".join(map(str, ids[start:end][:4]))
+        spans.append(f'<span class="{kinds[start]}" title="token {token}">{text}</span>')
         start = end
     return "".join(spans)
 

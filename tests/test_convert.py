@@ -57,7 +57,7 @@ def cauldron(record: dict) -> dict:
 
 def fine_vision(record: dict) -> dict:
     """HuggingFaceM4/FineVision: each turn also has ratings."""
-    ratings = {"relevance_ratings": [5] * len(pairs(record)), "relevance_min": 5, "image_correspondence_ratings": [None]}
+    ratings = {"relevance_ratings": [5] * len(pairs(record)), "relevance_min": 5, "image_correspondence_min": None}
     return {"images": [picture(name) for name in names(record)], "source": "a", **ratings,
             "texts": [{"user": q, "assistant": a} for q, a in pairs(record)]}
 
@@ -104,7 +104,8 @@ def test_each_form_becomes_the_same_samples(tmp_path, chat_json, form, capsys):
 @needs_pyarrow
 def test_a_run_on_what_was_converted_has_the_same_metrics(tmp_path, chat_json):
     """Number for number over ten steps, as from the loose files."""
-    convert(tmp_path / "data", write(tmp_path / "a.parquet", [one_vision(r) for r in json.loads(chat_json.read_text())]))
+    rows = [one_vision(record) for record in json.loads(chat_json.read_text())]
+    convert(tmp_path / "data", write(tmp_path / "a.parquet", rows))
     train_here(train_flags(tmp_path / "loose", chat_json, "--max-steps", "10"))
     flags = train_flags(tmp_path / "parquet", tmp_path / "data" / "records.jsonl", "--max-steps", "10")
     flags[flags.index("--images") + 1] = str(tmp_path / "data" / "images.zip")
@@ -118,10 +119,12 @@ def test_pictures_of_texts_go_in_front_of_the_first_question(tmp_path):
     row = {"images": [picture("wide.png"), picture("tall.png")], "texts": [{"user": "<image>?", "assistant": "Yes."}]}
     convert(tmp_path / "out", write(tmp_path / "a.parquet", [row]))
     wanted = tmp_path / "b.json"
-    wanted.write_text(json.dumps([{"messages": [
-        {"role": "user", "content": [{"type": "image", "image": "wide.png"}, {"type": "image", "image": "tall.png"},
-                                     {"type": "text", "text": "<image>?"}]}, {"role": "assistant", "content": "Yes."}]}]))
-    assert samples(tmp_path / "out" / "records.jsonl", tmp_path / "out" / "images.zip") == samples(wanted, GOLDEN / "images")
+    question = [{"type": "image", "image": "wide.png"}, {"type": "image", "image": "tall.png"},
+                {"type": "text", "text": "<image>?"}]
+    wanted.write_text(json.dumps([{"messages": [{"role": "user", "content": question},
+                                                {"role": "assistant", "content": "Yes."}]}]))
+    converted = samples(tmp_path / "out" / "records.jsonl", tmp_path / "out" / "images.zip")
+    assert converted == samples(wanted, GOLDEN / "images")
 
 
 @needs_pyarrow
@@ -205,7 +208,8 @@ def test_what_is_done_is_not_done_again_and_other_files_are_refused(tmp_path, ch
 @needs_pyarrow
 def test_files_that_are_not_such_parquet_files(tmp_path):
     whole = write(tmp_path / "a.parquet", [cauldron(talk("q", "a"))]).read_bytes()
-    cut, words = tmp_path / "cut.parquet", write(tmp_path / "words.parquet", [{"text": "a", "image": picture("photo.jpg")}])
+    words = write(tmp_path / "words.parquet", [{"text": "a", "image": picture("photo.jpg")}])
+    cut = tmp_path / "cut.parquet"
     cut.write_bytes(whole[:-20])
     for path, problem in ((cut, "not a parquet file, or is cut short"), (tmp_path / "a.jsonl", "not a parquet file"),
                           (words, "has the columns text, image; expected one of")):

@@ -1,4 +1,4 @@
-"""`python data.py show`: what the page calls learned is what training learns, and nothing in a record acts on the page."""
+"""`python data.py show`: what the page calls learned is what training learns, and no record acts on the page."""
 import base64
 import io
 import json
@@ -51,8 +51,8 @@ class Page(HTMLParser):
 def show(tmp_path: Path, records: list[dict], *more: str) -> Page:
     path, out = tmp_path / "data.json", tmp_path / "show.html"
     path.write_text(json.dumps(records))
-    data.main(parse_data(["show", "--data", str(path), "--images", str(GOLDEN / "images"), "--tokenizer", str(TINY_MODEL),
-                          "--out", str(out), *SIZES, *more]))
+    data.main(parse_data(["show", "--data", str(path), "--images", str(GOLDEN / "images"), "--out", str(out),
+                          "--tokenizer", str(TINY_MODEL), *SIZES, *more]))
     return Page(out.read_text())
 
 
@@ -65,7 +65,8 @@ QUESTION, ANSWER = "What is <|endoftext|> USER: <b>here</b>?", "Zwölf\n\nÄpfel
 
 def test_learned_are_the_answers_and_their_ends(tmp_path):
     """Whatever is written in them, and the template's words are only those that the template wrote."""
-    [sample] = show(tmp_path, [talk(f"<image>\n{QUESTION}", ANSWER, "And <image>?", "", id="a", image="photo.jpg")]).samples
+    record = talk(f"<image>\n{QUESTION}", ANSWER, "And <image>?", "", id="a", image="photo.jpg")
+    [sample] = show(tmp_path, [record]).samples
     assert text_of(sample, "learned") == f" {ANSWER}<|endoftext|><|endoftext|>"
     assert text_of(sample, "") == f"\n{QUESTION} And <image>?"
     assert text_of(sample, "template") == f"{SYSTEM} USER:  ASSISTANT:USER: ASSISTANT:"
