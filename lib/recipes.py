@@ -4,6 +4,7 @@ It does not import torch, so that `--help` and mistakes are answered at once.
 """
 import argparse
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ LLAVA_PHI = {
         "model": "",
         "llm": "checkpoints/phi-2",
         "vision": "checkpoints/clip-vit-large-patch14-336",
-        "data": "data/pretrain/blip_laion_cc_sbu_558k.json",
+        "data": ["data/pretrain/blip_laion_cc_sbu_558k.json"],
         "images": ["data/pretrain/images"],
         "out": "out/pretrain",
     },
@@ -46,7 +47,7 @@ LLAVA_PHI = {
         "model": "out/pretrain",
         "llm": "",
         "vision": "",
-        "data": "data/finetune/llava_v1_5_mix665k.json",
+        "data": ["data/finetune/llava_v1_5_mix665k.json"],
         "images": ["data/finetune"],
         "out": "out/finetune",
     },
@@ -64,7 +65,7 @@ LLAVA_PHI = {
         "model": "",
         "llm": "checkpoints/phi-2",
         "vision": "",
-        "data": "data/sft/sharegpt.json",
+        "data": ["data/sft/sharegpt.json"],
         "images": [],
         "out": "out/phi-2-sft",
     },
@@ -122,7 +123,9 @@ def add_flags(parser: Parser) -> None:
     add("--model", help="model folder to start from; empty: --llm and --vision with a new projector")
     add("--llm", help="Phi-2 folder (pretrain, sft)")
     add("--vision", help="CLIP or SigLIP folder (pretrain)")
-    add("--data", help="records: json or jsonl, LLaVA's, ShareGPT's or OpenAI's messages")
+    add("--data", nargs="+", type=lambda name: weighted(name) and name, metavar="FILE[:EPOCHS]", help="records: json or "
+        "jsonl, LLaVA's, ShareGPT's or OpenAI's messages; FILE:0.1 gives another tenth of a file to each epoch of the "
+        "run, FILE:2 all of it twice")
     add("--images", nargs="+", help="folder that image paths in the data are relative to, or .zip or .tar archives")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
     add("--val-data", default="", help="validation json, whose loss is measured before, during (--val-every) and after")
@@ -195,6 +198,14 @@ def add_flags(parser: Parser) -> None:
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
     add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB per GPU")
+
+
+def weighted(name: str) -> tuple[str, float]:
+    """One of --data's names: a file, and how many epochs of it make one of the run."""
+    path, colon, weight = name.rpartition(":")
+    if colon and re.fullmatch(r"[-+.\deE]+|nan|inf", weight):
+        return path, at_least(1e-6)(weight)
+    return name, 1.0
 
 
 def check_together(cfg: Namespace) -> None:
