@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import parse_or_exit, run_command, sha256
+from lib.common import parse_or_exit, plural, run_command, sha256
 from lib.recipes import IMAGE_MODES, parse_data
 
 if __name__ == "__main__":
@@ -24,7 +24,6 @@ if __name__ == "__main__":
 import hashlib
 import json
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
@@ -35,7 +34,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Encoding, Tokenizer, processors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,11 +43,11 @@ from lib.pictures import open_rgb
 from lib.records import (IMAGE, NOTES, BadSamples, cached_arrays, find_records, id_of, lines_of, notes_on, parse_record,
                          read_record)
 from lib.schedule import Mixture, epoch_order, split_by_file, split_step, step_samples
+from lib.tokenizer import EOT, PHI_RUNS, build_tokenizer, read_tokenizer
 from lib.workers import map_in_chunks, map_in_workers
 
 IGNORE = -100                       # label of an unsupervised position
 IMAGE_ID = -200                     # the image slot in ids; after `expand`, every patch position
-EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
@@ -130,7 +129,7 @@ def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, else from vocab.json, merges.txt and added_tokens.json; both give the same ids.
+    """From tokenizer.json, else from vocab.json, merges.txt and the added tokens; both give the same ids.
 
     Special tokens that occur in text are plain text: the image slot and the end of text are inserted by id, so an
     "<image>" or "<|endoftext|>" that somebody typed cannot move an image or end an answer.
@@ -145,38 +144,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
                                 "get Phi-2's by: hf download microsoft/phi-2 --local-dir checkpoints/phi-2")
     try:
         tok = read(folder)
-        eot_id(tok)                                         # raises if there is none
+        if eot_id(tok) == 50256 and None in map(tok.token_to_id, PHI_RUNS):
+            raise ValueError("GPT-2's, without Phi-2's tokens for runs of spaces and tabs; get its added_tokens.json")
     except Exception as e:          # tokenizers raises plain Exception, and untrusted json may have any shape
         raise ValueError(f"{folder} holds no usable tokenizer: {e}") from e
-    # encode_turns maps characters to tokens. With trimmed offsets, whitespace tokens would report empty spans, and the
-    # labels would be silently wrong.
+    # With trimmed offsets, whitespace tokens would report empty spans, and encode_turns would give wrong labels.
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
     tok.encode_special_tokens = True                        # despite its name: treat them as plain text
-    return tok
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, without the <image> token that our export adds for transformers."""
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
-    return Tokenizer.from_str(json.dumps(content))
-
-
-def build_tokenizer(folder: Path) -> Tokenizer:
-    """From GPT-2's older file formats, the only ones that the released LLaVA-Phi and Mipha ship."""
-    tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens([EOT])
-    path = folder / "added_tokens.json"
-    added = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for text, i in sorted(added.items(), key=lambda item: item[1]):
-        if text in (EOT, IMAGE):
-            continue
-        tok.add_tokens([AddedToken(text, normalized=True, special=False)])      # takes the next free id
-        if tok.token_to_id(text) != i:
-            raise ValueError(f"{path.name} gives {text!r} the id {i}, but the next free id is {tok.token_to_id(text)}: "
-                             "vocab.json belongs to another tokenizer")
     return tok
 
 
@@ -541,8 +515,12 @@ class Dataset:
             return file.read(end - start)
 
     def sample_error(self, span: tuple[int, int], problem: object) -> ValueError:
-        [line] = lines_of(self.path, [span[0]])
-        return ValueError(f"sample {id_of(self.read(span))}, line {line} of {self.path}: {problem}; "
+        try:
+            [line] = lines_of(self.path, [span[0]])
+            where = f"sample {id_of(self.read(span))}, line {line} of {self.path}"
+        except OSError:                                     # it is the file itself that has gone
+            where = f"a sample of {self.path}"
+        return ValueError(f"{where}: {problem}; "
                           f"to see every bad sample: python data.py check --data {self.path} --images {self.pictures}")
 
     def summary(self) -> str:
@@ -552,11 +530,11 @@ class Dataset:
         n_useless = (index.supervised == 0).sum()
         n_with = (index.image > 0).sum()
         where = f" from {self.pictures}" if n_with else ""
-        lines = [f"{len(self):,} samples, {n_with:,} with an image{where}, {index.length.mean():.0f} positions each; "
-                 f"{n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn"]
+        lines = [f"{plural(len(self), 'sample')}, {n_with:,} with an image{where}, {index.length.mean():.0f} positions "
+                 f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn"]
         for bit, note in enumerate(NOTES):
             if n := (index.notes >> bit & 1).sum():
-                lines.append(f"note: {n:,} samples: {note}")
+                lines.append(f"note: {plural(n, 'sample')}: {note}")
         return "\n".join(lines)
 
 # ---------------------------------------------------------------------------------------------------

@@ -25,16 +25,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
+                        read_json, read_jsonl, run_command, visible, write_whole)
+
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
-from benchmarks.files import first_existing, read_answers, short_sha256, to_json, to_jsonl
+from benchmarks.files import first_existing, read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
 from lib.archives import Member
-from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
-                        read_json, read_jsonl, run_command, visible, write_whole)
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--exact", action=on_or_off, default=False,
         help="one question at a time and no prefix caching, like the official runs; in fp32 this changes no answer, "
              "unless --bits is 4")
-    add("--limit", type=at_least(1), help="only the first N questions")
+    add("--limit", type=at_least(1), help="only the first N questions (shapes: each with and without its picture)")
     add("--check-data", action=on_or_off, default=False, help="only check that the official data is there")
     add("--score", help="only score this answers file, ours or LLaVA's; needs no model")
     add("--compare", nargs=2, metavar=("A", "B"), help="only compare two answers files")
@@ -101,7 +102,9 @@ class Data(NamedTuple):
     examples: list[Example]
 
     def first(self, limit: int | None) -> "Data":
-        return self._replace(examples=self.examples[:limit])
+        """The first questions; one that is asked again about a blank picture counts once."""
+        starts = [row for row, example in enumerate(self.examples) if example.image != BLANK]
+        return self._replace(examples=self.examples[:starts[limit]] if limit and limit < len(starts) else self.examples)
 
 
 def load_data(name: str, args: Namespace) -> Data:
@@ -112,22 +115,39 @@ def load_data(name: str, args: Namespace) -> Data:
         raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
     folder = data_folder(name, task, Path(args.root))
     options = Namespace(**{**vars(args), "split": split})
+    problem = ""
     try:
-        examples = list(task.read(folder, options))
-        problem = "" if examples else f"no questions in {folder}"
+        data = Data(name, task, split, folder, list(task.read(folder, options)))
+        problem = repeated_id(data)
+        rehearse(data)
     except FileNotFoundError as e:
-        problem = str(e)
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        # The readers index into the files without checking them, so a file in another format ends up here.
-        problem = f"{folder} is not in the official format ({type(e).__name__}: {e})"
+        problem = f"{e}. Get it: {task.source}"
     except ValueError as e:
-        raise ValueError(f"{name}: {e}") from e
+        problem = str(e)
     if problem:
-        raise ValueError(f"{name}: {problem}. Get it: {task.source}")
-    number, times = Counter(example.question_id for example in examples).most_common(1)[0]
-    if times > 1 and not task.repeated_ids:
-        raise ValueError(f"{name}: question_id {number!r} occurs {times} times in {folder}, expected once")
-    return Data(name, task, split, folder, examples)
+        raise ValueError(f"{name}: {problem}")
+    return data
+
+
+def repeated_id(data: Data) -> str:
+    """What is wrong with the ids of the questions as a whole; "" if nothing is."""
+    for number, times in Counter(example.question_id for example in data.examples).most_common(1):
+        if times == 1 or data.task.repeated_ids:
+            return ""
+        return f"question_id {number!r} occurs {times} times in {data.folder}, expected once"
+    return f"no questions in {data.folder}"
+
+
+def rehearse(data: Data) -> None:
+    """Grade an empty answer to every question. Raises ValueError for data that a grader cannot use, which would
+    otherwise end the run after the last answer."""
+    grades = []
+    for example in data.examples:
+        with reading(f"{data.folder}, question {example.question_id!r}"):
+            scored = data.task.grade and example.truth is not None
+            grades.append(data.task.grade(example, "") if scored else Grade(None))
+    with reading(data.folder):
+        summarize_scored(data, grades)
 
 
 def data_folder(name: str, task: Task, root: Path) -> Path:
@@ -246,10 +266,11 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
 
 
 @contextmanager
-def begin(out: Path, settings: dict) -> Iterator[None]:
+def begin(out: Path, settings: dict, limit: int | None = None) -> Iterator[None]:
     """Lock the folder for this run while the context lasts.
 
-    Raises ValueError when another run holds it, or when it contains answers made with other settings or foreign files.
+    Raises ValueError when another run holds it, or when it contains answers made with other settings, foreign files,
+    or the result of more questions than --limit asks.
     """
     path = out / "settings.json"
     if out.exists() and not path.exists():
@@ -265,9 +286,21 @@ def begin(out: Path, settings: dict) -> Iterator[None]:
         for key in {**before, **settings}:
             if before.get(key) != settings.get(key):
                 changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
+        more = limit_before(out, limit)
+        if more:
+            changed.append(f"limit was {more}, now {limit}, which would replace the result")
         if changed:
             raise ValueError(f"{out} holds results of other settings: {'; '.join(changed)}; give another --out")
         yield
+
+
+def limit_before(out: Path, limit: int | None) -> str:
+    """The --limit of the run whose result is in `out` if it asked more questions than `limit` allows; else ""."""
+    result = read_json(out / "result.json") if limit and (out / "result.json").exists() else {}
+    before = result.get("limit")
+    if "model" not in result.get("settings", {}) or (before and before <= limit):      # of a file: scored in no time
+        return ""
+    return str(before or "none")
 
 
 def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
@@ -276,7 +309,7 @@ def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
     for path in sorted(out.glob("answers*.jsonl")):
         for line in read_jsonl(path, torn=True):
             row, number = line.get("row"), line.get("question_id")
-            if not isinstance(row, int) or row >= len(examples) or examples[row].question_id != number:
+            if not isinstance(row, int) or not 0 <= row < len(examples) or examples[row].question_id != number:
                 raise ValueError(f"{path} answers question {number!r} in row {row!r}, which is not this task's")
             answers[row] = line
     return answers
@@ -364,10 +397,8 @@ def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
 
 def asked_in_other_words(example: Example, answer: dict) -> bool:
     """Was the answer made with another prompt? Only the first two lines are compared, because LLaVA saves some prompts
-    without the instruction at the end, and some with the image's tag in front."""
-    saved, asked = (prompt.removeprefix("<image>\n").split("\n")[:2]
-                    for prompt in (answer.get("prompt", example.prompt), example.prompt))
-    return saved != asked
+    without the instruction at the end."""
+    return words_asked(answer.get("prompt", example.prompt))[:2] != words_asked(example.prompt)[:2]
 
 
 def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | None:
@@ -398,6 +429,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     texts = [answer["text"] for answer in given]
     others = [asked_in_other_words(e, answer) for e, answer in zip(data.examples, answers) if answer]
     checksums, notes = data_versions(data, args)
+    blank = sum(example.image == BLANK for example in data.examples)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     if "torch" in sys.modules:              # scoring alone does not import it
         versions["torch"] = sys.modules["torch"].__version__
@@ -405,7 +437,8 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
         "task": data.name,
         "split": data.split,
         "metric": task.metric,
-        "n": len(data.examples),
+        "n": len(data.examples) - blank,
+        "blank": blank,                     # of these, asked again about a blank picture
         "value": total.value if total else None,
         "interval": [total.low, total.high] if total else None,
         "interval_method": f"95 %, {total.interval}" if total else None,
@@ -484,7 +517,9 @@ def score_file(args: Namespace) -> None:
     path = Path(args.score)
     settings_file = path.parent / "settings.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
-    if settings and args.task in (None, settings.get("task")):
+    if settings.get("task") not in list(TASKS):
+        settings = {}                       # some other program's
+    if settings and args.task in (None, settings["task"]):
         for name in ("task", "split", *QUESTION_FLAGS):
             setattr(args, name, settings.get(name))
     names = chosen_tasks(args)
@@ -496,10 +531,11 @@ def score_file(args: Namespace) -> None:
     else:
         out = path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
     answers = match_answers(path, data, args)
+    # A folder of others' answers has no settings, and need not be ours; in any other, they must agree with these.
+    foreign = out == path.parent and not settings
     settings = settings or {**question_settings(data, args), "scored": path.name}
-    # The answers' own folder has these settings already; those of any other must agree with them.
-    with begin(out, settings) if out != path.parent else hold_folder(out):
-        print_result(score_task(data, answers, args, out, settings), out)
+    with hold_folder(out) if foreign else begin(out, settings, args.limit):
+        print_result(score_task(data, answers, args, out, settings), out, data.examples, answers)
 
 
 def answer_and_score(args: Namespace) -> None:
@@ -522,7 +558,7 @@ def answer_and_score(args: Namespace) -> None:
             out = out / data.name
         settings = generation_settings(data, fingerprint, model.config, args)
         # Rank 0 locks the folder on behalf of all processes.
-        with begin(out, settings) if processes.rank == 0 else nullcontext():
+        with begin(out, settings, args.limit) if processes.rank == 0 else nullcontext():
             processes.barrier()
             started = time.time()
             n_asked = answer_missing(data, model, processes, settings, args, out)
@@ -560,7 +596,7 @@ def score_run(data: Data, run: dict, settings: dict, args: Namespace, out: Path)
     data = data.first(args.limit)
     answers = match_answers(out / "answers.jsonl", data, args)
     result = score_task(data, answers, args, out, settings, run)
-    print_result(result, out)
+    print_result(result, out, data.examples, answers)
     return result
 
 

@@ -29,6 +29,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     merging.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
     merging.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"),
                          help="folder of the vision tower, CLIP or SigLIP")
+    merging.add_argument("--projector", type=Path, metavar="FILE", help="trained projector (mm_projector.bin, as LLaVA's "
+                         "stage 1 writes it); default: that of --llm if it has one, else a new one")
     merging.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
     merging.add_argument("--seed", type=int, default=42, help="seed of the new projector's weights")
     inspecting = commands.add_parser("inspect", help="say what a folder holds")
@@ -54,8 +56,9 @@ import torch
 from torch import Tensor
 
 from lib.checkpoint import read_for_export, trained_tensors
+from lib.configs import config_of_run
 from lib.device import torch_dtype
-from lib.folders import (Kind, Weights, check_tensors, config_of_run, in_order, meta_model, open_weights, read_tensor,
+from lib.folders import (Kind, Weights, check_tensors, in_order, meta_model, open_weights, read_tensor,
                          saved_shapes)
 from lib.inspect import inspect
 from lib.lora import merge_lora
@@ -118,16 +121,20 @@ def copy_tensors(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tenso
 # Commands
 
 
-def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | None) -> None:
-    """Write one base model from a Phi-2 folder, a CLIP or SigLIP folder, and a newly initialized projector."""
-    bases = open_weights(llm, vision)
+def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | None,
+          projector: Path | None = None) -> None:
+    """Write one model from a Phi-2 folder, a CLIP or SigLIP folder, and a projector: the given one, else a new one."""
+    bases = open_weights(llm, vision, *([projector] if projector else []))
+    if bases.has_projector:
+        save_model(out, {}, bases.config, bases, dtype)
+        return
     model = meta_model(bases.config)
     shapes = saved_shapes(model)
     check_tensors(bases, shapes, [name for name in shapes if not name.startswith("projector.")])
-    projector = model.projector.to_empty(device="cpu")
-    init_weights(projector, torch.Generator().manual_seed(seed))
-    projector.to(dtype or in_order(bases.found["llm.wte.weight"])[0].dtype)
-    tensors = {f"projector.{name}": parameter for name, parameter in projector.named_parameters()}
+    fresh = model.projector.to_empty(device="cpu")
+    init_weights(fresh, torch.Generator().manual_seed(seed))
+    fresh.to(dtype or in_order(bases.found["llm.wte.weight"])[0].dtype)
+    tensors = {f"projector.{name}": parameter for name, parameter in fresh.named_parameters()}
     save_model(out, tensors, bases.config, bases, dtype)
 
 
@@ -169,7 +176,7 @@ def main(args: argparse.Namespace) -> int:
         return inspect(args.folder, load_model if args.try_out else None)
     dtype = torch_dtype(args.dtype) if args.dtype else None
     if args.command == "merge":
-        merge(args.llm, args.vision, args.out, args.seed, dtype)
+        merge(args.llm, args.vision, args.out, args.seed, dtype, args.projector)
     elif args.to == "parts":
         save_parts(args.out, open_weights(args.model), dtype)
         print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")

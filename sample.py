@@ -8,16 +8,18 @@ $ cat x.jpg | python sample.py --image - --prompt "What is this?"
 $ python sample.py --prompt "Who wrote Faust?"                           # no picture
 $ python sample.py --serve                                               # a page, and an API like OpenAI's: serve/
 """
-import contextlib
+import glob
 import json
 import os
 import re
+import select
 import sys
 from argparse import BooleanOptionalAction, Namespace
 from math import prod
+from pathlib import Path
 
-from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, find_model, parse_or_exit, run_command,
-                        without_control)
+from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, find_model, parse_or_exit, plural,
+                        run_command, without_control)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -74,21 +76,23 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import load_tokenizer
-from lib.chat import Clock, answer, ask, encode_chat, open_image
+from lib.chat import Clock, answer, ask, encode_chat, open_image, pasted_path
 from lib.device import choose_device, choose_dtype, free_memory, torch_dtype, use_device
-from lib.folders import open_weights
+from lib.folders import open_weights, projector_warning
 from lib.generate import Session
 from load_weights import load_model
 
-with contextlib.suppress(ImportError):
-    # Importing readline is all it takes to give input() arrow keys and a history. Windows does not have it.
-    import readline  # noqa: F401
+try:
+    import readline                     # importing it gives input() arrow keys and a history
+except ImportError:
+    readline = None                     # Windows
 
 COMMANDS = """/image PATH   start over with another picture
 /reset        start over with the same picture
 /save FILE    write the chat as json
 /quit         leave
 Ctrl-C stops an answer; a second time, or Ctrl-D, leaves."""
+TAKE_PATH = ("/image", "/save")
 
 
 def print_note(text: str) -> None:
@@ -162,7 +166,7 @@ class Chat:
     def explain_the_end(self, clock: Clock) -> None:
         """An answer that stops in the middle of a sentence looks like a bug: say which limit it hit."""
         if self.session.finish == ["length"]:
-            print_note(f"[stopped after {clock.steps} tokens: --max-new-tokens allows more]")
+            print_note(f"[stopped after {plural(clock.steps, 'token')}: --max-new-tokens allows more]")
         elif self.session.finish == ["context"]:
             print_note(f"[the model's {self.config.llm.block_size} positions are full: /reset starts over]")
         if self.verbose and clock.steps:
@@ -179,15 +183,26 @@ class Chat:
             self.image = open_image(argument, self.config)
             self.source = argument
             self.turns = []
+            print_note(f"[about {argument} from here on]")
         elif command == "/reset":
             self.turns = []
+            print_note(f"[starting over, about {self.source or 'no picture'}]")
         elif command == "/quit":
             raise EOFError
         elif command == "/save" and argument:
-            with open(argument, "x", encoding="utf-8", errors="backslashreplace") as file:  # "x": never over a file
-                json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
+            self.save(pasted_path(argument))
         else:
+            if command != "/help":
+                print_note(f"{command} {'needs a path' if command in TAKE_PATH else 'is unknown'}; the commands are:")
             print_note(COMMANDS)
+
+    def save(self, path: Path) -> None:
+        if path.exists():
+            print_note(f"{path} is there already: give another name")
+            return
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
+        print_note(f"[saved to {path}]")
 
     def run(self) -> None:
         """Read questions and commands until the input ends, or Ctrl-C comes twice without a line in between."""
@@ -204,6 +219,7 @@ class Chat:
                 return
             except KeyboardInterrupt:
                 if interrupted:
+                    print_note("")
                     return
                 interrupted = True
                 print_note("\n[Ctrl-C again leaves]")
@@ -214,13 +230,44 @@ class Chat:
 
 
 def read_line() -> str:
-    """Read a line: in a terminal with a prompt, history and arrow keys; from a pipe without a prompt on stdout."""
+    """Read a line: in a terminal with a prompt, history and arrow keys; from a pipe without a prompt on stdout.
+
+    Lines that are pasted together are one question: those after the first are waiting already.
+    """
     if sys.stdin.isatty() and sys.stdout.isatty():
-        return input("> ")
+        try:
+            text = input("> ")
+            while not text.startswith("/") and select.select([sys.stdin], [], [], 0.05)[0]:
+                text += "\n" + input()
+        except EOFError:
+            print()                     # the shell's prompt starts a line of its own
+            return "/quit"
+        return text
     line = sys.stdin.readline()
     if not line:
         raise EOFError
     return line
+
+
+def complete_line(line: str, state: int) -> str | None:
+    """For the Tab key: the state-th way in which a command, or the path that it takes, can go on."""
+    command, space, path = line.partition(" ")
+    if command in TAKE_PATH and space:
+        found = sorted(glob.glob(glob.escape(os.path.expanduser(path)) + "*"))
+        ways = [f"{command} {way}" + "/" * os.path.isdir(way) for way in found]
+    elif line.startswith("/"):
+        ways = [way for way in ("/image ", "/reset", "/save ", "/quit", "/help") if way.startswith(line)]
+    else:
+        ways = [line + "\t"]            # of a text that is pasted
+    return ways[state] if state < len(ways) else None
+
+
+def let_tab_complete() -> None:
+    if readline:
+        readline.set_completer(complete_line)
+        readline.set_completer_delims("")           # complete_line gets the whole line
+        uses_libedit = "libedit" in (readline.__doc__ or "")            # macOS
+        readline.parse_and_bind("bind ^I rl_complete" if uses_libedit else "tab: complete")
 
 # ---------------------------------------------------------------------------------------------------
 # The command
@@ -268,12 +315,16 @@ def main(args: Namespace) -> None:
 
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
     print_note(f"{folder} on {where}{weights}")
+    warning = projector_warning(source)
+    if warning:
+        print_note(f"warning: {warning}")
     model = load_model(source, torch_dtype(dtype), device, bits=args.bits)
     session = Session(model, args.cuda_graph)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
                 "top_p": args.top_p}
     if args.serve:
-        server.run(session, tok, folder.resolve().name, sampling)
+        name = os.path.relpath(folder)                  # out/demo/finetune says more than finetune
+        server.run(session, tok, folder.resolve().name if name.startswith(".") else name, sampling)
         return
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
     if args.prompt is not None:
@@ -281,6 +332,7 @@ def main(args: Namespace) -> None:
     else:
         if sys.stdin.isatty():
             print_note(f"about {' and '.join(args.image or ['no picture'])}; /help lists the commands")
+            let_tab_complete()
         Chat(session, tok, images[0], args, sampling).run()
 
 

@@ -14,7 +14,6 @@ Every flag and the recipes' values are in lib/recipes.py.
 import dataclasses
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -24,8 +23,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from lib.common import parse_or_exit, run_command, torchrun_env
-from lib.recipes import parse, settings, weighted
+from lib.common import parse_or_exit, plural, run_command, torchrun_env
+from lib.recipes import parse, recipe_note, settings, weighted
 
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
@@ -45,18 +44,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.archives import find_place
-from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, prepare_out, save_checkpoint,
-                            try_to_save)
-from lib.device import check_gpu_count, has_bf16, memory_of, missing_kernels, torch_dtype
-from lib.folders import Kind, Weights, config_of_run, open_weights, read_tensor
+from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
+                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
+from lib.configs import config_of_run
+from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels,
+                        torch_dtype)
+from lib.flops import picture_cost
+from lib.folders import Kind, Weights, open_weights, read_tensor
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
-from lib.plan import choose_gather, choose_recompute, count, picture_cost, print_plan, too_small
-from lib.processes import (explain, explain_dead_worker, explain_out_of_memory, join_group, on_every_process, on_process_0,
-                           print0, smallest, watch_signals)
+from lib.plan import check_shared_memory, choose_gather, choose_recompute, count, print_plan, too_small
+from lib.processes import (count_signals, exit_code_of_stop, explain, explain_dead_worker, explain_out_of_memory,
+                           join_group, launch_problem, on_every_process, on_process_0, print0, smallest, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
-from lib.save_weights import save_model, save_phi
-from lib.schedule import Mixture, steps_per_epoch
+from lib.save_weights import check_before_training, save_model, save_phi
+from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -64,16 +66,21 @@ from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, 
 # Set-up: processes, model, optimizer, data
 
 
-def setup() -> tuple[DeviceMesh, torch.device]:
+def setup(asked: str = "auto") -> tuple[DeviceMesh, torch.device]:
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
     then never leaves the fast links within a node. Nodes of one process each shard across all of them.
     """
     env = torchrun_env()
+    problem = launch_problem()
+    if problem:
+        raise ValueError(problem)
     device = torch.device("cpu")
     backend = "gloo"
-    if torch.cuda.is_available():
+    if asked == "cuda":
+        choose_device(asked)                    # ValueError where there is none
+    if torch.cuda.is_available() and asked != "cpu":
         check_gpu_count(env)
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
@@ -104,8 +111,8 @@ def check_arithmetic(dtype: str, device: torch.device) -> None:
 
 
 def folders(cfg: Namespace) -> list[Path]:
-    """The folders that the run starts from: a whole model's, or a language model's and perhaps a tower's."""
-    names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision]
+    """What the run starts from: a whole model, or a language model and perhaps a tower and a projector."""
+    names = [cfg.model] if cfg.model else [cfg.llm, cfg.vision, cfg.projector]
     sources = [Path(name) for name in names if name]
     if Path(cfg.out).resolve() in [source.resolve() for source in sources]:
         raise ValueError(f"--out {cfg.out} is what the run starts from; choose another folder")
@@ -154,14 +161,17 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
         p.requires_grad_(True)
 
 
-def print_parts(model: LLaVAPhi) -> None:
-    """Print each part's number of parameters, and whether they are trained."""
-    trained = trained_parts(model)
-    for name, part in model.named_children():
-        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {'trained' if name in trained else 'frozen'}")
+def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
+    """Print each part's number of parameters, and whether they are trained, at which peak rate."""
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    rates = peak_lrs(cfg)
+    for name, part in model.named_children():
+        trained = name in trained_parts(model) and not (name == "llm" and adapters)
+        how = f"trained at {rates[name]:g}" if trained else "frozen"
+        print0(f"{name:10s} {count(part.parameters()):>13,} parameters, {how}")
     if adapters:
-        print0(f"{'adapters':10s} {adapters:>13,} of them, trained")
+        print0(f"{'adapters':10s} {adapters:>13,} of llm's, trained at {cfg.lr:g}, scaled by {cfg.lora_alpha:g} / "
+               f"{cfg.lora_r}")
 
 
 def split_names(text: str) -> list[str]:
@@ -200,12 +210,13 @@ def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "
 def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> LLaVAPhi:
     """Build, shard and load the model. It is sharded before it is allocated: no process holds more than its share."""
     model = build_on_meta(cfg, config)
-    print_parts(model)
+    print_parts(model, cfg)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
     memory = smallest(memory_of(device))
-    warning = too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)
-    if warning:
-        print0(warning)
+    for warning in (cpu_warning(cfg.device, device, count(model.parameters())),
+                    too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)):
+        if warning:
+            print0(warning)
     recompute, gather = cfg.recompute, cfg.gather
     if recompute == "auto":
         recompute = choose_recompute(cfg, model, mesh.size(-1), memory)
@@ -216,8 +227,8 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
         model.vision.recompute = recompute != "none"
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    read_weights(model, source, cfg)
     init_new_parameters(model, cfg, config)
+    read_weights(model, source, cfg)            # may bring a trained projector
     if cfg.compile:
         compile_blocks(model, device)
     print0(f"compute in {cfg.dtype}, recompute {recompute}, gather {gather}" + (", compiled" if cfg.compile else ""))
@@ -266,17 +277,22 @@ def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 
 
+def peak_lrs(cfg: Namespace) -> dict[str, float]:
+    """Each part's peak learning rate."""
+    return {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
+
+
 def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     """AdamW with two groups per part: matrices with weight decay, biases and LayerNorms without."""
-    peak_lrs = {"projector": cfg.projector_lr or cfg.lr, "vision": cfg.vision_lr or cfg.lr, "llm": cfg.lr}
     groups = []
     for part, module in model.named_children():
+        peak_lr = peak_lrs(cfg)[part]
         trained = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.dim() > 1]
         vectors = [p for p in trained if p.dim() <= 1]
         for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
             if params:
-                groups.append(dict(params=params, peak_lr=peak_lrs[part], lr=peak_lrs[part], weight_decay=decay))
+                groups.append(dict(params=params, peak_lr=peak_lr, lr=peak_lr, weight_decay=decay))
     optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     # AdamW creates its moments in the first step, but a checkpoint has to be loaded into them before that.
     for group in groups:
@@ -296,7 +312,8 @@ def open_data(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Dataset 
     files, weights = zip(*map(weighted, names))
     parts = [Dataset(Path(file), places, load_tokenizer(folders(cfg)[0]), cfg.template,
                      ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
-                     on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
+                     on_bad_sample=cfg.on_bad_sample, follow_links=cfg.follow_links,
+                     cache_dir=Path(cfg.out) if Path(cfg.out).is_dir() else None)             # not there: --plan
              for file in files]
     return parts[0] if weights == (1.0,) else Mixture(parts, weights)
 
@@ -395,8 +412,8 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
 # The loop
 
 
-def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> None:
-    """One run, from data to saved model. Every process goes through all of it in the same order."""
+def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, device: torch.device) -> int | None:
+    """One run, from data to saved model -> exit code (None: 0). Every process goes through all of it in this order."""
     began = time.perf_counter()
     out = Path(cfg.out)
     if is_finished(settings(cfg)):
@@ -410,50 +427,44 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
         make_index(held_out, cfg)
+    on_every_process(partial(check_shared_memory, cfg, data))
     print0(f"{dist.get_world_size()} x {device.type}, torch {torch.__version__}\n{data.path}: {data.summary()}")
-    if has_tower(cfg) and source.has_siglip != (cfg.recipe == "mipha"):
-        print0(f"note: the vision tower is {'SigLIP' if source.has_siglip else 'CLIP'}, and the defaults are those of "
-               f"--recipe {cfg.recipe}")
+    if has_tower(cfg) and (note := recipe_note(source.has_siglip, cfg.recipe)):
+        print0(note)
 
     model = build(cfg, config, source, mesh, device)
     state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
-    steps = math.ceil(cfg.epochs * steps_per_epoch(len(data), cfg.global_batch))
-    if cfg.max_steps:
-        steps = min(steps, cfg.max_steps)
+    steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)
     print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
-    # Days of training should not end with a full disk.
-    need = count(model.parameters()) * torch_dtype(cfg.dtype).itemsize
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise OSError(f"the trained model will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free")
-
-    is_complete = train(state, cfg, data, held_out, steps, signals, device)
-    bad = read_bad_samples(out)
-    if bad:
-        print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
-    if not is_complete:
+    print0(describe_saving(state))
+    check_room(out, count(model.parameters()) * torch_dtype(cfg.dtype).itemsize, state)
+    with saved_on_error(state):
+        is_complete = train(state, cfg, data, held_out, steps, signals, device)
+        bad = on_process_0(lambda: read_bad_samples(out))
+        if bad:
+            print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
+        if is_complete:
+            save_final(cfg, config, source, model)
+    if is_complete:
+        print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+    else:
         print0(f"stopped after step {state.step}; the same command goes on from there")
-        return
-    try:
-        save_final(cfg, config, source, model)
-    except OSError as e:
-        path = save_checkpoint(state)
-        raise OSError(f"the model was not written ({e}); {path} has it: make room, then run this again") from None
-    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+        return exit_code_of_stop(signals)
 
 
 def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
           device: torch.device) -> bool:
     """Train from state.step on -> True if all steps were taken, False if stopped early, with a checkpoint."""
-    metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device)
+    metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device, again=state.step == steps)
     warmup = math.ceil(cfg.warmup * steps)
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     skipped_in_a_row = 0
     if state.step == 0:                         # a resumed run already has this in its metrics
         measure_held_out(state, cfg, held_out, steps, metrics, device)
     metrics.start_clock()
+    state.tried_at = time.monotonic()
     for step, n_supervised, stop in synchronized_steps(loader, signals):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
         of_files = []
@@ -477,10 +488,11 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
             break                               # the final model is written instead of a checkpoint
         if cfg.val_every and state.step % cfg.val_every == 0:
             measure_held_out(state, cfg, held_out, steps, metrics, device)
-        if stop or (cfg.save_every and state.step % cfg.save_every == 0):
-            try_to_save(state)
         if stop:
+            print0(f"saved {save_checkpoint(state)}")
             return False
+        if save_is_due(state):
+            try_to_save(state)
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
     measure_held_out(state, cfg, held_out, steps, metrics, device)
     return True
@@ -488,7 +500,7 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
 
 def print_run_length(cfg: Namespace, steps: int, resumed: str) -> None:
     warmup = math.ceil(cfg.warmup * steps)
-    print0(f"{steps:,} steps of {cfg.global_batch} samples, the first {warmup:,} warming up{resumed}")
+    print0(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')}, the first {warmup:,} warming up{resumed}")
     if steps == warmup == 1:
         print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
                "--global-batch, more --epochs, or --warmup 0")
@@ -516,7 +528,8 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             step = next(steps, None)
             # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
             # would raise in the middle of whatever this process is doing.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):      # Windows has neither
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (RuntimeError, EOFError, ConnectionError) as e:
             problem = explain_dead_worker(e)
             if not problem:
@@ -527,7 +540,7 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
         # The tensor is on the CPU, so this goes over gloo and no process waits for its GPU.
-        sums = torch.tensor([supervised, len(signals), int(problem is not None)])
+        sums = torch.tensor([supervised, count_signals(signals), int(problem is not None)])
         dist.all_reduce(sums)
         supervised, n_signals, n_problems = sums.tolist()
         if n_problems:
@@ -553,17 +566,19 @@ def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     supervised = 0
-    for step, n_supervised, _ in synchronized_steps(loader, []):
-        for batch in step.batches:
-            total += model(*to_device(batch, device)).double()
-        supervised += n_supervised
-    dist.all_reduce(total)
-    # A backward pass would have given the gathered weights back. While they are there, the model's parameters are copies
-    # in the compute dtype, which the optimizer and a checkpoint know nothing of.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    model.train()
+    try:
+        for step, n_supervised, _ in synchronized_steps(loader, []):
+            for batch in step.batches:
+                total += model(*to_device(batch, device)).double()
+            supervised += n_supervised
+        dist.all_reduce(total)
+    finally:
+        # A backward pass would have given the gathered weights back. While they are there, the model's parameters are
+        # copies in the compute dtype, which the optimizer and a checkpoint know nothing of.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train()
     return float(total / max(supervised, 1))
 
 
@@ -587,25 +602,32 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
     on_process_0(write)
 
 
-def main(args: Namespace) -> None:
+def main(args: Namespace) -> int | None:
     if args.plot:
         from lib.plot import plot               # imported here because training needs none of it
-        plot(args.plot, args.plot[0] / "loss.html")
+        plot(args.plot, Path(args.plot_to or args.plot[0] / "loss.html"))
         return
     if args.plan:
-        # Planning needs no downloads: without the folders it assumes the published model's sizes.
+        # Planning needs no downloads: without the folders it assumes the published model's sizes and data.
         config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
-        if all(folder.is_dir() for folder in folders(args)):
+        index = None
+        if all(folder.exists() for folder in folders(args)):
             _, config = open_source(args)
-        print_parts(build_on_meta(args, config))
-        print_plan(args, config, partial(build_on_meta, config=config))
+            if all(Path(file).is_file() for file, _ in map(weighted, args.data)):
+                data = open_data(args, config, args.data)
+                epoch = epoch_order(args.seed, data.index.length, data.index.image, args.global_batch, args.group, 0,
+                                    data.shares)
+                index = data.index._make(column[epoch] for column in data.index)
+        print_parts(build_on_meta(args, config), args)
+        print_plan(args, config, partial(build_on_meta, config=config), index)
         return
     source, config = open_source(args)
-    mesh, device = setup()
+    check_before_training(config, source, has_tower(args))
+    mesh, device = setup(args.device)
     try:
         check_arithmetic(args.dtype, device)
         with lock_output(Path(args.out)):
-            run(args, config, source, mesh, device)
+            exit_code = run(args, config, source, mesh, device)
     except torch.OutOfMemoryError as e:
         raise ValueError(explain_out_of_memory(e, args)) from None
     except RuntimeError as e:
@@ -616,9 +638,10 @@ def main(args: Namespace) -> None:
     else:
         # Only after success: leaving waits for the other processes, which may be waiting for one that failed.
         dist.destroy_process_group()
+    return exit_code
 
 
 if __name__ == "__main__":
     exit_code = run_command(main, ARGS)
-    sys.stdout.flush()
+    run_command(sys.stdout.flush)       # a log on a full disk, or a reader that has gone, does not spoil what is done
     os._exit(exit_code)         # gloo's threads may still be releasing tensors, and Python's shutdown would then abort

@@ -3,8 +3,9 @@
 One set of modules serves both supported towers, CLIP ViT-L/14-336 (LLaVA-Phi) and SigLIP-so400m/14-384 (Mipha). They
 are the same transformer; the few differences are fields of VisionConfig.
 
-To add a third tower, put its sizes here, its tensor names and config.json into lib/layouts.py and lib/save_weights.py,
-the way to recognize it into lib/folders.py, and its recipe into lib/recipes.py; `grep -i siglip` finds the rest.
+To add a third tower, put its sizes here, its tensor names into lib/layouts.py, its config.json into lib/configs.py and
+lib/save_weights.py, the way to recognize it into lib/folders.py, and its recipe into lib/recipes.py; `grep -i siglip`
+finds the rest.
 
 Shapes: N images, P patches, S positions (P, plus one for a class token), D width, nh heads, hs head size.
 Follows https://github.com/openai/CLIP/blob/main/clip/model.py and transformers' modeling_siglip.py.

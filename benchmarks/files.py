@@ -1,11 +1,12 @@
 """The benchmarks' files: find and read the official ones, match an answers file to its questions, write json."""
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from benchmarks.scoring import LETTERS, Example
-from lib.common import read_json, read_jsonl
+from lib.common import jsonl_rows, read_json
 
 # Two downloads that several benchmarks need.
 EVAL_ZIP = "question files: LLaVA's eval.zip, https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy"
@@ -25,32 +26,106 @@ def first_existing(folder: Path, *names: str) -> Path | None:
     return None
 
 
-def required_file(folder: Path, *names: str) -> Path:
-    """The first of these files that exists. FileNotFoundError lists all of them."""
-    path = first_existing(folder, *names)
-    if path is None:
-        others = "".join(f" (nor is there {name})" for name in names[1:])
-        raise FileNotFoundError(f"{folder / names[0]} is missing{others}")
-    return path
+def required_files(folder: Path, *wanted: str, images: str = "") -> list[Path]:
+    """The path of each file; for "a or b", of the first that exists. FileNotFoundError lists everything that is
+    missing at once, the folder of the pictures (`images`) too."""
+    found = [first_existing(folder, *names.split(" or ")) for names in wanted]
+    missing = [names for names, path in zip(wanted, found) if path is None]
+    if missing:
+        if images and first_existing(folder, *images.split(" or ")) is None:
+            missing.append(f"the folder {images}")
+        first, *others = missing
+        also = f", and so {'are' if len(others) > 1 else 'is'} {', '.join(others)}" if others else ""
+        raise FileNotFoundError(f"{folder / first} is missing{also}")
+    return found
 
 
 def image_file(folder: Path, name: str) -> Path:
     """The path of an image that a data file names. ValueError if it would leave the folder."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or set(name) & set("\0\\:"):
-        raise ValueError(f"image name {name!r} is not a plain path inside {folder}")
+        hint = ": write / between folders" if "\\" in name else ""
+        raise ValueError(f"image name {name!r} is not a plain path inside {folder}{hint}")
     return folder / name
 
 
-def read_official_json(path: Path) -> dict | list:
-    """Read a question or annotation file: a list or an object, and up to 300 MB (VQAv2)."""
-    return read_json(path, limit=1 << 32, kind=(dict, list))
+@contextmanager
+def reading(where: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while this place of a data file is read ends in one line that names the place, so that the
+    readers need not check what they index and convert."""
+    try:
+        yield
+        return
+    except KeyError as e:
+        problem = f"not in the expected format: {e} is missing"
+    except UnicodeDecodeError as e:
+        line = e.object.count(b"\n", 0, e.start) + 1
+        problem = f"not UTF-8 text ({e.object[e.start:e.end]!r} in line {line})"
+    except ValueError as e:
+        problem = str(e)
+    except Exception as e:
+        problem = f"not in the expected format ({type(e).__name__}: {e})"
+    raise ValueError(f"{where}: {problem}".replace("\n", " "))
 
 
-def read_llava_questions(path: Path, images: Path) -> Iterator[Example]:
+KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
+
+
+def field(row: dict | list, name: str | int, *kinds: type, blank: bool = False, among: Sequence = ()):
+    """A field of one of these kinds, a text unless given. ValueError if it is of another kind, empty though not
+    `blank`, or none of `among`. Neither True nor NaN is a number here."""
+    kinds = kinds or (str,)
+    value = row[name]
+    right_kind = isinstance(value, kinds) and not isinstance(value, bool) and value == value
+    empty = value in ("", [], {}) or isinstance(value, str) and not value.strip()
+    if not right_kind or empty and not blank or among and value not in among:
+        expected = f"one of {', '.join(map(str, among))}" if among else " or ".join(KINDS[kind] for kind in kinds)
+        raise ValueError(f"{name} is {repr(value)[:80]}, expected {expected}")
+    return value
+
+
+def texts_of(row: dict, name: str, key: str = "", blank: bool = False) -> list[str]:
+    """A list of texts, or the texts under `key` of its objects; people also answer with an empty one."""
+    values = field(row, name, list, blank=blank)
+    if key:
+        return [field(value, key, blank=True) for value in values]
+    return [field(values, i, blank=True) for i in range(len(values))]
+
+
+def number_of(row: dict) -> int | str:
+    """The question_id."""
+    return field(row, "question_id", int, str)
+
+
+def read_official_json(path: Path, kind: type = list) -> dict | list:
+    """Read a question or annotation file, which may have 300 MB (VQAv2)."""
+    return read_json(path, limit=1 << 32, kind=kind)
+
+
+def rows_of(path: Path, key: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield the place and the content of each row: of a jsonl file, a json list, or the list under `key` in a json
+    object."""
+    if path.suffix == ".jsonl":
+        yield from jsonl_rows(path)
+        return
+    with reading(path):
+        rows = field(read_official_json(path, dict), key, list) if key else read_official_json(path)
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
+
+
+def parsed(path: Path, parse: Callable[[dict], object], key: str = "") -> list:
+    """Every row of a file, parsed. ValueError names the first row that cannot be."""
+    values = []
+    for where, row in rows_of(path, key):
+        with reading(where):
+            values.append(parse(row))
+    return values
+
+
+def read_llava_questions(path: Path, images: Path) -> list[Example]:
     """Read a question file of eval.zip; the truth is on a server."""
-    for row in read_jsonl(path):
-        yield Example(row["question_id"], image_file(images, row["image"]), row["text"])
+    return parsed(path, lambda row: Example(number_of(row), image_file(images, row["image"]), field(row, "text")))
 
 
 def lettered(choices: Iterable[str]) -> str:
@@ -61,8 +136,9 @@ def lettered(choices: Iterable[str]) -> str:
 # Answers files, ours and LLaVA's
 
 
-def question_line(prompt: str) -> str:
-    return prompt.removeprefix("<image>\n").split("\n")[0].lower()
+def words_asked(prompt: str) -> list[str]:
+    """The lines of a prompt, without the tag of the picture, which only some of LLaVA's files contain."""
+    return prompt.replace("<image>", "").strip().split("\n")
 
 
 def rows_of_answers(answers: list[dict], examples: list[Example], repeated_ids: bool,
@@ -82,7 +158,7 @@ def rows_of_answers(answers: list[dict], examples: list[Example], repeated_ids: 
         return list(range(len(answers)))
 
     def key(question_id: int | str, prompt: str) -> tuple[str, str]:
-        return str(question_id), question_line(prompt) if repeated_ids else ""
+        return str(question_id), words_asked(prompt)[0].lower() if repeated_ids else ""
 
     row_of = {key(example.question_id, example.prompt): row for row, example in enumerate(examples)}
     return [row_of.get(key(line["question_id"], line.get("prompt", ""))) for line in answers]
@@ -95,20 +171,24 @@ def read_answers(path: Path, examples: list[Example], repeated_ids: bool = False
     Raises ValueError on foreign, duplicate and missing answers. limit: the examples are only the first ones of the
     benchmark, so answers to later questions are ignored.
     """
-    answers = read_jsonl(path)
+    places = []
+    answers = []
     ids = [str(example.question_id) for example in examples]
-    for number, line in enumerate(answers, 1):
-        if not isinstance(line.get("text"), str) or "question_id" not in line:
-            raise ValueError(f"{path}, line {number}: expected question_id, prompt and text, found {', '.join(line)}")
+    for where, line in jsonl_rows(path):
+        texts = [line.get("text"), line.get("prompt", "")]
+        if "question_id" not in line or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: expected question_id, prompt and text, found {', '.join(line)}")
+        places.append(where)
+        answers.append(line)
     rows = rows_of_answers(answers, examples, repeated_ids, limit)
     answer_of: list[dict | None] = [None] * len(ids)
-    for number, (row, line) in enumerate(zip(rows, answers), 1):
+    for where, row, line in zip(places, rows, answers):
         known = isinstance(row, int) and 0 <= row < len(ids) and str(line["question_id"]) == ids[row]
         if not known and limit:
             continue
         if not known or answer_of[row]:
             problem = "answered a second time" if known else "not in this task (another split or version?)"
-            raise ValueError(f"{path}, line {number}: question {line['question_id']!r} is {problem}")
+            raise ValueError(f"{where}: question {line['question_id']!r} is {problem}")
         answer_of[row] = line
     if None in answer_of and not allow_missing:
         first_missing = ids[answer_of.index(None)]

@@ -1,6 +1,5 @@
 """GQA: questions composed from scene graphs, with one answer each; scored on testdev_balanced (12,578 questions).
 
-gqa/data/testdev_balanced_questions.json (from questions1.2.zip), images in gqa/data/images/.
 Consistency, validity and plausibility need files that were never released for testdev; nobody can report them.
 """
 import json
@@ -8,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import image_file, read_official_json, required_file
+from benchmarks.files import field, image_file, read_official_json, reading, required_files
 from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy
 from lib.common import write_whole
 
@@ -16,15 +15,15 @@ from lib.common import write_whole
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """LLaVA's question file has these questions in this order and nothing else, so it is not needed."""
     name = "testdev_balanced_questions.json"
-    path = required_file(folder / "data", name, f"questions1.2/{name}", f"questions/{name}")
-    for question_id, row in read_official_json(path).items():
-        # GQA's own breakdown: a query is open, every other structure is answered with yes, no or one of two choices.
-        structural = row["types"]["structural"]
-        semantic = row["types"]["semantic"]
-        kind = "open" if structural == "query" else "binary"
-        categories = (kind, f"structural {structural}", f"semantic {semantic}")
-        image = image_file(folder / "data/images", row["imageId"] + ".jpg")
-        yield Example(question_id, image, f"{row['question']}\n{SHORT}", row["answer"], categories)
+    [path] = required_files(folder / "data", f"{name} or questions1.2/{name} or questions/{name}", images="images")
+    for question_id, row in read_official_json(path, dict).items():
+        with reading(f"{path}, question {question_id}"):
+            # GQA's own breakdown: a query is open, every other structure is answered with yes, no or one of two words.
+            structural = field(row["types"], "structural")
+            kind = "open" if structural == "query" else "binary"
+            categories = (kind, f"structural {structural}", f"semantic {field(row['types'], 'semantic')}")
+            image = image_file(folder / "data/images", field(row, "imageId") + ".jpg")
+            yield Example(question_id, image, f"{field(row, 'question')}\n{SHORT}", field(row, "answer"), categories)
 
 
 def gqa_answer(text: str) -> str:
@@ -39,9 +38,8 @@ def grade_answer(example: Example, text: str) -> Grade:
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
     """The file that GQA's own eval.py scores."""
-    predictions = []
-    for example, text in zip(examples, texts):
-        predictions.append({"questionId": example.question_id, "prediction": gqa_answer(text)})
+    predictions = [{"questionId": example.question_id, "prediction": gqa_answer(text)}
+                   for example, text in zip(examples, texts)]
     return write_whole(out / "testdev_balanced_predictions.json", json.dumps(predictions))
 
 

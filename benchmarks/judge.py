@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
-from benchmarks.files import short_sha256, to_json, to_jsonl
+from benchmarks.files import number_of, reading, short_sha256, to_json, to_jsonl
 from benchmarks.scoring import Example
-from lib.common import read_json, read_jsonl, visible, write_whole
+from lib.common import jsonl_rows, read_json, visible, write_whole
 
 MAX_REPLY = 1 << 24         # bytes
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -92,7 +92,11 @@ class SameOriginRedirects(HTTPRedirectHandler):
 def read_grades(path: Path, as_rows: bool) -> dict:
     """Grades by key. as_rows: the file has one json object per line, with a question_id; else it is one json object."""
     if as_rows:
-        return {row["question_id"]: row for row in read_jsonl(path)}
+        grades = {}
+        for where, row in jsonl_rows(path):
+            with reading(where):
+                grades[number_of(row)] = row
+        return grades
     return read_json(path, limit=1 << 32)
 
 

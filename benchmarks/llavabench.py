@@ -2,19 +2,15 @@
 
 The score is the mean of our ratings over the mean of GPT-4's. --grades reads a review file of LLaVA's; --judge-url asks
 a judge with this project's prompt.
-
-llava-bench-in-the-wild/questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/.
 """
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import image_file, required_file
+from benchmarks.files import field, image_file, number_of, parsed, reading, required_files
 from benchmarks.judge import ask_judge, collect_grades
 from benchmarks.scoring import Example, Grade, Score, Task, bootstrapped
-from lib.common import read_jsonl
 
 JUDGE_ROLE = "You are a helpful and precise assistant for checking the quality of the answer."
 RATING_INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
@@ -22,14 +18,19 @@ Rate helpfulness, relevance, accuracy and detail of each answer from 1 to 10, wi
 Write both ratings on the first line, assistant 1 first, with one space between them and nothing else; then explain."""
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
+def read(folder: Path, options: Namespace) -> list[Example]:
     """The truth is the material for the judge: a caption that replaces the picture, and GPT-4's answer."""
-    captions = {row["image"]: row["caption"] for row in read_jsonl(required_file(folder, "context.jsonl"))}
-    references = {row["question_id"]: row["text"] for row in read_jsonl(required_file(folder, "answers_gpt4.jsonl"))}
-    for row in read_jsonl(required_file(folder, "questions.jsonl")):
-        truth = {"context": captions[row["image"]], "reference": references[row["question_id"]]}
-        image = image_file(folder / "images", row["image"])
-        yield Example(row["question_id"], image, row["text"], truth, (row["category"],))
+    questions, context, answers = required_files(folder, "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl",
+                                                 images="images")
+    captions = dict(parsed(context, lambda row: (field(row, "image"), field(row, "caption"))))
+    references = dict(parsed(answers, lambda row: (number_of(row), field(row, "text"))))
+
+    def question(row: dict) -> Example:
+        image = image_file(folder / "images", field(row, "image"))
+        truth = {"context": captions[row["image"]], "reference": references[number_of(row)]}
+        return Example(row["question_id"], image, field(row, "text"), truth, (field(row, "category"),))
+
+    return parsed(questions, question)
 
 
 def llavabench_pair(review: str) -> tuple[float, float]:
@@ -63,8 +64,9 @@ def judge(examples: list[Example], texts: list[str], options: Namespace, out: Pa
     keys = [example.question_id for example in examples]
     reviews = collect_grades("llavabench-{}-review.jsonl", keys, ask_for_review, examples, texts, options, out)
     grades = []
-    for review in reviews:
-        reference, candidate = llavabench_pair(review["content"])
+    for key, review in zip(keys, reviews):
+        with reading(f"the review of question {key}"):
+            reference, candidate = llavabench_pair(field(review, "content", blank=True))
         if reference > 0:
             grades.append(Grade(candidate / 10, raw=(reference, candidate)))
         else:

@@ -2,9 +2,6 @@
 
 A question counts if all of its rotations are answered right (circular accuracy), so that a bias for one letter earns
 nothing. For answers that are letters this gives the server's number for dev.
-
-mmbench/mmbench_dev_20230712.tsv and mmbench_cn/mmbench_dev_cn_20231003.tsv, images inside; also the newer
-MMBench_DEV_EN_legacy.tsv and MMBench_DEV_CN_legacy.tsv, and each file's TEST.
 """
 import base64
 import csv
@@ -16,9 +13,13 @@ from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
-from benchmarks.files import lettered, required_file
+from PIL import Image
+
+from benchmarks.files import field, lettered, reading, required_files
 from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Score, Task, accuracy, mean
 from lib.common import write_whole
 
@@ -35,60 +36,62 @@ SHEET = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split
 ROTATION = 1_000_000                    # index = question + number of the rotation * this
 
 
-def read_english(folder: Path, options: Namespace) -> Iterator[Example]:
-    split = options.split
-    path = required_file(folder, f"mmbench_{split}_20230712.tsv", f"MMBench_{split.upper()}_EN_legacy.tsv")
-    return read_table(path, LETTER)
-
-
-def read_chinese(folder: Path, options: Namespace) -> Iterator[Example]:
-    split = options.split
-    path = required_file(folder, f"mmbench_{split}_cn_20231003.tsv", f"MMBench_{split.upper()}_CN_legacy.tsv")
-    return read_table(path, LETTER_CN)
-
-
-def read_table(path: Path, instruction: str) -> Iterator[Example]:
+def read(names: str, instruction: str, folder: Path, options: Namespace) -> Iterator[Example]:
     """The file has a row for each rotation. They cannot be rebuilt here: an option such as "all of the above" keeps its
     place, which only the file records."""
-    csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    image_of = {row["index"]: row["image"] for row in rows}
+    [path] = required_files(folder, names.format(options.split, options.split.upper()))
+    rows = list(table_rows(path))
+    image_of = {row.get("index"): row.get("image") for _, row in rows}
     decoded = {}                                # rotations share one bytes object, so the tower runs once
-    for row in rows:
-        image = row["image"]
-        if len(image) < 64:                     # not a picture but the index of the row that has it
-            image = image_of[image]
-        if image not in decoded:
-            decoded[image] = base64.b64decode(image)
-        choices = choices_of(row)
-        lines = [cell(row, "hint"), row["question"], lettered(choices.values()), instruction]
-        prompt = "\n".join(line for line in lines if line)
-        parent = cell(row, "l2-category")
-        categories = [ABBREVIATIONS.get(parent, parent), cell(row, "category")]
-        sheet = {}
-        for name in SHEET:
-            if name in row:
-                sheet[name] = cell(row, name) if name in "ABCD" else row[name]
-        yield Example(int(float(row["index"])), decoded[image], prompt, cell(row, "answer") or None,
-                      tuple(category for category in categories if category), {"options": choices, "row": sheet})
+    for where, row in rows:
+        with reading(where):
+            image = field(row, "image")
+            if len(image) < 64:                 # not a picture but the index of the row that has it
+                image = image_of[image]
+            if image not in decoded:
+                decoded[image] = picture_in(image)
+            field(row, "A")
+            choices = choices_of(row)
+            lines = [cell(row, "hint"), field(row, "question"), lettered(choices.values()), instruction]
+            prompt = "\n".join(line for line in lines if line)
+            parent = cell(row, "l2-category")
+            categories = [ABBREVIATIONS.get(parent, parent), cell(row, "category")]
+            truth = field(row, "answer", among=tuple("ABCD")) if cell(row, "answer") else None
+            sheet = {name: cell(row, name) for name in SHEET if name in row}
+            yield Example(int(float(row["index"])), decoded[image], prompt, truth,
+                          tuple(category for category in categories if category), {"options": choices, "row": sheet})
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the place of each row and its cells, "nan" as "". A row that is cut, as the last of a broken download, is
+    refused."""
+    csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
+    with reading(path):
+        text = path.read_bytes().decode("utf-8-sig")
+        heading, *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+    for number, cells in enumerate(rows, 1):
+        if "".join(cells).strip():
+            with reading(f"{path}, row {number}"):
+                cells = ["" if text.lower() == "nan" else text for text in cells]
+                yield f"{path}, row {number}", dict(zip(heading, cells, strict=True))
+
+
+def picture_in(text: str) -> bytes:
+    """The file in a cell. Its head is read at once, so that a broken one is found before anything is asked."""
+    content = base64.b64decode(text, validate=True)
+    Image.open(io.BytesIO(content)).close()
+    return content
 
 
 def cell(row: dict[str, str], name: str) -> str:
-    """A cell's text. The releases write a missing option in several ways."""
-    text = row.get(name) or ""
-    return "" if text.lower() in ("nan", "none") else text
+    """A cell's text. The releases also write "None" where an option is missing."""
+    text = row.get(name, "")
+    return "" if text.lower() == "none" else text
 
 
 def choices_of(row: dict[str, str]) -> dict[str, str]:
     """letter -> option, up to the first that is missing."""
-    choices = {}
-    for letter in "ABCD":
-        option = cell(row, letter)
-        if not option:
-            break
-        choices[letter] = option
-    return choices
+    return dict(takewhile(lambda choice: choice[1], ((letter, cell(row, letter)) for letter in "ABCD")))
 
 
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -109,7 +112,7 @@ def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
         return letters[0]
     if not letters and "Z" in words:
         return "Z"
-    answer_is = re.search(rf"answer is \**([{''.join(options)}])\b", text, re.IGNORECASE)
+    answer_is = re.search(rf"answer is \**([{''.join(options)}])\b", text, re.IGNORECASE) if options else None
     if answer_is:
         return answer_is[1].upper()
     if len(text) > 2 * sum(map(len, options.values())):
@@ -120,7 +123,7 @@ def mmbench_letter(text: str, options: dict[str, str]) -> str | None:
 
 def grade_answer(example: Example, text: str) -> Grade:
     """raw: whether the answer is exactly the letter, a stricter rule."""
-    letter = mmbench_letter(text, example.info["options"])
+    letter = mmbench_letter(text, example.info.get("options", {}))
     bare_letter = float(text.strip() == example.truth)
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None, raw=(bare_letter,))
 
@@ -213,7 +216,7 @@ def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
 
 TASK = Task(
     metric="circular accuracy",
-    read=read_english,
+    read=partial(read, "mmbench_{0}_20230712.tsv or MMBench_{1}_EN_legacy.tsv", LETTER),
     grade=grade_answer,
     summarize=summarize,
     write_submission=write_submission,
@@ -226,7 +229,7 @@ TASK = Task(
 
 TASK_CN = replace(
     TASK,
-    read=read_chinese,
+    read=partial(read, "mmbench_{0}_cn_20231003.tsv or MMBench_{1}_CN_legacy.tsv", LETTER_CN),
     splits={"dev": 0, "test": 0},
     folders=("mmbench_cn", "mmbench"),
     files={"mmbench_dev_cn_20231003.tsv": ""},

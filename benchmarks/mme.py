@@ -2,9 +2,8 @@
 
 A subtask's score is its accuracy plus the share of images with both questions right, each up to 100. Papers report
 perception, the sum over ten subtasks (at most 2,000); cognition is a sub-score. Nobody reports their sum.
-
-MME/MME_Benchmark_release_version/SUBTASK/, MME/llava_mme.jsonl (eval.zip).
 """
+import re
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from benchmarks.files import EVAL_ZIP, first_existing, required_file
+from benchmarks.files import EVAL_ZIP, field, first_existing, reading, required_files, rows_of
 from benchmarks.scoring import SHORT, Example, Grade, Score, Task, bootstrapped
-from lib.common import read_jsonl
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -23,7 +21,7 @@ SUBTASKS = PERCEPTION + COGNITION
 
 def read(folder: Path, options: Namespace) -> list[Example]:
     """Truths come from the release, order and wording from LLaVA's file if present."""
-    release = required_file(folder, "MME_Benchmark_release_version")
+    [release] = required_files(folder, "MME_Benchmark_release_version")
     release = first_existing(release, "MME_Benchmark") or release
     official = {}                               # (subtask, image stem, question) -> example
     for subtask in SUBTASKS:
@@ -37,7 +35,7 @@ def read(folder: Path, options: Namespace) -> list[Example]:
     per_image = Counter(f"{example.categories[0]}/{example.image.stem}" for example in examples)
     odd = [image for image, n in per_image.items() if n != 2]
     if odd:
-        raise ValueError(f"{len(odd)} images do not have two questions each, the first is {odd[0]}")
+        raise ValueError(f"{release}: {len(odd)} images do not have two questions each, the first is {odd[0]}")
     return examples
 
 
@@ -49,25 +47,34 @@ def read_subtask(folder: Path) -> Iterator[tuple[Path, str, str]]:
     images = first_existing(folder, "images") or folder
     texts = first_existing(folder, "questions_answers_YN") or folder
     image_of = {path.stem: path for path in sorted(images.glob("*")) if path.suffix != ".txt"}
-    for path in sorted(texts.glob("*.txt")):
+    for path in sorted(texts.glob("[!.]*.txt")):            # a Mac leaves a ._ file next to each that it copies
         image = image_of.get(path.stem, images / f"{path.stem}.jpg")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            question, answer = line.strip().split("\t")
-            yield image, question.replace("Please answer yes or no.", "").strip(), answer
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            if line.strip():
+                with reading(f"{path}, line {number}"):
+                    yield image, *question_and_answer(line.decode("utf-8-sig"))
+
+
+def question_and_answer(line: str) -> tuple[str, str]:
+    """The release has a tab between the two; editors make spaces of it."""
+    found = re.fullmatch(r"(.*\S)(?<!\bor)\s+(yes|no)", line.strip(), re.IGNORECASE)
+    if not found:
+        raise ValueError(f"expected a question, a tab, and Yes or No, found {line[:80]!r}")
+    return found[1].replace("Please answer yes or no.", "").strip(), found[2]
 
 
 def in_llavas_order(path: Path, official: dict, release: Path) -> list[Example]:
     """official: (subtask, image stem, question) -> example. File extensions differ between releases."""
     examples = []
-    for row in read_jsonl(path):
-        image = PurePosixPath(row["question_id"])
-        subtask = image.parts[0]
-        question = row["text"].removesuffix(SHORT).strip()
-        example = official.get((subtask, image.stem, question))
-        if example is None:
-            raise ValueError(f"no answer in {release / subtask} for the question {question!r} about "
-                             f"{row['question_id']}")
-        examples.append(example._replace(question_id=row["question_id"]))
+    for where, row in rows_of(path):
+        with reading(where):
+            image = PurePosixPath(field(row, "question_id"))
+            subtask = image.parts[0]
+            question = field(row, "text").removesuffix(SHORT).strip()
+            example = official.get((subtask, image.stem, question))
+            if example is None:
+                raise ValueError(f"no answer in {release / subtask} for the question {question!r} about {image}")
+            examples.append(example._replace(question_id=row["question_id"]))
     return examples
 
 

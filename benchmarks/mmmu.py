@@ -1,9 +1,8 @@
 """MMMU: college questions in 30 subjects, most of them multiple choice; val has 900.
 
 Only the first image of a question is shown, as LLaVA does; a literal <image 1> stays in the text.
-
-mmmu/val.jsonl: the rows of the parquet files as json, with image_1 naming a file in mmmu/images/. answer_dict_val.json
-of the MMMU repository gives the answers, some of which have several spellings. test is for the EvalAI server (2179).
+The optional answer_dict_val.json of the MMMU repository gives some answers in several spellings. test is for the EvalAI
+server (2179).
 """
 import ast
 import random
@@ -12,9 +11,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import first_existing, image_file, read_official_json, required_file, to_json
+from benchmarks.files import (field, first_existing, image_file, read_official_json, reading, required_files, rows_of,
+                              to_json)
 from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Grade, Score, Task, accuracy, mean
-from lib.common import read_jsonl, write_whole
+from lib.common import write_whole
 
 DOMAINS = {
     "Art & Design": "Art Art_Theory Design Music",
@@ -29,29 +29,39 @@ DOMAINS = {
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    domain_of = {}
-    for domain, subjects in DOMAINS.items():
-        for subject in subjects.split():
-            domain_of[subject] = domain
+    domain_of = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
     answers = {}
     answer_file = first_existing(folder, "answer_dict_val.json")
     if options.split == "val" and answer_file:
-        answers = read_official_json(answer_file)
-    for row in read_jsonl(required_file(folder, f"{options.split}.jsonl")):
-        choices = {}
-        prompt = f"{row['question']}\n{SHORT}"
-        if row["question_type"] == "multiple-choice":
-            # The parquet files store the list as Python source.
-            listed = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
-            choices = dict(zip(LETTERS, listed))
-            lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
-            prompt = f"{row['question']}\n{lines}\n{LETTER}"
-        truth = answers[row["id"]]["ground_truth"] if row["id"] in answers else row["answer"]
-        if truth in ("", "?"):                                      # test has no answers
-            truth = None
-        subject = row["id"].split("_", 1)[1].rsplit("_", 1)[0]      # "validation_Art_Theory_2" -> "Art_Theory"
-        yield Example(row["id"], image_file(folder / "images", row["image_1"]), prompt, truth,
-                      (domain_of[subject], subject), {"options": choices})
+        answers = read_official_json(answer_file, dict)
+    [path] = required_files(folder, f"{options.split}.jsonl", images="images")
+    for where, row in rows_of(path):
+        with reading(where):
+            number = field(row, "id")
+            choices = {}
+            prompt = f"{field(row, 'question')}\n{SHORT}"
+            if row["question_type"] == "multiple-choice":
+                choices = dict(zip(LETTERS, listed(row["options"])))
+                lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
+                prompt = f"{row['question']}\n{lines}\n{LETTER}"
+            truth = answers[number]["ground_truth"] if number in answers else row["answer"]
+            if not isinstance(truth, str) or re.fullmatch(r"\[['\"].*['\"]\]", truth):
+                truth = listed(truth)                                   # but "[1, 2]" is an interval
+            if truth in ("", "?"):                                      # test has no answers
+                truth = None
+            elif choices:
+                truth = truth if isinstance(truth, list) else [truth]
+                truth = [field(truth, i, among=list(choices)) for i in range(len(truth))]
+            subject = number.split("_", 1)[1].rsplit("_", 1)[0]         # "validation_Art_Theory_2" -> "Art_Theory"
+            yield Example(number, image_file(folder / "images", field(row, "image_1")), prompt, truth,
+                          (domain_of[subject], subject), {"options": choices})
+
+
+def listed(value: object) -> list[str]:
+    """A list of texts. The parquet files store it as its Python source, such as "['24/7', '3.429']"."""
+    if isinstance(value, str):
+        value = ast.literal_eval(value)
+    return [str(field(value, i, str, int, float, blank=True)) for i in range(len(value))]
 
 # ---------------------------------------------------------------------------------------------------
 # Reading an answer, by the rules of MMMU's own eval_utils.py
@@ -139,7 +149,7 @@ def mmmu_open_correct(text: str, truth: str | list[str]) -> bool:
 
 
 def grade_answer(example: Example, text: str) -> Grade:
-    options = example.info["options"]
+    options = example.info.get("options")
     if not options:
         return Grade(float(mmmu_open_correct(text, example.truth)), text)
     letter = mmmu_choice(text, options)
@@ -152,7 +162,7 @@ def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
     rng = random.Random(42)
     drawn = []
     for example, grade in zip(examples, grades):
-        options = example.info["options"]
+        options = example.info.get("options")
         if options and grade.unparsed:
             letter = rng.choice(list(options))
             grade = grade._replace(score=float(letter in example.truth))
@@ -165,7 +175,7 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
     """The chosen letter, or the whole open answer."""
     answers = {}
     for example, text in zip(examples, texts):
-        options = example.info["options"]
+        options = example.info.get("options")
         answers[example.question_id] = (mmmu_choice(text, options) or "") if options else text
     return write_whole(out / "mmmu.json", to_json(answers))
 

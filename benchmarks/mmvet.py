@@ -3,8 +3,6 @@
 The published scores are GPT-4's grades. The submission file goes to the official notebook or to the Hugging Face space
 whyu/MM-Vet_Evaluator; --grades reads the file that they return. --judge-url asks a judge of your choice, with this
 project's prompt: another judge shifts the score by several points.
-
-mm-vet/mm-vet.json and mm-vet/images/ (mm-vet.zip).
 """
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import image_file, read_official_json, required_file, to_json
+from benchmarks.files import field, image_file, read_official_json, reading, required_files, texts_of, to_json
 from benchmarks.judge import ask_judge, collect_grades
 from benchmarks.scoring import Example, Grade, Score, Task, accuracy, mean
 from lib.common import write_whole
@@ -32,10 +30,13 @@ TRIES = 5
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """The bare question, no instruction. Sub-scores: each ability, and each set of abilities, as in the paper."""
-    for key, row in read_official_json(required_file(folder, "mm-vet.json")).items():
-        categories = (*row["capability"], "set " + "+".join(sorted(row["capability"])))
-        image = image_file(folder / "images", row["imagename"])
-        yield Example(int(key.removeprefix("v1_")), image, row["question"], row["answer"], categories)
+    [path] = required_files(folder, "mm-vet.json", images="images")
+    for key, row in read_official_json(path, dict).items():
+        with reading(f"{path}, question {key}"):
+            abilities = texts_of(row, "capability")
+            categories = (*abilities, "set " + "+".join(sorted(abilities)))
+            image = image_file(folder / "images", field(row, "imagename"))
+            yield Example(int(key.removeprefix("v1_")), image, field(row, "question"), field(row, "answer"), categories)
 
 
 def mmvet_grade(text: str) -> float | None:
@@ -69,7 +70,10 @@ def judge(examples: list[Example], texts: list[str], options: Namespace, out: Pa
     """
     keys = [f"v1_{example.question_id}" for example in examples]
     grades = collect_grades("mm-vet-{}-grade-1runs.json", keys, ask_for_grade, examples, texts, options, out)
-    scores = [tuple(map(float, grade["score"])) for grade in grades]
+    scores = []
+    for key, grade in zip(keys, grades):
+        with reading(f"the grade of {key}"):
+            scores.append(tuple(map(float, field(grade, "score", list))))
     runs = {len(of_runs) for of_runs in scores}
     if len(runs) != 1 or runs == {0}:
         raise ValueError(f"{options.grades}: graded {sorted(runs)} times, expected the same number for all answers")

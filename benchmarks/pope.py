@@ -2,9 +2,6 @@
 
 The three kinds of question differ in how the absent object is chosen: a random one, a popular one, or one that often
 appears with what the picture shows (adversarial). Papers report the mean of the three F1 scores.
-
-pope/coco/coco_pope_{adversarial,popular,random}.json of POPE's commit e3e39262 (its HEAD has 3,000 random questions,
-the published scores are on 2,910), pope/llava_pope_test.jsonl (eval.zip); images in pope/val2014/.
 """
 import re
 from argparse import Namespace
@@ -14,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import COCO, EVAL_ZIP, first_existing, image_file, required_file
+from benchmarks.files import COCO, EVAL_ZIP, field, first_existing, image_file, number_of, reading, required_files
 from benchmarks.scoring import SHORT, Example, Grade, Score, Task, bootstrapped, mean
-from lib.common import read_jsonl
+from lib.common import jsonl_rows
 
 # LLaVA's file makes question_id unique across the three kinds by these offsets.
 OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -29,28 +26,29 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """
     rows = []
     label_of = {}
-    for kind, offset in OFFSETS.items():
-        for official in read_jsonl(required_file(folder, f"coco/coco_pope_{kind}.json")):
-            row = {"question_id": official["question_id"] + offset, "image": official["image"],
-                   "text": f"{official['text']}\n{SHORT}", "category": kind}
-            rows.append(row)
-            label_of[question_key(row)] = official["label"]
+    paths = required_files(folder, *(f"coco/coco_pope_{kind}.json" for kind in OFFSETS), images="val2014")
+    for (kind, offset), path in zip(OFFSETS.items(), paths):
+        for where, official in jsonl_rows(path):
+            with reading(where):
+                row = {"question_id": field(official, "question_id", int) + offset, "image": field(official, "image"),
+                       "text": f"{field(official, 'text')}\n{SHORT}", "category": kind}
+                rows.append((where, row))
+                label_of[question_key(row)] = field(official, "label", among=("yes", "no"))
     llava_file = first_existing(folder, "llava_pope_test.jsonl")
-    if llava_file:
-        rows = read_jsonl(llava_file)
-    for row in rows:
-        kind = row["category"]
-        image = image_file(folder / "val2014", row["image"])
-        label = label_of.get(question_key(row))
-        if label is None:
-            raise ValueError(f"question {row['question_id']} has no label in coco_pope_{kind}.json: another version?")
-        yield Example(row["question_id"], image, row["text"], label, (kind,))
+    for where, row in jsonl_rows(llava_file) if llava_file else rows:
+        with reading(where):
+            image = image_file(folder / "val2014", field(row, "image"))
+            label = label_of.get(question_key(row))
+            if label is None:
+                raise ValueError(f"question {row['question_id']} has no label in coco_pope_{row['category']}.json: "
+                                 "another version?")
+            yield Example(number_of(row), image, row["text"], label, (row["category"],))
 
 
 def question_key(row: dict) -> tuple[str, str, str]:
     """Identifies a question across files. Early versions misspell "image" as "imange"."""
-    question = row["text"].split("\n")[0].replace("imange", "image")
-    return row["category"], row["image"], question
+    question = field(row, "text").split("\n")[0].replace("imange", "image")
+    return field(row, "category"), row["image"], question
 
 
 def grade_answer(example: Example, text: str) -> Grade:

@@ -12,11 +12,13 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks import TASKS
+from benchmarks.files import words_asked
 from benchmarks.scoring import BLANK, Example, Grade, published_columns
 from lib.archives import Member
 from lib.common import html_page, visible
 
 WRONG_ANSWERS = 60          # shown in the report
+SHOWN_ANSWERS = 20          # to one's own questions, on the screen
 MOST_PIXELS = 89_000_000    # of a picture that gets a thumbnail; Pillow warns of larger ones
 
 
@@ -42,7 +44,10 @@ def remarks(result: dict) -> list[str]:
     """What to know when reading the score, a sentence or two each."""
     task = TASKS[result["task"]]
     settings = result["settings"]
-    lines = [f"{result['n']:,} questions: {result['unparsed']:,} without a readable answer, {result['empty']:,} empty, "
+    questions = f"{result['n']:,} questions"
+    if result["blank"]:
+        questions += f", {result['blank']:,} of them asked again about a blank picture"
+    lines = [f"{questions}: {result['unparsed']:,} answers are not readable, {result['empty']:,} empty, "
              f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
     if "model" in settings:
         bits = f", weights in {settings['bits']} bits" if "bits" in settings else ""
@@ -51,8 +56,8 @@ def remarks(result: dict) -> list[str]:
     if task.prompt_note:
         lines.append(task.prompt_note(settings))
     if result["value"] is None:
-        lines.append("Not scored here: the truth is on a server, a judge is needed (--grades, --judge-url), or --limit "
-                     "left none of the questions that count.")
+        lines.append("Not scored here: the questions come without answers, a judge is needed (--grades, --judge-url), "
+                     "or --limit left none of the questions that count.")
     if result["judge"]:
         lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
     if result["other_prompts"]:
@@ -85,11 +90,22 @@ def print_table(table: list[list[str]]) -> None:
         print("  ".join(["", name.ljust(first), *padded]).rstrip())
 
 
-def print_result(result: dict, out: Path) -> None:
+def print_result(result: dict, out: Path, examples: list[Example], answers: list[dict | None]) -> None:
+    if result["task"] == "jsonl":
+        print_answers(examples, answers)
     print(f"\n{result['task']} ({result['split']})")
     print_table(result_table(result))
     for line in [*remarks(result), f"{out / 'result.json'}, {out / 'report.html'}"]:
         print(f"  {visible(line)}")
+
+
+def print_answers(examples: list[Example], answers: list[dict | None]) -> None:
+    """The first answers to one's own questions, which are read rather than scored."""
+    for example, answer in list(zip(examples, answers))[:SHOWN_ANSWERS]:
+        question = words_asked(example.prompt)[-1][:80]
+        print(visible(f"  {example.question_id}: {question} -> {answer['text'] if answer else '(missing)'}"))
+    if len(examples) > SHOWN_ANSWERS:
+        print(f"  and {len(examples) - SHOWN_ANSWERS:,} more in answers.jsonl")
 
 
 def print_all(results: list[dict]) -> None:
@@ -106,7 +122,17 @@ def print_all(results: list[dict]) -> None:
 # The page
 
 STYLE = """td { white-space: pre-wrap }
-.scores td:not(:first-child), .scores th { text-align: right }"""
+.scores td:not(:first-child), .scores th { text-align: right }
+.wide { overflow-x: auto }
+@media (max-width: 40em) {                                  /* a phone: the cells of a wrong answer below each other */
+td, th { padding: .3em .4em }
+.answers th { display: none }
+.answers tr { display: block; padding: .6em 0; border-bottom: 1px solid var(--line) }
+.answers td { display: block; padding: 0; border: 0 }
+.answers td:nth-child(4)::before { content: "answer: " }
+.answers td:nth-child(5)::before { content: "read as: " }
+.answers td:nth-child(6)::before { content: "truth: " }
+}"""
 
 
 def thumbnail(image: Path | Member | bytes | str) -> str:
@@ -140,17 +166,22 @@ def html_table(rows: list[list[str]], style: str, pictures: list[list[str]] | No
             shown = pictures[i - 1] if i else []                # the heading has none
             cells.insert(0, "".join(f'<img src="{address}" alt="">' for address in shown if address))
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
-    return f'<table class="{style}">\n{"".join(lines)}</table>\n'
+    return f'<div class="wide"><table class="{style}">\n{"".join(lines)}</table></div>\n'
 
 
 def report_page(examples: list[Example], answers: list[dict | None], grades: list[Grade], result: dict) -> str:
-    """The score table, and a sample of wrong answers, spread evenly over the task."""
+    """The score table, and a sample of the wrong answers, or of all where none is scored, spread over the task."""
     wrong = []
+    unscored = []
     for example, answer, grade in zip(examples, answers, grades):
+        row = example, answer["text"] if answer else "(missing)", grade
         # An answer about a blank picture is not wrong, it is a measurement.
-        if grade.score is not None and grade.score < 0.5 and example.image != BLANK:
-            wrong.append((example, answer["text"] if answer else "(missing)", grade))
-    shown = wrong[::max(1, math.ceil(len(wrong) / WRONG_ANSWERS))]
+        if grade.score is None:
+            unscored.append(row)
+        elif grade.score < 0.5 and example.image != BLANK:
+            wrong.append(row)
+    title, listed = ("Wrong answers", wrong) if len(unscored) < len(examples) else ("Answers", unscored)
+    shown = listed[::max(1, math.ceil(len(listed) / WRONG_ANSWERS))]
     rows = [["question_id", "question", "answer", "read as", "truth"]]
     pictures = []
     for example, text, grade in shown:
@@ -160,6 +191,6 @@ def report_page(examples: list[Example], answers: list[dict | None], grades: lis
     body = html_table(result_table(result), "scores")
     for line in remarks(result):
         body += f"<p>{html.escape(visible(line))}</p>\n"
-    body += f"<h2>Wrong answers: {len(wrong):,}, of which {len(shown):,} are shown</h2>\n"
+    body += f"<h2>{title}: {len(listed):,}, of which {len(shown):,} are shown</h2>\n"
     body += html_table(rows, "answers", pictures)
     return html_page(f"{result['task']} ({result['split']})", body, STYLE)

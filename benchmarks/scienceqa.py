@@ -1,15 +1,14 @@
 """ScienceQA: school questions with two to five choices, half of them with a picture; test split, 4,241 questions.
 
 All are asked, those without a picture as text only, but papers report the accuracy on the 2,017 with a picture.
-
-scienceqa/problems.json, pid_splits.json, images/test/; llava_test_CQM-A.json (eval.zip) gives order and wording.
 """
 import re
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import EVAL_ZIP, first_existing, image_file, lettered, read_official_json, required_file
+from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, lettered, parsed, read_official_json,
+                              reading, required_files, texts_of)
 from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Score, Task, accuracy
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -17,32 +16,34 @@ SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """problems.json has the truth; LLaVA's file, if present, says which questions are asked and how they are worded."""
-    problems = read_official_json(required_file(folder, "problems.json"))
-    splits = read_official_json(required_file(folder, "pid_splits.json"))
-    texts = {pid: None for pid in splits["test"]}
+    problems_file, splits = required_files(folder, "problems.json", "pid_splits.json", images="images/test or test")
+    problems = read_official_json(problems_file, dict)
+    with reading(splits):
+        texts = dict.fromkeys(texts_of(read_official_json(splits, dict), "test"))
     llava_file = first_existing(folder, "llava_test_CQM-A.json")
     if llava_file:
-        texts = {}
-        for row in read_official_json(llava_file):
-            texts[row["id"]] = row["conversations"][0]["value"].replace("<image>", "").strip()
+        texts = dict(parsed(llava_file, lambda row: (
+            field(row, "id"), field(row["conversations"][0], "value").replace("<image>", "").strip())))
     images = first_existing(folder, "images/test", "test") or folder / "images/test"
     for pid, text in texts.items():
-        problem = problems[pid]
-        image = None
-        if problem["image"]:
-            image = image_file(images, f"{pid}/{problem['image']}")
-        elif options.img_only:
-            continue
-        prompt = f"{text or rebuilt_text(problem)}\n{LETTER}"
-        # The official scorer recognizes the questions that count by <image> in the saved prompt.
-        info = {"saved": f"<image>\n{prompt}"} if image else {}
-        yield Example(pid, image, prompt, LETTERS[problem["answer"]], categories_of(problem), info)
+        with reading(f"{problems_file}, question {pid}"):
+            problem = problems[pid]
+            image = None
+            if problem["image"]:
+                image = image_file(images, f"{pid}/{field(problem, 'image')}")
+            elif options.img_only:
+                continue
+            prompt = f"{text or rebuilt_text(problem)}\n{LETTER}"
+            # The official scorer recognizes the questions that count by <image> in the saved prompt.
+            info = {"saved": f"<image>\n{prompt}"} if image else {}
+            answer = field(problem, "answer", int, among=range(len(texts_of(problem, "choices"))))
+            yield Example(pid, image, prompt, LETTERS[answer], categories_of(problem), info)
 
 
 def rebuilt_text(problem: dict) -> str:
     """The question as LLaVA's file words it."""
-    hint = f"Context: {problem['hint']}\n" if problem["hint"] else ""
-    text = f"{hint}{problem['question']}\n{lettered(problem['choices'])}"
+    hint = f"Context: {problem['hint']}\n" if field(problem, "hint", blank=True) else ""
+    text = f"{hint}{field(problem, 'question')}\n{lettered(texts_of(problem, 'choices'))}"
     return text.replace("  ", " ").strip()
 
 
@@ -53,7 +54,7 @@ def categories_of(problem: dict) -> tuple[str, ...]:
         context.append("TXT")
     if problem["image"]:
         context.append("IMG")
-    year = int(problem["grade"].removeprefix("grade"))
+    year = int(field(problem, "grade").removeprefix("grade"))
     return (SUBJECTS[problem["subject"]], *(context or ["NO"]), "G1-6" if year <= 6 else "G7-12")
 
 

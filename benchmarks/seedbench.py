@@ -1,39 +1,41 @@
 """SEED-Bench: multiple choice in twelve dimensions; the image part (14,233 questions) unless `--split all` is given.
-
-seed_bench/SEED-Bench.json, images in SEED-Bench-image/; middle frames of the videos in SEED-Bench-video-image/;
-llava-seed-bench.jsonl (eval.zip) gives the order.
 """
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.files import first_existing, image_file, lettered, read_official_json, required_file, to_jsonl
+from benchmarks.files import (field, first_existing, image_file, lettered, number_of, parsed, read_official_json,
+                              reading, required_files, to_jsonl)
 from benchmarks.scoring import LETTER, Example, Grade, Score, Task, accuracy
-from lib.common import read_jsonl, write_whole
+from lib.common import write_whole
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
     """The wording is rebuilt from the official file, which is how LLaVA's was made too."""
-    official = read_official_json(required_file(folder, "SEED-Bench.json"))
-    name_of_type = {number: name for name, number in official["question_type"].items()}
-    examples = {}
-    for row in official["questions"]:
-        number = row["question_id"]
-        if row["data_type"] == "image":
-            number = int(number)                # as in LLaVA's file; a video's is text, such as "v9"
-            image = image_file(folder / "SEED-Bench-image", row["data_id"])
-        elif options.split == "image":
-            continue
-        else:
-            image = folder / "SEED-Bench-video-image" / f"{row['question_type_id']}_{number}.png"
-        choices = lettered(row[f"choice_{letter}"] for letter in "abcd")
-        categories = (row["data_type"], name_of_type[row["question_type_id"]])
-        prompt = f"{row['question']}\n{choices}\n{LETTER}"
-        examples[str(number)] = Example(number, image, prompt, row["answer"], categories)
+    [path] = required_files(folder, "SEED-Bench.json", images="SEED-Bench-image")
+    with reading(path):
+        names = field(read_official_json(path, dict), "question_type", dict)
+        name_of_type = {names[name]: name for name in names}
+    examples = parsed(path, lambda row: question(row, folder, name_of_type), "questions")
+    examples = {str(example.question_id): example for example in examples
+                if options.split == "all" or "image" in example.categories}
     llava_file = first_existing(folder, "llava-seed-bench.jsonl")
     if llava_file is None:
         return list(examples.values())
-    order = [str(row["question_id"]) for row in read_jsonl(llava_file)]
+    order = parsed(llava_file, lambda row: str(number_of(row)))
     return [examples[number] for number in order if number in examples]
+
+
+def question(row: dict, folder: Path, name_of_type: dict[int, str]) -> Example:
+    number = number_of(row)
+    if field(row, "data_type") == "image":
+        number = int(number)                # as in LLaVA's file; a video's is text, such as "v9"
+        image = image_file(folder / "SEED-Bench-image", field(row, "data_id"))
+    else:
+        image = image_file(folder / "SEED-Bench-video-image", f"{row['question_type_id']}_{number}.png")
+    choices = lettered(field(row, f"choice_{letter}", str, int, float) for letter in "abcd")
+    prompt = f"{field(row, 'question')}\n{choices}\n{LETTER}"
+    categories = (row["data_type"], name_of_type[row["question_type_id"]])
+    return Example(number, image, prompt, field(row, "answer", among=("A", "B", "C", "D")), categories)
 
 
 def grade_answer(example: Example, text: str) -> Grade:
@@ -48,10 +50,8 @@ def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
     """One line per answer, for the leaderboard."""
-    rows = []
-    for example, text in zip(examples, texts):
-        rows.append({"question_id": str(example.question_id), "prediction": text})
-    return write_whole(out / "seed_bench.jsonl", to_jsonl(rows))
+    return write_whole(out / "seed_bench.jsonl", to_jsonl(
+        {"question_id": str(example.question_id), "prediction": text} for example, text in zip(examples, texts)))
 
 
 TASK = Task(

@@ -9,33 +9,27 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import image_file, required_file
+from benchmarks.files import field, image_file, number_of, reading, required_files, rows_of
 from benchmarks.scoring import BLANK, Example, Grade, Score, Task, accuracy, grade_plain, mean
-from lib.common import read_jsonl
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    for row in read_jsonl(required_file(folder, "questions.jsonl")):
-        image = image_file(folder / "images", row["image"])
-        example = Example(row["question_id"], image, row["text"], row["answer"], (row["category"],),
-                          {"chance": row["chance"]})
+    [path] = required_files(folder, "questions.jsonl", images="images")
+    for where, row in rows_of(path):
+        with reading(where):
+            image = image_file(folder / "images", field(row, "image"))
+            example = Example(number_of(row), image, field(row, "text"), field(row, "answer"),
+                              (field(row, "category"),), {"chance": field(row, "chance", int, float)})
         yield example
-        yield example._replace(question_id=f"{row['question_id']}/blank", image=BLANK)
+        yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
 
 
 def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    sighted = []
-    sighted_grades = []
-    blind_scores = []
-    for example, grade in zip(examples, grades):
-        if example.image == BLANK:
-            blind_scores.append(grade.score)
-        else:
-            sighted.append(example)
-            sighted_grades.append(grade)
-    chance = mean([example.info["chance"] for example in sighted])
-    subscores = {"chance": 100 * chance, "blank image": 100 * mean(blind_scores)}
-    return accuracy(sighted, sighted_grades, subscores)
+    blind = [grade.score for example, grade in zip(examples, grades) if example.image == BLANK]
+    sighted = [(example, grade) for example, grade in zip(examples, grades) if example.image != BLANK]
+    chance = mean([example.info["chance"] for example, _ in sighted])
+    subscores = {"chance": 100 * chance, "blank image": 100 * mean(blind)}
+    return accuracy([example for example, _ in sighted], [grade for _, grade in sighted], subscores)
 
 
 TASK = Task(

@@ -2,49 +2,52 @@
 
 LLaVA puts the words that an OCR program read into the prompt. That line is worth about ten points, so results with and
 without it (`--no-ocr`) are not comparable.
-
-textvqa/TextVQA_0.5.1_val.json, images in textvqa/train_images/; llava_textvqa_val_v051_ocr.jsonl (eval.zip), or
-TextVQA_Rosetta_OCR_v0.2_val.json for the words.
 """
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import EVAL_ZIP, first_existing, image_file, read_official_json, required_file
+from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, parsed, reading, required_files, rows_of,
+                              texts_of)
 from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, evalai_accuracy, normalize_evalai
-from lib.common import read_jsonl
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    official = read_official_json(required_file(folder, "TextVQA_0.5.1_val.json"))["data"]
     llava_file = first_existing(folder, "llava_textvqa_val_v051_ocr.jsonl")
-    if llava_file:
-        questions = [(row["question_id"], row["text"].split("\n")) for row in read_jsonl(llava_file)]
-    else:
-        questions = rebuilt_questions(folder, official, options.ocr)
+    words = [] if llava_file or not options.ocr else ["TextVQA_Rosetta_OCR_v0.2_val.json"]
+    official, *words = required_files(folder, "TextVQA_0.5.1_val.json", *words, images="train_images")
+    questions = llavas_questions(llava_file) if llava_file else rebuilt_questions(official, words)
     # A question that occurs twice for one picture is scored on the later answers both times, because LLaVA's
     # eval_textvqa.py keeps them in a dictionary like this one.
-    humans_of = {(row["image_id"], row["question"].lower()): row["answers"] for row in official}
-    for image_id, lines in questions:
-        question = lines[0]
-        humans = humans_of.get((image_id, question.lower()), [])
-        if len(humans) != 10:
-            raise ValueError(f"TextVQA_0.5.1_val.json lacks ten answers to the question {question!r} about {image_id}")
-        prompt = "\n".join(lines if options.ocr else [question, lines[-1]])
-        yield Example(image_id, image_file(folder / "train_images", f"{image_id}.jpg"), prompt, humans)
+    humans_of = dict(parsed(official, lambda row: (
+        (field(row, "image_id"), field(row, "question").lower()), texts_of(row, "answers")), "data"))
+    for where, image_id, lines in questions:
+        with reading(where):
+            humans = humans_of.get((image_id, lines[0].lower()), [])
+            if len(humans) != 10:
+                raise ValueError(f"{official.name} lacks ten answers to the question {lines[0]!r} about {image_id}")
+            prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
+            yield Example(image_id, image_file(folder / "train_images", f"{image_id}.jpg"), prompt, humans)
 
 
-def rebuilt_questions(folder: Path, official: list[dict], ocr: bool) -> list[tuple[str, list[str]]]:
-    """(image, lines of the prompt) as in LLaVA's file; the OCR line is empty with --no-ocr."""
+def llavas_questions(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield place, image and the lines of the prompt: the question, the OCR words, the instruction."""
+    for where, row in rows_of(path):
+        with reading(where):
+            yield where, field(row, "question_id"), field(row, "text").split("\n")
+
+
+def rebuilt_questions(path: Path, words: list[Path]) -> Iterator[tuple[str, str, list[str]]]:
+    """The same from the official questions, and from the file of OCR words unless the prompt goes without."""
     words_of = {}
-    if ocr:
-        for row in read_official_json(required_file(folder, "TextVQA_Rosetta_OCR_v0.2_val.json"))["data"]:
-            words_of[row["image_id"]] = ", ".join(row["ocr_tokens"])
-    questions = []
-    for row in official:
-        words = f"Reference OCR token: {words_of.get(row['image_id'], '')}"
-        questions.append((row["image_id"], [row["question"].capitalize(), words, SHORT]))
-    return questions
+    for words_file in words:
+        words_of |= parsed(words_file, lambda row: (
+            field(row, "image_id"), ", ".join(texts_of(row, "ocr_tokens", blank=True))), "data")
+    for where, row in rows_of(path, "data"):
+        with reading(where):
+            image_id = field(row, "image_id")
+            ocr = f"Reference OCR token: {words_of.get(image_id, '')}"
+            yield where, image_id, [field(row, "question").capitalize(), ocr, SHORT]
 
 
 def grade_answer(example: Example, text: str) -> Grade:

@@ -2,16 +2,14 @@
 
 The published score is on test (8,000), for which the EvalAI server no longer accepts submissions; the upload is still
 written. `--split val` (4,319) is scored here.
-
-vizwiz/llava_test.jsonl (eval.zip) or Annotations/test.json, val.json; images in vizwiz/test/ and vizwiz/val/.
 """
 import json
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import (EVAL_ZIP, first_existing, image_file, read_llava_questions, read_official_json,
-                              required_file)
+from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, read_llava_questions, reading,
+                              required_files, rows_of, texts_of)
 from benchmarks.scoring import (SHORT, Example, Grade, Score, Task, accuracy, evalai_accuracy, mean, normalize_evalai,
                                 vqa_accuracy)
 from lib.common import write_whole
@@ -25,16 +23,17 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
     if options.split == "test" and llava_file:
         yield from read_llava_questions(llava_file, images)
         return
-    path = required_file(folder, f"{options.split}.json", f"Annotations/{options.split}.json")
-    for i, row in enumerate(read_official_json(path)):
-        # capitalize() also lower-cases the rest, as in all 8,000 rows of LLaVA's file.
-        prompt = f"{row['question'].capitalize()}\n{UNANSWERABLE}\n{SHORT}"
-        humans = None
-        categories = ()
-        if "answers" in row:
-            humans = [answer["answer"] for answer in row["answers"]]
-            categories = (row["answer_type"],)
-        yield Example(i, image_file(images, row["image"]), prompt, humans, categories)
+    [path] = required_files(folder, f"{options.split}.json or Annotations/{options.split}.json", images=options.split)
+    for i, (where, row) in enumerate(rows_of(path)):
+        with reading(where):
+            # capitalize() also lower-cases the rest, as in all 8,000 rows of LLaVA's file.
+            prompt = f"{field(row, 'question').capitalize()}\n{UNANSWERABLE}\n{SHORT}"
+            humans = None
+            categories = ()
+            if "answers" in row:
+                humans = texts_of(row, "answers", "answer")
+                categories = (field(row, "answer_type"),)
+            yield Example(i, image_file(images, field(row, "image")), prompt, humans, categories)
 
 
 def grade_answer(example: Example, text: str) -> Grade:
@@ -51,9 +50,8 @@ def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
 
 def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
     """Every row of the test set, in the order of the file."""
-    upload = []
-    for example, text in zip(examples, texts):
-        upload.append({"image": example.image.name, "answer": normalize_evalai(text)})
+    upload = [{"image": example.image.name, "answer": normalize_evalai(text)}
+              for example, text in zip(examples, texts)]
     return write_whole(out / "vizwiz_test.json", json.dumps(upload))
 
 

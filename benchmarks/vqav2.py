@@ -2,47 +2,42 @@
 
 The published score is on test-dev, whose answers are on the EvalAI server (challenge 830): this file writes the
 upload. `--split val` is scored here, but LLaVA was trained on some of those images.
-
-vqav2/llava_vqav2_mscoco_test-dev2015.jsonl and ..._test2015.jsonl (eval.zip), or the official
-v2_OpenEnded_mscoco_test-dev2015_questions.json and ..._test2015_questions.json; images in vqav2/test2015/.
-For val: v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json; images in vqav2/val2014/.
 """
 import json
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import COCO, EVAL_ZIP, first_existing, read_llava_questions, read_official_json, required_file
+from benchmarks.files import COCO, EVAL_ZIP, field, number_of, parsed, read_llava_questions, required_files, texts_of
 from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, normalize_evalai, vqa_accuracy
-from lib.common import read_jsonl, write_whole
+from lib.common import write_whole
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
+def read(folder: Path, options: Namespace) -> list[Example]:
     if options.split == "val":
-        yield from read_val(folder)
-        return
-    llava_file = first_existing(folder, "llava_vqav2_mscoco_test-dev2015.jsonl")
-    if llava_file:
-        yield from read_llava_questions(llava_file, folder / "test2015")
-        return
-    questions = read_official_json(required_file(folder, "v2_OpenEnded_mscoco_test-dev2015_questions.json"))
-    for row in questions["questions"]:
-        yield Example(row["question_id"], coco_image(folder, "test2015", row), f"{row['question']}\n{SHORT}")
+        questions, annotations = required_files(folder, "v2_OpenEnded_mscoco_val2014_questions.json",
+                                                "v2_mscoco_val2014_annotations.json", images="val2014")
+        return official_questions(questions, folder, "val2014", annotations)
+    [path] = required_files(folder, "llava_vqav2_mscoco_test-dev2015.jsonl or "
+                            "v2_OpenEnded_mscoco_test-dev2015_questions.json", images="test2015")
+    if path.suffix == ".jsonl":
+        return read_llava_questions(path, folder / "test2015")
+    return official_questions(path, folder, "test2015")
 
 
-def read_val(folder: Path) -> Iterator[Example]:
-    questions = required_file(folder, "v2_OpenEnded_mscoco_val2014_questions.json")
-    annotations = read_official_json(required_file(folder, "v2_mscoco_val2014_annotations.json"))["annotations"]
-    annotation_of = {row["question_id"]: row for row in annotations}
-    for row in read_official_json(questions)["questions"]:
-        annotation = annotation_of[row["question_id"]]
-        humans = [answer["answer"] for answer in annotation["answers"]]
-        yield Example(row["question_id"], coco_image(folder, "val2014", row), f"{row['question']}\n{SHORT}", humans,
-                      (annotation["answer_type"],))
+def official_questions(path: Path, folder: Path, year: str, annotations: Path | None = None) -> list[Example]:
+    """annotations: the file of what people answered, if it is public."""
+    truths = {}
+    if annotations:
+        truths = dict(parsed(annotations, lambda row: (
+            number_of(row), (texts_of(row, "answers", "answer"), field(row, "answer_type"))), "annotations"))
 
+    def question(row: dict) -> Example:
+        number = number_of(row)
+        humans, *categories = truths[number] if annotations else (None,)
+        image = folder / year / f"COCO_{year}_{field(row, 'image_id', int):012d}.jpg"
+        return Example(number, image, f"{field(row, 'question')}\n{SHORT}", humans, tuple(categories))
 
-def coco_image(folder: Path, year: str, row: dict) -> Path:
-    return folder / year / f"COCO_{year}_{row['image_id']:012d}.jpg"
+    return parsed(path, question, "questions")
 
 
 def grade_answer(example: Example, text: str) -> Grade:
@@ -56,15 +51,14 @@ def write_submission(examples: list[Example], texts: list[str], folder: Path, ou
 
     The others get an empty answer, which is why the server shows about 0 for test-standard.
     """
-    path = required_file(folder, "llava_vqav2_mscoco_test2015.jsonl", "v2_OpenEnded_mscoco_test2015_questions.json")
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else read_official_json(path)["questions"]
-    answers = {row["question_id"]: "" for row in rows}
+    [path] = required_files(folder, "llava_vqav2_mscoco_test2015.jsonl or v2_OpenEnded_mscoco_test2015_questions.json")
+    answers = dict.fromkeys(parsed(path, number_of, "questions"), "")
     unknown = [example for example in examples if example.question_id not in answers]
     if unknown:
         raise ValueError(f"{path} lacks {len(unknown):,} of the answered questions: another version?")
     for example, text in zip(examples, texts):
         answers[example.question_id] = normalize_evalai(text)
-    upload = [{"question_id": row["question_id"], "answer": answers[row["question_id"]]} for row in rows]
+    upload = [{"question_id": number, "answer": answer} for number, answer in answers.items()]
     return write_whole(out / "vqav2_test-dev2015.json", json.dumps(upload))
 
 

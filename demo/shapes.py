@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/demo/data"), help="output folder")
     add("--pretrain", type=int, default=3000, help="captioned pictures")
-    add("--finetune", type=int, default=16000, help="conversations")
+    add("--finetune", type=int, default=12000, help="conversations")
     add("--heldout", type=int, default=100, help="held-out pictures")
     add("--seed", type=int, default=0, help="random seed")
     return parser.parse_args(argv)
@@ -45,6 +45,7 @@ SHAPE_KINDS = ("circle", "square", "triangle")
 NAMES = [f"{color} {kind}" for color in COLORS for kind in SHAPE_KINDS]
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("one", "two", "three")
+MOST_TURNS = 8                                      # questions in a conversation of stage 2
 
 
 class Shape(NamedTuple):
@@ -222,9 +223,25 @@ def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     turns.insert(rng.randrange(2), (count.text, count.answer))
     return turns
 
+
+def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """A conversation that goes on, with other questions of any kind at any place, up to eight in all.
+
+    People also ask about what an earlier answer has told them. Without such turns the model breaks off after the
+    fourth question, the longest conversation of the language model's own training.
+    """
+    turns = converse(scene, rng)
+    n = rng.randint(len(turns), MOST_TURNS)
+    while len(turns) < n:
+        question = QUESTIONS[rng.choice(list(QUESTIONS))](scene, rng.choice(scene), rng)
+        if question and question.text not in dict(turns):
+            turns.insert(rng.randint(0, len(turns)), (question.text, question.answer))
+    return turns
+
 # ---------------------------------------------------------------------------------------------------
-# Files, in LLaVA's format. Everything is drawn from one generator, so the order of the calls below belongs to the
-# format too: the same seed has to give the same files.
+# Files, in LLaVA's format. The training data is drawn from one generator, so the order of the calls below belongs to
+# the format too: the same seed has to give the same files. The benchmark has its own, so that it stays the same when
+# the training data changes.
 
 
 def to_conversation(turns: list[tuple[str, str]]) -> list[dict]:
@@ -264,7 +281,7 @@ def make_chats(images: Path, n: int, rng: random.Random) -> list[dict]:
     for i, scene in enumerate(scenes):
         name = f"chat{i:05d}"
         paint_to(images / f"{name}.png", scene, rng)
-        records.append(to_record(name, converse(scene, rng)))
+        records.append(to_record(name, chat(scene, rng)))
     return records
 
 
@@ -302,7 +319,7 @@ def write_data(out: Path, n_pretrain: int, n_finetune: int, n_heldout: int, seed
     chats = make_chats(images, n_finetune, rng)
     (out / "finetune.json").write_text(json.dumps(chats))
     with open(benchmark / "questions.jsonl", "w") as file:
-        for row in make_questions(benchmark / "images", n_heldout, rng):
+        for row in make_questions(benchmark / "images", n_heldout, random.Random(f"shapes {seed}")):
             file.write(json.dumps(row) + "\n")
 
 

@@ -274,7 +274,8 @@ def name_problem(name: str) -> str:
         return f"image is an address: {name[:80]}; download it and give the file"
     absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
     if absolute or "\0" in name or "\\" in name or ".." in name.split("/"):
-        return f"image outside the folder: {name!r}; expected a path relative to the image folder"
+        problem = "path has backslashes" if "\\" in name and not absolute else "outside the folder"
+        return f"image {problem}: {name!r}; expected a path with / that is relative to the image folder"
     return ""
 
 

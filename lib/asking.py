@@ -4,6 +4,7 @@ It is a separate file because it needs torch, which scoring does without. A ques
 its `image` is a file, one in an archive, an encoded picture, any text for a blank one, a tuple of these, or None.
 """
 import io
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +23,7 @@ from lib.archives import Member
 from lib.chat import encode_chat, open_image
 from lib.common import torchrun_env
 from lib.device import check_gpu_count, choose_device, choose_dtype, torch_dtype, use_device
-from lib.folders import open_weights
+from lib.folders import open_weights, projector_warning
 from lib.generate import Session
 from lib.processes import join_group
 from model import LLaVAConfig, LLaVAPhi
@@ -89,6 +90,9 @@ class Model:
 
     def load(self) -> None:
         if self.session is None:
+            warning = projector_warning(self.source)
+            if warning and torchrun_env().rank == 0:
+                print(f"warning: {warning}", file=sys.stderr)
             self.session = Session(self.load_model())
 
     def encode(self, examples: list, rows: Iterable[int]) -> dict[int, list[int]]:
@@ -134,10 +138,14 @@ def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor
         yield i, tokens[i]
 
 
-def open_picture(image: Path | Member | bytes | str | tuple | None, config: LLaVAConfig) -> Tensor:
-    """A question's N pictures -> uint8 (N, 3, S, S)."""
+def open_picture(image: Path | Member | bytes | str | tuple | None, config: LLaVAConfig,
+                 number: int | str = "") -> Tensor:
+    """A question's N pictures -> uint8 (N, 3, S, S).
+
+    number: the question_id, which is what an error names a picture by that is not a file.
+    """
     if isinstance(image, tuple):
-        return torch.cat([open_picture(picture, config) for picture in image])
+        return torch.cat([open_picture(picture, config, number) for picture in image])
     if isinstance(image, Member):
         image = image.open()
     elif isinstance(image, bytes):
@@ -145,7 +153,10 @@ def open_picture(image: Path | Member | bytes | str | tuple | None, config: LLaV
     elif isinstance(image, str):
         size = config.vision.image_size
         image = Image.new("RGB", (size, size), ImageConfig.of(config.vision, config.image_mode).pad_color)
-    return open_image(image, config)
+    try:
+        return open_image(image, config)
+    except ValueError as e:
+        raise ValueError(str(e).replace("the given picture", f"the picture of question {number!r}")) from None
 
 
 def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig) -> Iterator[list[Tensor]]:
@@ -156,9 +167,9 @@ def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig
     with ThreadPoolExecutor(4) as pool:
         decoding = {}
         for i, batch in enumerate(batches):
-            upcoming = dict.fromkeys(examples[row].image for rows in batches[i:i + 3] for row in rows)
+            upcoming = {examples[row].image: examples[row].question_id for rows in batches[i:i + 3] for row in rows}
             decoding = {image: job for image, job in decoding.items() if image in upcoming}    # forget finished ones
-            for image in upcoming:
+            for image, number in upcoming.items():
                 if image not in decoding:
-                    decoding[image] = pool.submit(open_picture, image, config)
+                    decoding[image] = pool.submit(open_picture, image, config, number)
             yield [decoding[examples[row].image].result() for row in batch]

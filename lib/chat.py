@@ -20,7 +20,7 @@ from lib.generate import Session
 from lib.records import pieces_of  # noqa: F401: for serve/, which reads messages, too
 from model import LLaVAConfig, LLaVAPhi
 
-MAX_CHARACTERS = 32_000         # in a question, refused before it is tokenized; 2,048 positions hold about 8,000
+MAX_CHARACTERS = 32_000         # in a prompt, refused before it is tokenized; 2,048 positions hold about 8,000
 
 Picture = str | Path | BinaryIO | Image.Image | None    # None: a question without a picture
 Turn = str | list[str]          # a list: a question in pieces, between any two of which there is a picture
@@ -96,13 +96,12 @@ class Clock:
 def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[Turn], images: Tensor) -> list[int]:
     """Question, answer, ..., question about images (N, 3, S, S) -> prompt ids, image positions expanded.
 
-    Raises ValueError if the last question is empty or too long, or if the chat leaves no position for an answer.
+    Raises ValueError if there is neither a question nor a picture, or if the chat leaves no position for an answer.
     """
-    question = "".join(turns[-1])
-    if not question.strip() and (isinstance(turns[-1], str) or len(turns[-1]) < 2):
+    if not "".join(turns[-1]).strip() and not len(images):
         raise ValueError("the question is empty")
-    if len(question) > MAX_CHARACTERS:
-        raise ValueError(f"the question has {len(question):,} characters, expected at most {MAX_CHARACTERS:,}")
+    if (n := sum(len("".join(turn)) for turn in turns)) > MAX_CHARACTERS:
+        raise ValueError(f"the prompt has {n:,} characters, expected at most {MAX_CHARACTERS:,}")
     ids = encode_prompt(turns, tok, image=len(images))
     limit = config.llm.block_size
     ids, _ = expand(ids, None, config.vision.n_patches, limit)

@@ -11,13 +11,13 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from data import EOT, IGNORE, Dataset, ImageConfig, load_tokenizer
-from lib.common import read_json, replacing, visible
+from lib.common import plural, read_json, replacing, visible
 from lib.folders import open_weights
 from lib.pictures import open_rgb
-from lib.recipes import RECIPES
+from lib.recipes import RECIPES, recipe_note
 from lib.records import NOTES, id_of, lines_of, notes_on
 from lib.schedule import steps_per_epoch
-from model import LLaVAConfig
+from model import MIPHA_CONFIG, LLaVAConfig
 
 
 def check_data(args: Namespace) -> int:
@@ -47,12 +47,13 @@ def check_data(args: Namespace) -> int:
         survey.add(i, info, block_size)
     print_records(survey, dataset, ranges, args.show)
     if not has_tokenizer and survey.good.any():
-        print(f"no lengths: there is no tokenizer at {args.tokenizer} (--tokenizer)")
+        print(f"no lengths: there is no tokenizer at {args.tokenizer}; --model FOLDER takes that of the model to be "
+              "trained, and its sizes")
     elif survey.good.any():
         print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
         global_batch = recipe["global_batch"]
         steps = steps_per_epoch(survey.good.sum(), global_batch)
-        print(f"{args.stage}: {steps:,} steps of {global_batch} samples an epoch")
+        print(f"{args.stage}: {plural(steps, 'step')} of {plural(global_batch, 'sample')} an epoch")
     if args.write_clean:
         write_clean(args.write_clean, dataset, ranges, survey.problems)
     return 1 if survey.problems else 0
@@ -68,9 +69,12 @@ def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
     if not folders and config_file.is_file() and "vision_config" in read_json(config_file):
         folders = [args.tokenizer]
     given = (args.image_size, args.n_patches, args.max_length)
-    config = LLaVAConfig()
+    config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
     if folders and None in given:
         config = open_weights(*folders).config
+        note = recipe_note(not config.vision.class_token, args.recipe)
+        if note:
+            print(note)
     image = ImageConfig.of(config.vision, mode)
     block_size = min(2048, config.llm.block_size)
     if folders and None in given:
@@ -171,7 +175,7 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
     """Print counts by kind, and line and id of the first `show` records of each bad or odd kind."""
     n_image = survey.image[survey.good].sum()
     n_text = survey.good.sum() - n_image
-    print(f"{dataset.path}: {len(ranges):,} records: {n_image:,} with an image, {n_text:,} of text only, "
+    print(f"{dataset.path}: {plural(len(ranges), 'record')}: {n_image:,} with an image, {n_text:,} of text only, "
           f"{len(survey.problems):,} bad")
     for heading, records in sorted(survey.headings.items()):
         print(f"\n{heading}: {len(records):,}")
@@ -214,4 +218,4 @@ def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict
                 clean.write(separator + record.removeprefix(b"\xef\xbb\xbf").strip())    # a file's byte order mark
                 separator = b",\n"
         clean.write(b"\n]\n")
-    print(f"wrote {path} ({len(ranges) - len(problems):,} records) and {rejects} ({len(problems):,})")
+    print(f"wrote {path} ({plural(len(ranges) - len(problems), 'record')}) and {rejects} ({len(problems):,})")

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from lib.common import DTYPES, LOCK, hold_folder, read_json, remove, sync_folder, torchrun_env, write_whole
+from lib.common import (DTYPES, LOCK, hold_folder, read_json, remove, sha256, sync_folder, torchrun_env, warn_once,
+                        write_whole)
 from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, patient_group, print0
 from lib.recipes import IMAGE_MODES
@@ -38,8 +39,8 @@ from lib.records import BAD_SAMPLES
 # and images may have moved; the checksum decides whether the data is the same. A recipe's name does not matter, since
 # its values are compared one by one.
 MAY_CHANGE = {
-    "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "keep", "log_every",
-    "resume", "workers", "micro_tokens", "recompute", "gather", "compile",
+    "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "save_minutes", "keep",
+    "log_every", "resume", "workers", "micro_tokens", "recompute", "gather", "compile", "device",
 }
 
 
@@ -53,6 +54,9 @@ class TrainState:
     step: int = 0                   # steps done
     updates: int = 0                # those of them that changed the weights
     failed_saves: int = 0           # in a row
+    newest: Path | None = None      # checkpoint
+    saved_updates: int = 0          # those in it
+    tried_at: float = 0.0           # when the last save began, by this process's clock
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME."""
@@ -82,11 +86,12 @@ def save_checkpoint(state: TrainState) -> Path:
     final = Path(state.settings["out"]) / f"step_{state.step:06d}"
     part = final.with_name(f".writing_{final.name}")
     tensors = state.tensors()
+    state.tried_at = time.monotonic()
     try:
         on_every_process(check_host_memory)
         on_process_0(lambda: make_folder(part, tensors))
-        # dcp syncs its files to disk itself.
         writer = HuggingFaceStorageWriter(str(part), split_into_files(tensors), save_distributed=True)
+        writer.sync_files = False           # sync_folder does that, also where a file system cannot
         # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power of
         # two and stays with the process.
         writer.per_thread_copy_ahead = 0
@@ -94,13 +99,14 @@ def save_checkpoint(state: TrainState) -> Path:
         checksums = {}
         for of_one_process in on_every_process(lambda: checksums_of_own_files(part)):
             checksums |= of_one_process
-        on_process_0(lambda: complete(state, part, final, checksums))
+        on_process_0(lambda: complete(state, part, checksums))
     except (OSError, CheckpointException) as e:
         # dcp.save, like on_process_0, fails on all processes when it fails on one.
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not (part / "checkpoint.json").exists():
             remove(part)
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise OSError(f"checkpoint of step {state.step} not written: {cause}") from None
+    state.newest, state.saved_updates = final, state.updates
     return final
 
 
@@ -140,7 +146,7 @@ def check_host_memory() -> None:
 
 def make_folder(part: Path, tensors: dict[str, Tensor]) -> None:
     """Make an empty folder to write to. OSError if the disk has no room for the checkpoint."""
-    need = sum(t.numel() * t.element_size() for t in tensors.values())
+    need = bytes_of(tensors)
     free = shutil.disk_usage(part.parent).free
     if free < 1.02 * need:
         raise OSError(f"it needs {need / 1e9:.1f} GB and {part.parent} has {free / 1e9:.1f} GB free")
@@ -149,12 +155,16 @@ def make_folder(part: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def checksums_of_own_files(part: Path) -> dict[str, str]:
-    """CRC-32 of the files that this process wrote: dcp names them by rank, starting at 1.
+    """Sync the files that this process wrote to disk -> their CRC-32. dcp names them by rank, starting at 1.
 
     Reading them back is cheap, since they are still in the page cache. For the same reason a checksum covers what was
     written, and not yet what the disk will return.
     """
-    return {file.name: crc32(file) for file in part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors")}
+    own = list(part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
+    checksums = {file.name: crc32(file) for file in own}
+    for file in own:
+        sync_folder(file)
+    return checksums
 
 
 def crc32(path: Path) -> str:
@@ -171,8 +181,8 @@ def crc32(path: Path) -> str:
     return f"{value:08x}"
 
 
-def complete(state: TrainState, part: Path, final: Path, checksums: dict[str, str]) -> None:
-    """Write checkpoint.json, rename the folder to `final`, and delete the checkpoints that are not kept."""
+def complete(state: TrainState, part: Path, checksums: dict[str, str]) -> None:
+    """Write checkpoint.json, which completes the folder, and put it in its place."""
     for name in checksums:
         if not (part / name).is_file():
             raise OSError(f"{name} was written by another process, and {part} does not have it")
@@ -184,14 +194,27 @@ def complete(state: TrainState, part: Path, final: Path, checksums: dict[str, st
         "crc32": checksums,
         "torch": torch.__version__,
         "config": state.settings,
-        "sources": [str(source) for source in state.sources],
+        "sources": [str(source.absolute()) for source in state.sources],       # export may run in another folder
     }
     write_whole(part / "checkpoint.json", json.dumps(manifest, indent=2))
+    put_in_place(part, state.settings["keep"])
+
+
+def put_in_place(part: Path, keep: int) -> None:
+    """Rename a complete .writing_step_NNNNNN, and delete the checkpoints that are not kept.
+
+    The step may be there already, if --resume went back to an older one. A kill after that has been deleted leaves the
+    complete `part`, and the next run comes here again.
+    """
+    final = part.with_name(part.name.removeprefix(".writing_"))
     sync_folder(part)
+    sync_folder(part.parent)
     remove(final)
     part.rename(final)
     sync_folder(final.parent)
-    drop_old_checkpoints(final, state.settings["keep"])
+    for leftover in final.parent.glob(".writing_step_*"):
+        remove(leftover)
+    drop_old_checkpoints(final, keep)
 
 
 def drop_old_checkpoints(newest: Path, keep: int) -> None:
@@ -205,7 +228,73 @@ def drop_old_checkpoints(newest: Path, keep: int) -> None:
     kept = checkpoints[max(0, position + 1 - keep):position + 1]
     for checkpoint in checkpoints:
         if checkpoint not in kept:
-            shutil.rmtree(checkpoint)
+            try:
+                remove(checkpoint)
+            except OSError as e:            # the new one is in its place all the same
+                warn_once(f"{checkpoint} cannot be deleted ({e})")
+
+
+def bytes_of(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def describe_saving(state: TrainState) -> str:
+    """When a run saves, for its first lines on the screen."""
+    settings, when = state.settings, []
+    if settings["save_every"]:
+        when.append(f"{settings['save_every']:,} steps")
+    if settings["save_minutes"]:
+        when.append(f"{settings['save_minutes']:g} minutes")
+    if not when:
+        return "a checkpoint only if a signal or an error ends the run: kill -9 would lose all of it"
+    size = bytes_of(state.tensors()) / 1e9
+    return f"a checkpoint of {size:.2g} GB every {' and every '.join(when)}; the newest {settings['keep']} are kept"
+
+
+def check_room(out: Path, model_bytes: float, state: TrainState) -> None:
+    """Days of training should not end with a full disk."""
+    need, what, advice = model_bytes, "the trained model", "make room"
+    if state.settings["save_every"] or state.settings["save_minutes"]:
+        need += bytes_of(state.tensors())
+        what, advice = "the trained model and a checkpoint", "make room, or give --save-minutes 0 to do without"
+    free = shutil.disk_usage(out).free
+    if need > free:
+        raise OSError(f"{what} will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free: {advice}")
+
+
+def save_is_due(state: TrainState) -> bool:
+    """By --save-every or --save-minutes. Clocks differ, so process 0's decides for all."""
+    every, minutes = state.settings["save_every"], state.settings["save_minutes"]
+    if every and state.step % every == 0:
+        return True
+    if not minutes:
+        return False
+    due = torch.tensor(int(time.monotonic() - state.tried_at >= 60 * minutes))
+    dist.broadcast(due, src=0)              # on the CPU, so over gloo: no process waits for its GPU
+    return bool(due)
+
+
+@contextmanager
+def saved_on_error(state: TrainState) -> Iterator[None]:
+    """Save before an error that all processes raise alike ends the run, and say what to do with the checkpoint.
+
+    Without an update since the newest checkpoint, that one is as good. So a run that diverges each time it is resumed
+    does not push out the checkpoints from before.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        text = str(error)
+        try:
+            if state.updates > state.saved_updates:
+                save_checkpoint(state)
+        except OSError as e:
+            text += f"; {e}"
+        if state.newest:
+            path = state.newest
+            text += (f"; {path} has it as trained up to that step: when this is mended, the same command goes on from "
+                     f"there; `python load_weights.py export --model {path} --out DIR` makes a model of it")
+        raise (ValueError if isinstance(error, ValueError) else OSError)(text) from None
 
 
 def try_to_save(state: TrainState) -> None:
@@ -268,6 +357,9 @@ def find_checkpoint(settings: dict) -> Checkpoint | None:
     """
     if settings["resume"] == "never":
         return None
+    for part in Path(settings["out"]).glob(".writing_step_*"):
+        if (part / "checkpoint.json").is_file():                # a kill came between completing and renaming it
+            put_in_place(part, settings["keep"])
     if settings["resume"] == "auto":
         candidates = sorted(Path(settings["out"]).glob("step_*"), reverse=True)
         advice = "; nor is any before it. --resume never deletes them and begins again"
@@ -292,7 +384,8 @@ def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
     dcp.load(state.tensors(), storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
              process_group=patient_group())
     state.step = checkpoint.manifest["step"]
-    state.updates = checkpoint.manifest["updates"]
+    state.updates = state.saved_updates = checkpoint.manifest["updates"]
+    state.newest = checkpoint.path
     for moments in state.optimizer.state.values():
         moments["step"].fill_(state.updates)
 
@@ -404,13 +497,25 @@ def check_same_settings(then: dict, now: dict, may_change: set[str], problem: st
         raise ValueError(problem + ":\n  " + "\n  ".join(different))
 
 
+DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
+
+
 def is_finished(settings: dict) -> bool:
-    """True if --out holds the model of a finished run with these settings; ValueError if they were different."""
+    """True if --out holds the model of a finished run with these settings; ValueError if they were different.
+
+    The data is the same if its content is, wherever it has moved. Of the pictures only the folder's name is known.
+    """
     saved = read_settings(Path(settings["out"]))
     if settings["resume"] != "auto" or "model_type" not in saved:
         return False
-    # No checkpoint is left to compare the data's checksum with, so here the data's path must be the same.
-    check_same_settings(saved["training"], settings, MAY_CHANGE - {"data"},
+    then, data = saved["training"], Path(settings["data"])
+    now = settings | {DATA_CHECKSUM: sha256(data) if data.is_file() else None}
+    may_change = MAY_CHANGE - {"data", "images"}
+    if then.get(DATA_CHECKSUM) == now[DATA_CHECKSUM]:
+        may_change |= {"data"}
+    if Path(then["images"]) == Path(now["images"]):             # however it is written
+        may_change |= {"images"}
+    check_same_settings(then, now, may_change,
                         f"--out {settings['out']} holds a finished model made with other settings; "
                         "choose another --out, or --resume never to train afresh over it")
     return True
@@ -422,12 +527,12 @@ def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
     ValueError, before anything is changed, if that checkpoint was made with other settings.
     """
     out = Path(settings["out"])
+    now = settings | {DATA_CHECKSUM: data_checksum}
     checkpoint = on_process_0(lambda: find_checkpoint(settings))
 
     def prepare() -> None:
         if checkpoint:
-            then = checkpoint.manifest["config"] | {"data checksum": checkpoint.manifest["data"]}
-            now = settings | {"data checksum": data_checksum}
+            then = checkpoint.manifest["config"] | {DATA_CHECKSUM: checkpoint.manifest["data"]}
             check_same_settings(then, now, MAY_CHANGE, f"{checkpoint.path} was made with other settings; "
                                 "give the same, or --resume never and another --out")
         leftovers = [".writing_*"]
@@ -436,7 +541,7 @@ def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
         for pattern in leftovers:
             for path in out.glob(pattern):
                 remove(path)
-        write_whole(out / "config.json", json.dumps({"training": settings}, indent=2) + "\n")
+        write_whole(out / "config.json", json.dumps({"training": now}, indent=2) + "\n")
 
     on_process_0(prepare)
     return checkpoint

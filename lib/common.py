@@ -3,6 +3,7 @@
 It does without torch, so that `--help`, a mistake in a flag and the scoring of answers respond at once.
 """
 import argparse
+import errno
 import hashlib
 import html
 import io
@@ -11,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -23,6 +25,31 @@ from typing import NamedTuple
 fcntl = None
 with suppress(ImportError):
     import fcntl        # Windows does not have it
+
+# ---------------------------------------------------------------------------------------------------
+# Outside the virtual environment. Every script imports this file before any package, and old Pythons get this far.
+
+PACKAGES = ("torch", "numpy", "PIL", "safetensors", "tokenizers", "tqdm")
+ADVICE = ("activate the virtual environment (source .venv/bin/activate), or run `make demo`, which creates it and "
+          "installs requirements.txt")
+
+if sys.version_info < (3, 11):
+    print(f"error: Python {sys.version.split()[0]} is too old, 3.11 or newer is needed: {ADVICE}", file=sys.stderr)
+    sys.exit(2)
+
+
+def explain_import(kind, error, trace) -> None:
+    """One line instead of the traceback where a package is missing, or lacks what a later version has."""
+    package = error.name.partition(".")[0] if isinstance(error, ImportError) and error.name else ""
+    if package not in PACKAGES:
+        sys.__excepthook__(kind, error, trace)
+        return
+    lacks = "is not installed" if error.name == package and isinstance(error, ModuleNotFoundError) else "is too old"
+    print(f"error: the package {package} {lacks} for {sys.executable} ({error}): {ADVICE}", file=sys.stderr)
+    sys.exit(2)
+
+
+sys.excepthook = explain_import
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -99,19 +126,80 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main(*args) or 0
+        exit_code = main(*args) or 0
+        if exit_code > 128:
+            print_last(f"stopped by {signal.Signals(exit_code - 128).name}")
+        return exit_code
     except KeyboardInterrupt:
         if interrupted:
-            print(interrupted, file=sys.stderr)
+            print_last(interrupted)
         return 130
     except BrokenPipeError:
-        # Somebody piped us into `head`, which has read enough. Python flushes stdout once more when it exits; that
-        # must not fail again, so stdout now leads nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        detach_stdout()             # somebody piped us into `head`, which has read enough
         return 0
     except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        leave_it_to_process_0()
+        filename = getattr(e, "filename", None)
+        flag = flag_for(Path(filename), args) if isinstance(filename, str) else ""
+        print_last(f"error: {e}{flag}")
         return 2
+
+
+def detach_stdout() -> None:
+    """Let stdout lead nowhere once its reader is gone. Python flushes it again on exit, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave_it_to_process_0() -> None:
+    """Wait for torchrun to end this process, because process 0 has met the same mistake and prints it.
+
+    torchrun sends SIGTERM to all others as soon as one has ended. Leaving with 0 keeps them out of its list of
+    failures. If nobody ends this process, the mistake was met here alone, and the caller goes on to print it: first
+    one process of a node.
+    """
+    here = torchrun_env()
+    if here.rank:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+        time.sleep(10 if here.local_rank else 5)
+
+
+def print_last(line: str) -> None:
+    """Print the line with which a command ends.
+
+    torchrun follows every failure with a traceback and a table, under which the line would be lost. It ends that table
+    with what it finds in a file of the process, so the line goes there. It prints no table when it is about to restart
+    the processes.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    with suppress(OSError):         # the terminal may be gone
+        if file and os.environ.get("TORCHELASTIC_RESTART_COUNT") == os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
+            message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(file).write_text(json.dumps({"message": message}))
+        else:
+            print(line, file=sys.stderr)
+
+
+def flag_for(path: Path, args: tuple) -> str:
+    """" (--out VALUE)", for the flag that leads to this path; "" if none does.
+
+    Its value, which may be its default, is the path, a folder above it, or one below that could not be made.
+    """
+    flags = []
+    for settings in args:
+        for name, value in vars(settings).items() if isinstance(settings, argparse.Namespace) else ():
+            values = value if isinstance(value, list) else [value]
+            flags += [(name.replace("_", "-"), Path(v)) for v in values if v and isinstance(v, (str, Path))]
+    # An exact match first, then the closest folder above.
+    flags.sort(key=lambda flag: (flag[1] not in (path, *path.parents), -len(flag[1].parts)))
+    for name, value in flags:
+        if value in (path, *path.parents) or path in value.parents:
+            return f" (--{name} {value})"
+    return ""
+
+
+def plural(n: int, noun: str) -> str:
+    """"1 step", "2,000 steps"."""
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
 
 # ---------------------------------------------------------------------------------------------------
 # Files
@@ -145,11 +233,35 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+# How file systems say that they do not implement a call, or not for a folder: SMB, FUSE, Lustre, some of NFS.
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EBADF, errno.EISDIR,
+               errno.EPERM, errno.EACCES}
+
+
 def sync_folder(path: Path) -> None:
-    """fsync a folder, so that a rename in it survives a power failure; or a file."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    """fsync a folder, so that a rename in it survives a power failure; or a file. Some file systems cannot."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as e:
+        if e.errno not in UNSUPPORTED:
+            raise
+        kind = "folder" if path.is_dir() else "file"
+        warn_once(f"this file system cannot sync a {kind} to disk ({e.strerror}): a power failure may lose what was "
+                  "written last")
+
+
+WARNED: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Print a warning on stderr, but not a second time."""
+    if text not in WARNED:
+        WARNED.add(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def write_whole(path: Path, data: str | bytes) -> Path:
@@ -160,6 +272,19 @@ def write_whole(path: Path, data: str | bytes) -> Path:
     with replacing(path) as part:
         part.write_bytes(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
     return path
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Append a line of json in one write, so that processes do not mix theirs. OSError: nothing was written."""
+    line = json.dumps(record).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        before, written = file.tell(), 0
+        try:
+            while written < len(line):
+                written += file.write(line[written:])
+        finally:
+            if written < len(line):                 # the disk became full in the middle of it
+                file.truncate(before)
 
 
 def sha256(path: Path) -> str:
@@ -187,13 +312,13 @@ def hold_folder(out: Path) -> Iterator[None]:
             if fcntl is None:
                 raise OSError("this system has no POSIX locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
-            raise ValueError(f"{out} is in use by {owner}; wait for it or end it, or choose another folder") from None
         except OSError as e:
-            print(f"warning: {out} cannot be locked ({e}): do not start a second run in it", file=sys.stderr)
+            if e.errno in (errno.EAGAIN, errno.EACCES):         # the two that POSIX has for a lock that is taken
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                file.close()
+                raise ValueError(f"{out} is in use by {owner}; wait for it, end it, or choose another folder") from None
+            warn_once(f"{out} cannot be locked ({e}): do not start a second run in it")
         # The previous holder may have deleted the file after we opened it. Then ours is unlinked, and locking it keeps
         # nobody out.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -231,21 +356,34 @@ def parse_json(text: bytes, where: str, kind: type | tuple[type, ...]) -> dict |
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: not a json object, begins with {text[:40]!r}")
+        problem = (pointer_problem(text)
+                   or f"not a json {'list' if kind is list else 'object'}, begins with {text[:40]!r}")
+        raise ValueError(f"{where}: {problem}")
     return value
 
 
-def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
-    """Read a file with one json object per line. ValueError names the first line that is not one.
+def pointer_problem(text: bytes) -> str:
+    """What to do if a file that begins like this is a pointer, which git leaves in place of a large file; else ""."""
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "a git-lfs pointer, not the file itself: run `git lfs pull` in its folder, or get it with `hf download`"
+    return ""
+
+
+def jsonl_rows(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yield the place ("FILE, line 3") and the object of every line that is not blank. ValueError names a bad line.
 
     torn: a killed process may have left an unfinished last line, which is dropped.
     """
-    rows = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1] if torn else lines, 1):
         if line.strip():
-            rows.append(parse_json(line, f"{path}, line {number}", dict))
-    return rows
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, dict)
+
+
+def read_jsonl(path: Path, torn: bool = False) -> list[dict]:
+    """The objects of a file with one json object per line; see jsonl_rows."""
+    return [row for _, row in jsonl_rows(path, torn)]
 
 # ---------------------------------------------------------------------------------------------------
 # Dtype names, torchrun's processes, model folders
@@ -326,12 +464,16 @@ def without_control(text: str) -> str:
 def html_page(title: str, body: str, style: str = "") -> str:
     """A self-contained page. Its security policy forbids scripts and requests to any host."""
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{html.escape(title)}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }}
+:root {{ color-scheme: light dark; --text: #222; --ground: #fff; --line: #ddd; --right: #1b7f3b; --wrong: #c0311b }}
+@media (prefers-color-scheme: dark) {{
+:root {{ --text: #ddd; --ground: #16181c; --line: #3a3e45; --right: #5fcb84; --wrong: #ff8a75 }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em;
+  color: var(--text); background: var(--ground); overflow-wrap: break-word }}
 table {{ border-collapse: collapse; margin: 1em 0 }}
-td, th {{ padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}
+td, th {{ padding: .3em .8em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }}
 {style}
 </style></head><body><h1>{html.escape(title)}</h1>
 {body}

@@ -92,7 +92,7 @@ def convert_rest(out: Path, files: list[Path], columns: list[list[str]], done: d
             file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
             groups = range(done["group"], file.num_row_groups)
             for done["group"] in tqdm(groups, path.name, unit=" row groups", disable=None, leave=False):
-                for row in rows_of(file, done["group"], columns[done["file"]], path):
+                for row in rows_in_group(file, done["group"], columns[done["file"]], path):
                     convert_row(row, path, outputs, done)
                 done["group"] += 1
                 save_progress(out, outputs, done)
@@ -101,7 +101,8 @@ def convert_rest(out: Path, files: list[Path], columns: list[list[str]], done: d
         save_progress(out, outputs, done | {"finished": True})
 
 
-def rows_of(file: "parquet.ParquetFile", group: int, columns: list[str], path: Path) -> Iterator["pyarrow.RecordBatch"]:
+def rows_in_group(file: "parquet.ParquetFile", group: int, columns: list[str],
+                  path: Path) -> Iterator["pyarrow.RecordBatch"]:
     """The rows of a row group, each by itself: a text that is not UTF-8 then spoils only its own."""
     try:
         for batch in file.iter_batches(16, row_groups=[group], columns=columns, use_threads=False):

@@ -67,20 +67,45 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
+def unused_gpu(dev: Path = Path("/dev")) -> str:
+    """Why torch cannot use the NVIDIA GPU of this machine; "" if it can, if there is none, or if it is hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if hidden or torch.cuda.is_available() or not any(dev.glob("nvidia[0-9]*")):
+        return ""
+    build = f"built for CUDA {torch.version.cuda}, and its driver may be older" if torch.version.cuda else "a CPU build"
+    return (f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use ({build}): `nvidia-smi` names "
+            "the CUDA version of the driver, and https://pytorch.org/get-started the torch for it")
+
+
+FULL_SIZE = 1e9     # parameters
+
+
+def cpu_warning(asked: str, device: torch.device, parameters: int) -> str:
+    """What to say, loudly, before training on a CPU that nobody asked for; "" for a small model without a GPU."""
+    if asked == "cpu" or device.type != "cpu":
+        return ""
+    problem = unused_gpu()
+    if parameters > FULL_SIZE:
+        slow = f"{parameters / 1e9:.1f}B parameters would train on the CPU, some hundred times slower than on a GPU"
+        problem = f"{slow}; {problem}" if problem else f"{slow}, and torch {torch.__version__} finds no GPU here"
+    return f"WARNING: {problem}; --device cpu trains on the CPU without this warning" if problem else ""
+
+
 def choose_device(asked: str | None) -> str:
     """The device that was asked for, else the best one here. ValueError if this machine or this torch lacks it."""
     here = ["cpu"]
     if torch.backends.mps.is_available():
         here.append("mps")
-    problem = ""
     if torch.cuda.is_available():
         number = asked.partition(":")[2] if asked else ""
         problem = missing_kernels(int(number) if number.isdecimal() else 0)
         if not problem:
             here.append("cuda")
-        elif not asked:
-            print(f"{problem}; computing on the {here[-1]}", file=sys.stderr)
+    else:
+        problem = unused_gpu()
     device = asked or here[-1]
+    if problem and not asked:
+        print(f"{problem}; computing on the {device}", file=sys.stderr)
     if device.split(":")[0] not in here:
         raise ValueError(f"--device {device}: this machine and this torch {torch.__version__} offer {', '.join(here)}"
                          + (f"; {problem}" if problem else ""))
@@ -151,3 +176,45 @@ def has_bf16(device: str) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return True                                 # Apple's GPUs
+
+# ---------------------------------------------------------------------------------------------------
+# Cards
+
+# Dense bf16 FLOP/s with fp32 accumulation, and GB of memory, from NVIDIA's datasheets. An entry matches every card whose
+# name has all of its words; more specific entries come first.
+CARDS = {
+    "H100 PCIe": (756e12, 80), "H100 NVL": (835e12, 94), "H100 HBM3": (989e12, 80), "H200 NVL": (835e12, 141),
+    "H200": (989e12, 141), "GH200": (989e12, 96), "B200": (2250e12, 180), "A100": (312e12, 80), "A40": (149.7e12, 48),
+    "A30": (165e12, 24), "A10": (125e12, 24), "RTX A6000": (154.8e12, 48), "L40S": (362e12, 48), "L40": (181e12, 48),
+    "L4": (121e12, 24), "RTX 3090": (71e12, 24), "RTX 4090": (165.2e12, 24), "RTX 5090": (209.5e12, 32),
+}
+VARIANTS = {"laptop", "mig", "max", "d", "ti"}              # words that mark a partition or another variant of a card
+
+
+def find_card(name: str) -> tuple[float, float] | None:
+    """A card's peak FLOP/s and its GB, by torch's name for it; None if it is not in the table."""
+    words = set(re.split(r"[ -]", name.lower()))
+    if words & VARIANTS:
+        return None
+    for model, (peak, memory) in CARDS.items():
+        if words >= set(model.lower().split()):
+            size = re.search(r"(\d+) ?GB", name)            # an A100 has 40 or 80
+            return peak, float(size.group(1)) if size else memory
+    return None
+
+
+def peak_flops(name: str) -> float | None:
+    found = find_card(name)
+    return found[0] if found else None
+
+
+def planned_card(name: str, gigabytes: float, tflops: float, dtype: str) -> tuple[float, float]:
+    """Bytes of memory and peak FLOP/s of a card to plan with; what is 0 is looked up by its name.
+
+    Without a name it has 80 GB, and its FLOP/s are unknown: 0. ValueError for a card that is not in the table.
+    """
+    found = find_card(name) if name else (0.0, 80.0)
+    if found is None:
+        raise ValueError(f"--gpu {name}: not in the table; give --gpu-memory and --tflops, or one of {', '.join(CARDS)}")
+    peak = found[0] if dtype == "bf16" else 0.0             # the table has no other
+    return (gigabytes or found[1]) * 1e9, tflops * 1e12 or peak

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
 from lib.chat import ask
 from lib.device import choose_device
-from lib.folders import (Folder, Kind, Weights, check_tensors, config_of, meta_model, open_folder, saved_shapes,
-                         tensor_files)
-from lib.save_weights import verify_checksums
+from lib.folders import Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, saved_shapes
+from lib.save_weights import lacks_image_row, verify_checksums
+from lib.tensor_files import tensor_files
 from model import LLaVAPhi
 
 LAYOUTS = (     # part of a language model's tensor names -> the published layout
@@ -42,6 +42,8 @@ NEXT = {
     Kind.SIGLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
     Kind.LLAVA: "python sample.py --model {} --image x.jpg",
     Kind.MIPHA: "python sample.py --model {} --image x.jpg",
+    Kind.NO_TOWER: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
+    Kind.PROJECTOR: "python load_weights.py merge --projector {}    (with folders as --llm and --vision)",
 }
 
 
@@ -69,9 +71,14 @@ def inspect(path: Path, load_model: Callable[..., LLaVAPhi] | None = None) -> in
         except (ValueError, OSError) as e:
             print_row("tokenizer", f"none: {e}")
             missing = "a tokenizer"
+    weights = Weights((folder,))
     try:
-        weights = Weights((folder,), config_of(folder))
+        warning = projector_warning(weights)
+        if warning:
+            print_row("warning", warning)
         inspect_config(weights)
+        if "llm" in folder.parts and missing == "nothing" and lacks_image_row(weights.tokenizer, weights.config.llm):
+            print_row("", "no row is left for <image>: a saved model gets one more, which only other programs use")
         intact = verify_checksums(path)
     except (ValueError, OSError) as e:
         print_row("problem", e)
@@ -126,6 +133,9 @@ def inspect_config(weights: Weights) -> None:
     for reason, count in ignored.items():
         print_row("ignored", f"{count} tensors: {reason}")
     shapes = saved_shapes(model)
+    if "vision" not in folder.parts:            # then the width of what a projector reads is known from nothing else
+        shapes |= {name: folder.found[name]["whole"].shape for name in shapes.keys() & folder.found.keys()
+                   if name.startswith("projector.")}
     check_tensors(weights, shapes, [name for name in shapes if name.startswith(folder.parts)], limit=10 ** 6)
 
 # ---------------------------------------------------------------------------------------------------

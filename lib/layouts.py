@@ -6,11 +6,10 @@ concatenated in ours.
 """
 import re
 from collections.abc import Iterable
-from dataclasses import replace
-from pathlib import Path
 
+from lib.tensor_files import MERGE_ADAPTERS
 from model import PhiConfig
-from vision import SIGLIP_SO400M_384, VisionConfig
+from vision import VisionConfig
 
 SAVED = {       # our name -> its name in the folders we save, after PREFIX; these are transformers' names
     "llm.wte": "model.embed_tokens",
@@ -92,11 +91,29 @@ DROPPED = (     # published tensors that are ignored on purpose: a pattern, and 
      "the text tower and contrastive heads, with which the vision tower was trained"),
 )
 
-FOREIGN = (     # part of a tensor name -> the model that it gives away, which is not implemented here
-    ("mlp.gate_up_proj", "Phi-3"),
-    ("mlp.gate_proj", "Gemma, or another Llama-style language model"),
-    ("layer_scale1.", "DINOv2"),
-    ("embeddings.patch_embeddings.", "DINOv2, or another vision tower in the format of transformers' ViT"),
+ONLY_PHI = "only Phi-2 is implemented here as the language model, and CLIP and SigLIP as vision towers"
+UNQUANTIZED = "give the folder that it was made from: --bits 8 or 4 quantizes a model while it is loaded"
+FOREIGN = (     # part of a tensor's name -> the model that it gives away, and what to do
+    ("lora_A.", "PEFT adapters", MERGE_ADAPTERS),
+    ("lora_B.", "PEFT adapters", MERGE_ADAPTERS),
+    (".absmax", "a model quantized by bitsandbytes", UNQUANTIZED),
+    (".quant_map", "a model quantized by bitsandbytes", UNQUANTIZED),
+    (".quant_state", "a model quantized by bitsandbytes", UNQUANTIZED),
+    (".SCB", "a model quantized by bitsandbytes", UNQUANTIZED),
+    (".qweight", "a model quantized by GPTQ or AWQ", UNQUANTIZED),
+    (".qzeros", "a model quantized by GPTQ or AWQ", UNQUANTIZED),
+    (".weight_packed", "a model quantized by compressed-tensors", UNQUANTIZED),
+    (".weight_scale", "a model quantized to 8 bits", UNQUANTIZED),
+    ("_vision_tower.", "TinyLLaVA, which leaves out SigLIP's first patch", "run it with TinyLLaVA_Factory"),
+    ("connector.", "TinyLLaVA, which leaves out SigLIP's first patch", "run it with TinyLLaVA_Factory"),
+    ("image_newline", "LLaVA-NeXT, which cuts a picture into tiles", "give a LLaVA-1.5 style model"),
+    ("mm_projector.weight", "a LLaVA with a linear projector", "only mlp2x_gelu is implemented here"),
+    ("mm_projector.4.", "a LLaVA with a projector of three or more layers", "only mlp2x_gelu is implemented here"),
+    ("mlp.gate_up_proj", "Phi-3", ONLY_PHI),
+    ("mlp.gate_proj", "Gemma, or another Llama-style language model", ONLY_PHI),
+    ("layer_scale1.", "DINOv2", ONLY_PHI),
+    ("embeddings.patch_embeddings.", "DINOv2, or another vision tower in the format of transformers' ViT", ONLY_PHI),
+    ("vision_tower.blocks.", "EVA-CLIP", ONLY_PHI),
 )
 
 
@@ -182,7 +199,7 @@ def rename_sequential(names: Iterable[str]) -> dict[str, str]:
     return renamed
 
 # ---------------------------------------------------------------------------------------------------
-# config.json
+# config.json; read by lib/configs.py
 
 # Our field -> its spellings in config.json over the years, and transformers' default if none is present.
 PHI_KEYS = {
@@ -207,78 +224,6 @@ VISION_KEYS = {
     "eps": (("layer_norm_eps",), 1e-5),
 }
 SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
-
-
-def config_fields(config: dict, keys: dict, path: Path) -> dict:
-    """Our config fields from a config.json of any generation. null counts as a missing key."""
-    fields = {}
-    for field, (spellings, default) in keys.items():
-        key = next((key for key in spellings if config.get(key) is not None), None)
-        value = config[key] if key else default
-        types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
-        if key and (type(value) not in types or not least <= value < 1e9):
-            raise ValueError(f"{path}: {key} is {value!r}, expected a number")
-        fields[field] = value
-    return fields
-
-
-def subconfig(config: dict, key: str, default: dict, path: Path) -> dict:
-    """A config inside a config."""
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {key} is {value!r}, expected an object")
-    return value
-
-
-def require(path: Path, what: str, value: object, *implemented: object) -> None:
-    """Refuse a variant of the model that is not implemented here, rather than compute something else."""
-    if value not in implemented:
-        choices = " or ".join(repr(choice) for choice in implemented)
-        raise ValueError(f"{path}: {what} is {value!r}, and only {choices} is implemented here")
-
-
-def phi_config(config: dict, path: Path) -> PhiConfig:
-    rope = subconfig(config, "rope_parameters", {}, path)           # where transformers 5 keeps the rotary settings
-    fields = config_fields(config | rope, PHI_KEYS | ROTARY_KEYS, path)
-    rotary_dim = fields.pop("rotary_dim")
-    rotary_factor = fields.pop("rotary_factor")
-    if fields["n_inner"] is None:
-        fields["n_inner"] = 8192 if "hidden_size" in config else 4 * fields["n_embd"]
-    activation = config.get("hidden_act", config.get("activation_function", "gelu_new"))
-    kv_heads = config.get("num_key_value_heads", config.get("n_head_kv"))
-    require(path, "rope_scaling", config.get("rope_scaling"), None)
-    require(path, "rope_type", rope.get("rope_type", "default"), "default")
-    require(path, "qk_layernorm", config.get("qk_layernorm", False), False)
-    require(path, "tie_word_embeddings", config.get("tie_word_embeddings", False), False)
-    require(path, "activation", activation, "gelu_new", "gelu_pytorch_tanh")
-    require(path, "the number of key and value heads", kv_heads, None, fields["n_head"])
-    if fields["n_embd"] % fields["n_head"]:
-        raise ValueError(f"{path}: hidden_size {fields['n_embd']} is not a multiple of {fields['n_head']} heads")
-    # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. They are refused because their outputs have never
-    # been compared with the originals'.
-    if (fields["n_layer"], fields["n_embd"]) == (24, 2048):
-        raise ValueError(f"{path}: 24 layers of width 2048 are Phi-1 or Phi-1.5, and only Phi-2 is implemented here")
-    if rotary_dim is None:
-        rotary_dim = int(fields["n_embd"] // fields["n_head"] * rotary_factor)
-    return PhiConfig(**fields, rotary_dim=rotary_dim)
-
-
-def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path) -> VisionConfig:
-    """The tower's config. Sizes come from config.json; whether it is CLIP or SigLIP is known from its tensors."""
-    require(path, "num_channels", config.get("num_channels", 3), 3)
-    activation = config.get("hidden_act")
-    if siglip:
-        require(path, "the SigLIP tower's activation", activation, "gelu_pytorch_tanh", "gelu_new", None)
-        fields = config_fields(config, SIGLIP_KEYS, path)
-    else:
-        require(path, "the vision tower's activation", activation, "quick_gelu", None)
-        fields = config_fields(config, VISION_KEYS, path)
-    if type(feature_layer) is not int or not -fields["n_layer"] <= feature_layer < 0:
-        raise ValueError(f"{path}: the vision layer to read is {feature_layer!r}, expected one counted from the end")
-    published = SIGLIP_SO400M_384 if siglip else VisionConfig()
-    return replace(published, **fields, feature_layer=feature_layer)
 
 
 def feature_strategy(siglip: bool) -> str:

@@ -1,6 +1,5 @@
 """Training metrics: metrics.jsonl, and a progress line for each step."""
 import json
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,25 +8,28 @@ import torch
 import torch.distributed as dist
 
 from data import Dataset, Step
-from lib.common import read_jsonl, write_whole
-from lib.device import peak_memory
-from lib.plan import step_flops
+from lib.common import append_line, warn_once, write_whole
+from lib.device import peak_flops, peak_memory
+from lib.flops import step_flops
+from lib.processes import on_process_0
 from lib.schedule import Mixture, files_of
 from model import LLaVAConfig
 
 
 class Metrics:
-    """metrics.jsonl, one object per step, and skipped_steps.jsonl. A run resumed at step k keeps the lines before k."""
+    """metrics.jsonl, one object per step, and skipped_steps.jsonl. A run resumed at step k keeps the lines before k.
 
-    def __init__(self, out: Path, done: int, parts: list[str], device: torch.device):
+    again: drop the validation after step k, too, because it is about to be repeated.
+    """
+
+    def __init__(self, out: Path, done: int, parts: list[str], device: torch.device, again: bool = False):
         self.path = out / "metrics.jsonl"
         self.skipped_path = out / "skipped_steps.jsonl"
         self.parts = parts
         self.device = device
         self.steps = 0                          # taken by this process since start_clock
-        if dist.get_rank() == 0:
-            forget_later_steps(self.path, done)
-            forget_later_steps(self.skipped_path, done)
+        on_process_0(lambda: forget_later_steps(self.path, done, again))
+        on_process_0(lambda: forget_later_steps(self.skipped_path, done))
 
     def start_clock(self) -> None:
         self.began = self.step_began = time.perf_counter()
@@ -40,8 +42,10 @@ class Metrics:
 
     def add(self, record: dict, path: Path | None = None) -> None:
         if dist.get_rank() == 0:
-            with open(path or self.path, "a") as f:
-                f.write(json.dumps(record) + "\n")
+            try:
+                append_line(path or self.path, record)
+            except OSError as e:
+                warn_once(f"{path or self.path} lacks lines ({e}); training goes on")
 
     def add_step(self, step: Step, data: Dataset | Mixture, config: LLaVAConfig, n_supervised: int, loss: float,
                  norm: float, lr: float, skipped: bool, of_files: Sequence[tuple[float, float]] = ()) -> dict:
@@ -76,18 +80,24 @@ class Metrics:
         return record
 
 
-def forget_later_steps(path: Path, done: int) -> None:
+def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
     """Drop the lines that a killed run wrote after the checkpoint that this one resumes from, at step `done`.
 
     A validation loss measured after k steps carries step k, and the next training step, from 0, carries k as well.
+    Lines that a power failure or a full disk broke are dropped, too: a log must not keep a run from going on.
     """
     if not path.exists():
         return
     kept = []
-    for record in read_jsonl(path, torn=True):
-        limit = done + 1 if "val_loss" in record else done
-        if done and record["step"] < limit:
-            kept.append(json.dumps(record) + "\n")
+    *lines, _ = path.read_bytes().split(b"\n")             # a kill may have torn what follows the last line
+    for line in lines:
+        try:
+            record = json.loads(line)
+            limit = done + 1 if "val_loss" in record and not again else done
+            if done and record["step"] < limit:
+                kept.append(json.dumps(record) + "\n")
+        except (ValueError, TypeError, KeyError):
+            warn_once(f"{path} has broken lines, which are dropped")
     write_whole(path, "".join(kept))
 
 
@@ -113,26 +123,6 @@ def progress_line(r: dict, steps: int, seconds_left: float) -> str:
 
 # ---------------------------------------------------------------------------------------------------
 # Speed
-
-# Dense bf16 FLOP/s with fp32 accumulation, from NVIDIA's datasheets. An entry matches every card whose name has all of
-# its words; more specific entries come first.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100 HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
-    "B200": 2250e12, "A100": 312e12, "A40": 149.7e12, "A30": 165e12, "A10": 125e12, "RTX A6000": 154.8e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
-}
-SLOWER = {"Laptop", "MIG", "Max", "D", "Ti"}                # words that mark a partition or another variant of a card
-
-
-def peak_flops(name: str) -> float | None:
-    """A card's peak FLOP/s, by torch's name for it; None if it is not in the table."""
-    words = set(re.split(r"[ -]", name))
-    if words & SLOWER:
-        return None
-    for model, peak in PEAK_FLOPS.items():
-        if words >= set(model.split()):
-            return peak
-    return None
 
 
 def mfu(flops_per_second: float, device: torch.device) -> float | None:

@@ -1,51 +1,25 @@
-"""Memory per GPU and FLOPs of a training run, computed just from shapes."""
+"""Memory per GPU and hours of a training run, computed just from shapes; shared memory for its data workers."""
 import math
+import mmap
+import os
+import shutil
+import socket
 from argparse import Namespace
 from collections.abc import Callable
+from itertools import product
+from pathlib import Path
 
+from data import Dataset, Index
 from lib.checkpoint import host_memory_to_save
-from lib.device import USABLE, torch_dtype
-from lib.recipes import replace
-from lib.schedule import steps_per_epoch
+from lib.common import torchrun_env
+from lib.device import USABLE, planned_card, torch_dtype
+from lib.flops import PUBLISHED, mean_sample, recomputed_flops, step_flops
+from lib.recipes import RECIPES, parse, replace
+from lib.schedule import run_length
+from lib.workers import AHEAD
 from model import LLaVAConfig, LLaVAPhi, trained_parts
 
 RECOMPUTE_MODES = ("none", "selective", "full")         # the fastest first
-# Samples, the fraction of them with an image, mean text tokens and mean supervised tokens per sample. Estimates;
-# `data.py check` measures them on the real data.
-PUBLISHED = {
-    "pretrain": (558_128, 1.0, 21, 21),
-    "finetune": (665_298, 0.939, 307, 132),
-    "sft": (40_688, 0.0, 1126, 800),
-}
-
-
-def step_flops(config: LLaVAConfig, parts: list[str], tokens: float, squares: float, images: float,
-               supervised: float) -> float:
-    """Model FLOPs of one step, 2 per multiply-add, not counting recomputation.
-
-    parts: those that are trained. squares: sum over sequences of length ** 2. supervised: number of such tokens.
-    """
-    llm, vision = config.llm, config.vision
-    S, C, D = vision.n_positions, llm.n_embd, vision.n_embd
-    dense = tokens * 2 * llm.n_layer * (4 * C * C + 2 * C * llm.n_inner) + supervised * 2 * C * llm.vocab_size
-    attention = squares * 2 * llm.n_layer * C               # causal: only half of the square is computed
-    patches = vision.n_patches * 2 * D * 3 * vision.patch_size ** 2
-    tower_block = 2 * S * (4 * D * D + 2 * D * vision.n_inner) + 4 * S * S * D
-    tower = images * (patches + vision.n_used * tower_block)
-    projector = images * 2 * vision.n_patches * (D * C + C * C)
-    # The forward pass counts 1, the backward pass 1 for the gradient of the input and 1 for that of the weights. A
-    # frozen decoder still has to pass the gradient on to the projector; a frozen tower has nothing to pass it on to.
-    passes = {name: 3 if name in parts else 2 for name in ("llm", "projector")}
-    passes["vision"] = 3 if "vision" in parts else 1
-    return dense * passes["llm"] + attention * 3 + projector * passes["projector"] + tower * passes["vision"]
-
-
-def picture_cost(config: LLaVAConfig, parts: list[str]) -> float:
-    """Compute cost of an image in tower and projector, in units of a token's in the decoder's linear layers."""
-    return step_flops(config, parts, 0, 0, 1, 0) / step_flops(config, parts, 1, 0, 0, 0)
-
-# ---------------------------------------------------------------------------------------------------
-# Memory
 
 
 def count(parameters) -> int:
@@ -191,33 +165,76 @@ def too_small(cfg: Namespace, build: Callable[[Namespace], LLaVAPhi], shards: in
             f"used: {advice}")
 
 
-def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace], LLaVAPhi]) -> None:
-    """`--plan`: what fits on --gpus GPUs with --gpu-memory GB each. Needs no weights."""
-    model = build(cfg)
-    shards = shards_of(cfg.gpus, cfg.gpus_per_node)
-    memory = USABLE * cfg.gpu_memory * 1e9
-    columns = [(mode, gather) for mode in RECOMPUTE_MODES for gather in ("on", "off")]
-    plans = [memory_plan(cfg, model, shards, *column) for column in columns]
-    rows = {"--recompute": [mode for mode, _ in columns], "--gather": [gather for _, gather in columns]}
-    for kind in plans[0]:
-        rows[kind + ", GB"] = [f"{plan[kind] / 1e9:.1f}" for plan in plans]
-    rows[f"in all, with --micro-tokens {cfg.micro_tokens}"] = [f"{sum(plan.values()) / 1e9:.1f}" for plan in plans]
-    rows["the most --micro-tokens"] = [most_tokens(cfg, model, shards, memory, *column) or "none" for column in columns]
-    print(f"stage {cfg.stage} in {cfg.dtype} on {cfg.gpus} x {cfg.gpu_memory:g} GB, of which {memory / 1e9:.0f} can be "
-          f"used; weights sharded over {shards}\n")
-    for title, cells in rows.items():
-        print(f"{title:40}" + "".join(f"{cell:>11}" for cell in cells))
+def check_shared_memory(cfg: Namespace, data: Dataset, where: Path = Path("/dev/shm")) -> None:
+    """OSError if this machine's data workers may run out of shared memory, where a worker dies or waits for ever."""
+    here = torchrun_env()
+    pixels = 3 * data.image_config.size ** 2 * bool(data.index.image.any())
+    pictures = min(cfg.global_batch, math.ceil(cfg.micro_tokens / data.image_config.n_patches))
+    # For each position a token, and at most a label, a place in the loss and a place for a patch, all int64. Each of a
+    # batch's six tensors begins a page of memory.
+    micro_batch = 8 * 4 * cfg.micro_tokens + pixels * pictures + 6 * mmap.PAGESIZE
+    loaders = 2 if cfg.val_data else 1
+    in_use = pixels * math.ceil(cfg.global_batch / here.world)          # by the step that is being computed
+    need = here.local_world * (loaders * min(cfg.workers, os.cpu_count()) * AHEAD * micro_batch + in_use)
+    free = shutil.disk_usage(where).free if where.is_dir() else math.inf            # macOS has no such folder
+    if cfg.workers and need > free:
+        raise OSError(f"{where} on {socket.gethostname()} has {free / 1e9:.2f} GB free, and the data workers take up "
+                      f"to {need / 1e9:.2f} GB: start the container with --shm-size={math.ceil(need / 1e9) + 1}g or "
+                      "--ipc=host, or give --workers 0")
 
+
+def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace], LLaVAPhi],
+               index: Index | None) -> None:
+    """`--plan`: what fits on --gpus GPUs, and for how long they would train. Needs no weights.
+
+    index: of the data, where that is there.
+    """
+    model = build(cfg)
+    parts = trained_parts(model)
+    shards = shards_of(cfg.gpus, cfg.gpus_per_node)
+    card_memory, peak = planned_card(cfg.gpu, cfg.gpu_memory, cfg.tflops, cfg.dtype)
+    memory = USABLE * card_memory
+    samples = PUBLISHED[cfg.stage][0] if index is None else len(index.length)
+    steps = run_length(samples, cfg.global_batch, cfg.epochs, cfg.max_steps)
+    seen = min(cfg.epochs * samples, steps * cfg.global_batch)      # an epoch's last step may be smaller
+    tokens, squares, images, supervised = mean_sample(cfg.stage, config, index)
+    flops = step_flops(config, parts, tokens, squares, images, supervised)
+
+    columns = []
+    for mode, gather in product(RECOMPUTE_MODES, ("on", "off")):
+        column = {"--recompute": mode, "--gather": gather}
+        plan = memory_plan(cfg, model, shards, mode, gather)
+        column |= {f"{kind}, GB": f"{size / 1e9:.1f}" for kind, size in plan.items()}
+        column[f"in all, with --micro-tokens {cfg.micro_tokens}"] = f"{sum(plan.values()) / 1e9:.1f}"
+        column["the most --micro-tokens"] = most_tokens(cfg, model, shards, memory, mode, gather) or "none"
+        if peak:
+            total = seen * (flops + recomputed_flops(config, parts, mode, tokens, squares, images))
+            column[f"hours at half of {peak / 1e12:g} TFLOP/s"] = f"{total / cfg.gpus / (peak / 2) / 3600:.1f}"
+        columns.append(column)
+    print(f"stage {cfg.stage} in {cfg.dtype} on {cfg.gpus} x {card_memory / 1e9:g} GB, of which {memory / 1e9:.0f} can "
+          f"be used; weights sharded over {shards}\n")
+    for title in columns[0]:
+        print(f"{title:40}" + "".join(f"{column[title]:>11}" for column in columns))
+    print_choice(cfg, model, build, shards, memory)
+    print(f"{steps:,} steps of {cfg.global_batch} samples of {tokens:.0f} tokens: "
+          f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths "
+          + ("as published" if index is None else f"of {' '.join(cfg.data)}")
+          + ("" if peak else "; --gpu or --tflops gives hours"))
+
+
+def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], LLaVAPhi], shards: int,
+                 memory: float) -> None:
+    """Print what auto takes, or what would fit; whether stage 1, which the run starts from, fits; what a save takes."""
     mode = choose_recompute(cfg, model, shards, memory)
     gather = choose_gather(cfg, model, shards, memory, mode)
     print("\n" + (too_small(cfg, build, shards, memory) or f"auto takes --recompute {mode} --gather {gather}"))
+    if cfg.stage == "finetune" and cfg.model == RECIPES[cfg.recipe]["pretrain"]["out"]:
+        before = parse(["--stage", "pretrain", "--recipe", cfg.recipe, "--dtype", cfg.dtype, "--micro-tokens", "2048"])
+        problem = too_small(before, build, shards, memory)
+        if problem:
+            print(f"--model {cfg.model} is what stage 1 writes, which does not fit here: {problem.split(':')[0]}. Start "
+                  "from a whole model instead (--model checkpoints/llava-phi), or run stage 1 elsewhere")
     trained = count(p for p in model.parameters() if p.requires_grad)
     in_memory = host_memory_to_save(min(cfg.gpus, cfg.gpus_per_node))
     print(f"a checkpoint takes {12 * trained / 1e9:.1f} GB of disk, and writing it {in_memory / 1e9:.1f} GB of host "
           "memory on each node")
-
-    samples, with_picture, text_tokens, supervised = PUBLISHED[cfg.stage]
-    length = round(text_tokens + with_picture * config.vision.n_patches)
-    steps = math.ceil(cfg.epochs * steps_per_epoch(samples, cfg.global_batch))
-    flops = cfg.global_batch * step_flops(config, trained_parts(model), length, length ** 2, with_picture, supervised)
-    print(f"{steps:,} steps of {cfg.global_batch} samples of {length} tokens: {flops / 1e15:.2f} PFLOP a step")

@@ -1,62 +1,150 @@
-"""`python train.py --plot OUT...`: the loss curves of one or several runs as a web page."""
+"""`python train.py --plot OUT...`: the curves of one or several runs as a web page, drawn as for a paper."""
 import html
+import math
 from pathlib import Path
 
 import numpy as np
 
 from lib.common import html_page, read_jsonl, write_whole
 
+Curve = list[tuple[int, float]]                 # (steps done, value)
+
+# Title of the vertical axis, height, curves: field of metrics.jsonl -> name in the legend. The last one lies on top.
+PANELS = [
+    ("loss per token (nats)", 190, {"loss": "training loss", "val_loss": "validation loss"}),
+    ("gradient norm", 90, {"grad_norm": "gradient norm"}),
+    ("learning rate", 90, {"lr": "learning rate"}),
+]
+NOISY = ("loss", "grad_norm")                   # a thin line for every step, a thick one for the running mean
+DOTTED = ("val_loss",)                          # measured at some steps only
+LEFT, RIGHT, TOP, GAP = 66, 444, 36, 18         # ends of the steps' axis, upper edge of the first panel, space between
+CURVE_NOTE = ("Thin lines: every step; thick ones: their running mean over a fiftieth of the run. "
+        "A triangle marks a value above the scale.")
+CURVE_STYLE = """
+:root { --c0: #1f6fb2; --c1: #c8501e; --c2: #2f8f4e }
+@media (prefers-color-scheme: dark) { :root { --c0: #62aee8; --c1: #f2935c; --c2: #6cc78a } }
+.runs { display: flex; flex-wrap: wrap; gap: 0 2em }
+.runs > div { flex: 1 1 20em; min-width: 0; max-width: 40em }
+.runs h2 { font-size: 1.15em }
+svg text { font: 12px system-ui, sans-serif; fill: currentColor }
+svg path { fill: none; stroke: currentColor; opacity: .6 } svg .grid { opacity: .15 }
+"""
+
 
 def plot(runs: list[Path], to: Path) -> None:
-    """Write the loss curves of these --out folders to a self-contained page."""
-    curves = {}
+    """Write a self-contained page with a column of curves for each of these --out folders."""
+    columns = ""
     for folder in runs:
-        path = folder / "metrics.jsonl"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not there; --plot takes the --out folders of runs")
-        curves[str(folder)] = loss_curve(path)
-    write_whole(to, html_page("Training loss", loss_svg(curves)))
+        if not (folder / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"{folder / 'metrics.jsonl'}: not there; --plot takes the --out folders of runs")
+        columns += f"<div><h2>{html.escape(str(folder))}</h2>\n{figure(read_curves(folder))}</div>\n"
+    body = f'<div class="runs">\n{columns}</div>\n<p>{CURVE_NOTE}</p>'
+    write_whole(to, html_page("Training curves", body, CURVE_STYLE))
     print(f"wrote {to}")
 
 
-def loss_curve(path: Path) -> list[tuple[int, float]]:
-    """(steps done, loss) of each training step in a metrics.jsonl, except skipped ones, whose loss is not finite."""
-    return [(r["step"] + 1, r["loss"]) for r in read_jsonl(path, torn=True) if "loss" in r and not r["skipped"]]
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """The curves of a run, by field. Skipped steps are left out, and so is every value that is not finite."""
+    curves = {field: [] for _, _, fields in PANELS for field in fields}
+    for row in read_jsonl(folder / "metrics.jsonl", torn=True):
+        done = row["step"] + ("loss" in row)    # training steps are counted from 0, validations carry the steps done
+        for field in curves.keys() & row.keys():
+            if math.isfinite(row[field]) and not row.get("skipped"):
+                curves[field].append((done, row[field]))
+    return curves
 
 
-def loss_svg(curves: dict[str, list[tuple[int, float]]], width: int = 800, height: int = 360) -> str:
-    """Curves of (step, loss) as inline SVG on common axes: a thin line for the raw values, a thick running mean."""
-    colors = ["#1f6fb2", "#c8501e", "#2f8f4e", "#8a4fa3", "#7a6a00"]
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
+def figure(curves: dict[str, Curve]) -> str:
+    """The panels of one run as inline SVG, one below the other on the same steps."""
+    last = max((step for curve in curves.values() for step, _ in curve), default=0)
+    if not last:
         return "<p>no steps yet</p>"
-    last_step = max(step for step, _ in points)
-    highest = max(loss for _, loss in points) or 1
+    marks = {step: LEFT + (RIGHT - LEFT) * step / last for step in range(0, last + 1, max(1, int(round_step(last, 6))))}
+    svg, x, y = "", LEFT, TOP
+    for i, (field, name) in enumerate(PANELS[0][2].items()):
+        if curves[field]:
+            svg += draw_curve([(x, 12), (x + 9, 12), (x + 18, 12)], field, i) + text(x + 25, 16, name, "start")
+            x += 40 + 7 * len(name)
+    for title, height, fields in PANELS:
+        shown = {field: [(LEFT + (RIGHT - LEFT) * step / last, value) for step, value in curves[field]]
+                 for field in fields}
+        svg += draw_panel(title, shown, marks.values(), y, y + height)
+        y += height + GAP
+    svg += "".join(text(x, y, f"{step:,}", "middle") for step, x in marks.items())
+    svg += text((LEFT + RIGHT) / 2, y + 20, "step", "middle")
+    return f'<svg viewBox="0 0 470 {y + 26}" width="100%" role="img" aria-label="training curves">{svg}</svg>'
 
-    def x(step: float) -> float:
-        return 50 + (width - 60) * step / last_step
 
-    def y(loss: float) -> float:
-        return height - 30 - (height - 45) * loss / highest
+def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_marks: list[float], upper: int,
+               lower: int) -> str:
+    """Axes, grid and curves between two heights. curves: field -> (x, value)."""
+    marks = scale([[value for _, value in curve] for curve in curves.values()], (lower - upper) // 30)
+    low, high = marks[0], marks[-1]
 
-    def line(curve: list[tuple[float, float]], style: str) -> str:
-        places = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in curve)
-        return f'<polyline fill="none" {style} points="{places}"/>'
+    def y_of(value: float) -> float:
+        return lower - (lower - upper) * (min(value, high) - low) / (high - low)
 
-    svg = [f'<svg viewBox="0 0 {width} {height}" width="100%" role="img" font-size="12" font-family="sans-serif">']
-    for i in range(5):                          # four grid lines and the axis, with their numbers
-        step, loss = last_step * i / 4, highest * i / 4
-        svg.append(f'<line x1="50" x2="{width - 10}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#ddd"/>')
-        svg.append(f'<text x="6" y="{y(loss):.1f}">{loss:.2f}</text>')
-        svg.append(f'<text x="{x(step):.1f}" y="{height - 8}" text-anchor="middle">{step:.0f}</text>')
-    for i, (name, curve) in enumerate(curves.items()):
-        color = colors[i % len(colors)]
-        window = max(1, len(curve) // 50)
-        losses = np.array([loss for _, loss in curve])
-        means = np.convolve(losses, np.ones(window) / window, "valid")
-        steps = [step for step, _ in curve[window - 1:]]
-        svg.append(line(curve, f'stroke="{color}" stroke-width="1" opacity="0.3"'))
-        svg.append(line([*zip(steps, means)], f'stroke="{color}" stroke-width="2"'))
-        svg.append(f'<text x="{width - 12}" y="{22 + 16 * i}" text-anchor="end" fill="{color}">'
-                   f'{html.escape(name)}</text>')
-    return "".join(svg) + "</svg>"
+    svg = f'<path d="M{LEFT} {upper}V{lower}H{RIGHT}"/>'
+    svg += "".join(f'<path d="M{x:.1f} {lower}v4"/>' for x in step_marks)
+    middle = (upper + lower) / 2
+    svg += f'<g transform="rotate(-90 14 {middle})">{text(14, middle, title, "middle")}</g>'
+    for mark in marks:
+        svg += f'<path class="grid" d="M{LEFT} {y_of(mark):.1f}H{RIGHT}"/>'
+        svg += text(LEFT - 6, y_of(mark) + 4, number(mark, marks[1] - low), "end")
+    for i, (field, curve) in enumerate(curves.items()):
+        if field in NOISY:
+            svg += polyline([(x, y_of(value)) for x, value in curve], i, 1, opacity=0.35)
+            curve = running_mean([(x, min(value, high)) for x, value in curve])
+        svg += draw_curve([(x, y_of(value)) for x, value in curve], field, i)
+    above = sorted((value, x) for curve in curves.values() for x, value in curve if value > high)
+    svg += "".join(text(x, upper - 1, "\u25b4", "middle") for _, x in above)
+    for value, x in above[-1:]:                                 # the highest with its value, on the roomier side
+        right = 2 * x > LEFT + RIGHT
+        svg += text(x + (-7 if right else 7), upper - 1, f"{value:.4g}", "end" if right else "start")
+    return svg
+
+
+def draw_curve(points: list[tuple[float, float]], field: str, color: int) -> str:
+    if field not in DOTTED:
+        return polyline(points, color, 2)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--c{color})"/>' for x, y in points)
+    # Measured only before and after, it may have fallen in any way: no line between the two.
+    return dots + (polyline(points, color, 2) if len(points) > 2 else "")
+
+
+def polyline(points: list[tuple[float, float]], color: int, width: int, opacity: float = 1) -> str:
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return (f'<polyline fill="none" stroke="var(--c{color})" stroke-width="{width}" opacity="{opacity}" '
+            f'points="{places}"/>')
+
+
+def text(x: float, y: float, content: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(content)}</text>'
+
+
+def running_mean(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    window, values = max(1, len(curve) // 50), [value for _, value in curve]
+    return [(x, float(np.mean(values[max(0, i - window):i]))) for i, (x, _) in enumerate(curve, 1)]
+
+
+def round_step(distance: float, n: int) -> float:
+    """1, 2 or 5 times a power of ten: the first that covers the distance in at most n steps."""
+    power = 10.0 ** math.floor(math.log10(distance / n))
+    return next(m * power for m in (1, 2, 5, 10) if m * power * n >= 0.999 * distance)
+
+
+def scale(curves: list[list[float]], n: int) -> list[float]:
+    """The marks of a vertical axis, from end to end. A few high outliers do not count: they would flatten the rest."""
+    values = [value for curve in curves for value in curve] or [0.0]
+    usual = 1.3 * float(np.percentile(curves[0] if len(curves[0]) > 20 else [max(values)], 99, method="lower"))
+    high = max(values) if max(values) < 2 * usual else usual
+    low = min(values) if min(values) > high / 2 else 0.0
+    step = round_step(high - low or high or 1.0, n)
+    first = math.floor(low / step)
+    return [i * step for i in range(first, max(math.ceil(high / step - 1e-3), first + 1) + 1)]
+
+
+def number(value: float, step: float) -> str:
+    decimals = max(0, -math.floor(math.log10(step)))
+    small = f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"               # 5e-4, 1.5e-3
+    return f"{value:,.{decimals}f}" if decimals < 3 else small

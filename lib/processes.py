@@ -1,14 +1,19 @@
 """The processes of a run: they print once, fail together, agree on numbers, and explain in one line why a run ended."""
+import errno
 import os
 import re
 import signal
 import socket
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from lib.common import detach_stdout, torchrun_env, warn_once
 
 # ---------------------------------------------------------------------------------------------------
 # Collectives
@@ -17,17 +22,58 @@ import torch.distributed as dist
 def join_group(backend: str, timeout: timedelta, **group_of_one) -> None:
     """Join the group that torchrun's environment describes, or make a group of one from these options."""
     try:
-        dist.init_process_group(backend, timeout=timeout, **group_of_one)
+        dist.init_process_group(backend, timeout=timeout, **(group_of_one or group_of_this_attempt(timeout)))
     except RuntimeError as e:
         first_line = str(e).partition("\n")[0][:200]
-        raise OSError(f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "
-                      "and NCCL_SOCKET_IFNAME to the network interface that they share; `ip addr` lists them") from None
+        if "EADDRINUSE" in first_line:
+            problem = (f"port {os.environ['MASTER_PORT']} of {socket.gethostname()} is taken, perhaps by another run; "
+                       "give torchrun --standalone on one node, another port in --rdzv-endpoint on several")
+        else:
+            problem = (f"the processes cannot reach each other ({first_line}); between nodes, set GLOO_SOCKET_IFNAME "
+                       "and NCCL_SOCKET_IFNAME to the network interface that they share; `ip addr` lists them")
+        raise OSError(problem) from None
+
+
+def group_of_this_attempt(timeout: timedelta) -> dict:
+    """Options of init_process_group, for processes that torchrun --max-restarts may have started again; else {}.
+
+    All attempts share torchrun's key-value store. With the same keys, a new process may read the address that its
+    predecessor left there, and wait in vain. Nodes count their attempts separately, so several have no common prefix;
+    docs/cluster.md names the variable that gives each attempt a store of its own.
+    """
+    here = torchrun_env()
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or here.world > here.local_world:
+        return {}
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
+
+
+def launch_problem() -> str:
+    """Why these processes cannot train together: something other than torchrun started them. "" if they can."""
+    tasks = [int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    if "RANK" not in os.environ and max(tasks) > 1:
+        return (f"{max(tasks)} processes that know nothing of each other, started without torchrun: start one torchrun "
+                "on each node; docs/cluster.md has a script for Slurm")
+    missing = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
+    if torchrun_env().world > 1 and missing:
+        return (f"WORLD_SIZE is set and {' and '.join(missing)} not: start one torchrun on each node, which sets all "
+                "of them; docs/cluster.md has a script for Slurm")
+    return ""
 
 
 def print0(text: str) -> None:
-    """Print on process 0 only."""
+    """Print on process 0 only. A log on a full disk, or a reader that has gone (a closed terminal, a tee that Ctrl-C
+    ended), does not end a run.
+    """
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:         # a disk may have room again later, a reader does not come back
+                detach_stdout()
+            with suppress(OSError):             # stderr may have gone with it
+                warn_once(f"nothing can be printed ({e.strerror}); the run goes on")
 
 
 PATIENCE = timedelta(days=1)
@@ -92,16 +138,47 @@ def smallest(number: float) -> float:
 
 
 def watch_signals() -> list[int]:
-    """A list that grows when SIGTERM, SIGUSR1 or Ctrl-C asks for a save and a stop. A second Ctrl-C exits at once."""
+    """A list that grows when SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C asks for a save and a stop.
+
+    Ctrl-C after any of them exits at once. A signal that is ignored on entry stays so: nohup ignores SIGHUP.
+    """
     received: list[int] = []
+    trainer = os.getpid()
 
     def note(number, frame):
         if received and number == signal.SIGINT:
             os._exit(130)
+        if not received and torchrun_env().rank == 0 and os.getpid() == trainer:        # rather than a data worker
+            again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
+            with suppress(OSError):             # not print, which the signal may just have interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving; {again} ends it now, "
+                            "without\n".encode())
         received.append(number)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, note)
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"):
+        number = getattr(signal, name, None)            # Windows has the first and the last
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return received
+
+
+LAUNCHER = os.getppid()
+
+
+def count_signals(received: list[int]) -> int:
+    """How many signals have come to this process. If torchrun is gone, nobody will end it, so that counts as one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
+        received.append(signal.SIGTERM)
+    return len(received)
+
+
+def exit_code_of_stop(received: list[int]) -> int:
+    """128 + the number of the signal that stopped the run, whichever process it came to.
+
+    The other processes of a node leave with 0, so that torchrun's list of failures has one entry.
+    """
+    everywhere = on_every_process(lambda: received)
+    first = next((numbers[0] for numbers in everywhere if numbers), signal.SIGTERM)
+    return 0 if torchrun_env().local_rank else 128 + first
 
 
 # What gloo and NCCL say when another process is gone. Neither has an exception type of its own for that.
@@ -127,14 +204,14 @@ def explain(error: RuntimeError) -> str:
 
 
 def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str:
-    """One line about a data worker that died; "" for every other error.
+    """One line about a data worker that died or hangs; "" for every other error.
 
     DataLoader reports it as a RuntimeError, unless it was just receiving a tensor: then the connection breaks.
     An exception that a worker raised also arrives as a RuntimeError, with its traceback. It is a defect, unless it
     says that shared memory could not be had.
     """
     message = str(error)
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in message:
+    if isinstance(error, RuntimeError) and not re.search("DataLoader (worker|timed out)", message):
         return ""
     reason = message.partition("\n")[0].partition(". ")[0][:200] or "it closed the connection"
     if isinstance(error, RuntimeError) and message.startswith("Caught "):
@@ -142,7 +219,7 @@ def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str
             return ""
         reason = message.strip().rpartition("\n")[2][:200]
     return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({reason}). In a container "
-            "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or take fewer --workers")
+            "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or give --workers 0")
 
 
 def explain_out_of_memory(error: torch.OutOfMemoryError, cfg: Namespace) -> str:

@@ -1,5 +1,5 @@
 """Weights for inference: prepacked, 8-bit and 4-bit. A reader of the model can skip this file."""
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -73,57 +73,48 @@ def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
         q[rows], scale[rows] = quantize_rows(weight[rows].to(scale))
 
 
-# Three matmuls with int8 weights. They take x (n, K) in any float dtype and return (n, N) in the same one. The weights
-# come in parts: (output channels, their int8 weights (some, K), their scales (some,)).
-Parts = Iterable[tuple[slice, Tensor, Tensor]]
+# Three matmuls with int8 weights (N, K) and their scales (N,). They take x (n, K) in any float dtype and return (n, N) in
+# the same one.
 
 
-def int8_times_int8(x: Tensor, parts: Parts, bias: Tensor) -> Tensor:
-    """Dynamic quantization: each token is quantized with a scale of its own, and the matmul is in integers."""
+def int8_times_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Dynamic quantization: each token is quantized with a scale of its own, and the matmul is in integers.
+
+    weight: prepacked by oneDNN. Tokens are shifted by 128 into uint8: the processor's instructions multiply unsigned
+    by signed, and without AMX oneDNN has only a reference kernel for two signed ones, a thousand times slower.
+    """
     q, x_scale = quantize_rows(x)
-    y = torch.empty(len(x), len(bias), dtype=x.dtype)
-    for channels, weight, scale in parts:
-        product = torch._int_mm(q, weight.t()).float()                             # (n, some), from int32
-        torch.addcmul(bias[channels].float(), product.mul_(x_scale), scale, out=y[:, channels])
-    return y
+    no_shift = torch.zeros(len(scale), dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(q.view(torch.uint8) + 128, 1.0, 128, weight, scale, no_shift, None, 1.0, 0,
+                                           torch.float32, "none", [], "")          # (n, N)
+    return torch.addcmul(bias.float(), y, x_scale).type_as(x)
 
 
-def widen_on_cpu(x: Tensor, parts: Parts, bias: Tensor) -> Tensor:
+def widen_on_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Weight-only quantization, for CPUs without VNNI: torch's kernel for the few rows of decoding, else fp32."""
-    y = torch.empty(len(x), len(bias), dtype=x.dtype)
-    for channels, weight, scale in parts:
-        if len(x) <= 32:
-            ones = torch.ones_like(scale, dtype=torch.bfloat16)
-            product = torch._weight_int8pack_mm(x.bfloat16(), weight, ones).float()                # (n, some)
-        else:                       # 512 channels at a time, so that their fp32 weights fit the CPU's cache
-            product = torch.cat([F.linear(x.float(), some.float()) for some in weight.split(512)], dim=1)
-        torch.addcmul(bias[channels].float(), product, scale, out=y[:, channels])
-    return y
+    if len(x) <= 32:
+        y = torch._weight_int8pack_mm(x.bfloat16(), weight, torch.ones_like(scale, dtype=torch.bfloat16)).float()
+    else:                           # 512 channels at a time, so that their fp32 weights fit the CPU's cache
+        y = torch.cat([F.linear(x.float(), some.float()) for some in weight.split(512)], dim=1)
+    return torch.addcmul(bias.float(), y, scale).type_as(x)
 
 
-def widen_on_gpu(x: Tensor, parts: Parts, bias: Tensor) -> Tensor:
-    """Weight-only quantization: the memory of int8, the arithmetic of x. All channels come as one part."""
-    [(_, weight, scale)] = parts
+def widen_on_gpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Weight-only quantization: the memory of int8, the arithmetic of x."""
     return F.linear(x, weight.type_as(x)) * scale.type_as(x) + bias
 
 
 @lru_cache
 def has_int8_product() -> bool:
-    """Does this CPU multiply int8 in its vector units (VNNI)? Without them torch._int_mm is slower than fp32.
+    """Does this CPU multiply int8 in its vector units (VNNI) or tiles (AMX)? Without them fp32 is faster.
 
     The largest product is tried as well: where ONEDNN_MAX_CPU_ISA keeps oneDNN from using VNNI, its sums silently
     saturate at 16 bits.
     """
-    if not torch.cpu._is_vnni_supported():
-        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.cpu._is_vnni_supported():
+        return False                                        # every CPU with AMX has both
     largest = torch.full((32, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
-
-
-def int8_product_for(device: torch.device) -> Callable[[Tensor, Parts, Tensor], Tensor]:
-    if device.type != "cpu":
-        return widen_on_gpu
-    return int8_times_int8 if has_int8_product() else widen_on_cpu
 
 
 class Int8Linear(nn.Linear):
@@ -143,11 +134,17 @@ class Int8Linear(nn.Linear):
     def quantize(self, weight: Tensor) -> None:
         """Quantize and store a weight (out, in) of any float dtype."""
         quantize_into(self.weight, self.scale, weight)
-        self.product = int8_product_for(self.weight.device)
+        if self.weight.device.type != "cpu":
+            self.product = widen_on_gpu
+        elif not has_int8_product():
+            self.product = widen_on_cpu
+        else:
+            self.product = int8_times_int8
+            packed = torch.ops.onednn.qlinear_prepack(self.weight, None)           # to_dense() gives (in, out)
+            self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)                                     # (n, in)
-        y = self.product(rows, [(slice(None), self.weight, self.scale[:, 0])], self.bias)
+        y = self.product(x.reshape(-1, self.in_features), self.weight, self.scale[:, 0], self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -174,6 +171,7 @@ class Int8Embedding(nn.Embedding):
 # zero.
 
 FITS = 7                            # rounds of fitting a group's scale; more did not help on the demo's questions
+MANY_ROWS = 64                      # measured: from here on a product in 8 bits is faster, where the CPU has one
 TILE = 64                           # output channels are padded to a multiple of this, as torch's kernels want them
 
 
@@ -263,13 +261,10 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     row_scale = torch.maximum(lowest.abs(), highest.abs()).amax(0).clamp_min(1e-12) / 127          # (n,)
     a = (128 * scale / row_scale).round().short()
     b = (128 * lowest / row_scale + 64).round().short()                            # half a unit more: >> rounds down
-    # torch stores a tile as (K, tile / 2): the first half of its channels in the low nibbles, the second in the high.
-    half = 16 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 32
-    packed = packed.view(len(packed) // (2 * half), len(scales), -1, half).short() # (tiles, K / group, group, half)
-    w = packed.new_empty(*packed.shape[:-1], 2 * half)                             # (tiles, K / group, group, tile)
-    torch.bitwise_and(packed, 15, out=w[..., :half])
-    torch.bitwise_right_shift(packed, 4, out=w[..., half:])
-    a, b = (x.view(len(scales), -1, 1, 2 * half).transpose(0, 1) for x in (a, b))  # (tiles, K / group, 1, tile)
+    # With AVX-512 torch stores a tile as (K, tile / 2): its first channels in the low nibbles, the others in the high.
+    packed = packed.view(len(packed) // TILE, len(scales), -1, TILE // 2)          # (tiles, K / group, group, tile / 2)
+    w = torch.cat([packed & 15, packed >> 4], dim=-1).short()                      # (tiles, K / group, group, tile)
+    a, b = (x.view(len(scales), -1, 1, TILE).transpose(0, 1) for x in (a, b))      # (tiles, K / group, 1, tile)
     torch.addcmul(b, w, a, out=w)
     w >>= 7
     return w.char().flatten(1, 2).transpose(0, 1).flatten(1).t(), row_scale
@@ -299,28 +294,32 @@ class Int4Linear(nn.Linear):
         """Quantize and store a weight (out, in) of any float dtype."""
         layout = layout_for_cuda if self.weight.is_cuda else layout_for_cpu
         quantize_into_int4(self.weight, self.group_scales, weight, layout)
-        self.int8_product = int8_product_for(self.weight.device)
-        self.many_rows = 64 if self.int8_product is int8_times_int8 else 192       # measured: from here on 8 bits win
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)                                     # (n, in)
         if x.is_cuda:
             tiled = self.weight.view(torch.int32).view(len(self.weight) // 8, self.in_features // 32, 32, 1)
             y = torch._weight_int4pack_mm(rows.bfloat16(), tiled, self.group, self.group_scales)
-        elif len(rows) < self.many_rows:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.weight, self.group, self.group_scales)
+        elif len(rows) >= MANY_ROWS and has_int8_product():
+            y = self.multiply_in_int8(rows)
         else:
-            return self.int8_product(rows, self.int8_parts(), self.bias).view(*x.shape[:-1], self.out_features)
-        y = y[:, :self.out_features] + self.bias
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.weight, self.group, self.group_scales)
+        y = y[:, :self.out_features] + self.bias                                   # without the padding of the last tile
         return y.type_as(x).view(*x.shape[:-1], self.out_features)
 
-    def int8_parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The weights in 8 bits, about two million at a time, so that they stay in the CPU's cache."""
+    def multiply_in_int8(self, rows: Tensor) -> Tensor:
+        """rows (n, in) -> (n, N') in fp32, with weights in 8 bits, two million at a time to fit the CPU's cache.
+
+        They are not prepacked as in Int8Linear: that takes as long as multiplying 640 rows.
+        """
+        q, x_scale = quantize_rows(rows)
         step = max(1, 2 ** 15 // self.in_features) * TILE
-        for first in range(0, self.out_features, step):
-            weight, scale = int4_to_int8(self.weight[first:first + step], self.group_scales[:, first:first + step])
-            n = min(step, self.out_features - first)        # without the padding of the last tile
-            yield slice(first, first + n), weight[:n], scale[:n]
+        y = torch.empty(len(rows), len(self.weight))
+        for first in range(0, len(self.weight), step):
+            channels = slice(first, first + step)
+            weight, scale = int4_to_int8(self.weight[channels], self.group_scales[:, channels])
+            torch.mul(torch._int_mm(q, weight.t()), x_scale, out=y[:, channels]).mul_(scale)
+        return y
 
 # ---------------------------------------------------------------------------------------------------
 # A model's layers

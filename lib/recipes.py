@@ -90,29 +90,46 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-INSTEAD_OF_TRAINING = ("plot", "plan", "gpus", "gpus_per_node", "gpu_memory")
+INSTEAD_OF_TRAINING = ("plot", "plot_to", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
 
 
 def parse(argv: list[str] | None) -> Namespace:
     """A run's settings. ValueError: an invalid flag, or flags that contradict each other."""
-    # The defaults depend on these two, so they are parsed first.
+    # The other defaults depend on these three, so they are parsed first.
     row = Parser(add_help=False, prog="train.py")
     row.add_argument("--stage", choices=tuple(LLAVA_PHI), default="pretrain",
                      help="pretrain: the projector; finetune: everything; sft: just the language model, before both")
     row.add_argument("--recipe", choices=tuple(RECIPES), default="llava-phi",
                      help="whose published defaults: llava-phi's (CLIP) or mipha's (SigLIP)")
+    row.add_argument("--lora-r", type=at_least(0), default=0,
+                     help="rank of LoRA adapters in the language model, whose own weights are then frozen; 0: none. "
+                          "LLaVA's published rates and scale for adapters become the defaults")
     chosen = row.parse_known_args(argv)[0]
     if chosen.stage not in RECIPES[chosen.recipe]:
         raise ValueError(f"--recipe {chosen.recipe} has no --stage {chosen.stage}: start from Phi-2 as it is published")
 
     parser = Parser(prog="train.py", description="Train LLaVA-Phi: every stage of the published recipes.",
-                    epilog=f"The defaults shown are those of --stage {chosen.stage} --recipe {chosen.recipe}.",
-                    parents=[row])
+                    epilog=f"The defaults shown are those of --stage {chosen.stage} --recipe {chosen.recipe}"
+                           f"{f' --lora-r {chosen.lora_r}' if chosen.lora_r else ''}.", parents=[row])
     add_flags(parser)
-    parser.set_defaults(**RECIPES[chosen.recipe][chosen.stage])
+    published = RECIPES[chosen.recipe][chosen.stage]
+    parser.set_defaults(**published)
+    if chosen.lora_r:
+        parser.set_defaults(**lora_defaults(published, chosen.lora_r))
     cfg = parser.parse_args(argv)
+    if cfg.plot_to and not cfg.plot:
+        parser.error(f"--plot-to {cfg.plot_to} needs --plot, with the --out folders of runs")
     check_together(cfg)
     return cfg
+
+
+def lora_defaults(published: dict, lora_r: int) -> dict:
+    """LLaVA's own recipe for adapters (scripts/v1_5/finetune_lora.sh): a scale of 2 and ten times finetune's rate.
+
+    Projector and tower, which are trained whole, keep the stage's rate; the projector does in LLaVA's script, too, and
+    the tower is frozen there. At a tenth of the rate and a scale of 1/4, adapters learned nothing in a hundred steps.
+    """
+    return {"lora_alpha": 2.0 * lora_r, "lr": 2e-4, "projector_lr": published["lr"], "vision_lr": published["lr"]}
 
 
 def add_flags(parser: Parser) -> None:
@@ -123,6 +140,8 @@ def add_flags(parser: Parser) -> None:
     add("--model", help="model folder to start from; empty: --llm and --vision with a new projector")
     add("--llm", help="Phi-2 folder (pretrain, sft)")
     add("--vision", help="CLIP or SigLIP folder (pretrain)")
+    add("--projector", default="", metavar="FILE", help="trained projector for --llm and --vision, as LLaVA's stage 1 "
+        "writes it (mm_projector.bin); default: a new one")
     add("--data", nargs="+", type=lambda name: weighted(name) and name, metavar="FILE[:EPOCHS]", help="records: json or "
         "jsonl, LLaVA's, ShareGPT's or OpenAI's messages; FILE:0.1 gives another tenth of a file to each epoch of the "
         "run, FILE:2 all of it twice")
@@ -134,10 +153,8 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("model and data").add_argument
     add("--train", help="comma-separated parts to train: projector, llm, vision")
     add("--freeze", default="", help="comma-separated parts to take out of --train again")
-    add("--lora-r", type=at_least(0), default=0, help="rank of LoRA adapters in the language model, whose own weights "
-        "are then frozen; 0: none")
     add("--lora-alpha", type=at_least(0.0), default=16.0, help="adapters are scaled by lora_alpha / lora_r, and merged "
-        "when the model is saved")
+        "when the model is saved; with --lora-r, the default is twice that")
     add("--lora-on", choices=("both", "attn", "mlp"), default="both", help="linear layers that get adapters")
     add("--base-bits", type=int, choices=(4, 16), default=16, help="4: QLoRA, with the language model's frozen weights "
         "in 4 bits")
@@ -153,7 +170,7 @@ def add_flags(parser: Parser) -> None:
 
     add = parser.add_argument_group("optimization").add_argument
     add("--global-batch", type=at_least(1), help="samples per optimizer step, over all processes")
-    add("--epochs", type=at_least(0.0), help="passes over the data")
+    add("--epochs", type=at_least(1e-6), help="passes over the data")
     add("--max-steps", type=at_least(0), default=0, help="upper limit of optimizer steps; 0: --epochs decides")
     add("--lr", type=at_least(0.0), help="peak learning rate")
     add("--projector-lr", type=at_least(0.0), default=0.0, help="the projector's own peak rate; 0: as --lr")
@@ -169,6 +186,8 @@ def add_flags(parser: Parser) -> None:
         "config.json says")
 
     add = parser.add_argument_group("hardware").add_argument
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPUs, or the CPU where torch finds "
+        "none")
     add("--dtype", type=dtype_name, default="bf16", metavar="{fp32,bf16}", help="compute dtype; master weights and "
         "reductions are always fp32")
     add("--micro-tokens", type=at_least(1), default=16384, help="tokens per forward pass on one process: as many as "
@@ -188,16 +207,21 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
-    add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: only when interrupted")
+    add("--save-minutes", type=at_least(0.0), default=30.0, help="minutes between checkpoints; 0: by --save-every only")
+    add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: by --save-minutes only")
     add("--keep", type=at_least(1), default=2, help="number of checkpoints to keep")
     add("--resume", default="auto", help="auto: from the newest checkpoint in --out; never; or a checkpoint folder")
 
     add = parser.add_argument_group("instead of training").add_argument
-    add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the loss curves of these runs into loss.html")
+    add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the curves of these runs: loss, gradient norm, rate")
+    add("--plot-to", default="", metavar="FILE", help="page to draw them into; default: loss.html in the first of them")
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
-    add("--gpu-memory", type=at_least(1.0), default=80.0, help="for --plan: GB per GPU")
+    add("--gpu", default="", metavar="NAME", help="for --plan: a card, such as 'RTX 4090', for its memory and its speed")
+    add("--gpu-memory", type=at_least(1.0), default=0.0, help="for --plan: GB per GPU; 0: those of --gpu, else 80")
+    add("--tflops", type=at_least(1.0), default=0.0, help="for --plan: a GPU's peak in dense TFLOP/s; 0: that of --gpu, "
+        "else no hours are given")
 
 
 def weighted(name: str) -> tuple[str, float]:
@@ -215,6 +239,8 @@ def check_together(cfg: Namespace) -> None:
         if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
             raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
                              "new model is made from --llm and --vision")
+    if cfg.projector and (cfg.model or not cfg.vision):
+        raise ValueError(f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already")
     if cfg.compile and cfg.recompute == "selective":
         raise ValueError("--compile already does what --recompute selective would; give --recompute none or full")
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):
@@ -224,6 +250,14 @@ def check_together(cfg: Namespace) -> None:
         raise ValueError("--base-bits 4 does not work with --compile; leave one of them out")
     if cfg.stage == "sft" and (cfg.model or cfg.vision):
         raise ValueError("--stage sft trains just a language model: give --llm, and neither --model nor --vision")
+
+
+def recipe_note(siglip: bool, recipe: str) -> str:
+    """One line if a recipe is another tower's, for its defaults then fit the run badly; else ""."""
+    tower, own = ("SigLIP", "mipha") if siglip else ("CLIP", "llava-phi")
+    if recipe == own:
+        return ""
+    return f"note: the vision tower is {tower}, and the defaults are those of --recipe {recipe}, not --recipe {own}"
 
 
 def settings(cfg: Namespace) -> dict:
@@ -262,8 +296,8 @@ def parse_data(argv: list[str] | None) -> Namespace:
     add("--tokenizer", type=Path, help="tokenizer folder, without which lengths are not checked; default: the model's, "
         "else checkpoints/phi-2")
     add("--max-length", type=at_least(1), help="positions per sample, image expanded; default: the model's, up to 2048")
-    add("--n-patches", type=at_least(1), help="positions per image; default: the model's, else 576 (CLIP-336)")
-    add("--image-size", type=at_least(1), help="pixels per side; default: the model's, else 336")
+    add("--n-patches", type=at_least(1), help="positions per image; default: the model's, else the recipe's")
+    add("--image-size", type=at_least(1), help="pixels per side; default: the model's, else the recipe's")
     add("--image-mode", choices=IMAGE_MODES, help="how images are made square; default: as the recipe says")
     add("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
     add = commands.add_parser("check", parents=[as_trained], help="find every bad sample").add_argument

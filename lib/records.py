@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from lib.common import read_jsonl, replacing
+from lib.common import append_line, read_jsonl, replacing
 
 BLOCK = 1 << 24                     # bytes read at a time
 
@@ -179,7 +179,7 @@ def read_record(record: object) -> tuple[Record, str]:
         if pieces is None:
             return nothing, problem or ('not a conversation: expected {"id", "image" (if any), "conversations": '
                                         '[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]} or '
-                                        f"OpenAI's \"messages\", found {repr(record)[:80]}")
+                                        f"OpenAI's \"messages\", found {repr(turn or record)[:80]}")
         name = turn.get("from") if turn.get("from") is not None else turn.get("role")
         role = ROLES.get(name, repr(name)) if isinstance(name, str) else repr(name)
         if its_places and role != "user":
@@ -297,9 +297,7 @@ class BadSamples:
         if problem["sample"] not in self.found:
             self.found.add(problem["sample"])
             if self.folder:
-                with open(self.folder / BAD_SAMPLES, "ab", buffering=0) as file:
-                    line = json.dumps({"checksum": self.checksum, **problem}) + "\n"
-                    file.write(line.encode())               # in one write, so that processes' lines do not mix
+                append_line(self.folder / BAD_SAMPLES, {"checksum": self.checksum, **problem})
         if len(self.found) > self.limit:
             raise ValueError(f"{len(self.found)} bad samples, more than {self.limit} (0.1 % of the data, but at least "
                              f"10); the last: {problem['problem']}")

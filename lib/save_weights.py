@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from data import EOT, IMAGE, eot_id, load_tokenizer
-from lib.common import read_json, remove, replacing, sha256, sync_folder, write_whole
+from data import EOT, IMAGE, eot_id
+from lib.common import read_json, remove, replacing, sha256, sync_folder, warn_once, write_whole
 from lib.folders import Weights, check_tensors, in_order, meta_model, read_tensor, saved_shapes
 from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
 from model import LLaVAConfig, PhiConfig
@@ -30,6 +31,7 @@ PHI_ALONE = {"language_model.": ""}
 TOWER_ALONE = {"vision_tower.": ""}
 PROJECTOR_ALONE = {"multi_modal_projector.linear_1.": "model.mm_projector.0.",
                    "multi_modal_projector.linear_2.": "model.mm_projector.2."}
+ALL_PARTS = ("llm", "vision", "projector")
 Lazy = Tensor | Callable[[], Tensor]        # a tensor, or the function that loads it
 
 
@@ -62,10 +64,8 @@ def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, sour
     run's settings under "training".
     """
     model = collect(changed, config, source, dtype)
-    # <image> gets the first id after the tokenizer's own. Phi-2's embedding has 900 unused rows.
-    if image_token_id(model.tokenizer) >= config.llm.vocab_size:
-        rows = config.llm.vocab_size
-        raise ValueError(f"{source.paths[0]}: all {rows} embedding rows are taken, none is left for <image>")
+    if lacks_image_row(model.tokenizer, config.llm):
+        model = with_image_row(model)
     with replacing_model(out) as made:
         write_tensors(made, model)
         write_model_texts(made, model)
@@ -91,9 +91,20 @@ def save_parts(out: Path, source: Weights, dtype: torch.dtype | None = None) -> 
         write_checksums(made)
 
 
+def check_before_training(config: LLaVAConfig, source: Weights, tower: bool) -> None:
+    """Refuse before the first step all that a save would refuse after the last: ValueError or OSError.
+
+    Saving needs the tokenizer, and tensors of the tower that are not in the model. Both stay at hand even if the folder
+    moves: the tokenizer in memory, the tensors in files that are open.
+    """
+    trained = dict(meta_model(config, tower).named_parameters())
+    collect(trained, config, source, None, ALL_PARTS if tower else ("llm",))
+
+
 def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, dtype: torch.dtype | None,
-            parts: tuple[str, ...] = ("llm", "vision", "projector")) -> ToSave:
+            parts: tuple[str, ...] = ALL_PARTS) -> ToSave:
     """The `changed` tensors, and from `source` all others in a saved folder of these parts."""
+    lacks_image_row(source.tokenizer, config.llm)
     shapes = saved_shapes(meta_model(config))
     names = [name for name in shapes if name.startswith(parts)]
     assert changed.keys() <= set(names), f"not in the model: {changed.keys() - set(names)}"
@@ -106,7 +117,39 @@ def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, d
         else:
             tensors[name] = partial(read_tensor, source, name)
             dtypes[name] = dtype or in_order(source.found[name])[0].dtype
-    return ToSave(config, load_tokenizer(source.paths[0]), tensors, shapes, dtypes)
+    return ToSave(config, source.tokenizer, tensors, shapes, dtypes)
+
+
+def lacks_image_row(tokenizer: Tokenizer, config: PhiConfig) -> bool:
+    """Is every row of the embedding taken, as after transformers' resize_token_embeddings? Phi-2 has 900 to spare.
+
+    <image> gets the first id after the tokenizer's own. ValueError if even those do not have a row each.
+    """
+    tokens = image_token_id(tokenizer)
+    if tokens > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokens:,} tokens and the embedding {config.vocab_size:,} rows: they "
+                         "belong to different models")
+    return tokens == config.vocab_size
+
+
+def with_image_row(model: ToSave) -> ToSave:
+    """Give <image> a row, the mean of all others, in the embedding and the head.
+
+    Its logit is then the mean of all logits. So it is never the largest, and as a sample it is rarer than 1 in the
+    number of tokens.
+    """
+    def extended(tensor: Lazy) -> Tensor:
+        tensor = tensor() if callable(tensor) else tensor
+        mean = tensor.mean(0, keepdim=True, dtype=torch.float32)
+        return torch.cat([tensor, mean.to(tensor.dtype)])
+
+    names = ("llm.wte.weight", "llm.lm_head.weight", "llm.lm_head.bias")
+    rows = model.config.llm.vocab_size + 1
+    return model._replace(
+        config=replace(model.config, llm=replace(model.config.llm, vocab_size=rows)),
+        tensors=model.tensors | {name: partial(extended, model.tensors[name]) for name in names},
+        shapes=model.shapes | {name: (rows, *model.shapes[name][1:]) for name in names},
+    )
 
 # ---------------------------------------------------------------------------------------------------
 # Tensors
@@ -131,14 +174,24 @@ def write_tensors(folder: Path, model: ToSave, renamed: dict[str, str] = {}, fil
             total += tensor.nbytes
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         path = folder / f"{file}{suffix}.safetensors"
-        save_file(shard, path, metadata={"format": "pt"})               # transformers refuses files without "format"
-        # safetensors creates a file that only its owner may read. Give it the permissions of any new file: those of
-        # the folder, which follow the umask, without the execute bits.
-        path.chmod(folder.stat().st_mode & 0o666)
+        write_safetensors(path, shard)
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{file}.safetensors.index.json", index)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})             # transformers refuses files without "format"
+    except SafetensorError as e:                                        # a full disk, for example
+        raise OSError(f"{path}: {e}") from None
+    # safetensors creates a file that only its owner may read. Give it the permissions of any new file: those of the
+    # folder, which follow the umask, without the execute bits.
+    try:
+        path.chmod(path.parent.stat().st_mode & 0o666)
+    except OSError as e:                                                # SMB and FUSE may have none to change
+        warn_once(f"{path} keeps the permissions that it was created with ({e})")
 
 
 def plan_shards(nbytes: dict[str, int]) -> list[list[str]]:

@@ -19,6 +19,12 @@ def steps_per_epoch(n: int, global_batch: int) -> int:
     return math.ceil(n / global_batch)                      # the last step of an epoch may be smaller
 
 
+def run_length(n: int, global_batch: int, epochs: float, max_steps: int) -> int:
+    """The steps of a run over n samples. max_steps: 0 if there is no limit."""
+    steps = math.ceil(epochs * steps_per_epoch(n, global_batch))
+    return min(steps, max_steps or steps)
+
+
 def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.Generator | None,
                    shuffle_runs: torch.Generator) -> list[int]:
     """LLaVA's group_by_modality_length: runs of world * batch samples that all have an image, or all have none.

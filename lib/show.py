@@ -21,7 +21,6 @@ from lib.records import NOTES, id_of, lines_of, notes_on
 
 SHOW_STYLE = """
 :root { --learned: #c4ecc9; --edge: #1c7c31; --faint: #767676; --image: #dbe7fb; --cut: #b3261e }
-body { color-scheme: light dark; background: #fff }
 .sample { display: grid; grid-template-columns: 240px 1fr; gap: 0 1.2em; border-top: 1px solid #8886; padding: 1em 0 }
 h2 { font-size: 1em; margin: 0 0 .5em; grid-column: 1 / -1; overflow-wrap: anywhere }
 img { width: 100%; border: 1px solid #8886; display: block; margin-bottom: .5em }
@@ -36,7 +35,6 @@ span.cut { color: var(--cut); text-decoration: line-through }
 @media (max-width: 700px) { .sample { grid-template-columns: 1fr } img { max-width: 240px } }
 @media (prefers-color-scheme: dark) {
   :root { --learned: #1d4a28; --edge: #55c26d; --faint: #949494; --image: #21365a; --cut: #ff8a80 }
-  body { background: #15171a; color: #e4e4e4 }
 }
 """
 LEGEND = """<p class="legend"><span class="learned">learned</span> <span>read, not learned</span>

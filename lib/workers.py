@@ -7,6 +7,9 @@ from itertools import chain
 import torch
 from torch.utils.data import DataLoader
 
+AHEAD = 4           # results that each worker prepares ahead
+TIMEOUT = 300       # seconds after which a worker counts as hung: one that finds shared memory full may wait for ever
+
 
 class MapDataset:
     """A map-style dataset for DataLoader: `ds[item]` is `function(item)`."""
@@ -43,7 +46,8 @@ def map_in_workers(function: Callable, items: Iterable, workers: int, pin: bool 
         batch_size=None,                                    # a result is a whole micro-batch already
         sampler=items,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=AHEAD if workers else None,
+        timeout=TIMEOUT if workers else 0,
         pin_memory=pin,
         worker_init_fn=leave_process_group,
         collate_fn=identity,                                # the default would turn lists into tensors

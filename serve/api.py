@@ -1,16 +1,16 @@
 """OpenAI's chat format: its json into a question, an answer into its json. No model, no sockets.
 
-Follows https://platform.openai.com/docs/api-reference/chat as its clients use it. Unknown fields are ignored, as
-OpenAI's own servers do; a known field that cannot be used is an error that names it.
+Follows https://platform.openai.com/docs/api-reference/chat as its clients use it. A field that cannot be obeyed is an
+error that names it, as on OpenAI's own servers.
 """
 import base64
 import json
 import secrets
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
-
-from lib.chat import MAX_CHARACTERS
 
 # The fields that are read: their types, a test of the value, and what was expected. Each may be left out or null.
 FIELDS = {
@@ -19,31 +19,41 @@ FIELDS = {
     "max_tokens": ({int}, lambda n: n >= 1, "an integer, 1 or more"),
     "max_completion_tokens": ({int}, lambda n: n >= 1, "an integer, 1 or more"),
     "temperature": ({int, float}, lambda t: 0 <= t <= 2, "a number from 0 to 2"),       # which NaN is not
-    "top_p": ({int, float}, lambda p: 1e-6 <= p <= 1, "a number from 0.000001 to 1"),
+    "top_p": ({int, float}, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+    "top_k": ({int}, lambda k: -1 <= k < 2**31, "an integer; 0 and -1: off"),           # vLLM's
     "seed": ({int}, lambda seed: -2**63 <= seed < 2**63, "an integer of 64 bits"),
-    "stop": ({str, list}, lambda stop: are_stops(stop_strings(stop)), "a string or an array of up to 4, none empty"),
+    "stop": ({str, list}, lambda stop: len(texts := stop_strings(stop)) <= 4 and all(
+        type(text) is str and text for text in texts), "a string or an array of up to 4, none empty"),
     "stream": ({bool}, lambda on: True, "true or false"),
     "stream_options": ({dict}, lambda options: True, "an object"),
     "n": ({int}, lambda n: n == 1, "1: one answer comes"),
 }
+# Fields that change nothing in the answer of a server without accounts, tools or a cache to be named.
+HARMLESS = {"user", "safety_identifier", "metadata", "service_tier", "parallel_tool_calls", "prediction",
+            "prompt_cache_key", "prompt_cache_retention"}
+# All other fields are refused, except with a value that asks for nothing: null, false, 0, empty, or one of these.
+DEFAULTS = {"tool_choice": ["none", "auto"], "function_call": ["none", "auto"], "response_format": [{"type": "text"}],
+            "modalities": [["text"]], "reasoning_effort": ["none"], "repetition_penalty": [1]}
+SPEAKERS = ("user", "assistant", "system", "developer")
 PART = '{"type": "text", "text": "..."} or {"type": "image_url", "image_url": {"url": "data:image/...;base64,..."}}'
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class RequestError(ValueError):
-    """A request that is refused: an HTTP status, a sentence, and the field at fault."""
+    """A request that is refused: an HTTP status, a sentence, the field at fault, and OpenAI's word for the fault."""
 
-    def __init__(self, status: int, message: str, param: str | None = None):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
 
 
 @dataclass
 class Request:
     """A chat completion as it was asked for."""
-    turns: list[str]                # question, answer, ..., question
-    picture: bytes | None           # a picture file
+    turns: list[list[str]]          # question, answer, ..., question, in pieces: see read_messages
+    pictures: list[bytes]           # files of pictures
     sampling: dict                  # max_new_tokens, temperature, top_k and top_p of lib.chat.answer
     seed: int | None
     stop: list[str]                 # the answer ends before the first of them
@@ -61,24 +71,23 @@ def read_request(body: bytes, defaults: dict) -> Request:
     except (ValueError, RecursionError) as e:
         raise RequestError(400, f"the body is not json: {e}") from None
     param, problem = find_problem(fields)
+    if not problem:
+        param = "messages"
+        turns, pictures, problem = read_messages(fields["messages"])
     if problem:
         raise RequestError(400, f"{param or 'the body'}: {problem}", param)
     given = {name: value for name, value in fields.items() if value is not None}
-    turns, urls = read_messages(given["messages"])
-    try:
-        picture = base64.b64decode(urls[0].partition(",")[2], validate=True) if urls else None
-    except ValueError as e:
-        raise RequestError(400, f"messages: the picture is not base64: {e}", "messages") from None
     # OpenAI has renamed max_tokens to max_completion_tokens; both are in use.
     max_tokens = given.get("max_completion_tokens", given.get("max_tokens", defaults["max_new_tokens"]))
     temperature = given.get("temperature", defaults["temperature"])
     return Request(
         turns=turns,
-        picture=picture,
+        pictures=pictures,
         sampling=defaults | {
             "max_new_tokens": max_tokens,
             "temperature": temperature if temperature >= 0.001 else 0.0,    # no division by almost nothing
-            "top_p": given.get("top_p", defaults["top_p"]),
+            "top_p": max(given.get("top_p", defaults["top_p"]), 1e-6),      # 0: the likeliest token, as OpenAI has it
+            "top_k": max(given.get("top_k", defaults["top_k"]), 0),
         },
         seed=given.get("seed"),
         stop=stop_strings(given.get("stop", [])),
@@ -91,74 +100,105 @@ def stop_strings(stop: str | list) -> list:
     return [stop] if isinstance(stop, str) else stop
 
 
-def are_stops(stops: list) -> bool:
-    return len(stops) <= 4 and all(isinstance(text, str) and text for text in stops)
-
-
 def find_problem(fields: Any) -> tuple[str | None, str | None]:
     """The first field that cannot be used, and why; (None, None) if all can."""
     if type(fields) is not dict:
         return None, "expected a json object"
-    for name, (types, is_right, expected) in FIELDS.items():
-        value = fields.get(name)
-        if value is not None and not (type(value) in types and is_right(value)):
-            return name, f"expected {expected}, found {json.dumps(value)[:40]}"
-    messages = fields.get("messages") or []
-    first = n_instructions(messages)
-    for i, message in enumerate(messages):
-        name = f"messages[{i}]"
-        if type(message) is not dict:
-            return name, "expected an object"
-        if type(message.get("content")) not in (str, list):
-            return f"{name}.content", "expected a string or an array of parts"
-        for j, part in enumerate(parts_of(message)):
-            if problem := part_problem(part):
-                return f"{name}.content[{j}]", problem
-        if i >= first and message.get("role") != ("user", "assistant")[(i - first) % 2]:
-            return f"{name}.role", "system messages come first, then user and assistant take turns"
-    if (len(messages) - first) % 2 == 0:
-        return "messages", "the last one must be the user's, with the question to answer"
-    turns, urls = read_messages(messages)
-    if len(urls) > 1:
-        return "messages", f"{len(urls)} pictures, but the model sees one in a conversation: start a new one"
-    if (n := sum(map(len, turns))) > MAX_CHARACTERS:
-        return "messages", f"{n:,} characters, expected at most {MAX_CHARACTERS:,}"
+    for name, value in ({"messages": []} | fields).items():
+        if name in FIELDS:
+            types, is_right, expected = FIELDS[name]
+            if (value is not None or name == "messages") and not (type(value) in types and is_right(value)):
+                return name, f"expected {expected}, found {json.dumps(value)[:40]}"
+        elif value and name not in HARMLESS and value not in DEFAULTS.get(name, []):
+            return name[:60], f"this server cannot do what it asks for, {json.dumps(value)[:40]}; leave it out"
+    for i, message in enumerate(fields["messages"]):
+        part, problem = message_problem(message)
+        if problem:
+            return f"messages[{i}]{part}", problem
     return None, None
 
 
-def part_problem(part: Any) -> str | None:
-    match part:
-        case {"type": "text", "text": str()}:
-            return None
-        case {"type": "image_url", "image_url": {"url": str(url)}}:
-            if not url.lower().startswith("data:"):
-                return f"begins with {url[:30]!r}; nothing here fetches an address, send the picture as data:...;base64"
-            if url.partition(",")[0].lower().endswith(";base64"):
-                return None
-    return f"expected {PART}"
-
-
-def n_instructions(messages: list) -> int:
-    """How many system messages there are before the first question."""
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    return next((i for i, role in enumerate(roles) if role not in ("system", "developer")), len(roles))
+def message_problem(message: Any) -> tuple[str, str | None]:
+    """-> which part of a message is wrong, and what is wrong with it, None if nothing is."""
+    if type(message) is not dict:
+        return "", "expected an object"
+    role = message.get("role")
+    # null is an answer that failed, or one that was nothing but a refusal.
+    if type(message.get("content")) not in (str, list, NoneType) or role != "assistant" and "content" not in message:
+        return ".content", "expected a string or an array of parts"
+    if role not in SPEAKERS:
+        return ".role", f"expected one of {', '.join(SPEAKERS)}, found {json.dumps(role)[:40]}"
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            return f".{name}", "this model has no tools"
+    for j, part in enumerate(parts_of(message)):
+        text, url = read_part(part)
+        if url is not None and url[:5].lower() != "data:":
+            return f".content[{j}]", (f"begins with {url[:30]!r}; nothing here fetches an address, send the picture as "
+                                      "data:...;base64")
+        if text is None and not (url and url.partition(",")[0].lower().endswith(";base64")):
+            return f".content[{j}]", f"expected {PART}"
+    return "", None
 
 
 def parts_of(message: dict) -> list:
-    content = message["content"]
+    content = message.get("content") or []
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def read_messages(messages: list) -> tuple[list[str], list[str]]:
-    """OpenAI's messages, which are right -> question, answer, ..., question, and the pictures' addresses.
+def read_part(part: Any) -> tuple[str | None, str | None]:
+    """-> text or None, the address of a picture or None. Both None: something else."""
+    match part:
+        case {"type": "text", "text": str(text)} | {"type": "refusal", "refusal": str(text)}:
+            return text, None
+        case {"type": "image_url", "image_url": str(url) | {"url": str(url)}}:
+            return None, url
+    return None, None
 
-    The model was trained with one fixed system sentence, so system messages go in front of the first question. It was
-    also trained with the picture at the very beginning, and sees it there wherever in the conversation it came.
+
+def read_messages(messages: list) -> tuple[list[list[str]], list[bytes], str | None]:
+    """OpenAI's messages, each right by itself -> question, answer, ..., question; the pictures; what is wrong with them.
+
+    The model was trained with one fixed system sentence, and with turns that alternate. So a system message is part of
+    the question that follows it (or, at the end, precedes it), messages of one side in a row are one turn, and before
+    an answer that comes first stands an empty question. A turn is a list of pieces, with a picture between any two.
+    Clients repeat a picture in every turn about it: it stays where it came first.
     """
-    texts = ["\n".join(part["text"] for part in parts_of(message) if part["type"] == "text") for message in messages]
-    urls = [part["image_url"]["url"] for message in messages for part in parts_of(message) if part["type"] != "text"]
-    first = n_instructions(messages)
-    return ["\n".join(texts[:first + 1]), *texts[first + 1:]], urls
+    turns: list[list[str]] = []
+    urls: list[str] = []
+    problem = None
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        pieces = [""]
+        for text, url in map(read_part, parts_of(message)):
+            if url in urls:
+                continue
+            if pieces != [""]:
+                pieces[-1] += "\n"
+            if url is None:
+                pieces[-1] += text
+            else:
+                urls.append(url)
+                pieces.append("")
+        if is_answer and len(pieces) > 1:
+            problem = "a picture in an assistant's message; expected it in a user's"
+        if is_answer and not turns:
+            turns = [[""]]
+        if len(turns) % 2 == is_answer:
+            turns.append(pieces)
+        else:
+            *before, last = turns[-1]
+            joint = "\n" if turns[-1] != [""] and pieces != [""] else ""
+            turns[-1] = [*before, last + joint + pieces[0], *pieces[1:]]
+    try:
+        pictures = [base64.b64decode(url.partition(",")[2], validate=True) for url in urls]
+    except ValueError as e:
+        return turns, [], f"the picture is not base64: {e}"
+    if len(turns) % 2 == 0:
+        problem = "the last one must be the user's, with the question to answer"
+    elif not "".join(turns[-1]).strip() and not pictures:
+        problem = "the question is empty"
+    return turns, pictures, problem
 
 # ---------------------------------------------------------------------------------------------------
 # Writing
@@ -168,6 +208,22 @@ def cut_at_stop(text: str, stops: list[str]) -> tuple[str, bool]:
     """An answer up to the first stop string, and whether there is one in it."""
     ends = [text.index(stop) for stop in stops if stop in text]
     return (text[:min(ends)], True) if ends else (text, False)
+
+
+def until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[tuple[str, bool]]:
+    """An answer's pieces up to the first stop string, and with each whether that has come. The last characters, in
+    which a stop string may have begun, are held back."""
+    hold = max(map(len, stops), default=1) - 1
+    text = ""
+    n_shown = 0
+    for piece in pieces:
+        text, stopped = cut_at_stop(text + piece, stops)
+        end = len(text) if stopped else max(len(text) - hold, n_shown)
+        yield text[n_shown:end], stopped
+        if stopped:
+            return
+        n_shown = end
+    yield text[n_shown:], False
 
 
 class Reply:
@@ -189,12 +245,11 @@ class Reply:
         return self.common | {"object": "chat.completion.chunk", "choices": [], "usage": usage}
 
 
-def model_list(model: str, block_size: int, started: int) -> dict:
+def model_card(model: str, block_size: int, started: int) -> dict:
     """max_model_len is vLLM's name for how many positions a prompt and its answer may take together."""
-    card = {"id": model, "object": "model", "created": started, "owned_by": "local", "max_model_len": block_size}
-    return {"object": "list", "data": [card]}
+    return {"id": model, "object": "model", "created": started, "owned_by": "local", "max_model_len": block_size}
 
 
-def error_object(status: int, message: str, param: str | None = None) -> dict:
+def error_object(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
     kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

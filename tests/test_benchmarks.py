@@ -11,7 +11,8 @@ from helpers import ROOT
 from tiny_benchmarks import CASES, evaluate, llava_file, make_mme, make_textvqa, prepare, write
 
 import eval as ev
-from benchmarks import gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa
+from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa,
+                        vizwiz, vqav2)
 
 
 def vectors(task: str, key: str = "vectors") -> list[dict]:
@@ -286,6 +287,150 @@ def test_mme_in_a_folder_more(tmp_path):
     ev.check_images(data)
 
 # ---------------------------------------------------------------------------------------------------
+# Official files that are broken, or came through an editor, a table or another system
+
+
+def changed_json(path: Path, *keys, **fields) -> None:
+    """Change fields of the object at `keys`, of which the first is the line in a jsonl; ... removes a field."""
+    lines = path.suffix == ".jsonl" or "coco_pope" in path.name
+    whole = [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
+    row = whole
+    for key in keys:
+        row = row[key]
+    row.update(fields)
+    for name in [name for name, value in fields.items() if value is ...]:
+        del row[name]
+    write(path, whole)
+
+
+BROKEN = [                              # task, file, where the change is, the change, what the line says
+    ("gqa", "gqa/data/testdev_balanced_questions.json", ["202"],
+     {"question": None}, "questions.json, question 202: question is None, expected a text"),
+    ("gqa", "gqa/data/testdev_balanced_questions.json", ["202"],
+     {"types": ...}, "question 202: .*'types' is missing"),
+    ("vqav2", "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", [1],
+     {"text": float("nan")}, "jsonl, line 2: text is nan"),
+    ("vqav2-val", "vqav2/v2_mscoco_val2014_annotations.json", ["annotations", 1],
+     {"answers": "['yes']"}, r"annotations.json, row 2: answers is .\['yes'\]., expected a list"),
+    ("vqav2-val", "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", ["questions", 1],
+     {"question_id": 72}, "questions.json, row 2: .* 72 is missing"),
+    ("vizwiz", "vizwiz/Annotations/test.json", [0],
+     {"question": 5}, "test.json, row 1: question is 5"),
+    ("vizwiz-val", "vizwiz/val.json", [0],
+     {"answers": [{"answer": None}]}, "val.json, row 1: answer is None"),
+    ("scienceqa", "scienceqa/problems.json", ["6"],
+     {"answer": 2}, "question 6: answer is 2, expected one of 0, 1"),
+    ("scienceqa", "scienceqa/problems.json", ["6"],
+     {"answer": -1}, "question 6: answer is -1, expected one of 0, 1"),
+    ("scienceqa", "scienceqa/problems.json", ["6"],
+     {"choices": []}, "question 6"),
+    ("scienceqa", "scienceqa/pid_splits.json", [],
+     {"test": ["5", "7"]}, "problems.json, question 7"),
+    ("textvqa", "textvqa/TextVQA_0.5.1_val.json", ["data", 2],
+     {"answers": "['stop']"}, "row 3: answers is"),
+    ("pope", "pope/coco/coco_pope_popular.json", [1],
+     {"label": "maybe"}, "line 2: label is 'maybe', expected one of yes"),
+    ("mmvet", "mm-vet/mm-vet.json", ["v1_1"],
+     {"capability": "rec"}, "question v1_1: capability is 'rec'"),
+    ("seedbench", "seed_bench/SEED-Bench.json", ["questions", 1],
+     {"answer": "E"}, "row 2: answer is 'E', expected one"),
+    ("seedbench", "seed_bench/SEED-Bench.json", ["questions", 1],
+     {"choice_c": ...}, "row 2: .*'choice_c' is missing"),
+    ("llavabench", "llava-bench-in-the-wild/questions.jsonl", [1],
+     {"image": "002.jpg"}, "line 2: .*'002.jpg' is missing"),
+    ("mmmu", "mmmu/val.jsonl", [0],
+     {"options": "['apple', "}, "val.jsonl, line 1"),
+    ("mmmu", "mmmu/val.jsonl", [0],
+     {"options": 5}, "val.jsonl, line 1"),
+    ("mmmu", "mmmu/val.jsonl", [0],
+     {"options": "[[1], [2]]"}, "val.jsonl, line 1"),
+    ("mmmu", "mmmu/val.jsonl", [0],
+     {"answer": "C"}, "line 1: 0 is 'C', expected one of A, B"),
+    ("shapes", "shapes/questions.jsonl", [1],
+     {"chance": "half"}, "line 2: chance is 'half', expected a whole number or"),
+]
+
+
+@pytest.mark.parametrize("name, file, keys, fields, message", BROKEN)
+def test_a_broken_row_is_named_before_anything_is_asked(name, file, keys, fields, message, tmp_path):
+    flags, _ = prepare(name, tmp_path)
+    changed_json(tmp_path / file, *keys, **fields)
+    with pytest.raises(ValueError, match=message) as error:
+        ev.load_data(name.split("-")[0], ev.parse(flags))
+    assert "\n" not in str(error.value) and str(tmp_path / file)[:-20] in str(error.value)
+
+
+def test_mme_files_of_other_systems(tmp_path):
+    """Blank lines, line ends of Windows, a byte order mark, spaces for the tab and a Mac's ._ files change nothing."""
+    flags, data = prepare("mme", tmp_path)
+    path = tmp_path / "MME/MME_Benchmark_release_version/OCR/2.txt"
+    good = path.read_text()
+    path.with_name("._2.txt").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    path.with_name("._2.png").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    for text in (good.replace("\n", "\r\n"), "\n" + good + "  \n\n", good.replace("\t", "    "), "\ufeff" + good,
+                 good.replace("\tYes", " yes "), good.rstrip()):
+        path.write_text(text, newline="")
+        assert ev.load_data("mme", ev.parse(flags)).examples == data.examples
+    for content, message in [(b"Is it?\n", "2.txt, line 1: expected a question, a tab, and Yes or No, found 'Is it"),
+                             (good.encode() + b"Is it? Please answer yes or no.\n", "2.txt, line 3: expected"),
+                             (good.encode() + b"Is it? Please answer yes or no\n", "2.txt, line 3: expected"),
+                             (b"\n\nUn caf\xe9?\tYes\n", "2.txt, line 3: not UTF-8 text")]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            ev.load_data("mme", ev.parse(flags))
+
+
+def test_mmbench_tables_of_other_systems(tmp_path):
+    flags, data = prepare("mmbench", tmp_path)
+    path = tmp_path / "mmbench/mmbench_dev_20230712.tsv"
+    good = path.read_text()
+    for text in ("\ufeff" + good, good.replace("\n", "\r\n").replace("?\r\n", "?\n"), good + "\n\n", good.rstrip()):
+        path.write_text(text, newline="")
+        assert ev.load_data("mmbench", ev.parse(flags)).examples == data.examples
+    last = good.rstrip().rsplit("\n", 1)[1]
+    cells = last.split("\t")
+    for row, message in [(last[:9], "row 3: zip"), (last[:60], "row 3"), (last + "\tx", "row 3"),
+                         (last.replace("\t", "    "), "row 3"), ("nan" + last[1:], "row 3: could not convert"),
+                         (last.replace("Second?", "nan"), "row 3: question is '', expected a text"),
+                         (last.replace("\tx\t", "\tnan\t", 1), "row 3: A is '', expected a text"),
+                         ("\t".join([*cells[:7], "E", *cells[8:]]), "row 3: answer is 'E', expected one of A, B"),
+                         (last.replace(cells[9], "999"), "row 3: .*'999' is missing"),
+                         (last.replace(cells[9], cells[9][:101]), "row 3: .*padded|row 3: .*base64"),
+                         (last.replace(cells[9], "A" * 100), "row 3: .*cannot identify")]:
+        path.write_text(good.replace(last, row))
+        with pytest.raises(ValueError, match=message):
+            ev.load_data("mmbench", ev.parse(flags))
+    path.write_bytes(good.encode().replace(b"Second", b"S\xe4cond"))
+    with pytest.raises(ValueError, match=r"tsv: not UTF-8 text \(b'\\xe4' in line 6\)"):
+        ev.load_data("mmbench", ev.parse(flags))
+    path.write_text(good.replace("\t", "    "))
+    with pytest.raises(ValueError, match="tsv, row 1: .* is missing"):
+        ev.load_data("mmbench", ev.parse(flags))
+
+
+def test_mmmu_reads_lists_that_are_written_as_text(tmp_path):
+    """Three open questions of the parquet files have several right answers, as Python's source of a list."""
+    flags, _ = prepare("mmmu", tmp_path)
+    changed_json(tmp_path / "mmmu/val.jsonl", 1, answer="['24/7', '3.429']")
+    example = ev.load_data("mmmu", ev.parse(flags)).examples[1]
+    grades = [mmmu.grade_answer(example, text).score for text in ("24/7", "It is 3.429.", "3.43", "7")]
+    assert grades == [1, 1, 1, 0]
+    changed_json(tmp_path / "mmmu/val.jsonl", 1, answer="[1, 2]")
+    assert ev.load_data("mmmu", ev.parse(flags)).examples[1].truth == "[1, 2]"
+    changed_json(tmp_path / "mmmu/val.jsonl", 0, options="[3, 4.5]", answer="['A', 'B']")
+    example = ev.load_data("mmmu", ev.parse(flags)).examples[0]
+    assert example.prompt.startswith("See <image 1>?\n(A) 3\n(B) 4.5\n")
+    assert mmmu.grade_answer(example, "one of them is surely 4.5 I would say").score == 1
+
+
+@pytest.mark.parametrize("benchmark", [gqa, mmbench, mme, mmmu, pope, scienceqa, seedbench, textvqa, vizwiz, vqav2])
+def test_every_grader_takes_a_question_without_options(benchmark):
+    truth = ["A"] * 10 if benchmark in (textvqa, vizwiz, vqav2) else "A"
+    for info in ({}, {"options": {}}):
+        for text in ("", "A", "the answer is A", "x" * 1000):
+            assert 0 <= benchmark.grade_answer(scoring.Example(0, None, "", truth, info=info), text).score <= 1
+
+# ---------------------------------------------------------------------------------------------------
 # Submissions, judges, reports
 
 
@@ -331,6 +476,18 @@ def test_mmbench_xlsx(tmp_path):
     openpyxl = pytest.importorskip("openpyxl", reason="not a package of this project")
     rows = [[cell for cell in row] for row in openpyxl.load_workbook(path).active.iter_rows(values_only=True)]
     assert rows[1][0] == 5 and rows[1][4] is None and rows[1][6] == "A"
+
+
+def test_shapes_say_how_many_questions_were_asked_twice(tmp_path, capsys):
+    """Each is asked a second time about a blank picture, which is no further question: not in n, not for --limit."""
+    flags, data = prepare("shapes", tmp_path / "eval")
+    path = llava_file(tmp_path / "a.jsonl", data, CASES["shapes"].answers)
+    for limit, n in (("1", 1), ("2", 2), ("9", 2)):
+        evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--limit", limit])
+        result = json.loads((tmp_path / "out/result.json").read_text())
+        assert (result["n"], result["blank"]) == (n, n)
+        assert f"{n} questions, {n} of them asked again about a blank picture" in capsys.readouterr().out
+        assert "asked again" in (tmp_path / "out/report.html").read_text()
 
 
 def test_nothing_is_submitted_for_a_part(tmp_path):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import GOLDEN, ROOT, talk
+from helpers import GOLDEN, ROOT, TINY_MIPHA, TINY_PHI, talk
 from zoo import open_dataset, write_data, zoo
 
 import data
@@ -49,7 +49,7 @@ def test_the_check_names_every_animal_of_the_zoo(tmp_path, zoo_images, capsys):
     assert [json.loads(r["record"]) for r in rejects] == [r for _, r in animals]
     assert json.loads(clean.read_text(encoding="utf-8")) == good
     code, out = run_check(capsys, clean, zoo_images, "--workers", "2")
-    assert code == 0 and "0 bad" in out and "1 steps of 128 samples" in out
+    assert code == 0 and "0 bad" in out and "1 step of 128 samples" in out
     code, out = run_check(capsys, path, zoo_images, "--decode", "header")
     assert code == 1 and f"{len(animals) - 1} bad" in out              # only the truncated picture has a good head
 
@@ -128,7 +128,7 @@ def test_the_check_without_a_tokenizer_and_with_mistaken_flags(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert check(["check", "--data", str(path), "--images", images, "--workers", "0"]) == 0
     out = capsys.readouterr().out
-    assert "no lengths" in out and "0 bad" in out
+    assert "no lengths: there is no tokenizer at checkpoints/phi-2; --model FOLDER" in out and "0 bad" in out
     for bad in (["--images", "absent"], ["--images", images, "--tokenizer", str(tmp_path)],
                 ["--images", images, "--write-clean", str(path)]):
         with pytest.raises((ValueError, OSError)):
@@ -150,6 +150,20 @@ def test_help_and_mistaken_flags_do_not_wait_for_torch(args):
         assert done.returncode == 0 and "usage" in done.stdout and done.stderr == ""
     else:
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_check_without_a_model_takes_the_recipes_sizes(tmp_path, capsys):
+    """A picture takes 729 positions in Mipha and 576 in LLaVA-Phi. A model of the other recipe is mentioned."""
+    path = write_data(tmp_path, 2)
+    longest = {}
+    flags = ["check", "--data", path, "--images", GOLDEN / "images", "--workers", "0"]
+    for recipe in ("llava-phi", "mipha"):
+        check([*flags, "--tokenizer", TINY_PHI, "--recipe", recipe])
+        out = capsys.readouterr().out
+        longest[recipe] = int(re.search(r"100 % have up to ([\d,]+)", out)[1].replace(",", ""))
+        check([*flags, "--model", TINY_MIPHA, "--recipe", recipe])
+        assert ("--recipe llava-phi, not --recipe mipha" in capsys.readouterr().out) == (recipe == "llava-phi")
+    assert longest["mipha"] - longest["llava-phi"] == 729 - 576
 
 
 def test_the_check_takes_its_sizes_from_the_model(tmp_path, capsys):

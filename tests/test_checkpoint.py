@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 import torch.distributed.checkpoint.filesystem as dcp_files
-from helpers import TINY_MODEL, load_weights_command, metrics, train_flags
+from helpers import GOLDEN, TINY_MODEL, load_weights_command, metrics, train_flags
 from training import assert_same_run, run_train, some_of, train_here
 
 import lib.checkpoint as checkpoint
@@ -95,6 +95,30 @@ def test_going_back_to_an_older_checkpoint_drops_the_later_ones_when_it_saves(ch
     train_here(train_flags(out, chat_json, *more, "--resume", str(out / "step_000002")), stop_after=4)
     assert sorted(p.name for p in out.glob("step_*")) == ["step_000002", "step_000004"]
     assert [m["step"] for m in metrics(out)] == list(range(4))
+
+
+@pytest.mark.parametrize("moment", ["while the old one is deleted", "before the new one is renamed"])
+def test_a_kill_while_a_step_is_saved_again_loses_neither_the_old_nor_the_new(moment, chat_json, tmp_path, monkeypatch):
+    """After going back with --resume, the step is there already: it was deleted, and only then the new one renamed."""
+    more, out = ["--epochs", "2", "--save-every", "2", "--keep", "3"], tmp_path / "out"
+    train_here(train_flags(out, chat_json, *more), stop_after=4)
+    real = checkpoint.remove
+
+    def killed(path):
+        if path.name == "step_000004":
+            if moment.startswith("before"):
+                real(path)
+            else:
+                (path / "checkpoint.json").unlink()
+            raise KeyboardInterrupt
+        real(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(train_flags(out, chat_json, *more, "--resume", str(out / "step_000002")))
+    train_here(train_flags(out, chat_json, *more), stop_after=5)
+    assert [m["step"] for m in metrics(out)] == list(range(5))
+    assert sorted(p.name for p in out.glob("*step_*")) == ["step_000002", "step_000004", "step_000005"]
 
 
 def test_other_settings_are_refused_with_their_names(chat_json, tmp_path):
@@ -223,6 +247,23 @@ def test_a_finished_run_says_so_and_never_starts_afresh_by_itself(chat_json, tmp
         train_here(train_flags(tmp_path / "out", chat_json, "--max-steps", "3"))
     with pytest.raises(ValueError, match="finished model made with other settings(.|\n)*data: "):
         train_here(train_flags(tmp_path / "out", tmp_path / "other.json", "--max-steps", "2"))
+
+
+def test_a_finished_run_notices_other_data_and_other_pictures(chat_json, tmp_path, capfd):
+    """One record, then twenty in the same file: that was "already finished", and the new ones were not learned."""
+    out, data = tmp_path / "out", tmp_path / "mine.json"
+    data.write_bytes(chat_json.read_bytes())
+    more = ["--max-steps", "2"]
+    train_here(train_flags(out, data, *more))
+    data.rename(tmp_path / "moved.json")
+    capfd.readouterr()
+    train_here(train_flags(out, tmp_path / "moved.json", *more, "--images", f"{GOLDEN}/./images/"))
+    assert "already finished" in capfd.readouterr().out
+    data.write_text(chat_json.read_text().replace("Answer 7", "Answer 8"))
+    with pytest.raises(ValueError, match="finished model made with other settings(.|\n)*data checksum: '.*' then, '"):
+        train_here(train_flags(out, data, *more))
+    with pytest.raises(ValueError, match="finished model made with other settings(.|\n)*images: "):
+        train_here(train_flags(out, tmp_path / "moved.json", *more, "--images", str(tmp_path)))
 
 
 def test_folders_that_are_not_this_runs_stay_as_they_are(chat_json, tmp_path):

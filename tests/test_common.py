@@ -1,11 +1,18 @@
 """What every command leans on: files written whole or not at all; which process, device and dtype it is run with."""
+import argparse
+import ast
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
-from lib.common import read_jsonl, replacing, torchrun_env, write_whole
-from lib.device import choose_device, choose_dtype
+from lib.common import plural, print_last, read_jsonl, replacing, run_command, torchrun_env, write_whole
+from lib.device import choose_device, choose_dtype, cpu_warning, unused_gpu
 
 
 def test_a_process_that_torchrun_did_not_start_is_the_only_one(monkeypatch):
@@ -108,3 +115,125 @@ def test_a_line_that_is_no_json_object_is_named(line, tmp_path):
         read_jsonl(path)
     path.write_text('{"a": 1}\n' + line)
     assert read_jsonl(path, torn=True) == [{"a": 1}]        # as a killed process may leave its last line
+
+# ---------------------------------------------------------------------------------------------------
+# Outside the virtual environment
+
+def run_with(change: str, *script: str) -> subprocess.CompletedProcess:
+    """A script in a process whose Python was changed first."""
+    code = f"import runpy, sys; {change}; sys.argv = {list(script)}; sys.path.insert(0, '.')\n" \
+           f"runpy.run_path({script[0]!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("script, package", [
+    (["train.py"], "numpy"), (["eval.py"], "tqdm"), (["sample.py"], "torch"),
+    (["data.py", "check", "--data", "x", "--images", "y"], "numpy"), (["load_weights.py", "inspect", "x"], "torch"),
+])
+def test_a_missing_package_is_one_line(script, package):
+    """It was a traceback, for everybody who had not activated the virtual environment."""
+    done = run_with(f"sys.modules[{package!r}] = None", *script)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: the package {package} is not installed for {sys.executable}")
+    assert "source .venv/bin/activate" in done.stderr and "make demo" in done.stderr
+
+
+def test_a_torch_that_is_too_old_is_one_line():
+    """2.7 has no HuggingFaceStorageWriter; this one has nothing, and is imported faster."""
+    done = run_with("import types; sys.modules['torch'] = types.ModuleType('torch')", "load_weights.py", "inspect", "x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: the package torch is too old for" in done.stderr and "requirements.txt" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "data.py", "eval.py", "sample.py", "load_weights.py"])
+def test_an_old_python_is_one_line(script):
+    """Python 3.9 can read these files, up to the first annotation with a bar."""
+    done = run_with("sys.version_info = (3, 9, 18); sys.version = '3.9.18 (main)'", script, "--help")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: Python 3.9.18 is too old, 3.11 or newer is needed: activate")
+
+
+@pytest.mark.parametrize("script", ["train.py", "data.py", "eval.py", "sample.py", "load_weights.py", "lib/common.py"])
+def test_an_old_python_can_parse_what_says_so(script):
+    ast.parse((ROOT / script).read_text(), feature_version=(3, 9))
+
+
+def test_a_defect_keeps_its_traceback():
+    done = run_with("sys.modules['fractions'] = None; import lib.common; import fractions", "train.py")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "make demo" not in done.stderr
+
+# ---------------------------------------------------------------------------------------------------
+# The last line
+
+
+@pytest.mark.parametrize("restart, to_torchrun", [("0", False), ("3", True)])
+def test_torchruns_table_ends_with_the_last_line_unless_it_restarts(restart, to_torchrun, monkeypatch, tmp_path, capsys):
+    for name, value in (("ERROR_FILE", tmp_path / "error.json"), ("RESTART_COUNT", restart), ("MAX_RESTARTS", "3")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
+    print_last("error: a reason")
+    if to_torchrun:
+        assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "error: a reason"
+    assert capsys.readouterr().err == ("" if to_torchrun else "error: a reason\n")
+
+# ---------------------------------------------------------------------------------------------------
+# A GPU that torch cannot use
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A machine with an NVIDIA GPU, whose driver this torch cannot use."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("nvidia0", "nvidiactl"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_a_gpu_that_torch_cannot_use_is_named(driver, monkeypatch, tmp_path_factory):
+    assert "has an NVIDIA GPU that torch" in unused_gpu(driver) and "nvidia-smi" in unused_gpu(driver)
+    assert unused_gpu(tmp_path_factory.mktemp("dev")) == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert unused_gpu(driver)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")              # hidden on purpose
+    assert unused_gpu(driver) == ""
+
+
+def test_computing_on_the_cpu_next_to_a_gpu_is_said_unless_it_was_asked_for(driver, monkeypatch, capsys):
+    monkeypatch.setattr("lib.device.unused_gpu", lambda: unused_gpu(driver))
+    assert choose_device("cpu") == "cpu" and capsys.readouterr().err == ""
+    assert choose_device(None) == "cpu"
+    assert "has an NVIDIA GPU" in (line := capsys.readouterr().err) and line.endswith("; computing on the cpu\n")
+
+
+def test_training_on_a_cpu_is_loud_where_it_is_hopeless(driver, monkeypatch):
+    cpu = torch.device("cpu")
+    assert cpu_warning("auto", cpu, 1_000_000) == "" and cpu_warning("auto", torch.device("cuda"), 3_000_000_000) == ""
+    said = cpu_warning("auto", cpu, 3_000_000_000)
+    assert said.startswith("WARNING: 3.0B parameters would train on the CPU") and "--device cpu" in said
+    assert "finds no GPU here" in said and "\n" not in said
+    monkeypatch.setattr("lib.device.unused_gpu", lambda: unused_gpu(driver))
+    assert "has an NVIDIA GPU" in cpu_warning("auto", cpu, 1_000_000)
+    assert "has an NVIDIA GPU" in cpu_warning("auto", cpu, 3_000_000_000)
+    assert cpu_warning("cpu", cpu, 3_000_000_000) == ""         # insisted
+
+@pytest.mark.parametrize("path, flag", [
+    ("/there/out/.in_use", "--out /there/out"), ("/there/out", "--out /there/out"),
+    ("/there", "--val-data /there/x/val.json"), ("/there/x", "--val-data /there/x/val.json"), ("b.jpg", "--image b.jpg"), ("pictures/1/2.jpg", "--images pictures"),
+])
+def test_an_error_about_a_path_names_the_flag_that_led_there(path, flag, capsys):
+    """Permission denied, not a directory, no space left: the path may be a folder above, or a file within."""
+    def main(args):
+        raise PermissionError(13, "Permission denied", path)
+
+    args = argparse.Namespace(stage="pretrain", steps=3, llm="", keep=None, out="/there/out", images=Path("pictures"),
+                              image=["a.jpg", "b.jpg"], val_data="/there/x/val.json")
+    assert run_command(main, args) == 2
+    assert capsys.readouterr().err == f"error: [Errno 13] Permission denied: '{path}' ({flag})\n"
+
+
+def test_an_error_that_no_flag_led_to_stays_as_it_is(capsys):
+    assert run_command(open, "/nowhere/at/all") == 2
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: '/nowhere/at/all'\n"
+
+
+def test_one_is_singular():
+    assert [plural(n, "step") for n in (0, 1, 2, 2000)] == ["0 steps", "1 step", "2 steps", "2,000 steps"]

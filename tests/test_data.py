@@ -13,6 +13,7 @@ import torch
 from helpers import GOLDEN, ROOT, pattern, talk
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from zoo import BAD_RECORDS, write_zoo_images
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, ImageConfig, Sample, collate, encode, encode_prompt, eot_id,
@@ -268,6 +269,28 @@ def test_prompts_equal_the_original_and_begin_the_training_ids(toks):
         encode_prompt(turns[:2], tok, image=False)
 
 
+@pytest.mark.parametrize("question", [
+    f"{IMAGE}\nWhat?", f"{IMAGE} What?", f"{IMAGE}What?", f"What?\n{IMAGE}", f" \n{IMAGE}\n What? ", f"What? {IMAGE} ",
+    f"What is {IMAGE} here?", f"{IMAGE}\n{IMAGE}\nWhat?", f"{IMAGE}What?{IMAGE}", "What?", " What?", "What?\n", IMAGE])
+def test_a_tag_in_a_question_is_read_alike_in_training_and_in_a_prompt(tiny, question):
+    for image in ("x.jpg", None):
+        ids, labels = encode(talk(question, "yes", image=image), tiny, "v0")
+        asked = ids[:next(i for i, label in enumerate(labels) if label != IGNORE)]
+        assert encode_prompt([question], tiny, image=image is not None) == asked
+
+
+def test_an_answer_that_is_no_text_is_shown(tiny):
+    """The message showed the beginning of the record, which ends before the answer in question."""
+    for value in (5, None, ["a"]):
+        record = talk("What is in this picture, and what would you say about it to somebody who cannot see?" * 3, "yes")
+        record["conversations"][1]["value"] = value
+        with pytest.raises(ValueError, match=re.escape(f"'value': {value!r}")):
+            encode(record, tiny, "v0")
+    for record in ({"value": "x"}, {"conversations": None}, {"conversations": [None]}, {"conversations": "x"}, []):
+        with pytest.raises(ValueError, match="not a conversation"):
+            encode(record, tiny, "v0")
+
+
 @needs_real
 def test_tokenizer_without_tokenizer_json_is_the_same(tmp_path, toks):
     """The released LLaVA-Phi has vocab.json, merges.txt and added_tokens.json only."""
@@ -279,6 +302,45 @@ def test_tokenizer_without_tokenizer_json_is_the_same(tmp_path, toks):
         a, b = (t.encode(text, add_special_tokens=False) for t in (built, toks["real"]))
         assert a.ids == b.ids and a.offsets == b.offsets
     assert built.encode(" " * 40).ids == [50257, 50279]
+
+
+def gpt2_like(folder: Path, n: int = 50256) -> dict[str, int]:
+    """vocab.json and merges.txt with GPT-2's number of tokens -> Phi-2's added tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = alphabet + [f"word{i}" for i in range(n - len(alphabet))] + [EOT]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    runs = [" " * i for i in range(31, 1, -1)] + ["\t" * i for i in range(9, 1, -1)]
+    return {run: n + 1 + i for i, run in enumerate(runs)}
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "both"])
+def test_added_tokens_stand_in_either_file(where, tmp_path):
+    """Newer folders have them in tokenizer_config.json only. Without them every indent would get other ids."""
+    added = gpt2_like(tmp_path)
+    if where != "tokenizer_config.json":
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    if where != "added_tokens.json":
+        decoder = {str(i): {"content": text, "normalized": True, "special": False} for text, i in added.items()}
+        decoder |= {"50256": {"content": EOT, "special": True}, "50295": {"content": IMAGE, "special": True}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode(" " * 40 + "\t" * 9).ids == [50257, 50279, 50287]
+    assert tok.token_to_id(IMAGE) is None and eot_id(tok) == 50256
+
+
+@pytest.mark.parametrize("lacks", [None, " " * 2, "\t" * 2, "\t" * 9], ids=repr)
+@pytest.mark.parametrize("form", ["older", "tokenizer.json"])
+def test_a_vocabulary_without_phis_added_tokens_is_refused(lacks, form, tmp_path):
+    added = gpt2_like(tmp_path)
+    kept = [text for text in added if lacks and text != lacks]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({text: 50257 + i for i, text in enumerate(kept)}))
+    if form == "tokenizer.json":
+        tok = Tokenizer(models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
+        tok.add_tokens(kept)
+        tok.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="GPT-2's, without Phi-2's tokens for runs of spaces and tabs"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_saved_image_token_is_dropped(tmp_path, tiny):
@@ -294,7 +356,9 @@ def test_a_saved_image_token_is_dropped(tmp_path, tiny):
 @pytest.mark.parametrize("files", [
     {}, {"tokenizer.json": "{"}, {"tokenizer.json": '{"added_tokens": []}'},
     {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '{"  ": 7}'},
-    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '["  "]'}])
+    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "added_tokens.json": '["  "]'},
+    {"vocab.json": "{}", "merges.txt": "#version: 0.2\n", "tokenizer_config.json": '{"added_tokens_decoder": [1]}'},
+    {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": '{"added_tokens_decoder": {"x": 1}}'}])
 def test_bad_tokenizers_are_named(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)

@@ -2,16 +2,18 @@
 import itertools
 import json
 import random
+import subprocess
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, contents
 
 from data import encode, load_tokenizer
 from demo import run
-from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTIONS, Shape, caption, converse, draw_scene, is_held_out, paint,
-                         write_data)
+from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTIONS, Shape, caption, chat, converse, draw_scene, is_held_out,
+                         paint, write_data)
 from lib.folders import open_weights
 from load_weights import load_into
 from model import LLaVAPhi, init_weights
@@ -86,6 +88,21 @@ def test_answers_do_not_follow_from_the_turns_before():
     assert np.mean(settled) < 0.01, f"{np.mean(settled):.1%} of the answers follow from what was said before"
 
 
+def test_chats_have_up_to_eight_questions_of_any_kind_at_any_place():
+    """Protects a long chat: where all conversations of the training end after four questions, the fifth fails."""
+    rng, lengths, places = random.Random(6), Counter(), Counter()
+    for _ in range(2000):
+        scene = draw_scene(rng, False)
+        turns = chat(scene, rng)
+        lengths[len(turns)] += 1
+        for i, (question, answer) in enumerate(turns):
+            assert answer == (caption(scene) if question.startswith("Describe") else answer_by_hand(scene, question))
+            places[question.split()[0] + " " + (answer if answer in ("yes", "no") else ""), i] += 1
+    assert min(lengths[n] for n in range(2, 9)) > 100, lengths
+    for kind in ("How ", "Is yes", "Is no", "What ", "Where ", "Describe "):
+        assert all(places[kind, i] for i in range(8)), (kind, places)
+
+
 def test_held_out_scenes_are_in_no_training_picture(tmp_path):
     write_data(tmp_path, n_pretrain=40, n_finetune=40, n_heldout=20, seed=5)
     rng = random.Random(6)
@@ -107,6 +124,14 @@ def test_the_same_seed_draws_the_same_files_in_llavas_format(tmp_path):
         for record in json.loads((tmp_path / "a" / name).read_text()):
             ids, labels = encode(record, tok, template)
             assert len(ids) == len(labels) and (tmp_path / "a" / "images" / record["image"]).is_file()
+
+
+def test_the_benchmark_does_not_depend_on_the_training_data(tmp_path):
+    """Protects the published accuracies from a change of the training data's size."""
+    for name, n in (("a", 3), ("b", 4)):
+        write_data(tmp_path / name, n_pretrain=n, n_finetune=n, n_heldout=2, seed=7)
+    a, b = (contents(tmp_path / name / "shapes") for name in ("a", "b"))
+    assert a == b and len(a) == 3
 
 
 def test_a_picture_shows_its_colors_where_the_scene_says():
@@ -134,21 +159,71 @@ def test_the_committed_bases_load_in_the_official_layouts():
     assert all(file.stat().st_size < 3e6 for folder in folders for file in folder.iterdir())
 
 
-def test_the_report_shows_text_as_text(tmp_path, monkeypatch):
-    """Protects against a model's answer becoming markup."""
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """What the demo has written before its report, with answers of which every other one is right."""
     monkeypatch.setattr(run, "OUT", tmp_path)
     monkeypatch.setattr(run, "DATA", tmp_path / "data")
-    write_data(tmp_path / "data", n_pretrain=1, n_finetune=1, n_heldout=2, seed=9)
+    write_data(tmp_path / "data", n_pretrain=1, n_finetune=1, n_heldout=9, seed=9)
     for stage in ("pretrain", "finetune"):
         (tmp_path / stage).mkdir()
         lines = [{"step": 0, "val_loss": 2.0}, {"step": 0, "loss": 2.0, "skipped": False},
                  {"step": 1, "loss": 1.0, "skipped": False}, {"step": 2, "val_loss": 1.0}]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "eval").mkdir()
-    result = {"value": 50.0, "numbers": {"chance": 30.0, "blank image": 31.0}}
+    result = {"value": 50.0, "numbers": {"chance": 30.0, "blank image": 31.0, "place": 70.0}}
     (tmp_path / "eval" / "result.json").write_text(json.dumps(result))
     rows = run.read_jsonl(tmp_path / "data" / "shapes" / "questions.jsonl")
+    texts = [row["answer"] if i % 2 else "<script>alert(1)</script>" for i, row in enumerate(rows)]
     (tmp_path / "eval" / "answers.jsonl").write_text("".join(
-        json.dumps({"question_id": row["question_id"], "text": "<script>alert(1)</script>"}) + "\n" for row in rows))
-    page = run.report(60.0).read_text()
-    assert "<script" not in page and "&lt;script&gt;" in page and page.count("<polyline") == 4
+        json.dumps({"question_id": row["question_id"], "text": text}) + "\n" for row, text in zip(rows, texts)))
+    (tmp_path / "chat_answers.txt").write_text("\n".join(texts) + "\n")
+    return tmp_path
+
+
+def test_the_report_shows_text_as_text(finished):
+    """Protects against a model's answer becoming markup; wrong answers are marked, the chats and both stages shown."""
+    page = run.report().read_text()
+    assert "<script" not in page and page.count('<b class="wrong">&lt;script&gt;') > 5
+    assert page.count("<svg") == 2 and "✗ (really " in page and page.count(" ✓</b>") > 5
+    assert 'class="cards chat"' in page
+
+
+def test_the_demo_fails_where_its_chats_do(finished, capsys):
+    alone = run.share_right(run.read_alone())
+    assert alone == run.share_right(run.read_chats()) and len(alone) == 8 and 45 < alone[-1] < 55
+    run.compare_chats(alone, [share + 4 for share in alone])
+    assert "all questions about a picture" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the chats fail: .* expected at most 5 points fewer than alone"):
+        run.compare_chats(alone, [share + 6 for share in alone])
+
+
+def test_an_interrupted_demo_goes_on(finished, monkeypatch, capsys):
+    """With all its files, where the program is the same and the report is not there yet; else it begins anew."""
+    began = lambda: run.clear_or_go_on() or not (finished / "pretrain").exists()
+    assert began()
+    (finished / "pretrain").mkdir()
+    assert not began() and "going on with the interrupted demo" in capsys.readouterr().out
+    monkeypatch.setattr(run, "program_checksum", lambda: "another program's")
+    assert began()
+    (finished / "pretrain").mkdir()
+    (finished / "report.html").touch()
+    assert began() and not (finished / "report.html").exists()
+
+
+def test_ctrl_c_lets_a_step_save_what_it_has(tmp_path, monkeypatch):
+    """Ctrl-C reaches the demo and its step at once; the demo must not end before the step has saved."""
+    saving = "import pathlib, time; time.sleep(1); pathlib.Path('saved').touch()"
+    monkeypatch.chdir(tmp_path)
+    wait, interrupted = subprocess.Popen.wait, []
+
+    def interrupt_once(process, timeout=None):
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_step("-c", saving)
+    assert (tmp_path / "saved").exists()

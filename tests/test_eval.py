@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, TINY_MODEL, run_script, start_script
+from helpers import GOLDEN, ROOT, TINY_MODEL, contents, run_script, start_script
 from tiny_benchmarks import CASES, evaluate, llava_file, make_pope, make_scienceqa, make_shapes, picture, prepare, write
 
 import eval as ev
@@ -116,8 +116,26 @@ def test_check_data_names_what_is_wrong(tmp_path, capsys):
     with pytest.raises(ValueError, match="do not have two questions each"):
         ev.load_data("mme", ev.parse(["--root", str(root)]))
     write(root / "gqa/data/testdev_balanced_questions.json", {"1": {"question": "x"}})
-    with pytest.raises(ValueError, match="not in the official format"):
+    with pytest.raises(ValueError, match="question 1: not in the expected format: .types. is missing"):
         ev.load_data("gqa", ev.parse(["--root", str(root)]))
+
+
+def test_check_data_lists_everything_that_is_missing(tmp_path, capsys):
+    """For every task that was named, all its files and the folder of its pictures, with where to get them."""
+    (tmp_path / "pope/coco").mkdir(parents=True)
+    (tmp_path / "pope/coco/coco_pope_random.json").touch()
+    with pytest.raises(ValueError, match="13 of 13 tasks"):
+        evaluate(["--root", str(tmp_path), "--check-data", "--task", ",".join(name for name in ev.TASKS
+                                                                              if name not in ("jsonl", "shapes"))])
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split(":")[0]: line.replace(str(tmp_path), "") for line in lines}
+    assert len(found) == len(lines) == 13 and all(" is missing" in line and "Get it: " in line for line in lines)
+    assert "/scienceqa/problems.json is missing, and so are pid_splits.json, the folder images/test or test." in found[
+        "scienceqa"]
+    assert "/pope/coco/coco_pope_adversarial.json is missing, and so are coco/coco_pope_popular.json, the folder " \
+           "val2014." in found["pope"]
+    assert "context.jsonl, answers_gpt4.jsonl, the folder images." in found["llavabench"]
+    assert "TextVQA_0.5.1_val.json is missing" in found["textvqa"] and "train_images" in found["textvqa"]
 
 
 def test_from_the_command_line(tmp_path, capsys):
@@ -141,7 +159,14 @@ def test_from_the_command_line(tmp_path, capsys):
         assert message in run_script("eval.py", *args, env={**os.environ, "PYTHONPATH": str(tmp_path / "stub")}).stdout
 
 
-def test_own_questions(tmp_path):
+@pytest.mark.parametrize("flag, value", [("--limit", "0"), ("--batch", "0"), ("--judge-timeout", "0"),
+                                         ("--judge-timeout", "-1"), ("--judge-timeout", "nan")])
+def test_numbers_that_would_do_nothing_are_refused(flag, value):
+    with pytest.raises(ValueError, match=f"{flag}: expected a .*number of at least"):
+        ev.parse(["--task", "pope", flag, value])
+
+
+def test_own_questions(tmp_path, capsys):
     write(tmp_path / "q.jsonl", [{"question_id": "a", "text": "What?", "image": "x.png", "answer": ["red", "crimson"],
                                   "category": "colour"},
                                  {"question_id": "b", "text": "Who?", "answer": "me"},
@@ -152,9 +177,58 @@ def test_own_questions(tmp_path):
     evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out")])
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["value"] == 50 and result["numbers"] == {"colour": 100}
+    assert "  a: What? -> Crimson.\n  b: Who? -> you\n  c: Why? -> because\n" in capsys.readouterr().out
     write(tmp_path / "q.jsonl", [{"question_id": "a", "text": "What?"}] * 2)
     with pytest.raises(ValueError, match="question_id 'a' occurs 2 times"):
         ev.load_data("jsonl", ev.parse(flags))
+    for line, message in [
+            ({"question_id": "b"}, "q.jsonl, line 3: .*'text' is missing"),
+            ({"text": 5}, "line 3: text is 5, expected a text"),
+            ({"text": "x", "answer": {}}, "line 3: answer is {}"), ({"text": "x", "answer": [["x"]]}, "line 3: 0 is"),
+            ({"text": "x", "question_id": [1]}, "line 3: question_id is"),
+            ({"text": "x", "image": "a\\b.png"}, "line 3: .*write /"),
+            ({"text": "x", "answer": True}, "line 3: answer is True"), ([], "line 3: not a json object")]:
+        (tmp_path / "q.jsonl").write_text('{"text": "What?"}\n\n' + json.dumps(line))
+        with pytest.raises(ValueError, match=message):
+            ev.load_data("jsonl", ev.parse(flags))
+    with pytest.raises(ValueError, match='with a line like {"text": '):
+        ev.load_data("jsonl", ev.parse(["--task", "jsonl"]))
+
+
+def test_own_questions_from_a_table_and_without_answers(tmp_path, capsys):
+    """Empty cells of a table become null or NaN: a question without a picture or an answer. All answers are shown."""
+    empty = {"image": None, "answer": float("nan"), "category": ""}
+    write(tmp_path / "q.jsonl", [{"question_id": i, "text": f"<image>\nQuestion {i}?", **empty} for i in range(23)])
+    flags = ["--task", "jsonl", "--questions", str(tmp_path / "q.jsonl")]
+    data = ev.load_data("jsonl", ev.parse(flags))
+    assert {(e.image, e.truth, e.categories) for e in data.examples} == {(None, None, ())}
+    path = llava_file(tmp_path / "a.jsonl", data, [f"text {i}" for i in range(23)])
+    evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "  19: Question 19? -> text 19\n  and 3 more" in printed and "the questions come without answers" in printed
+    assert "another prompt" not in printed
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Answers: 23, of which 23 are shown" in page and "text 22" in page
+
+
+def test_another_programs_settings_beside_the_answers_are_not_ours(tmp_path):
+    flags, data = prepare("textvqa", tmp_path / "eval")
+    path = llava_file(tmp_path / "theirs/a.jsonl", data, ["x"] * 3)
+    for settings in ({"editor.fontSize": 12}, {"task": 5}, {"task": ["textvqa"]}):
+        write(path.with_name("settings.json"), settings)
+        evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out")])
+        assert json.loads((tmp_path / "out/result.json").read_text())["settings"]["task"] == "textvqa"
+
+
+def test_a_prompt_is_the_same_with_and_without_the_tag(tmp_path, capsys):
+    """LLaVA's scripts save some prompts with it and some without: neither is another prompt."""
+    texts = ["<image>\nA?\nb", "A?\nb"]
+    write(tmp_path / "q.jsonl", [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    flags = ["--task", "jsonl", "--questions", str(tmp_path / "q.jsonl")]
+    for prompt in ("<image>\nA?\nb", "A?\nb", "A?\nb\n<image>"):
+        write(tmp_path / "a.jsonl", [{"question_id": i, "prompt": prompt, "text": "x"} for i in range(2)])
+        evaluate([*flags, "--score", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")])
+        assert "another prompt" not in capsys.readouterr().out
 
 
 def test_own_questions_about_several_pictures_and_from_archives(tmp_path, capsys):
@@ -353,6 +427,26 @@ def test_one_run_per_folder(tmp_path):
     assert not (out / LOCK).exists()
 
 
+def test_a_limit_does_not_replace_the_result_of_more_questions(tmp_path, short):
+    """Nor does it when just scoring; a run without the limit, or with a higher one, goes on from there."""
+    flags, out = many_shapes(tmp_path), tmp_path / "out"
+    for limit in ("2", "4"):
+        evaluate([*flags, "--out", str(out), "--limit", limit])
+        assert json.loads((out / "result.json").read_text())["n"] == int(limit)
+    before = contents(out)
+    with pytest.raises(ValueError, match="limit was 4, now 3, which would replace the result; give another --out"):
+        evaluate([*flags, "--out", str(out), "--limit", "3"])
+    assert contents(out) == before
+    evaluate([*flags, "--out", str(out)])
+    before = contents(out)
+    for more in (["--out", str(out)], ["--score", str(out / "answers.jsonl")]):
+        with pytest.raises(ValueError, match="limit was none, now 3, which would replace the result"):
+            evaluate([*flags, *more, "--limit", "3"])
+    assert contents(out) == before
+    evaluate(["--score", str(out / "answers.jsonl"), *flags])
+    evaluate([*flags, "--out", str(tmp_path / "beside"), "--limit", "3"])
+
+
 def test_other_settings_are_refused(tmp_path, short):
     flags, out = many_shapes(tmp_path, pictures=1, questions=1), str(tmp_path / "out")
     evaluate([*flags, "--out", out])
@@ -391,6 +485,8 @@ def test_bad_images_and_models(tmp_path, short, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="no model: neither out/finetune"):
         evaluate(flags[:4])
+    with pytest.raises(ValueError, match="image unreadable: the picture of question 'q7'"):
+        asking.open_picture(b"<html>", LLaVAConfig(), "q7")
     (tmp_path / "shapes/images/1.png").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="1.png"):
         evaluate([*flags, "--out", str(tmp_path / "out")])

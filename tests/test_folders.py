@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -12,11 +13,15 @@ import torch
 from helpers import GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, model_from, rewrite, same, tensors_of
 from safetensors.torch import save_file
 from torch import Tensor
+from zoo import FOREIGN_FOLDERS, LFS_POINTER, PROJECTOR, hub_cache, projector_file, without_tower
 
-from lib.folders import Kind, meta_model, open_folder, open_weights, read_bin, read_tensor, saved_shapes
+from data import load_tokenizer
+from lib.folders import Kind, meta_model, open_folder, open_weights, read_tensor, saved_shapes
 from lib.layouts import to_saved
 from lib.lora import apply_lora
-from load_weights import load_into, load_model
+from lib.save_weights import save_parts
+from lib.tensor_files import read_bin
+from load_weights import load_into, load_model, merge
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi
 
 Tensors = dict[str, Tensor]
@@ -53,6 +58,96 @@ def test_a_folder_of_something_else_is_named_by_its_tensors(tmp_path):
     save_file({"bert.x": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="looks like a folder of other tensors .bert.x, "):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", FOREIGN_FOLDERS)
+def test_common_folders_of_others_are_called_by_their_names(name, tmp_path):
+    """In one line, with what to do, whichever flag they are given to."""
+    make, what, advice = FOREIGN_FOLDERS[name]
+    folder = make(tmp_path / "x")
+    as_a_part = [[TINY_PHI, folder], [folder, TINY_CLIP]]
+    if name == "LLaVA without its tower":
+        as_a_part.pop()                                 # --llm takes it
+    elif name == "a tower inside":
+        as_a_part = []                                  # then it is just a whole model
+    for paths in ([folder], *as_a_part):
+        with pytest.raises(ValueError) as e:
+            open_weights(*paths)
+        assert re.search(what, str(e.value)) and "\n" not in str(e.value) and "(, ...)" not in str(e.value)
+        if len(paths) == 1:
+            assert re.search(advice, str(e.value)), e.value
+
+
+def test_a_pointer_in_place_of_a_text_file(tmp_path):
+    """git-lfs keeps large json files too."""
+    folder = rewrite(TINY_MODEL, tmp_path / "x")
+    (folder / "tokenizer.json").write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match="tokenizer.json: a git-lfs pointer"):
+        load_tokenizer(folder)
+    (folder / "config.json").write_text(LFS_POINTER)
+    with pytest.raises(ValueError, match="config.json: a git-lfs pointer"):
+        open_weights(folder)
+
+
+def test_a_snapshot_in_the_hubs_cache_is_a_folder_as_any_other(tmp_path):
+    [snapshot] = (hub_cache(tmp_path / "x") / "snapshots").iterdir()
+    assert same(model_from(snapshot, TINY_CLIP), model_from(TINY_PHI, TINY_CLIP), "llm")
+
+
+@pytest.mark.parametrize("path, words", [
+    (TINY_MODEL / "model.safetensors", "a file; give its folder, .*tiny-llava-phi"),
+    (Path("checkpoints/phi-2"), "no such folder; published are microsoft/phi-2.*--local-dir checkpoints/phi-2"),
+])
+def test_what_is_no_folder(path, words):
+    with pytest.raises(ValueError, match=words):
+        open_folder(path)
+
+# ---------------------------------------------------------------------------------------------------
+# Models in parts
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    """The tower of TINY_MODEL by itself."""
+    out = tmp_path_factory.mktemp("parts") / "x"
+    save_parts(out, open_weights(TINY_MODEL), None)
+    return out / "clip"
+
+
+def test_a_tower_is_given_to_a_model_without_one(tmp_path, tower, tiny_model):
+    """LLaVA's released form becomes a whole model; its projector and its settings are kept."""
+    llava = without_tower(tmp_path / "llava")
+    merge(llava, tower, tmp_path / "out", 0, None)
+    there = load_model(tmp_path / "out")
+    assert same(there, tiny_model) and there.config == tiny_model.config and there.config.image_mode == "pad"
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors", "folder"])
+def test_a_projector_by_itself(kind, tmp_path, tower, tiny_model):
+    file = projector_file(tmp_path / "stage 1")
+    if kind == "safetensors":
+        file = tmp_path / "x.safetensors"
+        save_file({name: x for name, x in tensors_of(TINY_MODEL).items() if name.startswith(PROJECTOR)}, file)
+    merge(TINY_PHI, tower, tmp_path / "out", 0, None, file.parent if kind == "folder" else file)
+    there = load_model(tmp_path / "out")
+    assert same(there, tiny_model, "projector") and same(there, tiny_model, "vision")
+    assert there.config.image_mode == "crop"
+
+
+@pytest.mark.parametrize("llm, projector, words", [
+    (TINY_PHI, TINY_PHI, "looks like a Phi-2 language model, expected a projector by itself"),
+    (TINY_PHI, Path("gone.bin"), "gone.bin: no such folder; LLaVA's stage 1 writes mm_projector.bin"),
+    ("without tower", "projector", "looks like a LLaVA model without its tower, expected a Phi-2 language model"),
+    (TINY_PHI, "narrow", "misshapen: model.mm_projector.0.weight"),
+    (TINY_PHI, "config", "config.json: mm_projector_type is 'linear'"),
+])
+def test_a_projector_that_does_not_fit(llm, projector, words, tmp_path, tower):
+    file = projector_file(tmp_path / "stage 1", TINY_MIPHA if projector == "narrow" else TINY_MODEL)
+    if projector == "config":
+        (file.parent / "config.json").write_text('{"mm_projector_type": "linear"}')
+    llm = without_tower(tmp_path / "llava") if llm == "without tower" else llm
+    with pytest.raises(ValueError, match=words):
+        merge(llm, tower, tmp_path / "out", 0, None, projector if isinstance(projector, Path) else file)
 
 
 def test_names_json_is_what_we_take_and_leave():

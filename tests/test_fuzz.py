@@ -25,9 +25,12 @@ import pytest
 import torch
 from helpers import ROOT, load_weights_command, pattern, talk
 from PIL import Image, PngImagePlugin
+from tiny_benchmarks import CASES, evaluate, llava_file, prepare
 from training import train_here
+from zoo import projector_file
 
 import data
+import eval as ev
 import load_weights
 import serve.server
 from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
@@ -403,6 +406,86 @@ def test_parquet_rows(tmp_path, capsys):
     assert counts["fine"] > 500
 
 # ---------------------------------------------------------------------------------------------------
+# Benchmarks
+
+
+def mutate_data_file(path: Path, rng: random.Random) -> bytes:
+    """Bytes, values of json, or what editors, tables and other systems do to a text file."""
+    good = path.read_bytes()
+    kind = rng.randrange(4)
+    if kind == 0:
+        return mutate_bytes(good, rng)
+    if kind == 1 and path.suffix == ".json" and b"\n{" not in good:
+        return to_json(mutate_json(json.loads(good), rng))
+    if kind == 1 and good.startswith(b"{"):
+        lines = good.splitlines()
+        i = rng.randrange(len(lines))
+        lines[i] = to_json(mutate_json(json.loads(lines[i]), rng))
+        return b"\n".join(lines)
+    text = good.decode()
+    change = rng.choice((
+        lambda: text.encode("utf-8-sig"), lambda: (text + "\u00e9").encode("latin-1"), lambda: text.encode("utf-16"),
+        lambda: text.replace("\n", "\r\n").encode(), lambda: text.replace("\t", "    ").encode(),
+        lambda: text.replace("\n", "\n\n").encode(), lambda: text[:rng.randrange(len(text))].encode(),
+        lambda: text.replace("\t", "\tnan", rng.randrange(1, 30)).encode(), lambda: text.replace('"', "'").encode(),
+        lambda: b"".join(rng.sample(good.splitlines(True), len(good.splitlines()))), lambda: good + good, lambda: b""))
+    return change()
+
+
+GRADES = {
+    "mmvet": (".json", json.dumps({f"v1_{i}": {"model": ["j"], "content": ["0.5"], "score": [0.5]} for i in range(2)})),
+    "llavabench": (".jsonl", "".join(json.dumps({"question_id": i, "content": "8 6\nGood."}) + "\n" for i in range(2))),
+}
+
+
+def test_benchmark_files(tmp_path, capsys):
+    """The official files and those of answers: scored, or refused with one line before anything is asked."""
+    tasks = []
+    for name in CASES:
+        flags, questions = prepare(name, tmp_path / name)
+        answers = llava_file(tmp_path / name / "answers.jsonl", questions, CASES[name].answers)
+        flags = [*flags, "--score", str(answers), "--out", str(tmp_path / name / "out")]
+        ours = [answers]
+        if name in GRADES:
+            ours.append(tmp_path / name / f"grades{GRADES[name][0]}")
+            ours[1].write_text(GRADES[name][1])
+            flags += ["--grades", str(ours[1])]
+        files = [path for path in (tmp_path / name).rglob("*") if path.suffix in (".json", ".jsonl", ".tsv", ".txt")]
+        tasks.append((flags, ours, files))
+    mutated = None
+
+    def make_case(rng: random.Random) -> Callable:
+        nonlocal mutated
+        if mutated:
+            mutated[0].write_bytes(mutated[1])
+        flags, ours, files = rng.choice(tasks)
+        target = rng.choice(files)
+        mutated = target, target.read_bytes()
+        target.write_bytes(mutate_data_file(target, rng))
+
+        def case() -> None:
+            args = ev.parse(flags)
+            if target in ours:                  # what comes after the answers
+                evaluate(flags)
+                return
+            try:
+                questions = ev.load_data(args.task, args)
+            except ValueError as e:
+                assert str(tmp_path) in str(e), f"names no file: {e}"
+                raise
+            texts = [""] * len(questions.examples)
+            try:
+                path = llava_file(ours[0].with_name("mutated.jsonl"), questions, texts)
+                evaluate([*flags, "--score", str(path), "--out", str(ours[0].with_name("out of mutated"))])
+            except ValueError as e:
+                if "no grade for" in str(e):    # a question that the mutated file has under another id
+                    return
+                raise AssertionError(f"refused after the answers were made: {e}") from e
+        return case
+
+    campaign("benchmark files", 4000, 300_000_000, make_case, capsys)
+
+# ---------------------------------------------------------------------------------------------------
 # Models
 
 
@@ -442,7 +525,8 @@ def test_model_folders(tmp_path, capsys):
     def make_case(rng: random.Random) -> Callable:
         folder = copy_model(folders[rng.choice(("safetensors", "safetensors", "bin"))], tmp_path / "model")
         [weights] = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        target = rng.choice((weights, weights, folder / "config.json", folder / "tokenizer.json"))
+        texts = [folder / f"{name}.json" for name in ("config", "tokenizer", "preprocessor_config")]
+        target = rng.choice((weights, weights, *texts))
         content = target.read_bytes()
         if target.suffix == ".safetensors":
             content = mutate_safetensors(content, rng)
@@ -459,6 +543,64 @@ def test_model_folders(tmp_path, capsys):
         return case
 
     campaign("model folders", 2000, 300_000_000, make_case, capsys)
+
+def mutate_archive(good: bytes, rng: random.Random) -> bytes:
+    """An archive of torch.save: a record's bytes (the pickle decides the most), its name, or which records there are."""
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    method = zipfile.ZIP_STORED
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        name = pickled if rng.random() < 0.6 else rng.choice([*records])
+        kind = rng.randrange(8)
+        if name not in records:
+            continue
+        if kind < 3:
+            records[name] = mutate_bytes(records[name], rng)
+        elif kind == 3:
+            changed = bytearray(records[name])
+            for place in rng.sample(range(len(changed)), min(len(changed), rng.choice((1, 2, 8)))):
+                changed[place] = rng.choice(b"K\x00\x01J\xffM(t)R.q\x85\x86\x87X}]e")        # opcodes of a pickle
+            records[name] = bytes(changed)
+        elif kind == 4:
+            del records[name]
+        elif kind == 5:
+            records[name + rng.choice(("x", "/", ".pkl", "\ud83d", "/../x"))] = records.pop(name)
+        elif kind == 6:
+            records[rng.choice([*records])] = records[name]
+        else:
+            method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in records.items():
+            archive.writestr(name.encode("utf-8", "replace").decode(), content)
+    return mutate_bytes(file.getvalue(), rng) if rng.random() < 0.1 else file.getvalue()
+
+
+def test_archives_of_torch_save(tmp_path, capsys):
+    """A pytorch_model.bin of a stranger, and a projector: loaded, merged and inspected, or refused with words."""
+    tower, phi = copy_model(GOLDEN / "tiny-clip", tmp_path / "clip"), GOLDEN / "tiny-phi"
+    projector = projector_file(tmp_path / "stage 1")
+    good = {path: path.read_bytes() for path in (tower / "pytorch_model.bin", projector)}
+
+    def make_case(rng: random.Random) -> Callable:
+        for path, content in good.items():
+            path.write_bytes(content)
+        target = rng.choice([*good])
+        target.write_bytes(mutate_archive(good[target], rng))
+        out = tmp_path / f"merged {rng.random()}"
+
+        def case() -> None:
+            load_weights_command(["inspect", str(target.parent)])
+            try:
+                load_weights_command(["merge", "--llm", str(phi), "--vision", str(tower), "--projector", str(projector),
+                                      "--out", str(out)])
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+        return case
+
+    counts = campaign("archives of torch.save", 2000, 300_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 200
 
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -572,6 +714,65 @@ def test_request_bodies(server, capsys):
 
     counts = campaign("request bodies", 3000, 300_000_000, make_case, capsys)
     assert counts["fine"] > 100
+
+
+GOOD_CONTENTS = (None, "", " ", "What?", [], [{"type": "text", "text": "What?"}],
+                 [{"type": "refusal", "refusal": "No."}], [{"type": "image_url", "image_url": PICTURE}],
+                 [{"type": "image_url", "image_url": {"url": PICTURE}}],
+                 [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": PICTURE}])
+BAD_CONTENTS = (["What?"], [{"type": "text"}], [{"type": "image_url", "image_url": {"url": PICTURE[:200]}}],
+                [{"type": "image_url", "image_url": {}}], {"type": "text"}, 7, [None])
+
+
+def odd_history(rng: random.Random) -> list[dict]:
+    """Messages in any order, of any speaker, with contents that clients send and some that none should."""
+    messages = []
+    for _ in range(rng.choice((1, 1, 2, 3, 4, 8))):
+        role = rng.choice(("user", "user", "user", "assistant", "assistant", "system", "developer"))
+        message = {"role": role, "content": rng.choice(GOOD_CONTENTS if rng.random() < 0.95 else BAD_CONTENTS)}
+        if rng.random() < 0.1:
+            message[rng.choice(("role", "name", "tool_calls", "refusal", "audio"))] = rng.choice(ODD_VALUES)
+        if rng.random() < 0.05:
+            del message[rng.choice(sorted(message))]
+        messages.append(message)
+    return messages
+
+
+def chunks_of(body: bytes, rng: random.Random) -> bytes:
+    """The same request with its body in chunks, now and then of a wrong length."""
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    while body:
+        piece, body = body[:(n := rng.choice((1, 100, 5000)))], body[n:]
+        size = len(piece) if rng.random() < 0.99 else rng.choice((0, len(piece) + 1, 10**9))
+        request += b"%x\r\n%s\r\n" % (size, piece)
+    return request + rng.choice((b"0\r\n\r\n", b"0\r\n\r\n", b"0\r\nX: y\r\n\r\n", b"", b"0\r\n"))
+
+
+def test_chat_histories(server, capsys, monkeypatch):
+    """A history is answered, or refused with the name of what is wrong in it; also when its body comes in chunks."""
+    monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.3)              # what is cut short is not waited for
+
+    def make_case(rng: random.Random) -> Callable:
+        fields = {"messages": odd_history(rng), "max_tokens": 2}
+        if rng.random() < 0.3:
+            fields[rng.choice(("tools", "response_format", "top_p", "n", "logprobs", "x"))] = rng.choice(ODD_VALUES)
+        body = to_json(fields)
+        request = chunks_of(body, rng) if rng.random() < 0.3 else post(body)
+
+        def case() -> None:
+            head, _, content = exchange(server, request).partition(b"\r\n\r\n")
+            status = int(head.split()[1])
+            if status == 200:
+                assert json.loads(content)["usage"]["completion_tokens"] <= 2
+                return
+            error = json.loads(content)["error"]
+            assert 400 <= status < 500 and error["message"], f"{status}: {content!r}"
+            assert error["param"] or b"chunked" in request, content         # which may have been cut short
+            raise ValueError(error["message"])
+        return case
+
+    counts = campaign("chat histories", 3000, 300_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 500
 
 
 def test_raw_requests(server, capsys):

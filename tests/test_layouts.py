@@ -1,18 +1,25 @@
 """Every layout and every spelling of config.json that was ever published gives the same model."""
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import (GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, model_from, rewrite, same, siglip_folder,
-                     tensors_of, without)
+from helpers import (GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command, model_from, rewrite,
+                     same, siglip_folder, tensors_of, train_flags, without)
 from torch import Tensor
+from training import train_here
 
+import sample
+from lib.configs import config_of
 from lib.folders import meta_model, open_folder, open_weights, saved_shapes
 from lib.layouts import to_ours, to_saved
+from lib.tensor_files import Pieces, Stored
 from load_weights import load_model
-from vision import VisionConfig
+from model import LLaVAConfig
+from vision import CLIP_L_336, SIGLIP_SO400M_384, VisionConfig
 
 Tensors = dict[str, Tensor]
 
@@ -210,6 +217,127 @@ def test_variants_that_are_not_implemented_are_refused(change, words, tmp_path):
     folder = rewrite(TINY_PHI, tmp_path / "x", config=lambda config: config | change)
     with pytest.raises(ValueError, match=words):
         open_weights(folder, TINY_CLIP)
+
+
+@pytest.mark.parametrize("change", [
+    {"sliding_window": 2047}, {"attention_dropout": 0.1}, {"embd_pdrop": 0.1}, {"attn_pdrop": 0.1}, {"head_dim": 64},
+    {"hidden_act": "relu"}, {"activation_function": "relu", "hidden_act": None}, {"partial_rotary_factor": 1.5},
+    {"partial_rotary_factor": 0.05}, {"rotary_dim": 7}, {"rope_parameters": {"partial_rotary_factor": 0.0}},
+    {"quantization_config": {"quant_method": "bitsandbytes"}},
+], ids=str)
+def test_keys_of_a_language_model_are_read_or_refused_by_name(change, tmp_path):
+    """Ignored, each would change what is computed, and nothing would show it."""
+    phi = rewrite(TINY_PHI, tmp_path / "x", config=lambda config: config | change)
+    with pytest.raises(ValueError, match="activation is 'relu'|would rotate|" + next(iter(change))) as e:
+        open_weights(phi, TINY_CLIP)
+    assert str(e.value).startswith(f"{phi / 'config.json'}: ")
+
+
+LLAVA_KEYS = {          # a key of LLaVA's family -> values that would change what is computed
+    "mm_projector_type": ["linear", "mlp3x_gelu", "identity", ["mlp2x_gelu"]], "projector_hidden_act": ["relu"],
+    "multimodal_projector_bias": [False], "mm_resampler_type": ["perceiver"], "mm_patch_merge_type": ["spatial_unpad"],
+    "mm_vision_select_feature": ["cls_patch"], "vision_feature_select_strategy": ["full"],
+    "vision_feature_layer": [-1], "mm_vision_select_layer": [-1, [-2, -5]],
+    "mm_use_im_start_end": [True], "mm_use_im_patch_token": [True], "use_s2": [True], "s2": [True],
+    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_4bit": True}],
+}
+
+
+@pytest.mark.parametrize("key", LLAVA_KEYS)
+def test_keys_of_llavas_family_are_refused_wherever_they_stand(key, tmp_path):
+    """At the top of config.json, as in LLaVA, or inside vision_config, as in LLaVA-Phi."""
+    def put(path: tuple[str, ...], value: object) -> Callable[[dict], dict]:
+        def change(config: dict) -> dict:
+            inner = config
+            for name in path:
+                inner = inner[name]
+            inner[key] = value
+            return config
+        return change
+
+    places = [(), ("vision_config",), ("vision_config", "vision_tower"), ("vision_config", "mm_projector")]
+    for i, value in enumerate(LLAVA_KEYS[key]):
+        for j, place in enumerate(places[:1] if key.endswith("_layer") else places):
+            folder = rewrite(TINY_MODEL, tmp_path / f"{i} {j}", config=put(place, value))
+            words = f"config.json: ({key}|mm_vision_select_layer .elsewhere) .*, and only .* is implemented here"
+            with pytest.raises(ValueError, match=words):
+                open_weights(folder)
+    silent = rewrite(TINY_MODEL, tmp_path / "null", config=put((), None))
+    assert open_weights(silent).config == open_weights(TINY_MODEL).config
+
+
+@pytest.mark.parametrize("change", [{"num_channels": 4}, {"attention_dropout": 0.1}, {"hidden_act": "gelu"},
+                                    {"dropout": 0.1}, {"num_attention_heads": 3}], ids=str)
+def test_keys_of_a_tower_are_refused_by_name(change, tmp_path):
+    def config(whole: dict) -> dict:
+        whole["vision_config"] |= change
+        return whole
+
+    with pytest.raises(ValueError, match=f"{next(iter(change))}|not a multiple of 3 heads"):
+        open_weights(TINY_PHI, rewrite(TINY_CLIP, tmp_path / "x", config=config))
+
+
+@pytest.mark.parametrize("aspect", ["anyres", "anyres_max_9", "highres", "resize", ["pad"], True, "Pad"])
+def test_no_command_takes_one_image_aspect_ratio_for_another(aspect, tmp_path, chat_json, photo):
+    """"anyres" was read as "crop", and written as that. Every command reads the same config."""
+    folder = rewrite(TINY_MODEL, tmp_path / "x", config=lambda config: config | {"image_aspect_ratio": aspect})
+    commands = [
+        lambda: sample.main(sample.parse(["--model", str(folder), "--image", str(photo), "--prompt", "What?"])),
+        lambda: train_here(train_flags(tmp_path / "run", chat_json, "--model", str(folder))),
+        lambda: load_weights_command(["export", "--model", str(folder), "--out", str(tmp_path / "exported")]),
+        lambda: load_model(folder),
+    ]
+    for command in commands:
+        with pytest.raises(ValueError, match="image_aspect_ratio is .* and only 'square' or 'crop' or 'pad'"):
+            command()
+    assert load_weights_command(["inspect", str(folder)]) == 2
+    assert not (tmp_path / "exported").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean is .0.5"), ({"image_std": [1]}, "image_std"),
+    ({"rescale_factor": 1 / 127.5}, "rescale_factor"), ({"do_rescale": False}, "do_rescale"),
+    ({"do_normalize": False}, "do_normalize"), ({"do_resize": False}, "do_resize"), ({"resample": 2}, "resample is 2"),
+    ({"size": {"shortest_edge": 56}}, "size is .*and only 28"), ({"size": 56}, "size is 56"),
+    ({"crop_size": {"height": 28, "width": 56}}, "crop_size"), ({"do_center_crop": False}, "do_center_crop"),
+], ids=str)
+def test_a_processor_that_makes_other_pixels_is_refused(change, words, tmp_path):
+    """preprocessor_config.json says how transformers makes pixels. Ours have to be the same."""
+    folder = rewrite(TINY_MODEL, tmp_path / "x")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=f"preprocessor_config.json: {words}"):
+        open_weights(folder)
+
+
+def test_a_processors_older_spelling(tmp_path):
+    """As openai's folder has it: plain numbers, rounded."""
+    folder = rewrite(TINY_MODEL, tmp_path / "x", config=lambda config: without(config, "image_aspect_ratio"))
+    old = {"crop_size": 28, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 28,
+           "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+           "image_std": [0.268629, 0.261302, 0.275777]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(old))
+    assert open_weights(folder).config.image_mode == "crop"
+    (folder / "preprocessor_config.json").write_text(json.dumps(old | {"size": {"height": 28, "width": 28}}))
+    assert open_weights(folder).config.image_mode == "squash"
+
+
+def tower_of(published: VisionConfig, n_layer: int) -> dict[str, Pieces]:
+    """The stored tensors of a tower at full width, in names and shapes only."""
+    shapes = saved_shapes(meta_model(LLaVAConfig(vision=replace(published, n_layer=n_layer))))
+    return {name: {"whole": Stored(name, Path("x"), torch.float16, shape, Tensor)} for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("published, n_layer, feature_layer", [
+    (CLIP_L_336, 24, -2), (SIGLIP_SO400M_384, 27, -2), (SIGLIP_SO400M_384, 26, -1)])
+def test_a_published_tower_inside_a_flat_config(published, n_layer, feature_layer, tmp_path):
+    """LLaVA with a tuned tower, and Bunny (26 layers): config.json has the language model's numbers only."""
+    flat = {"hidden_size": 2560, "num_hidden_layers": 32, "intermediate_size": 10240, "partial_rotary_factor": 0.4,
+            "hidden_act": "gelu_new", "mm_hidden_size": published.n_embd, "image_aspect_ratio": "pad"}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    config = config_of([tmp_path], tower_of(published, n_layer))
+    assert config.vision == replace(published, n_layer=n_layer, feature_layer=feature_layer)
+    assert config.vision.n_used == published.n_used and config.image_mode == "pad" and config.llm.n_embd == 2560
 
 
 def test_a_siglip_with_clips_activation_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-import lib.folders
+import lib.tensor_files
 import model as model_file
 import sample
 from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
@@ -108,7 +108,7 @@ def test_a_folder_is_read_once_and_a_model_built_once_for_an_answer(monkeypatch,
     """What a command knows of a folder is handed on. Everything that opens a file of weights, or builds a model, is
     counted during one `sample.py --prompt`."""
     counts = {"opened": [], "built": []}
-    safe_open, build = lib.folders.safe_open, model_file.LLaVAPhi.__init__
+    safe_open, build = lib.tensor_files.safe_open, model_file.LLaVAPhi.__init__
 
     def counting_open(path, *args, **options):
         counts["opened"].append(path.name)
@@ -118,7 +118,7 @@ def test_a_folder_is_read_once_and_a_model_built_once_for_an_answer(monkeypatch,
         counts["built"].append(config)
         build(self, config, *args, **options)
 
-    monkeypatch.setattr(lib.folders, "safe_open", counting_open)
+    monkeypatch.setattr(lib.tensor_files, "safe_open", counting_open)
     monkeypatch.setattr(model_file.LLaVAPhi, "__init__", counting_build)
     sample.main(sample.parse(["--model", str(TINY_MODEL), "--image", str(photo), "--prompt", "What is this?", "--dtype",
                               "fp32", "--max-new-tokens", "4"]))

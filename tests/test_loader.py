@@ -157,6 +157,30 @@ def test_the_index_is_made_once_and_tied_to_its_data(tmp_path, tiny, monkeypatch
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.json", "out"]           # nothing beside the user's data
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "another's", "an array", "text"])
+def test_an_index_that_cannot_be_read_is_made_anew(damage, tmp_path, tiny, capsys):
+    """After a power failure it ended every restart with a traceback."""
+    path, out = write_data(tmp_path), tmp_path / "out"
+    made = open_dataset(path, tiny, cache_dir=out).index
+    [cache] = out.glob("index_*.npz")
+    whole = cache.read_bytes()
+    if damage == "another's":
+        np.savez(cache, length=made.length)
+    elif damage == "an array":
+        cache.write_bytes(b"")
+        with open(cache, "wb") as file:
+            np.save(file, made.length)
+    else:
+        middle = len(whole) // 2
+        cache.write_bytes({"empty": b"", "cut": whole[:middle], "text": b"x" * 99,
+                           "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]}[damage])
+    for a, b in zip(made, open_dataset(path, tiny, cache_dir=out).index, strict=True):
+        assert np.array_equal(a, b)
+    said = capsys.readouterr().out
+    assert f"{cache} cannot be read" in said and "made anew" in said and said.count("\n") == 1
+    assert cache.read_bytes() == whole
+
+
 def test_the_index_is_made_where_files_cannot_be_locked(tmp_path, tiny, monkeypatch):
     """Lustre mounted without flock answers every lock with an error; a run there has to start all the same."""
     def refuse(*args):
@@ -267,6 +291,15 @@ def test_links_out_of_the_folder_can_be_allowed(tmp_path, zoo_images, tiny):
     assert open_dataset(path, tiny, images=zoo_images, follow_links=True).pictures.find(link["image"]).exists()
     with pytest.raises(ValueError, match="--follow-links"):
         open_dataset(path, tiny, images=zoo_images).pictures.find(link["image"])
+
+
+def test_a_windows_path_is_called_one(tmp_path, tiny, zoo_images):
+    """It is not outside the folder: what is wrong with it is the separator."""
+    dataset = open_dataset(write_data(tmp_path), tiny, images=zoo_images)
+    with pytest.raises(ValueError, match="image path has backslashes: .*expected a path with /"):
+        dataset.image_path({"image": "sub\\x.jpg"})
+    with pytest.raises(ValueError, match="image outside the folder"):
+        dataset.image_path({"image": "C:\\x.jpg"})
 
 
 def test_an_error_outside_the_workers_ends_the_process():

@@ -69,6 +69,17 @@ def test_adapters_learn_and_are_merged_into_what_they_sit_on(on, moved, chat_jso
         assert changed == (name.removeprefix("layers.0.") in moved)
 
 
+def test_a_short_run_says_what_its_parts_learn_at(chat_json, tmp_path, capfd):
+    """Protects a user from rates and scales that changed with --lora-r without his noticing."""
+    flags = train_flags(tmp_path / "out", chat_json, "--lora-r", "2", "--freeze", "vision", "--max-steps", "2")
+    at = flags.index("--lr")
+    train_here(flags[:at] + flags[at + 2:])
+    said = capfd.readouterr().out
+    assert "parameters, trained at 2e-05\n" in said and "of llm's, trained at 0.0002, scaled by 4 / 2\n" in said
+    assert said.count("parameters, frozen\n") == 2
+    assert [record["lr"] for record in metrics(tmp_path / "out")] == [0.0, 2e-4]
+
+
 def test_a_run_with_a_4_bit_base(chat_json, tmp_path):
     """Resumed exactly, the same on two processes, close to adapters on the base itself, and merged into that."""
     chat_json = some_of(chat_json, tmp_path / "pictures.json", image=True)

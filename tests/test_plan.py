@@ -1,4 +1,5 @@
 """The plan: what it counts against what is really alive, what it chooses, and what it says."""
+import numpy as np
 import pytest
 import torch
 from helpers import train_flags
@@ -9,6 +10,8 @@ from training import train_here
 
 import train
 from lib import plan
+from lib.device import planned_card
+from lib.flops import picture_cost
 from lib.recipes import parse, replace
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Packed, PhiConfig
 from vision import VisionConfig
@@ -192,11 +195,83 @@ def test_weights_are_sharded_within_a_node_or_over_all_nodes_of_one_gpu(gpus, pe
     assert f"weights sharded over {shards}\n" in capsys.readouterr().out
 
 
+@pytest.fixture
+def planned(capsys, monkeypatch):
+    """What --plan says of stage 2 on one GPU, without the search for the most tokens, which takes most of its time."""
+    monkeypatch.setattr(plan, "most_tokens", lambda *args: 1024)
+
+    def say(*flags: str) -> str:
+        train_here(["--stage", "finetune", "--plan", "--gpus", "1", *flags])
+        return capsys.readouterr().out
+    return say
+
+
+def hours(said: str) -> list[float]:
+    [line] = [line for line in said.splitlines() if line.startswith("hours at half of")]
+    return [float(cell) for cell in line.split("TFLOP/s")[1].split()]
+
+
+def test_a_cards_name_gives_its_memory_and_the_hours_with_recomputation(planned):
+    """Full recomputation repeats two thirds of a block's products."""
+    said = planned("--gpu", "NVIDIA GeForce RTX 4090")
+    assert "on 1 x 24 GB" in said and "hours at half of 165.2 TFLOP/s" in said
+    none, _, selective, _, full, _ = hours(said)
+    assert none == pytest.approx(5198 * 1.83e15 / 82.6e12 / 3600, rel=0.01)
+    assert selective == pytest.approx(1.02 * none, rel=0.02) and full == pytest.approx(1.22 * none, rel=0.03)
+    said = planned()
+    assert "hours at half" not in said and said.endswith("; --gpu or --tflops gives hours\n")
+
+
+@pytest.mark.parametrize("name, gigabytes, tflops, dtype, expected", [
+    ("", 0, 0, "bf16", (80e9, 0)), ("", 8, 0, "bf16", (8e9, 0)), ("", 0, 40, "bf16", (80e9, 40e12)),
+    ("NVIDIA GeForce RTX 4090", 0, 0, "bf16", (24e9, 165.2e12)), ("rtx 4090", 12, 0, "bf16", (12e9, 165.2e12)),
+    ("NVIDIA A100-SXM4-40GB", 0, 0, "bf16", (40e9, 312e12)), ("A100", 0, 100, "bf16", (80e9, 100e12)),
+    ("RTX 4090", 0, 0, "fp32", (24e9, 0)), ("RTX 4090", 0, 80, "fp32", (24e9, 80e12)),
+])
+def test_a_number_that_is_given_takes_precedence_over_the_cards(name, gigabytes, tflops, dtype, expected):
+    """And bf16's speed is nobody's in fp32."""
+    assert planned_card(name, gigabytes, tflops, dtype) == expected
+
+
+@pytest.mark.parametrize("name", ["RTX 4090 Laptop", "H100", "Voodoo 2"])
+def test_a_card_that_is_not_in_the_table_is_refused_with_those_that_are(name, planned):
+    with pytest.raises(ValueError, match=f"--gpu {name}: not in the table; give --gpu-memory and --tflops, or one of "
+                                         "H100 PCIe, .*RTX 5090$"):
+        planned("--gpu", name)
+
+
+def test_own_data_is_planned_with_its_own_lengths(chat_json, tmp_path, capsys):
+    """And without a trace of the plan, unless the run's folder is there already: then its index is used or kept."""
+    flags = train_flags(tmp_path / "out", chat_json, "--plan", "--tflops", "1")
+    train_here(flags)
+    said = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    train_here(flags)
+    assert capsys.readouterr().out == said
+    [index] = (tmp_path / "out").iterdir()
+    lengths = np.load(index)["length"]
+    steps = -(-len(lengths) // 4)
+    assert f"{steps} steps of 4 samples of {lengths.mean():.0f} tokens: " in said and f"lengths of {chat_json}" in said
+    train_here([*flags, "--data", str(tmp_path / "none.json")])
+    assert "lengths as published\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory, flags, said_so", [
+    ("8", (), True), ("8", ("--model", "checkpoints/llava-phi"), False), ("24", (), False),
+])
+def test_qlora_on_a_small_card_is_told_that_stage_1_does_not_fit_there(memory, flags, said_so, planned):
+    said = planned(*"--lora-r 64 --base-bits 4 --freeze vision --micro-tokens 2048 --gpu-memory".split(), memory,
+                   *flags)
+    assert "auto takes --recompute" in said
+    assert ("--model out/pretrain is what stage 1 writes, which does not fit here: planned 9 GB" in said) == said_so
+
+
 def test_mipha_is_planned_with_its_own_sizes(capsys):
     """729 positions a picture, two epochs; a picture costs more than CLIP's."""
     train_here(["--recipe", "mipha", "--stage", "finetune", "--plan"])
     assert "10,396 steps of 128 samples of 992 tokens" in capsys.readouterr().out
     parts = ["vision", "projector", "llm"]
-    clip = plan.picture_cost(LLaVAConfig(), parts)
+    clip = picture_cost(LLaVAConfig(), parts)
     assert clip == pytest.approx(73, rel=0.05)              # tokens: 1.1 TFLOP against 0.0151
-    assert plan.picture_cost(MIPHA_CONFIG, parts) > 1.5 * clip
+    assert picture_cost(MIPHA_CONFIG, parts) > 1.5 * clip

@@ -10,19 +10,26 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers import ROOT, metrics, start_script, train_flags
+from helpers import ROOT, metrics, run_script, start_script, train_flags
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import assert_same_run, run_train, start_train, train_here
 
+import lib.plan
+import lib.workers
 import train
+from data import ImageConfig
 from lib.checkpoint import check_files, read_manifest
 from lib.common import LOCK
-from lib.processes import explain, explain_dead_worker
-from lib.recipes import parse
+from lib.plan import check_shared_memory
+from lib.processes import explain, explain_dead_worker, watch_signals
+from lib.recipes import parse, replace
+from lib.workers import map_in_workers
 from model import LLaVAConfig
 
 # ---------------------------------------------------------------------------------------------------
@@ -98,6 +105,12 @@ def test_a_card_that_torch_has_no_kernels_for_is_refused_at_once(monkeypatch):
         train.setup()
 
 
+def test_device_cuda_is_refused_where_there_is_none():
+    """Rather than trained on the CPU."""
+    with pytest.raises(ValueError, match="--device cuda: this machine and this torch .* offer cpu"):
+        train.setup("cuda")
+
+
 def test_processes_that_cannot_reach_each_other_name_the_variables(monkeypatch):
     """Debian's host name leads to 127.0.1.1, where no other node can reach gloo."""
     def refuse(*args, **kwargs):
@@ -146,6 +159,49 @@ def test_the_process_with_the_least_memory_decides_for_all(chat_json, tmp_path, 
         assert model.llm.recompute == "full" and model.gather == "off"
     finally:
         train.dist.destroy_process_group()
+
+
+def test_a_taken_port_is_named(monkeypatch):
+    """Advice about network interfaces would lead nowhere."""
+    with socket.socket() as s:
+        s.bind(("0.0.0.0", 0))
+        s.listen()
+        variables = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": s.getsockname()[1]}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(OSError, match=f"port {s.getsockname()[1]} of .* is taken.*--rdzv-endpoint") as refused:
+            train.setup()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("variables, words", [
+    ({"SLURM_STEP_NUM_TASKS": "4"}, "4 processes .* without torchrun.*docs/cluster.md"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "2 processes .* without torchrun"),
+    ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "WORLD_SIZE is set and LOCAL_WORLD_SIZE not"),
+    ({"RANK": "1", "WORLD_SIZE": "4"}, "LOCAL_RANK and LOCAL_WORLD_SIZE not"),
+])
+def test_processes_of_another_launcher_are_refused(variables, words, monkeypatch):
+    """Each would have trained by itself, or sharded nothing."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        train.setup()
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_uneven_nodes_end_with_one_line(sizes, chat_json, tmp_path):
+    """Two torchruns. A mesh over their processes would end in an abort, or in ten minutes of silence."""
+    port = free_port()
+    flags = train_flags(tmp_path / "out", chat_json)
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    nodes = [start_script(*torchrun, f"--rdzv-conf=is_host={int(i == 0)}", f"--nproc_per_node={size}", "train.py",
+                          *flags) for i, size in enumerate(sizes)]
+    said = [node.communicate(timeout=120)[1] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    # The other node's torchrun may first notice that the first one's is gone.
+    line = "error: nodes with 1 and 2 processes: start the same number on every node"
+    assert any(said_once(line, stderr) for stderr in said), said
 
 
 def free_port() -> int:
@@ -214,6 +270,11 @@ def children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def said_once(line: str, stderr: str) -> bool:
+    """Is it there once, as the last thing that torchrun prints? What follows is the lower edge of its table."""
+    return stderr.count(line) == 1 and line in stderr.rstrip("\n=").splitlines()[-1]
 
 
 def test_a_failing_rank_says_why_before_it_leaves_the_group(chat_json, tmp_path, monkeypatch):
@@ -311,8 +372,8 @@ def test_a_data_worker_that_dies_ends_all_processes_and_names_the_flag(chat_json
     worker = children(children(process.pid)[-1])[-1]
     os.kill(worker, signal.SIGBUS)
     _, stderr = process.communicate(timeout=120)
-    assert stderr.count("error: a data worker") == 2, stderr[-3000:]
-    assert "--ipc=host or --shm-size" in stderr and "RuntimeError" not in stderr
+    assert said_once("error: a data worker", stderr), stderr[-3000:]
+    assert "--ipc=host or --shm-size" in stderr and "--workers 0" in stderr and "RuntimeError" not in stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(chat_json, tmp_path):
@@ -325,15 +386,65 @@ def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(chat_jso
     wait_for(out / "metrics.jsonl")
     second = start_train(train_flags(out, chat_json, *more), processes=2)
     _, stderr = second.communicate(timeout=120)
-    refusals = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    # Both processes say it, unless torchrun, which ends all when one has ended, was faster than the second.
-    assert second.returncode != 0 and len(refusals) in (1, 2)
-    assert f"{out} is in use by process {first.pid} on {socket.gethostname()} since 20" in refusals[0]
+    assert second.returncode != 0
+    assert said_once(f"error: {out} is in use by process {first.pid} on {socket.gethostname()} since 20", stderr)
     first.kill()
     first.wait()
     train_here(train_flags(out, chat_json, *more[:-2], "--resume", "never"), stop_after=1)
     assert [m["step"] for m in metrics(out)] == [0] and not (out / LOCK).exists()
     first.communicate(timeout=120)
+
+
+def test_a_mistake_under_torchrun_is_one_line(tmp_path):
+    """It was a copy from every process, above the table of torchrun."""
+    done = run_script("train.py", "--lr", "-1", processes=3)
+    assert done.returncode != 0 and said_once("error: argument --lr: expected a number of at least 0", done.stderr)
+    assert len(done.stderr.splitlines()) < 50               # most of them torchrun's
+
+
+def shared_memory_of(size: str) -> list[str]:
+    """A command that runs the following one with /dev/shm of this size."""
+    return ["unshare", "--mount", "bash", "-c", f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"', "-"]
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0,
+                    reason="needs the right to mount a file system")
+def test_too_little_shared_memory_is_named_at_the_start(chat_json, tmp_path):
+    """In a container it is 64 MB. Training hung there for ever, and SIGTERM did not end it."""
+    flags = train_flags(tmp_path / "out", chat_json, "--workers", "2", "--micro-tokens", "100000")
+    done = subprocess.run([*shared_memory_of("4m"), sys.executable, "train.py", *flags], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert re.search("error: /dev/shm on .* has 0.00 GB free, .*--shm-size=2g or --ipc=host, or give --workers 0\n$",
+                     done.stderr)
+
+
+def test_shared_memory_is_compared_with_what_all_processes_need(chat_json, tmp_path, monkeypatch):
+    """Four workers with four micro-batches of 28 pictures each, on eight processes: more than a gigabyte."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    cfg = parse(["--stage", "finetune"])
+    index = SimpleNamespace(image=np.ones(9))
+    data = SimpleNamespace(image_config=ImageConfig(336, "pad", (0, 0, 0), 576), index=index)
+    free = {"bytes": 2e9}
+    monkeypatch.setattr(lib.plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=free["bytes"]))
+    check_shared_memory(cfg, data)
+    free["bytes"] = 1e9
+    with pytest.raises(OSError, match="has 1.00 GB free, and the data workers take up to 1.37 GB: .*--shm-size=3g"):
+        check_shared_memory(cfg, data)
+    check_shared_memory(replace(cfg, workers=0), data)
+    index.image[:] = 0                          # text needs little
+    check_shared_memory(cfg, data)
+
+
+def test_a_data_worker_that_hangs_is_noticed(monkeypatch):
+    monkeypatch.setattr(lib.workers, "TIMEOUT", 1)
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
+    with pytest.raises(RuntimeError) as hung:
+        list(map_in_workers(time.sleep, [60], workers=1))
+    said = explain_dead_worker(hung.value)
+    assert all(words in said for words in ("timed out after 1 seconds", "--shm-size", "--ipc=host", "--workers 0"))
 
 
 def test_a_rank_that_dies_ends_all_within_a_minute_and_is_named(chat_json, tmp_path):
@@ -373,7 +484,7 @@ def test_data_that_one_process_cannot_read_ends_all_with_its_name(chat_json, tmp
     start = time.time()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0 and time.time() - start < 30
-    assert stderr.count("error: sample r13") == 2 and "missing.png" in stderr
+    assert said_once("error: sample r13", stderr) and "missing.png" in stderr
 
 
 def test_a_bad_sample_can_be_skipped_and_is_listed(chat_json, tmp_path, capsys):
@@ -442,8 +553,136 @@ def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_j
         os.kill(children(process.pid)[-1] if to == "one" else process.pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
     assert "stopped after step" in stdout, stderr[-3000:]
+    assert process.returncode == (143 if processes == 1 else 1)
+    assert stderr.count("SIGTERM: finishing this step, then saving; Ctrl-C ends it now, without\n") <= 1
+    if to == "one":                             # torchrun lived on, to say it in one line
+        assert said_once("stopped by SIGTERM", stderr) and "exitcode  : 143" in stderr
     [saved] = (tmp_path / "out").glob("step_*")
     check_files(saved, read_manifest(saved))
     done = int(saved.name[5:])
     train_here(train_flags(tmp_path / "out", chat_json, *more), stop_after=done + 2)
     assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(done + 2))
+
+
+@pytest.mark.parametrize("number, name", [(signal.SIGHUP, "SIGHUP"), (signal.SIGINT, "SIGINT")])
+def test_other_signals_save_as_well_and_a_closed_output_does_not_prevent_it(number, name, chat_json, tmp_path):
+    """A dropped connection closes the terminal, and Ctrl-C ends a `tee` behind the run, before the next line is printed."""
+    out = tmp_path / "out"
+    process = start_train(train_flags(out, chat_json, "--epochs", "1000"))
+    wait_for(out / "metrics.jsonl", lines=2)
+    process.stdout.close()
+    os.kill(process.pid, number)
+    stderr = process.stderr.read()
+    assert process.wait(timeout=120) == 128 + number
+    assert [line for line in stderr.splitlines() if name in line] == [
+        f"{name}: finishing this step, then saving; Ctrl-C{' again' * (name == 'SIGINT')} ends it now, without",
+        f"stopped by {name}"]
+    [saved] = out.glob("step_*")
+    check_files(saved, read_manifest(saved))
+
+
+def test_a_signal_that_is_ignored_on_entry_stays_ignored():
+    """nohup ignores SIGHUP, so that a run outlives its terminal."""
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        received = watch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_processes_whose_torchrun_was_killed_save_and_end(chat_json, tmp_path):
+    """By kill -9, or by SIGUSR1, which torchrun does not handle unless told to. The processes trained on, unnoticed."""
+    out = tmp_path / "out"
+    process = start_train(train_flags(out, chat_json, "--epochs", "1000"), processes=2)
+    wait_for(out / "metrics.jsonl", lines=2)
+    process.kill()
+    stdout, _ = process.communicate(timeout=60)             # they hold its other end
+    assert "stopped after step" in stdout
+    [saved] = out.glob("step_*")
+    check_files(saved, read_manifest(saved))
+
+
+STAND_INS = {
+    # Starts the command once for each node and hands signals on, as the real one does.
+    "srun": 'trap \'kill -USR1 $nodes\' USR1\nfor node in $(seq $SLURM_NNODES); do "$@" & nodes="$nodes $!"; done\n'
+            'wait $nodes; wait $nodes',
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$STAND_INS/requeued"; fi',
+}
+
+
+def test_the_slurm_script_of_the_docs_saves_before_the_time_is_up_and_requeues(chat_json, tmp_path):
+    """The script as it is printed, on two nodes that are both this machine."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    (tmp_path / "train.sbatch").write_text(text.partition("```bash\n")[2].partition("```")[0])
+    (tmp_path / "bin").mkdir()
+    for name, code in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path}/bin:{Path(sys.executable).parent}:$PATH\n")
+    env = os.environ | {"VENV": str(tmp_path), "STAND_INS": str(tmp_path), "INTERFACE": "lo", "SLURM_NNODES": "2",
+                        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": str(os.getpid())}
+    out = tmp_path / "out"
+    flags = train_flags(out, chat_json, "--epochs", "10000")
+    job = subprocess.Popen(["bash", tmp_path / "train.sbatch", *flags], cwd=ROOT, env=env, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        wait_for(out / "metrics.jsonl", lines=2)
+        job.send_signal(signal.SIGUSR1)                     # to the script alone: --signal=B:USR1@300
+        said, _ = job.communicate(timeout=120)
+    except BaseException:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise
+    assert job.returncode != 0 and "stopped after step" in said, said[-5000:]
+    [saved] = out.glob("step_*")
+    check_files(saved, read_manifest(saved))
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+
+
+def kill_under_restarts(kills: int, chat_json: Path, tmp_path: Path, seed: int) -> None:
+    """Kill one of two processes `kills` times, while they start or after some steps. torchrun starts them again, and in
+    the end it is as if nothing had been.
+    """
+    rng, out = random.Random(seed), tmp_path / "killed"
+    path, more = out / "metrics.jsonl", ["--epochs", "1000", "--max-steps", str(10 + 12 * kills), "--save-every", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills}"]
+    process = start_script(*torchrun, "train.py", *train_flags(out, chat_json, *more), start_new_session=True)
+    try:
+        killed: set[int] = set()
+        for _ in range(kills):
+            wait_until = time.time() + 120
+            while len(ranks := set(children(process.pid)) - killed) < 2:
+                assert process.poll() is None and time.time() < wait_until, "torchrun did not start the processes again"
+                time.sleep(0.05)
+            killed |= ranks
+            if rng.random() < 0.5:
+                time.sleep(3 * rng.random())
+            else:
+                began = path.stat().st_mtime_ns if path.exists() else 0
+                while not path.exists() or path.stat().st_mtime_ns <= began or rng.random() < 0.8:
+                    assert process.poll() is None and time.time() < wait_until, "no step since the last kill"
+                    time.sleep(0.05)
+            os.kill(rng.choice(sorted(ranks)), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=400)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        for rank in children(process.pid):
+            os.kill(rank, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, stderr[-5000:]
+    run_train(train_flags(tmp_path / "whole", chat_json, *more), processes=2)
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_torchrun_starts_a_killed_run_again(chat_json, tmp_path):
+    """The processes found each other's old addresses in the store of torchrun, and every second run died or hung."""
+    kill_under_restarts(1, chat_json, tmp_path, seed=0)
+
+
+@pytest.mark.slow
+def test_twenty_kills_under_one_torchrun_leave_no_trace(chat_json, tmp_path):
+    kill_under_restarts(20, chat_json, tmp_path, seed=1)

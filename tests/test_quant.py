@@ -16,8 +16,8 @@ import load_weights
 import sample
 from lib import quant
 from lib.quant import (Int4Linear, Int8Embedding, Int8Linear, PrepackedLinear, check_int4_product, copy_or_quantize,
-                       group_size, int8_times_int8, prepack_linears, prepacking_pays, quantize_groups, quantize_linears,
-                       widen_on_cpu, widen_on_gpu)
+                       group_size, has_int8_product, int4_to_int8, int8_times_int8, prepack_linears, prepacking_pays,
+                       quantize_groups, quantize_linears, quantize_rows, widen_on_cpu, widen_on_gpu)
 from load_weights import load_model
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
 from vision import VisionConfig
@@ -132,17 +132,60 @@ def test_int8_error_of_a_linear_at_full_size(n_in, n_out):
         assert layer(x.view(2, 4, n_in)).shape == (2, 4, n_out) and layer(x[:0]).shape == (0, n_out)
 
 
-@pytest.mark.parametrize("product, bound", [(int8_times_int8, 0.01), (widen_on_cpu, 0.005), (widen_on_gpu, 1e-5)])
+needs_vnni = pytest.mark.skipif(not has_int8_product(), reason="products in integers want AVX-512 and VNNI")
+
+
+def int8_weights(n_out: int, n_in: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, scales and biases of a layer, the largest and the smallest weight among them."""
+    torch.manual_seed(0)
+    weight = torch.randint(-127, 128, (n_out, n_in)).to(torch.int8)
+    weight[0], weight[1] = 127, -127
+    return weight, torch.rand(n_out) / 1000, torch.randn(n_out)
+
+
+@pytest.mark.parametrize("product, bound", [(widen_on_cpu, 0.005), (widen_on_gpu, 1e-5),
+                                            pytest.param(int8_times_int8, 0.01, marks=needs_vnni)])
 @pytest.mark.parametrize("n", [1, 40])
 def test_each_int8_product_is_the_plain_one_with_the_same_weights(product, bound, n):
-    """Whichever the machine gets. The first rounds tokens to 8 bits, the second a few rows of them to bf16."""
-    torch.manual_seed(0)
-    weight = torch.randint(-127, 128, (1100, 512)).to(torch.int8)
-    scale, bias, x = torch.rand(1100) / 1000, torch.randn(1100), torch.randn(n, 512)
+    """Whichever the machine gets. The first rounds a few rows of tokens to bf16, the last all of them to 8 bits."""
+    weight, scale, bias = int8_weights(1100, 512)
+    x = torch.randn(n, 512)
     expected = x @ (weight.float() * scale[:, None]).t() + bias
-    got = product(x, [(slice(None), weight, scale)], bias)
+    if product is int8_times_int8:
+        weight = torch.ops.onednn.qlinear_prepack(weight, None)
+    got = product(x, weight, scale, bias)
     assert (got - expected).norm() / expected.norm() < bound
-    assert product(x.bfloat16(), [(slice(None), weight, scale)], bias.bfloat16()).dtype == torch.bfloat16
+    assert product(x.bfloat16(), weight, scale, bias.bfloat16()).dtype == torch.bfloat16
+
+
+@needs_vnni
+@pytest.mark.parametrize("n_in, n_out", [(512, 1100), (40, 97), (33, 5), (4304, 64)])
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 200])
+def test_onednns_int8_product_is_exact(n_in, n_out, n):
+    """Its sums are the integers' own, at the largest magnitudes as well: nothing but tokens and weights is rounded.
+    The shift of tokens into unsigned bytes leaves no trace."""
+    weight, scale, bias = int8_weights(n_out, n_in)
+    x = torch.randn(n, n_in)
+    x[1:3] = torch.tensor([[1.0], [-1.0]])[:len(x[1:3])]        # whole rows of 127 and of -127
+    q, x_scale = quantize_rows(x)
+    expected = (q.double() @ weight.double().t()) * x_scale * scale + bias
+    got = int8_times_int8(x, torch.ops.onednn.qlinear_prepack(weight, None), scale, bias)
+    torch.testing.assert_close(got, expected.float(), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("has_product", [pytest.param(True, marks=needs_vnni), False])
+def test_an_8_bit_layer_gets_the_product_of_its_processor(has_product, monkeypatch):
+    """Once, when it is quantized; prepacked weights can be read back."""
+    monkeypatch.setattr(quant, "has_int8_product", lambda: has_product)
+    layer = Int8Linear(phi_like(64, 128))
+    assert layer.product is (int8_times_int8 if has_product else widen_on_cpu)
+    assert layer.weight.is_mkldnn == has_product
+    assert torch.equal(stored(layer.weight), quantize_rows(phi_like(64, 128).weight)[0])
+
+
+def stored(weight: torch.Tensor) -> torch.Tensor:
+    """A tensor of a quantized model; one that oneDNN has prepacked, as it was before."""
+    return weight.to_dense().t() if weight.is_mkldnn else weight
 
 
 def test_an_int8_model_says_nearly_the_same(tiny_model, golden):
@@ -152,7 +195,7 @@ def test_an_int8_model_says_nearly_the_same(tiny_model, golden):
     quantize_linears(turned, 8)
     assert count_of(Int8Linear, turned) == 2 * 4 + 1 + 2 + 2 * 4                   # decoder, head, projector, tower
     for a, b in zip(streamed.state_dict().values(), turned.state_dict().values()):
-        assert torch.equal(a, b)
+        assert torch.equal(stored(a), stored(b))
     logits = all_logits(streamed, [row], images)
     expected = golden["llava.logits"][0]
     assert (logits - expected).norm() / expected.norm() < 0.03
@@ -191,8 +234,8 @@ def rounded_to_int4(weight: torch.Tensor) -> torch.Tensor:
 @needs_int4
 @pytest.mark.parametrize("n_in, n_out", [(160, 97), (64, 64), (2560, 1024), (320, 1100)])
 def test_a_4_bit_layer_multiplies_the_weights_that_it_stands_for(n_in, n_out):
-    """One row and a few, through torch's product, which rounds to bf16 (0.4 %). Many, through weights in 8 bits, and
-    tokens in 8 bits where the CPU has integer products: about 1 %. Widths that fill a tile and widths that do not."""
+    """One row and a few, through torch's product, which rounds to bf16 (0.4 %). Many, where the CPU has integer products,
+    through weights and tokens in 8 bits: about 1 %. Widths that fill a tile and widths that do not."""
     base = phi_like(n_in, n_out)
     layer = Int4Linear(base)
     weight = rounded_to_int4(base.weight)
@@ -205,7 +248,7 @@ def test_a_4_bit_layer_multiplies_the_weights_that_it_stands_for(n_in, n_out):
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
-@needs_int4
+@needs_vnni
 @pytest.mark.parametrize("n_in, n_out", [(160, 128), (2560, 256)])
 def test_4_bits_become_8_without_losing_more_than_a_rounding(n_in, n_out):
     """In 16-bit integers, against the weights in fp32: half a step of 8 bits, and what a and b themselves round off."""
@@ -214,10 +257,10 @@ def test_4_bits_become_8_without_losing_more_than_a_rounding(n_in, n_out):
         base.weight.copy_(torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(0)) * spread)
         base.weight[0, 0] = 30 * spread                     # an outlier takes most of its channel's 8 bits
         exact = rounded_to_int4(base.weight)
-        for channels, weight, scale in Int4Linear(base).int8_parts():
-            assert weight.dtype == torch.int8 and int(weight.min()) >= -127
-            error = (weight.float() * scale[:, None] - exact[channels]).abs()
-            assert (error <= 0.57 * scale[:, None]).all()
+        layer = Int4Linear(base)
+        weight, scale = int4_to_int8(layer.weight, layer.group_scales)
+        assert weight.dtype == torch.int8 and int(weight.min()) >= -127
+        assert ((weight.float() * scale[:, None] - exact).abs() <= 0.57 * scale[:, None]).all()
 
 
 def test_fitting_the_scales_beats_rounding():
@@ -262,7 +305,7 @@ def test_an_int4_model():
     for name, parameter in model.named_parameters():
         copy_or_quantize(streamed, name, parameter, torch.Tensor.copy_)
     for (name, a), b in zip(streamed.state_dict().items(), turned.state_dict().values()):
-        assert torch.equal(a, b), name
+        assert torch.equal(stored(a), stored(b)), name
     prompt, images = draw_prompt(random.Random(0), 1)
     row = prompt + draw_words(random.Random(1), 192)                               # long enough to be widened to 8 bits
     for ids in (prompt, row):

@@ -17,6 +17,24 @@ def test_the_published_recipe_is_what_the_stages_say():
     assert (cfg.epochs, cfg.beta2, cfg.eps, cfg.model, cfg.image_mode) == (2, 0.999, 1e-8, "out/mipha-pretrain", "pad")
 
 
+@pytest.mark.parametrize("flags, alpha, lr, projector_lr, vision_lr", [
+    ("--stage finetune", 16, 2e-5, 0, 0),
+    ("--stage finetune --lora-r 0", 16, 2e-5, 0, 0),
+    ("--stage finetune --lora-r 64", 128, 2e-4, 2e-5, 2e-5),
+    ("--stage finetune --lora-r=8 --base-bits 4", 16, 2e-4, 2e-5, 2e-5),
+    ("--recipe mipha --stage finetune --lora-r 8", 16, 2e-4, 2e-5, 2e-5),
+    ("--stage pretrain --lora-r 4", 8, 2e-4, 1e-3, 1e-3),
+    ("--stage sft --lora-r 4", 8, 2e-4, 3e-5, 3e-5),
+    ("--lora-alpha 16 --stage finetune --lora-r 64", 16, 2e-4, 2e-5, 2e-5),
+    ("--stage finetune --lora-r 64 --lr 1e-3 --projector-lr 5e-4 --vision-lr 1e-6", 128, 1e-3, 5e-4, 1e-6),
+    ("--stage finetune --projector-lr 0 --lora-r 64", 128, 2e-4, 0, 2e-5),
+])
+def test_adapters_bring_llavas_own_recipe_for_them(flags, alpha, lr, projector_lr, vision_lr):
+    """A scale of 2 and 2e-4; what is trained whole keeps the stage's rate, and a flag that is given takes precedence."""
+    cfg = parse(flags.split())
+    assert (cfg.lora_alpha, cfg.lr, cfg.projector_lr, cfg.vision_lr) == (alpha, lr, projector_lr, vision_lr)
+
+
 def test_every_flag_has_a_default_in_every_stage():
     """Protects a run from a flag that one row of the recipes forgot, which would be None in the middle of it."""
     for recipe, stages in RECIPES.items():
@@ -26,11 +44,13 @@ def test_every_flag_has_a_default_in_every_stage():
 
 
 def test_help_shows_the_defaults_of_the_stage_and_recipe_it_is_asked_for(capsys):
-    for flags, default in ((["--stage", "finetune"], "2e-05"), (["--stage", "sft"], "3e-05")):
+    for flags, default in ((["--stage", "finetune"], "2e-05"), (["--stage", "sft"], "3e-05"),
+                           (["--stage", "finetune", "--lora-r", "8"], "0.0002")):
         with pytest.raises(SystemExit):
             parse([*flags, "--help"])
         said = " ".join(capsys.readouterr().out.split())
-        assert f"peak learning rate (default: {default})" in said and "--stage " + flags[1] in said
+        assert f"peak learning rate (default: {default})" in said and f"those of --stage {flags[1]}" in said
+        assert ("--recipe llava-phi --lora-r 8." in said) == ("--lora-r" in flags)
 
 
 @pytest.mark.parametrize("args, words", [
@@ -38,6 +58,8 @@ def test_help_shows_the_defaults_of_the_stage_and_recipe_it_is_asked_for(capsys)
     (["--recipe", "mipha", "--stage", "sft"], "--recipe mipha has no --stage sft"),
     (["--lerning-rate", "1"], "unrecognized arguments: --lerning-rate"),
     (["--global-batch", "0"], "--global-batch: expected a whole number of at least 1, found 0"),
+    (["--epochs", "0"], "--epochs: expected a number of at least 1e-06, found 0"),
+    (["--plot-to", "x.html"], "--plot-to x.html needs --plot, with the --out folders of runs"),
     (["--keep", "1.5"], "--keep: expected a whole number of at least 1, found 1.5"),
     (["--lr", "nan"], "--lr: expected a number of at least 0.0, found nan"),
     (["--lr", "inf"], "--lr: expected a number of at least 0.0, found inf"),
@@ -62,6 +84,6 @@ def test_flags_that_make_no_sense_are_refused_in_one_line(args, words):
 def test_a_checkpoint_remembers_the_run_and_not_what_was_asked_for_instead():
     cfg = parse(["--stage", "finetune", "--plan", "--gpus", "4"])
     assert settings(cfg) == settings(parse(["--stage", "finetune"]))
-    assert not settings(cfg).keys() & {"plan", "plot", "gpus", "gpus_per_node", "gpu_memory"}
+    assert not settings(cfg).keys() & {"plan", "plot", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops"}
     other = replace(cfg, lr=math.pi)
     assert (other.lr, cfg.lr) == (math.pi, 2e-5) and settings(other) | {"lr": 2e-5} == settings(cfg)

@@ -313,8 +313,8 @@ def test_training_says_what_the_check_says(tmp_path, capsys):
     train_here(train_flags(tmp_path / "out", path, "--max-steps", "1"))
     out = capsys.readouterr().out
     for line in ("6 samples, 1 with an image", "2 cut at 2048, 1 without anything to learn",
-                 "note: 1 samples: empty answer", "note: 2 samples: <image> that stays text",
-                 "note: 1 samples: no <image> where a question begins or ends"):
+                 "note: 1 sample: empty answer", "note: 2 samples: <image> that stays text",
+                 "note: 1 sample: no <image> where a question begins or ends"):
         assert line in out, out
     path.write_text(json.dumps(records[4:5]))
     with pytest.raises(ValueError, match="none of its 1 samples has anything to learn; python data.py check"):

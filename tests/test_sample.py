@@ -3,6 +3,7 @@ import argparse
 import io
 import json
 import os
+import pty
 import random
 import re
 import subprocess
@@ -202,12 +203,38 @@ def test_each_turn_equals_the_whole_chat_asked_anew(monkeypatch, capsys, tiny_mo
 def test_commands_and_mistakes_keep_the_chat_going(monkeypatch, capsys, tmp_path):
     lines, err = chat(monkeypatch, capsys, [
         "hello", f"/image '{PHOTO}'", "What is this?", "/image nowhere.jpg", "/nonsense", "a " * 3000,
-        f"/save {tmp_path}/c.json", f"/save {tmp_path}/c.json", "/reset", "What is this?"], "--max-new-tokens", 6)
+        f"/save {tmp_path}/c.json", f"/save {tmp_path}/c.json", "/image", "/reset", "What is this?"],
+        "--max-new-tokens", 6)
     assert len(lines) == 3 and lines[1] == lines[2]
     saved = json.loads((tmp_path / "c.json").read_text())
     assert saved["turns"] == ["What is this?", lines[1]] and "photo.jpg" in saved["image"]
-    for part in ("nowhere.jpg", "/reset ", "the model has 2048", "File exists", "--max-new-tokens"):
+    for part in ("nowhere.jpg", "/nonsense is unknown; the commands are:\n/image ", "the model has 2048",
+                 f"[about '{PHOTO}' from here on]", f"[saved to {tmp_path}/c.json]", "/image needs a path",
+                 "c.json is there already: give another name", f"[starting over, about '{PHOTO}']", "--max-new-tokens"):
         assert part in err
+
+
+def test_a_terminal_takes_a_paste_as_one_question_and_completes_paths(tmp_path):
+    """A process with a terminal of its own, because pasted lines, the Tab key and Ctrl-D exist only there."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "sample.py", "--model", str(TINY_MODEL), "--max-new-tokens", "2"])
+    (tmp_path / "my photo.jpg").symlink_to(PHOTO)
+    shown = b""
+    for typed in ("", "one\n\ttwo\nthree\n", f"/save {tmp_path}/c.json\n", f"/im\t{tmp_path}/my\t\n", "\x04"):
+        os.write(terminal, typed.encode())
+        seen = b""
+        while not seen.endswith(b"> "):
+            try:
+                seen += os.read(terminal, 1000)
+            except OSError:                             # the program has left
+                break
+        shown += seen
+    os.waitpid(pid, 0)
+    assert json.loads((tmp_path / "c.json").read_text())["turns"][0] == "one\n\ttwo\nthree"
+    assert f"[about {tmp_path}/my photo.jpg from here on]".encode() in shown
+    assert shown.endswith(b"> \r\n")
 
 
 def test_a_full_context_says_so(monkeypatch, capsys):

@@ -75,7 +75,7 @@ def user(text: str, picture=None) -> dict:
     return {"role": "user", "content": parts}
 
 
-def said(text: str) -> dict:
+def said(text) -> dict:
     return {"role": "assistant", "content": text}
 
 
@@ -196,6 +196,24 @@ def test_two_turns_about_a_picture_run_the_tower_once(server, tiny_model, tiny_t
     assert second == "".join(piece for (piece,) in alone)
 
 
+def test_several_pictures_stay_where_they_were_sent(server, tiny_model, tiny_tokenizer):
+    """Two in one question and another in the next: each in its place, and a picture that is repeated only once."""
+    tall, wide = GOLDEN / "images/tall.png", GOLDEN / "images/wide.png"
+    both = user("Which is older?", PHOTO)
+    both["content"].append(user("", tall)["content"][0])
+    chat = [both, said("The first."), user("And this?", wide), said("No."), user("Why?", PHOTO)]
+    turns = [["", "\nWhich is older?\n", ""], "The first.", ["", "\nAnd this?"], "No.", "Why?"]
+    alone = answer(Session(tiny_model), tiny_tokenizer, [turns], [[PHOTO, tall, wide]], max_new_tokens=16)
+    assert text_of(server, chat) == "".join(piece for (piece,) in alone)
+
+
+def test_more_pictures_than_positions_are_refused_before_they_are_decoded(server, monkeypatch):
+    monkeypatch.setattr("serve.server.open_image", None)
+    pictures = [{"type": "image_url", "image_url": data_url(bytes([i % 256, i // 256]))} for i in range(600)]
+    status, reply = ask(server, [{"role": "user", "content": pictures}])
+    assert status == 400 and "600 pictures, expected at most" in reply["error"]["message"]
+
+
 def test_sixteen_clients_at_once_get_what_they_get_alone(server):
     chats = [[user(f"What is number {i}?", PHOTO if i % 2 else None)] for i in range(16)]
     alone = [text_of(server, chat, max_tokens=8 + i % 3) for i, chat in enumerate(chats)]
@@ -296,12 +314,16 @@ def test_the_thread_that_answers_makes_the_models_gpu_the_current_one_first(monk
     ({"messages": [7]}, "messages[0]"), ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"content": "x"}]}, "messages[0].role"), ({"messages": [[]]}, "messages[0]"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [user("a"), user("b")]}, "messages[1].role"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role"),
+    ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, user("b")]},
+     "messages[1].tool_calls"),
     ({"messages": [user("a"), said("b")]}, "messages"),
-    ({"messages": [user("a"), said("b"), {"role": "system", "content": "c"}]}, "messages[2].role"),
     ({"messages": [user("a"), said("b")] * 501 + [user("c")]}, "messages"),
     ({"messages": [user("  ")]}, "messages"), ({"messages": [user("a" * 32_001)]}, "messages"),
-    ({"messages": [user("x", PHOTO), said("y"), user("z", PHOTO)]}, "messages"),
+    ({"messages": [user("a" * 20_000), said("b" * 20_000), user("c")]}, "messages"),
+    ({"messages": [user("x"), {"role": "assistant", "content": user("y", PHOTO)["content"]}, user("z")]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+     "messages[0].content[0]"),
     ({"messages": [user("x", b"no picture")]}, "messages"), ({"messages": [{}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": ["text"]}]}, "messages[0].content[0]"),
@@ -311,7 +333,8 @@ def test_the_thread_that_answers_makes_the_models_gpu_the_current_one_first(monk
     ({"max_tokens": True}, "max_tokens"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
     ({"temperature": -1}, "temperature"), ({"temperature": 10**400}, "temperature"),
     ({"temperature": float("nan")}, "temperature"), ({"temperature": [1]}, "temperature"),
-    ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"seed": "x"}, "seed"), ({"seed": 2**64}, "seed"),
+    ({"top_p": -0.1}, "top_p"), ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"), ({"top_k": 10**30}, "top_k"), ({"seed": "x"}, "seed"), ({"seed": 2**64}, "seed"),
     ({"stop": ""}, "stop"), ({"stop": 5}, "stop"), ({"stop": ["a", 5]}, "stop"), ({"stop": ["a"] * 5}, "stop"),
     ({"stream": "yes"}, "stream"), ({"stream_options": 1}, "stream_options"), ({"model": 5}, "model"), ({"n": 2}, "n"),
 ])
@@ -325,14 +348,16 @@ def test_a_wrong_field_is_named(server, fields, param):
     ("https://example.org/cat.jpg", "nothing here fetches"), ("http://127.0.0.1/x", "nothing here fetches"),
     ("file:///etc/passwd", "nothing here fetches"), ("/etc/passwd", "nothing here fetches"),
     ("", "nothing here fetches"),
+    ("DATA:IMAGE/PNG,abc", "base64"),
     ("data:image/png,abc", "base64"), ("data:image/png;base64", "unreadable"), ("data:;base64,@@@@", "not base64"),
     ("data:image/png;base64,", "unreadable"), ("data:image/png;base64,aGVsbG8=", "unreadable"),
     (5, "expected"), (None, "expected"),
 ])
 def test_only_a_picture_itself_is_a_picture(server, url, message):
-    content = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": url}}]
-    status, reply = ask(server, [{"role": "user", "content": content}])
-    assert status == 400 and message in reply["error"]["message"]
+    for image_url in ({"url": url}, url):               # OpenAI's form, and one that many clients send
+        content = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": image_url}]
+        status, reply = ask(server, [{"role": "user", "content": content}])
+        assert status == 400 and message in reply["error"]["message"]
 
 
 def test_a_picture_that_unpacks_to_too_much_is_refused(server):
@@ -346,10 +371,97 @@ def test_a_picture_that_unpacks_to_too_much_is_refused(server):
     assert status == 400 and "too large" in reply["error"]["message"]
 
 
-def test_unknown_fields_and_null_are_ignored(server):
+def test_null_and_what_asks_for_nothing_are_taken(server):
+    """Clients fill in whole forms: a field that cannot be obeyed is no fault as long as it asks for nothing."""
     plain = text_of(server, [user("Who?")])
     assert text_of(server, [user("Who?")], user="me", logit_bias={}, temperature=None, stop=None, seed=None,
                    stream=None, model="gpt-4o") == plain
+    assert text_of(server, [user("Who?")], tools=[], tool_choice="none", functions=None, function_call="auto",
+                   response_format={"type": "text"}, logprobs=False, top_logprobs=0, presence_penalty=0,
+                   frequency_penalty=0.0, n=1, modalities=["text"], parallel_tool_calls=True, store=False,
+                   metadata={"a": "b"}, service_tier="auto", top_k=-1, min_p=0, repetition_penalty=1.0) == plain
+
+
+@pytest.mark.parametrize("field, value", [
+    ("tools", [{"type": "function", "function": {"name": "f"}}]), ("tool_choice", "required"),
+    ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("functions", [{"name": "f"}]),
+    ("function_call", {"name": "f"}), ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
+    ("response_format", "json"), ("logprobs", True), ("top_logprobs", 3), ("logit_bias", {"50256": -100}),
+    ("presence_penalty", 0.5),
+    ("frequency_penalty", -1), ("modalities", ["text", "audio"]), ("audio", {"voice": "alloy", "format": "wav"}),
+    ("web_search_options", {"user_location": None}), ("reasoning_effort", "high"), ("store", True), ("min_p", 0.1),
+    ("repetition_penalty", 1.2), ("guided_json", {"type": "object"}), ("ignore_eos", True), ("max_token", 5),
+])
+def test_a_field_that_cannot_be_obeyed_is_refused_by_name(server, field, value):
+    """An answer that ignores it would look like one that obeys."""
+    status, reply = ask(server, [user("Who?")], **{field: value})
+    assert status == 400 and reply["error"]["param"] == field and reply["error"]["message"].startswith(f"{field}: ")
+
+
+def test_top_p_0_and_top_k_1_are_greedy(server):
+    plain = text_of(server, [user("Who?")])
+    for sampling in ({"top_p": 0}, {"top_p": 0.0}, {"top_k": 1}):
+        assert text_of(server, [user("Who?")], temperature=2, seed=1, **sampling) == plain
+    assert text_of(server, [user("Who?")], temperature=2, seed=1) != plain
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+PICTURE_PART = {"type": "image_url", "image_url": {"url": data_url(PHOTO)}}
+
+
+def parts(*content) -> dict:
+    return {"role": "user", "content": list(content)}
+
+
+@pytest.mark.parametrize("sent, taken", [
+    ([user("Who?"), user("Why?")], [user("Who?\nWhy?")]),
+    ([user("a"), said("b"), said("c"), user("d")], [user("a"), said("b\nc"), user("d")]),
+    ([user("a"), said(None), user("b")], [user("a"), said(""), user("b")]),
+    ([user("a"), {"role": "assistant"}, user("b")], [user("a"), said(""), user("b")]),
+    ([user("a"), said([]), user("b")], [user("a"), said(""), user("b")]),
+    ([{"role": "user", "content": None}, user("b")], [user("b")]),
+    ([{"role": "system", "content": None}, user("b")], [user("b")]),
+    ([user("a"), said("b") | {"refusal": None, "tool_calls": None, "audio": None, "annotations": []}, user("c")],
+     [user("a"), said("b"), user("c")]),
+    ([user("a"), said([{"type": "refusal", "refusal": "no"}]), user("c")], [user("a"), said("no"), user("c")]),
+    ([user("a"), said("b"), SYSTEM, user("c")], [user("a"), said("b"), user("Be brief.\nc")]),
+    ([user("a"), SYSTEM, said("b"), user("c")], [user("a\nBe brief."), said("b"), user("c")]),
+    ([user("a"), SYSTEM], [user("a\nBe brief.")]),
+    ([user("a"), said("b"), SYSTEM], [user("a"), said("b"), user("Be brief.")]),
+    ([SYSTEM, SYSTEM, user("a")], [user("Be brief.\nBe brief.\na")]),
+    ([SYSTEM | {"role": "developer"}], [user("Be brief.")]),
+    ([SYSTEM, said("Hello."), user("a")], [user("Be brief."), said("Hello."), user("a")]),
+    ([parts(PICTURE_PART)], [user("", PHOTO)]),
+    ([parts(PICTURE_PART), user("Who?")], [user("Who?", PHOTO)]),
+    ([parts({"type": "text", "text": "Who?"}, PICTURE_PART)], [user("Who?", PHOTO)]),
+    ([parts(PICTURE_PART | {"image_url": data_url(PHOTO)}), user("Who?")], [user("Who?", PHOTO)]),
+    ([parts(PICTURE_PART | {"image_url": {"url": data_url(PHOTO), "detail": "high"}}), user("Who?")],
+     [user("Who?", PHOTO)]),
+    ([user("a", PHOTO), said("b"), user("c", PHOTO)], [user("a", PHOTO), said("b"), user("c")]),
+    ([parts(PICTURE_PART, PICTURE_PART), user("a")], [user("a", PHOTO)]),
+    ([user("a", PHOTO), said("b"), parts(PICTURE_PART)], [user("a", PHOTO), said("b"), user("")]),
+    ([user("a") | {"name": "me"}], [user("a")]),
+])
+def test_histories_that_clients_send(server, sent, taken):
+    """Each is what follows from it in the form that the model was trained on: turns that alternate, one picture."""
+    assert text_of(server, sent, max_tokens=8) == text_of(server, taken, max_tokens=8)
+
+
+def test_a_picture_without_text_is_shown_to_the_model(server, towers):
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 30), (1, 2, 3)).save(picture, "PNG")
+    assert text_of(server, [user("", picture.getvalue())]) and sum(towers) == 1
+
+
+def test_a_chat_too_long_has_openais_code(server):
+    """Clients that shorten their history by themselves look for it."""
+    for long in ([user("a " * 3000)], [user("a" * 40_000)], [user("a " * 900), said("b " * 900), user("c " * 900)]):
+        status, reply = ask(server, long)
+        assert status == 400 and reply["error"]["code"] == "context_length_exceeded"
+    for short in ([user("  ")], [user("x", b"no picture")], [user("\ud800")], [user("a", PHOTO), user("b", b"GIF89a")]):
+        status, reply = ask(server, short)
+        assert status == 400 and reply["error"]["code"] is None
 
 
 def test_malformed_json_by_the_hundred(server):
@@ -472,6 +584,37 @@ def test_another_site_cannot_ask(server):
     assert request(server, "OPTIONS", "/v1/chat/completions")[0] == 501
 
 
+# What Caddy 2.6 and nginx 1.22 (with its own Host, and with the client's passed on) make of a browser's request.
+PROXIES = {
+    "caddy": "HTTP/1.1\r\nHost: chat.example.org\r\nX-Forwarded-For: 203.0.113.9\r\n"
+             "X-Forwarded-Host: chat.example.org\r\nX-Forwarded-Proto: https\r\n",
+    "nginx": "HTTP/1.0\r\nHost: 127.0.0.1:8000\r\nConnection: close\r\n",
+    "nginx, host passed on": "HTTP/1.0\r\nHost: chat.example.org\r\nX-Forwarded-For: 203.0.113.9\r\n"
+                             "Connection: close\r\n",
+    "no proxy, but a name": "HTTP/1.1\r\nHost: gpu01:8000\r\n",
+}
+
+
+@pytest.mark.parametrize("proxy", PROXIES)
+def test_behind_a_proxy(tiny_model, tiny_tokenizer, proxy):
+    """With a key neither Host nor Origin protects anything, and a proxy's are none that a server can know."""
+    head = PROXIES[proxy].encode() + b"Origin: https://chat.example.org\r\n"
+    body = json.dumps({"messages": [user("Who?")], "max_tokens": 3, "stream": True}).encode()
+    with running(tiny_model, tiny_tokenizer, key="k") as server:
+        assert b"<!doctype html>" in raw(server, b"GET / " + head + b"\r\n")
+        head += b"Authorization: Bearer k\r\n"
+        assert b'"tiny"' in raw(server, b"GET /v1/models " + head + b"\r\n")
+        question = b"POST /v1/chat/completions " + head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        assert b"data: [DONE]" in raw(server, question)
+        assert raw(server, question.replace(b"Bearer k", b"Bearer x")).startswith(b"HTTP/1.1 401")
+
+
+def test_without_a_key_a_proxy_hears_what_to_do(server):
+    for headers in ({"Host": "chat.example.org"}, {"Origin": "https://chat.example.org"}):
+        status, reply, _ = request(server, "GET", "/", headers=headers)
+        assert status == 403 and "--api-key" in json.loads(reply)["error"]["message"]
+
+
 def test_the_key(tiny_model, tiny_tokenizer):
     with running(tiny_model, tiny_tokenizer, key="s3cret \u00fc") as server:
         for header in (None, "Bearer", "Bearer wrong", "Basic s3cret", "s3cret \u00fc", "Bearer s3cret"):
@@ -515,17 +658,34 @@ def test_methods(server):
     status, reply, _ = request(server, "GET", "/v1/chat/completions")
     assert status == 404 and "POST /v1/chat/completions" in json.loads(reply)["error"]["message"]
     assert request(server, "POST", "/health", "x")[0] == 404
-    for method in ("PUT", "DELETE", "TRACE", "HEAD", "PRI", "X" * 100):
+    for method in ("PUT", "DELETE", "TRACE", "PRI", "X" * 100):
         assert request(server, method, "/v1/models")[0] == 501
     assert json.loads(request(server, "GET", "/health")[1]) == {"status": "ok"}
     models = json.loads(request(server, "GET", "/v1/models?x=1")[1])
     assert models["object"] == "list" and models["data"][0]["id"] == "tiny"
+    assert json.loads(request(server, "GET", "/v1/models/tiny")[1]) == models["data"][0]
+    assert json.loads(request(server, "GET", "/v1/models/%74iny?x=1")[1]) == models["data"][0]
+    for other in ("other", "tiny/", "", "tin", "%2e%2e", "%ff"):
+        status, reply, _ = request(server, "GET", f"/v1/models/{other}")
+        error = json.loads(reply)["error"]
+        assert status == 404 and error["code"] == "model_not_found" and error["param"] == "model", other
+
+
+def test_head_is_get_without_the_body(server):
+    """Health checks and `curl -I` ask so."""
+    for path in ("/", "/health", "/v1/models", "/v1/models/tiny", "/nowhere", "/v1/chat/completions"):
+        status, page, headers = request(server, "GET", path)
+        head_status, nothing, head_headers = request(server, "HEAD", path)
+        assert (head_status, nothing) == (status, b"")
+        assert head_headers | {"Date": ""} == headers | {"Date": ""} and int(headers["Content-Length"]) == len(page)
 
 
 def test_the_body_is_limited_and_counted(server):
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
     for lines, status in [
-        (b"", b"411"), (b"Transfer-Encoding: chunked\r\n", b"411"),
+        (b"", b"411"), (b"Transfer-Encoding: gzip, chunked\r\n", b"411"),
+        (b"Transfer-Encoding: identity\r\n", b"411"), (b"Transfer-Encoding: \r\n", b"411"),
+        (b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", b"411"),
         (b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", b"411"),
         (b"Content-Length: 5\r\nContent-Length: 5\r\n", b"411"),
         (b"Content-Length: 5\r\nContent-Length: 50\r\n", b"411"),
@@ -536,6 +696,36 @@ def test_the_body_is_limited_and_counted(server):
     ]:
         reply = raw(server, head + lines + b"\r\n" + (b"hello" if status != b"413" else b""))
         assert reply.split()[1] == status and b'"error"' in reply, lines
+
+
+def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: Chunked\r\n\r\n"
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + end
+
+
+def test_a_chunked_body(server):
+    """So send .NET, clients with a stream as their body, and proxies for clients that speak HTTP/2."""
+    messages = [user("What is this?", PHOTO)]
+    body = json.dumps({"messages": messages, "max_tokens": 3}).encode()
+    expected = json.dumps(text_of(server, messages, max_tokens=3)).encode()
+    thousands = [body[i:i + 1000] for i in range(0, len(body), 1000)]
+    for data in (chunked(body), chunked(body[:1], body[1:9], body[9:]), chunked(*thousands),
+                 chunked(body, end=b"000;ext=1\r\nTrailer: x\r\nAnother: y\r\n\r\n")):
+        reply = raw(server, data)
+        assert reply.startswith(b"HTTP/1.1 200") and expected in reply
+    assert request(server, "POST", "/v1/chat/completions", iter(thousands))[0] == 200       # http.client's own
+
+
+def test_a_chunked_body_is_limited_too(server, monkeypatch):
+    for end in (b"zz\r\n", b"-1\r\n", b"0x1\r\n", b"+1\r\n", b"1_0\r\n", b"\r\n", b"1\n", b"1" * 2000, b"0\r\n\r\n"):
+        reply = raw(server, chunked(b"{", end=end))
+        assert reply.startswith(b"HTTP/1.1 400") and b'"error"' in reply, end
+    assert raw(server, chunked(b"{", end=b"fffffff\r\n")).startswith(b"HTTP/1.1 413")
+    status, reply, _ = request(server, "POST", "/v1/chat/completions", iter([b" " * 1_000_000] * 30))
+    assert status == 413 and "smaller picture" in json.loads(reply)["error"]["message"]
+    monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.3)
+    for end in (b"", b"5", b"5\r\nab", b"0\r\n"):
+        assert raw(server, chunked(b"{", end=end)).split()[1] == b"408", end
 
 
 def test_who_is_refused_while_sending_reads_why(server):
@@ -580,6 +770,22 @@ def test_slow_and_half_sent_requests_end(server, monkeypatch):
     assert reply.split()[1] == b"408"
 
 
+@pytest.mark.parametrize("start", [
+    chunked(b"{", end=b"0\r\n"),                                # headers behind the body, without end
+    b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n",      # what is thrown away after a refusal
+])
+def test_who_sends_without_end_is_cut_off(server, monkeypatch, start):
+    monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.3)
+    began = time.monotonic()
+    with socket.create_connection(server.server_address[:2], timeout=20) as connection:
+        connection.sendall(start)
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < began + 10:
+                connection.sendall(b"X: y\r\n" * 1000)
+    assert time.monotonic() - began < 5
+    assert raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
 def test_a_request_that_stops_short(server):
     with socket.create_connection(server.server_address[:2], timeout=20) as connection:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{}")
@@ -614,6 +820,25 @@ def test_connections_are_limited(tiny_model, tiny_tokenizer, monkeypatch):
         for connection in idle:
             connection.close()
         wait_until(lambda: raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 200"))
+
+
+def test_one_connection_too_many_reads_why(tiny_model, tiny_tokenizer, monkeypatch):
+    """Its 503 comes whole, also when it is sending a picture, and nobody else waits meanwhile."""
+    with running(tiny_model, tiny_tokenizer) as server:
+        monkeypatch.setattr(serve.server, "MAX_CONNECTIONS", threading.active_count())
+        with socket.create_connection(server.server_address[:2]) as idle:
+            idle.sendall(b"GET / HT")
+            wait_until(lambda: threading.active_count() > serve.server.MAX_CONNECTIONS)
+            for size in (10, 5_000_000):
+                for _ in range(10):
+                    status, reply, headers = request(server, "POST", "/v1/chat/completions", b"x" * size)
+                    assert status == 503 and int(headers["Retry-After"]) > 0
+                    assert json.loads(reply)["error"]["type"] == "server_error"
+            with socket.create_connection(server.server_address[:2], timeout=5) as silent:
+                assert silent.recv(65536).startswith(b"HTTP/1.1 503")       # it need not have asked for anything
+                began = time.monotonic()
+                assert request(server, "GET", "/health")[0] == 503 and time.monotonic() - began < 1.5
+        wait_until(lambda: request(server, "GET", "/health")[0] == 200)
 
 
 def test_the_page_may_talk_to_this_server_alone(server):
@@ -703,7 +928,9 @@ def test_the_official_client(tiny_model, tiny_tokenizer):
     import openai
     with running(tiny_model, tiny_tokenizer, key="k") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
-        assert [card.id for card in client.models.list()] == ["tiny"]
+        assert [card.id for card in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("other")
         messages = [user("What is this?", PHOTO)]
         whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=24, temperature=0)
         assert whole.choices[0].message.content == GOLDEN_ANSWER and whole.usage.completion_tokens == 24

@@ -222,7 +222,8 @@ def test_an_answer_comes_after_another_users(page, server):
 
 def test_keyboard_alone(page):
     assert page.js("document.activeElement.id") == "question"
-    page.type("one")
+    for key in "one":
+        page.press(key, ord(key.upper()), key)          # as a keyboard types: no handler may take the keys away
     page.press("Enter", 13, "\r", shift=True)           # a new line, not sent
     page.type("two")
     assert page.js("document.querySelector('#question').value") == "one\ntwo"
@@ -257,9 +258,16 @@ def test_mistakes_are_said_in_words(page, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     page.drop(tmp_path / "notes.txt")
     page.until(f"{wrong}.includes('notes.txt is not a picture')")
-    (tmp_path / "fake.png").write_bytes(b"no picture either")
-    page.drop(tmp_path / "fake.png")
+    for name, content in (("fake.jpg", b"no picture either"), ("cut.png", b"\x89PNG\r\n\x1a\n"), ("empty.gif", b""),
+                          ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'></svg>")):
+        (tmp_path / name).write_bytes(content)
+        page.drop(tmp_path / name)                      # said at once, not after a question about it
+        page.until(f"{wrong}.includes('{name} is not a picture: expected JPEG, PNG')")
+        assert page.js("document.querySelector('#picture').hidden && picture === null")
+    page.drop(PHOTO)
     page.until("!document.querySelector('#picture').hidden")
+    assert page.js(f"{wrong} === ''")
+    page.js("picture = 'data:image/jpeg;base64,aGVsbG8='")         # what a browser shows and the server cannot read
     page.type("What is this?")
     page.enter()
     page.until(f"{wrong}.includes('unreadable')")
@@ -268,6 +276,48 @@ def test_mistakes_are_said_in_words(page, tmp_path):
     page.screenshot("mistake")
     page.js("document.querySelector('#new-chat').click()")
     assert page.js("document.querySelector('#wrong').hidden")
+
+
+def test_the_box_is_as_high_as_the_question(page, server):
+    """Also when a question comes back into it because no answer came."""
+    height = "document.querySelector('#question').offsetHeight"
+    fits = "document.querySelector('#question').scrollHeight <= document.querySelector('#question').clientHeight"
+    low = page.js(height)
+    page.js("picture = 'data:image/jpeg;base64,aGVsbG8='")
+    page.type("What is this? " * 12)
+    high = page.js(height)
+    assert high > low and page.js(fits)
+    page.enter()
+    page.until("document.querySelector('#wrong').textContent.includes('unreadable')")
+    assert page.js(height) == high and page.js(fits)
+    page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=False)
+    page.until(f"{fits} && {height} > {high}")
+    page.js("picture = null")
+    page.js("document.querySelector('#length').value = 3")
+    page.enter()
+    page.until(f"{DONE} === 1")
+    assert page.js(height) == low
+
+
+@pytest.mark.parametrize("width, height", [(1280, 800), (390, 844), (844, 390)])
+def test_the_picture_stays_in_sight(page, server, width, height):
+    """However long the conversation is, and on a phone, too."""
+    page.open(server.url, width, height)
+    page.drop(PHOTO)
+    page.until("!document.querySelector('#picture').hidden")
+    page.js("for (let i = 0; i < 40; i++) addTurn(i % 2 ? 'model' : 'mine', '', 'What is this? '.repeat(9))")
+    box = page.js("JSON.stringify(document.querySelector('#preview').getBoundingClientRect())")
+    top, bottom = (json.loads(box)[side] for side in ("top", "bottom"))
+    page.screenshot(f"long-{width}")
+    assert page.js("document.querySelector('#main').scrollTop") > 100
+    assert 0 <= top < bottom <= height / 2
+    assert page.js("document.documentElement.scrollHeight") <= height           # one scroll bar is enough
+    last = page.js("JSON.stringify(document.querySelector('#chat li:last-child').getBoundingClientRect())")
+    assert bottom < json.loads(last)["bottom"] <= height
+
+
+def test_the_page_has_the_models_name(page):
+    assert page.js("document.title") == page.js("document.querySelector('h1').textContent") == "tiny"
 
 
 def test_text_is_never_markup(page, server, tmp_path, monkeypatch):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, TRAIN_FLAGS, load_weights_command, metrics, run_script, to_uint8, train_flags
+from helpers import (GOLDEN, TINY_MODEL, TRAIN_FLAGS, load_weights_command, metrics, run_script, same, to_uint8,
+                     train_flags)
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from training import run_train, some_of, start_train, train_here
+from zoo import projector_file, without_tower
 
 import train
 from data import Batch, Step
@@ -354,6 +356,21 @@ def test_the_full_size_model_takes_a_step_of_stage_one_within_24_gb(chat_json, t
 # What is refused
 
 
+@pytest.mark.parametrize("form", ["a projector's file", "a model without its tower"])
+def test_a_run_starts_from_the_projector_that_it_is_given(form, chat_json, tmp_path, capsys):
+    """LLaVA's stage 1 goes on in our stage 2, in both of the forms that LLaVA writes. A rate of 0 shows what came in,
+    and the export of a checkpoint finds all of the sources again."""
+    llm, more = GOLDEN / "tiny-phi", ["--projector", str(projector_file(tmp_path / "stage 1"))]
+    if form != "a projector's file":
+        llm, more = without_tower(tmp_path / "llava"), []
+    flags = ["--model", "", "--llm", str(llm), "--vision", str(GOLDEN / "tiny-clip"), *more, "--lr", "0"]
+    train_here(train_flags(tmp_path / "out", chat_json, *flags, "--max-steps", "1"))
+    train_here(train_flags(tmp_path / "stopped", chat_json, *flags, "--max-steps", "2"), stop_after=1)
+    load_weights_command(["export", "--model", str(tmp_path / "stopped" / "step_000001"), "--out", str(tmp_path / "x")])
+    for folder in (tmp_path / "out", tmp_path / "x"):
+        assert same(load_model(folder), load_model(TINY_MODEL), "projector")
+
+
 @pytest.mark.parametrize("args, words", [
     (["--stage", "pretrain"], ["checkpoints/phi-2", "hf download microsoft/phi-2"]),
     (["--stage", "pretrain", "--lerning-rate", "1"], ["unrecognized arguments", "--lerning-rate"]),
@@ -372,6 +389,8 @@ def test_a_users_mistake_ends_with_one_line_and_exit_code_2(args, words, tmp_pat
     (["--stage", "finetune", "--freeze", "head", "--plan"], "parts are vision, projector, llm"),
     (["--stage", "finetune", "--freeze", "llm,vision,projector", "--plan"], "nothing would be trained"),
     (["--stage", "sft", "--llm", str(GOLDEN / "tiny-llava-phi")], "looks like a LLaVA-Phi model"),
+    (["--stage", "finetune", "--projector", "x.bin"], "--projector x.bin goes with --llm and --vision"),
+    (["--stage", "sft", "--projector", "x.bin"], "--projector x.bin goes with --llm and --vision"),
 ])
 def test_flags_that_make_no_sense_are_refused(args, words, tmp_path):
     with pytest.raises(ValueError, match=words):

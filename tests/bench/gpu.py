@@ -108,6 +108,7 @@ import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate, load_tokenizer
 from lib import plan
 from lib.device import memory_of, peak_memory
+from lib.flops import PUBLISHED, step_flops
 from lib.folders import meta_model, saved_shapes
 from lib.generate import Session
 from lib.layouts import to_saved
@@ -356,7 +357,7 @@ class Training:
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()            # forget what the compiler needed
         seconds = seconds_of(work)
-        flops = plan.step_flops(bench.config, trained_parts(self.model), lengths.sum(), (lengths ** 2).sum(), images,
+        flops = step_flops(bench.config, trained_parts(self.model), lengths.sum(), (lengths ** 2).sum(), images,
                                 supervised) / seconds / bench.world
         peak_share = mfu(flops, bench.device)
         return {
@@ -393,7 +394,7 @@ def measure_recipe(bench: Bench, cfg: Namespace) -> dict:
     lengths = [len(sample.ids) for sample in samples]
     images = [sample.image is not None for sample in samples]
     found = Training(bench, cfg).measure(samples, split_step(lengths, images, bench.world, cfg.micro_tokens))
-    steps = plan.PUBLISHED[cfg.stage][0] / len(samples)
+    steps = PUBLISHED[cfg.stage][0] / len(samples)
     return found | {"hours": steps * found["step_ms"] / 3.6e6}
 
 
