@@ -218,7 +218,8 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     print_choice(cfg, model, build, shards, memory)
     print(f"{steps:,} steps of {cfg.global_batch} samples of {tokens:.0f} tokens: "
           f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths "
-          + ("as published" if index is None else f"of {cfg.data}") + ("" if peak else "; --gpu or --tflops gives hours"))
+          + ("as published" if index is None else f"of {' '.join(cfg.data)}")
+          + ("" if peak else "; --gpu or --tflops gives hours"))
 
 
 def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], LLaVAPhi], shards: int,
