@@ -297,9 +297,9 @@ def test_a_windows_path_is_called_one(tmp_path, tiny, zoo_images):
     """It is not outside the folder: what is wrong with it is the separator."""
     dataset = open_dataset(write_data(tmp_path), tiny, images=zoo_images)
     with pytest.raises(ValueError, match="image path has backslashes: .*expected a path with /"):
-        dataset.image_path({"image": "sub\\x.jpg"})
+        dataset.pictures.find("sub\\x.jpg")
     with pytest.raises(ValueError, match="image outside the folder"):
-        dataset.image_path({"image": "C:\\x.jpg"})
+        dataset.pictures.find("C:\\x.jpg")
 
 
 def test_an_error_outside_the_workers_ends_the_process():
