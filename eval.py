@@ -569,6 +569,9 @@ def answer_and_score(args: Namespace) -> None:
                 results.append(score_run(data, run, settings, args, out))
     if len(results) > 1:
         print_all(results)
+    if not args.limit and any(result["value"] is not None for result in results):
+        print(f"  scores for the model's card: python load_weights.py export --model {folder} --out DIR "
+              f"--scores {args.out or 'out/eval'}")
 
 
 def answer_missing(data: Data, model, processes, settings: dict, args: Namespace, out: Path) -> int:

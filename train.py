@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from lib.common import parse_or_exit, plural, run_command, torchrun_env
-from lib.recipes import parse, recipe_note, settings
+from lib.recipes import parse, recipe_note, settings, weighted
 
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
@@ -58,7 +58,7 @@ from lib.processes import (count_signals, exit_code_of_stop, explain, explain_de
                            join_group, launch_problem, on_every_process, on_process_0, print0, smallest, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
-from lib.schedule import run_length, steps_per_epoch
+from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -305,13 +305,17 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     return optimizer
 
 
-def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
+def open_data(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Dataset | Mixture:
     # The sizes come from the model, so that an image takes as many positions as its tower makes patches.
     # Archives are opened later, but a place that is not there should be noticed before --out is touched.
     places = [find_place(Path(place)) for place in cfg.images] if has_tower(cfg) else []
-    return Dataset(Path(path), places, load_tokenizer(folders(cfg)[0]), cfg.template,
-                   ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
+    files, weights = zip(*map(weighted, names))
+    parts = [Dataset(Path(file), places, load_tokenizer(folders(cfg)[0]), cfg.template,
+                     ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
+                     on_bad_sample=cfg.on_bad_sample, follow_links=cfg.follow_links,
+                     cache_dir=Path(cfg.out) if Path(cfg.out).is_dir() else None)             # not there: --plan
+             for file in files]
+    return parts[0] if weights == (1.0,) else Mixture(parts, weights)
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
@@ -349,7 +353,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
     image_positions = batch.image_positions.to(device, non_blocking=True)
     loss_positions = batch.loss_positions.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
+    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets, batch.split
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -358,14 +362,17 @@ def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
 
 
 def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cfg: Namespace, n_supervised: int,
-               rate: float, device: torch.device) -> tuple[float, float, bool]:
+               rate: float, device: torch.device, of_files: list | None = None) -> tuple[float, float, bool]:
     """Forward, backward, update -> loss, gradient norm, skipped: the same three on every process.
+
+    of_files: a list that receives, for each file of a Mixture, the sum of its losses and its supervised tokens.
 
     The loss is the mean over the step's n_supervised tokens of all micro-batches and processes, not a mean of means.
     If the loss or the gradient norm is not finite, the update is skipped.
     """
     world = dist.get_world_size()
-    total = torch.zeros((), device=device)
+    tokens = torch.tensor([batch.split or [len(batch.targets)] for batch in step.batches]).sum(0)    # of each file
+    total = torch.stack([torch.zeros(len(tokens)), tokens.float()]).to(device, non_blocking=True)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
         torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
@@ -375,18 +382,21 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
         last = i + 1 == len(step.batches)
         model.set_reshard_after_backward(last or model.gather == "off")
         model.set_requires_gradient_sync(last or model.gather == "off")
-        loss = model(*to_device(batch, device)) / max(n_supervised, 1)
+        losses = model(*to_device(batch, device)) / max(n_supervised, 1)
         # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
         # averages them; multiplying by the number of processes turns the mean into the sum.
-        (loss * world).backward()
-        total += loss.detach()
+        (losses.sum() * world).backward()
+        total[0] += losses.detach()
     dist.all_reduce(total)
 
     # In the model's order, not the optimizer's: another order changes the norm's last digit, and with it the run.
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).full_tensor()
-    # Both numbers are read at once: the only host-device synchronization in a step.
-    loss, norm = torch.stack([total, norm.to(total)]).tolist()
+    # All numbers are read at once: the only host-device synchronization in a step.
+    *sums, norm = torch.cat([total.T.flatten(), norm.to(total)[None]]).tolist()
+    loss = sum(sums[::2])
+    if of_files is not None:
+        of_files += [(n_supervised * loss_of_file, n) for loss_of_file, n in zip(sums[::2], sums[1::2])]
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
         # The formula of clip_grad_norm_, which would compute the norm a second time.
@@ -412,7 +422,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     # From here on a signal is only recorded, and acted on after the next step.
     signals = watch_signals()
     data = open_data(cfg, config, cfg.data)
-    held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
+    held_out = open_data(cfg, config, [cfg.val_data]) if cfg.val_data else None
     checkpoint = prepare_out(settings(cfg), data.checksum)
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
@@ -457,7 +467,8 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
     state.tried_at = time.monotonic()
     for step, n_supervised, stop in synchronized_steps(loader, signals):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
-        loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device)
+        of_files = []
+        loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device, of_files)
         state.step += 1
         if skipped:
             skipped_in_a_row += 1
@@ -465,7 +476,8 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
             state.updates += 1
             skipped_in_a_row = 0
 
-        record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped)
+        record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped,
+                                  of_files)
         if skipped or state.step % cfg.log_every == 0 or state.step == steps:
             print0(progress_line(record, steps, metrics.seconds_a_step() * (steps - state.step)))
         if skipped_in_a_row == 5:
@@ -516,7 +528,8 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             step = next(steps, None)
             # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
             # would raise in the middle of whatever this process is doing.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):      # Windows has neither
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (RuntimeError, EOFError, ConnectionError) as e:
             problem = explain_dead_worker(e)
             if not problem:
@@ -600,10 +613,11 @@ def main(args: Namespace) -> int | None:
         index = None
         if all(folder.exists() for folder in folders(args)):
             _, config = open_source(args)
-            if Path(args.data).is_file():
+            if all(Path(file).is_file() for file, _ in map(weighted, args.data)):
                 data = open_data(args, config, args.data)
-                data.cache_dir = data.cache_dir if data.cache_dir.is_dir() else None
-                index = data.index
+                epoch = epoch_order(args.seed, data.index.length, data.index.image, args.global_batch, args.group, 0,
+                                    data.shares)
+                index = data.index._make(column[epoch] for column in data.index)
         print_parts(build_on_meta(args, config), args)
         print_plan(args, config, partial(build_on_meta, config=config), index)
         return

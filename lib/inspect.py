@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
 from lib.chat import ask
 from lib.device import choose_device
-from lib.folders import Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, saved_shapes
+from lib.folders import (Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, read_tensor,
+                         saved_shapes)
+from lib.head_bias import HEAD_BIAS
 from lib.save_weights import lacks_image_row, verify_checksums
 from lib.tensor_files import tensor_files
 from model import LLaVAPhi
@@ -34,8 +36,6 @@ IMAGE_WORDS = {
     "squash": "the whole picture, squeezed into a square",
 }
 UNUSED_LAYERS = "layers and LayerNorm after the hidden state that is read: not loaded, but kept when a model is saved"
-UNUSED_HEAD = ("attention-pooling head, which makes one vector of a picture where LLaVA wants all patches: not loaded, "
-               "but kept when a model is saved")
 NEXT = {
     Kind.PHI: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
     Kind.CLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
@@ -117,6 +117,8 @@ def inspect_config(weights: Weights) -> None:
     if "llm" in folder.parts:
         print_row("config", f"{llm.n_layer} layers of width {llm.n_embd}, {llm.n_head} heads, "
                             f"{llm.block_size} positions, {llm.vocab_size} rows of vocabulary, dropout {llm.dropout:g}")
+        if HEAD_BIAS in folder.found and not read_tensor(weights, HEAD_BIAS).any():
+            print_row("", "head bias folded: it is zero, and the head's weight does its work, also in transformers")
     if "vision" in folder.parts:
         print_row("config", f"{vision.image_size} x {vision.image_size} pixels make {vision.n_patches} patches, "
                             f"{vision.n_used} of {vision.n_layer} layers are used, of width {vision.n_embd}, "
@@ -126,9 +128,7 @@ def inspect_config(weights: Weights) -> None:
     built = dict(model.named_parameters())
     ignored = Counter(folder.dropped.values())
     for name, pieces in folder.found.items():
-        if name.startswith("vision.head."):
-            ignored[UNUSED_HEAD] += len(pieces)
-        elif name not in built:
+        if name not in built:
             ignored[UNUSED_LAYERS] += len(pieces)
     for reason, count in ignored.items():
         print_row("ignored", f"{count} tensors: {reason}")

@@ -1,5 +1,6 @@
 """Memory per GPU and hours of a training run, computed just from shapes; shared memory for its data workers."""
 import math
+import mmap
 import os
 import shutil
 import socket
@@ -171,7 +172,7 @@ def check_shared_memory(cfg: Namespace, data: Dataset, where: Path = Path("/dev/
     pictures = min(cfg.global_batch, math.ceil(cfg.micro_tokens / data.image_config.n_patches))
     # For each position a token, and at most a label, a place in the loss and a place for a patch, all int64. Each of a
     # batch's six tensors begins a page of memory.
-    micro_batch = 8 * 4 * cfg.micro_tokens + pixels * pictures + 6 * os.sysconf("SC_PAGE_SIZE")
+    micro_batch = 8 * 4 * cfg.micro_tokens + pixels * pictures + 6 * mmap.PAGESIZE
     loaders = 2 if cfg.val_data else 1
     in_use = pixels * math.ceil(cfg.global_batch / here.world)          # by the step that is being computed
     need = here.local_world * (loaders * min(cfg.workers, os.cpu_count()) * AHEAD * micro_batch + in_use)
@@ -217,7 +218,8 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     print_choice(cfg, model, build, shards, memory)
     print(f"{steps:,} steps of {cfg.global_batch} samples of {tokens:.0f} tokens: "
           f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths "
-          + ("as published" if index is None else f"of {cfg.data}") + ("" if peak else "; --gpu or --tflops gives hours"))
+          + ("as published" if index is None else f"of {' '.join(cfg.data)}")
+          + ("" if peak else "; --gpu or --tflops gives hours"))
 
 
 def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], LLaVAPhi], shards: int,

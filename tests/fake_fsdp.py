@@ -324,7 +324,7 @@ def make_micro_batches(config: LLaVAConfig, pictures: bool, tokens: int) -> list
     groups = [[text] * max(1, tokens // len(words)), []]
     if pictures:
         groups.insert(0, [picture] * max(1, tokens // (P + 1 + len(words))))
-    return [Batch(*[pin_memory(x) for x in collate(samples, size)]) for samples in groups]
+    return [Batch(*[pin_memory(x) for x in collate(samples, size)[:6]]) for samples in groups]
 
 
 def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -> types.SimpleNamespace:

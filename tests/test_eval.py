@@ -300,7 +300,7 @@ def many_shapes(root: Path, pictures: int = 5, questions: int = 3) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_generate_each_task(name, tmp_path, short):
+def test_generate_each_task(name, tmp_path, short, capsys):
     """From official files to answers, result and report; its own answers file scores the same again."""
     flags, data = prepare(name, tmp_path / "eval")
     out = tmp_path / "out"
@@ -311,6 +311,7 @@ def test_generate_each_task(name, tmp_path, short):
     assert all({"prompt", "text", "truncated"} <= line.keys() for line in lines)
     result = json.loads((out / "result.json").read_text())
     assert result["truncated"] == sum(line["truncated"] for line in lines) > 0
+    assert (f"--scores {out}" in capsys.readouterr().out) == (result["value"] is not None)
     settings = result["settings"]
     assert (result["run"]["batch"], settings["dtype"], settings["image_mode"]) == (16, "fp32", "pad")
     # settings.json in the same folder says which task it is

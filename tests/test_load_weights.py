@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import lib.tensor_files
+import load_weights
 import model as model_file
 import sample
 from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
@@ -247,7 +248,7 @@ def test_export_of_a_training_checkpoint(lora, tmp_path, tiny_model):
     step = tmp_path / "step_000007"
     write_checkpoint(step, weights, TINY_MODEL, dropout=0.2, image_mode="crop", dtype="fp32", stage="finetune",
                      lora_alpha=8.0)
-    export(step, tmp_path / "out", None)
+    export(step, tmp_path / "out", None, fold=False)
     there = load_model(tmp_path / "out")
     assert there.config.image_mode == "crop" and there.config.llm.dropout == 0.2
     for name, p in there.named_parameters():
@@ -288,6 +289,14 @@ def test_a_damaged_checkpoint_json_is_not_exported(tmp_path, change):
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
+
+
+@pytest.mark.parametrize(("to", "flag"), [("model", "--type q8_0"), ("parts", "--type f16"), ("gguf", "--dtype bf16"),
+                                          ("gguf", "--head-bias keep"), ("parts", "--scores out/eval")])
+def test_a_flag_that_would_change_nothing_is_refused(to, flag):
+    """Each form that `export` writes has flags of its own."""
+    with pytest.raises(ValueError, match=f"{flag.split()[0]} is for --to .*, found --to {to}; see"):
+        load_weights.parse(["export", "--out", "x", "--to", to, *flag.split()])
 
 
 def test_commands(tmp_path, capsys):

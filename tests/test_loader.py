@@ -106,7 +106,7 @@ def loader(dataset: Dataset, **more) -> Loader:
 
 def same(a: list, b: list) -> bool:
     return all(x[:2] == y[:2] and len(x.batches) == len(y.batches)
-               and all(torch.equal(t, u) for s, r in zip(x.batches, y.batches) for t, u in zip(s, r))
+               and all(torch.equal(t, u) for s, r in zip(x.batches, y.batches) for t, u in zip(s[:6], r[:6]))
                for x, y in zip(a, b, strict=True))
 
 
@@ -262,7 +262,7 @@ def test_strict_training_stops_at_it_and_skipping_survives_it(name, tmp_path, zo
     nothing = Sample("", [eot_id(tiny)], [IGNORE], None)
     for step in steps:
         want = collate([nothing if i == 7 else skipping.sample(i) for i in step.sample_ids], 28)
-        assert all(torch.equal(a, b) for a, b in zip(step.batches[0], want))
+        assert all(torch.equal(a, b) for a, b in zip(step.batches[0][:6], want))
 
 
 def test_skipping_gives_up_when_too_much_is_bad(tmp_path, tiny):
