@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from lib.common import read_json
+from lib.recipes import weighted
 from model import LLaVAConfig, PhiConfig
 from vision import CLIP_L_336, SIGLIP_SO400M_384
 
@@ -58,27 +59,27 @@ def header(config: LLaVAConfig, settings: dict | None) -> str:
                         (SIGLIP_SO400M_384, "google/siglip-so400m-patch14-384")):
         if (config.vision.n_embd, config.vision.image_size) == (tower.n_embd, tower.image_size):
             bases.append(base)
-    name = data_name(settings) if settings else ""
+    known = [DATASETS[name] for name in data_names(settings or {}) if name in DATASETS]
     # "license" is that of the weights a run started from. Data has its own.
     lines = ["library_name: transformers", "pipeline_tag: image-text-to-text", "language: en"]
     if len(bases) == 2:
         lines += ["license: mit" if config.vision.class_token else "license: apache-2.0",
                   "base_model:", *(f"- {base}" for base in bases)]
-    if name in DATASETS:
-        lines += ["datasets:", f"- {DATASETS[name]}"]
+    if known:
+        lines += ["datasets:", *(f"- {name}" for name in known)]
     return "\n".join(["---", *lines, "---"])
 
 
-def data_name(settings: dict) -> str:
-    """The data's file name: where it lay is nobody else's business."""
-    return Path(str(settings.get("data", "unknown"))).name
+def data_names(settings: dict) -> list[str]:
+    """The names of the data files: where they lay is nobody else's business."""
+    return [Path(weighted(name)[0]).name for name in settings.get("data", [])]
 
 
 def training_section(settings: dict | None) -> str:
     if settings is None:
         return ""
     rows = [f"| {name} | {settings[name]} |" for name in SHOWN if name in settings]
-    data = f"| data | {data_name(settings)} |"
+    data = f"| data | {', '.join(data_names(settings)) or 'unknown'} |"
     return "\n".join(["\n## How it was trained\n", "| | |", "|---|---|", data, *rows, ""])
 
 
