@@ -3,6 +3,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,10 +35,17 @@ GOLDEN_ANSWER = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd
 # Processes
 
 
+def hear_signals() -> None:
+    """nohup, and & in a script, start the tests with these ignored, and what the tests start would ignore them, too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_script(*args: object, processes: int = 1, **options) -> subprocess.Popen:
     """Start `python ARGS` in the checkout, as a user does on the command line; with torchrun for several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+               "preexec_fn": hear_signals} | options
     return subprocess.Popen([sys.executable, *torchrun, *map(str, args)], **options)
 
 
