@@ -1,4 +1,5 @@
 """The README.md of a saved model, which is its card on the Hugging Face hub."""
+import re
 from pathlib import Path
 
 from lib.common import read_json
@@ -58,27 +59,27 @@ def header(config: LLaVAConfig, settings: dict | None) -> str:
                         (SIGLIP_SO400M_384, "google/siglip-so400m-patch14-384")):
         if (config.vision.n_embd, config.vision.image_size) == (tower.n_embd, tower.image_size):
             bases.append(base)
-    name = data_name(settings) if settings else ""
+    published = [DATASETS[name] for name in data_names(settings or {}) if name in DATASETS]
     # "license" is that of the weights a run started from. Data has its own.
     lines = ["library_name: transformers", "pipeline_tag: image-text-to-text", "language: en"]
     if len(bases) == 2:
         lines += ["license: mit" if config.vision.class_token else "license: apache-2.0",
                   "base_model:", *(f"- {base}" for base in bases)]
-    if name in DATASETS:
-        lines += ["datasets:", f"- {DATASETS[name]}"]
+    if published:
+        lines += ["datasets:", *(f"- {name}" for name in published)]
     return "\n".join(["---", *lines, "---"])
 
 
-def data_name(settings: dict) -> str:
-    """The data's file name: where it lay is nobody else's business."""
-    return Path(str(settings.get("data", "unknown"))).name
+def data_names(settings: dict) -> list[str]:
+    """The data's file names, without weights: where they lay is nobody else's business."""
+    return [re.sub(r":[\d.]+$", "", Path(str(name)).name) for name in settings.get("data", [])]
 
 
 def training_section(settings: dict | None) -> str:
     if settings is None:
         return ""
     rows = [f"| {name} | {settings[name]} |" for name in SHOWN if name in settings]
-    data = f"| data | {data_name(settings)} |"
+    data = f"| data | {', '.join(data_names(settings))} |"
     return "\n".join(["\n## How it was trained\n", "| | |", "|---|---|", data, *rows, ""])
 
 
