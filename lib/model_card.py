@@ -72,7 +72,9 @@ def header(config: LLaVAConfig, settings: dict | None) -> str:
 
 def data_names(settings: dict) -> list[str]:
     """The data's file names, without weights: where they lay is nobody else's business."""
-    return [re.sub(r":[\d.]+$", "", Path(str(name)).name) for name in settings.get("data", [])]
+    data = settings.get("data", [])
+    names = data if isinstance(data, list) else [data]          # another version's run may have written one
+    return [re.sub(r":[\d.]+$", "", Path(str(name)).name) for name in names]
 
 
 def training_section(settings: dict | None) -> str:
