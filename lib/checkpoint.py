@@ -32,8 +32,9 @@ from lib.common import (DTYPES, LOCK, hold_folder, read_json, remove, sha256, sy
                         write_whole)
 from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, patient_group, print0
-from lib.recipes import IMAGE_MODES
+from lib.recipes import IMAGE_MODES, weighted
 from lib.records import BAD_SAMPLES
+from lib.schedule import joint_checksum
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes what is learned. Data
 # and images may have moved; the checksum decides whether the data is the same. A recipe's name does not matter, since
@@ -503,17 +504,18 @@ DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
 def is_finished(settings: dict) -> bool:
     """True if --out holds the model of a finished run with these settings; ValueError if they were different.
 
-    The data is the same if its content is, wherever it has moved. Of the pictures only the folder's name is known.
+    The data is the same if its content is, wherever it has moved. Of the pictures only the folders' names are known.
     """
     saved = read_settings(Path(settings["out"]))
     if settings["resume"] != "auto" or "model_type" not in saved:
         return False
-    then, data = saved["training"], Path(settings["data"])
-    now = settings | {DATA_CHECKSUM: sha256(data) if data.is_file() else None}
+    then, (files, weights) = saved["training"], zip(*map(weighted, settings["data"]))
+    there = all(Path(file).is_file() for file in files)
+    now = settings | {DATA_CHECKSUM: joint_checksum([sha256(Path(file)) for file in files], weights) if there else None}
     may_change = MAY_CHANGE - {"data", "images"}
     if then.get(DATA_CHECKSUM) == now[DATA_CHECKSUM]:
         may_change |= {"data"}
-    if Path(then["images"]) == Path(now["images"]):             # however it is written
+    if list(map(Path, then["images"])) == list(map(Path, now["images"])):       # however they are written
         may_change |= {"images"}
     check_same_settings(then, now, may_change,
                         f"--out {settings['out']} holds a finished model made with other settings; "

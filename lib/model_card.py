@@ -1,8 +1,8 @@
 """The README.md of a saved model, which is its card on the Hugging Face hub."""
-import re
 from pathlib import Path
 
 from lib.common import read_json
+from lib.recipes import weighted
 from model import LLaVAConfig, PhiConfig
 from vision import CLIP_L_336, SIGLIP_SO400M_384
 
@@ -59,29 +59,29 @@ def header(config: LLaVAConfig, settings: dict | None) -> str:
                         (SIGLIP_SO400M_384, "google/siglip-so400m-patch14-384")):
         if (config.vision.n_embd, config.vision.image_size) == (tower.n_embd, tower.image_size):
             bases.append(base)
-    published = [DATASETS[name] for name in data_names(settings or {}) if name in DATASETS]
+    known = [DATASETS[name] for name in data_names(settings or {}) if name in DATASETS]
     # "license" is that of the weights a run started from. Data has its own.
     lines = ["library_name: transformers", "pipeline_tag: image-text-to-text", "language: en"]
     if len(bases) == 2:
         lines += ["license: mit" if config.vision.class_token else "license: apache-2.0",
                   "base_model:", *(f"- {base}" for base in bases)]
-    if published:
-        lines += ["datasets:", *(f"- {name}" for name in published)]
+    if known:
+        lines += ["datasets:", *(f"- {name}" for name in known)]
     return "\n".join(["---", *lines, "---"])
 
 
 def data_names(settings: dict) -> list[str]:
-    """The data's file names, without weights: where they lay is nobody else's business."""
+    """The names of the data files: where they lay is nobody else's business."""
     data = settings.get("data", [])
-    names = data if isinstance(data, list) else [data]          # another version's run may have written one
-    return [re.sub(r":[\d.]+$", "", Path(str(name)).name) for name in names]
+    paths = data if isinstance(data, list) else [data]          # another version's run may have written one
+    return [Path(weighted(str(path))[0]).name for path in paths]
 
 
 def training_section(settings: dict | None) -> str:
     if settings is None:
         return ""
     rows = [f"| {name} | {settings[name]} |" for name in SHOWN if name in settings]
-    data = f"| data | {', '.join(data_names(settings))} |"
+    data = f"| data | {', '.join(data_names(settings)) or 'unknown'} |"
     return "\n".join(["\n## How it was trained\n", "| | |", "|---|---|", data, *rows, ""])
 
 

@@ -119,7 +119,9 @@ def parse(argv: list[str] | None) -> Namespace:
     cfg = parser.parse_args(argv)
     if cfg.plot_to and not cfg.plot:
         parser.error(f"--plot-to {cfg.plot_to} needs --plot, with the --out folders of runs")
-    check_together(cfg)
+    problem = contradiction(cfg)
+    if problem:
+        raise ValueError(problem)
     return cfg
 
 
@@ -232,24 +234,25 @@ def weighted(name: str) -> tuple[str, float]:
     return name, 1.0
 
 
-def check_together(cfg: Namespace) -> None:
-    """ValueError for flags that contradict each other."""
+def contradiction(cfg: Namespace) -> str:
+    """Which flags contradict each other, and what to give instead; "" if none do."""
     for name in ("llm", "vision"):
         # A whole model has its own parts. A flag without effect is an error rather than silently ignored.
         if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
-                             "new model is made from --llm and --vision")
+            return (f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
+                    "new model is made from --llm and --vision")
     if cfg.projector and (cfg.model or not cfg.vision):
-        raise ValueError(f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already")
+        return f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already"
     if cfg.compile and cfg.recompute == "selective":
-        raise ValueError("--compile already does what --recompute selective would; give --recompute none or full")
+        return "--compile already does what --recompute selective would; give --recompute none or full"
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):
-        raise ValueError("--base-bits 4 needs --lora-r (64, say) and --lora-on both: weights in 4 bits cannot learn, "
-                         "only adapters on them can")
+        return ("--base-bits 4 needs --lora-r (64, say) and --lora-on both: weights in 4 bits cannot learn, "
+                "only adapters on them can")
     if cfg.base_bits == 4 and cfg.compile:
-        raise ValueError("--base-bits 4 does not work with --compile; leave one of them out")
+        return "--base-bits 4 does not work with --compile; leave one of them out"
     if cfg.stage == "sft" and (cfg.model or cfg.vision):
-        raise ValueError("--stage sft trains just a language model: give --llm, and neither --model nor --vision")
+        return "--stage sft trains just a language model: give --llm, and neither --model nor --vision"
+    return ""
 
 
 def recipe_note(siglip: bool, recipe: str) -> str:

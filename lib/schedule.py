@@ -161,6 +161,13 @@ def files_of(sample_ids: list[int], shares: Sequence[Share]) -> np.ndarray:
     return np.searchsorted([share.first for share in shares], sample_ids, side="right") - 1
 
 
+def joint_checksum(checksums: Sequence[str], weights: Sequence[float]) -> str:
+    """Of several data files and how much of each is taken; that of one whole file is its own."""
+    if tuple(weights) == (1.0,):
+        return checksums[0]
+    return hashlib.sha256(json.dumps(list(zip(checksums, weights))).encode()).hexdigest()
+
+
 class Mixture:
     """Several data.Datasets as one, whose records are numbered through. An epoch has `weight` epochs of each."""
 
@@ -170,8 +177,7 @@ class Mixture:
         self.tok, self.image_config, self.on_bad_sample = first.tok, first.image_config, first.on_bad_sample
         self.cache_dir = first.cache_dir
         self.path = " ".join(str(part.path) for part in parts)
-        key = json.dumps([[part.checksum, weight] for part, weight in zip(parts, weights)])
-        self.checksum = hashlib.sha256(key.encode()).hexdigest()
+        self.checksum = joint_checksum([part.checksum for part in parts], weights)
 
     @cached_property
     def shares(self) -> list[Share]:

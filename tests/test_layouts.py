@@ -325,8 +325,8 @@ def test_a_processors_older_spelling(tmp_path):
 def tower_of(published: VisionConfig, n_layer: int) -> dict[str, Pieces]:
     """The stored tensors of a tower at full width, in names and shapes only."""
     shapes = saved_shapes(meta_model(LLaVAConfig(vision=replace(published, n_layer=n_layer))))
-    opened = Path(__file__).stat()
-    return {name: {"whole": Stored(name, Path("x"), torch.float16, shape, Tensor, opened)}
+    file = Path(__file__)               # nothing is read of it
+    return {name: {"whole": Stored(name, file, torch.float16, shape, Tensor, file.stat())}
             for name, shape in shapes.items()}
 
 

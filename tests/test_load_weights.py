@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forks import run_forked
 from helpers import (GOLDEN, ROOT, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command, model_from,
                      rewrite, same, tensors_of)
 from safetensors.torch import load_file, save_file
@@ -70,10 +71,10 @@ def test_mipha_golden():
     assert [column[0] for column in columns] == golden["generate.ids"].tolist()
 
 
-def test_mipha_through_sample(photo, run_script):
+def test_mipha_through_sample(photo):
     """The command of a user gives the original's greedy text."""
     golden = load_file(GOLDEN_MIPHA / "forward.safetensors")
-    done = run_script("sample.py", "--model", TINY_MIPHA, "--image", photo, "--prompt", "What is this?",
+    done = run_forked("sample.py", "--model", TINY_MIPHA, "--image", photo, "--prompt", "What is this?",
                       "--temperature", "0", "--max-new-tokens", "24")
     assert done.returncode == 0, done.stderr
     text = load_tokenizer(TINY_MIPHA).decode(golden["generate.ids"].tolist())
@@ -315,8 +316,8 @@ def test_commands(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_an_error_is_one_line_and_exit_code_2(run_script):
-    done = run_script("load_weights.py", "merge", "--llm", "nowhere")
+def test_an_error_is_one_line_and_exit_code_2():
+    done = run_forked("load_weights.py", "merge", "--llm", "nowhere")
     hint = "get it with: hf download microsoft/phi-2 --local-dir nowhere"
     assert done.returncode == 2 and done.stderr == f"error: nowhere: no such folder; {hint}\n"
 

@@ -13,13 +13,14 @@ RESULT = {"task": "pope", "split": "all", "metric": "accuracy", "value": 85.04, 
 
 
 def test_published_bases_and_data_are_named():
-    run = settings(parse(["--stage", "finetune", "--data", "/home/me/llava_v1_5_mix665k.json"]))
+    run = settings(parse(["--stage", "finetune", "--data", "/home/me/llava_v1_5_mix665k.json", "/home/me/own.json:2"]))
     page = hub_card(LLaVAConfig(), run, [RESULT], folded=True)
     head = page.split("---")[1]
     for line in ("pipeline_tag: image-text-to-text", "- microsoft/phi-2", "- openai/clip-vit-large-patch14-336",
                  "- liuhaotian/LLaVA-Instruct-150K", "license: mit"):
         assert line in head.split("\n"), line
     assert "| lr | 2e-05 |" in page and "/home/me" not in page
+    assert "| data | llava_v1_5_mix665k.json, own.json |" in page
     assert "| pope (all) | accuracy | 85.04 | 84.10 to 85.90 | 8910 |" in page
     assert "siglip" in header(LLaVAConfig(vision=SIGLIP_SO400M_384), None)
 

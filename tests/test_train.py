@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import run_forked
 from helpers import (GOLDEN, TINY_MODEL, TRAIN_FLAGS, load_weights_command, metrics, run_script, same, to_uint8,
                      train_flags)
 from safetensors.torch import load_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from training import run_train, some_of, start_train, train_here
+from training import run_train, some_of, train_here
 from zoo import projector_file, without_tower
 
 import train
@@ -377,10 +378,9 @@ def test_a_run_starts_from_the_projector_that_it_is_given(form, chat_json, tmp_p
     (["--plot", "tests"], ["metrics.jsonl", "not there"]),
 ])
 def test_a_users_mistake_ends_with_one_line_and_exit_code_2(args, words, tmp_path):
-    process = start_train([*args, "--out", str(tmp_path / "out")])
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2 and "Traceback" not in stderr
-    assert all(word in stderr for word in words), stderr
+    done = run_forked("train.py", *args, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
     assert not (tmp_path / "out").exists()
 
 
