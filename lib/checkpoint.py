@@ -92,8 +92,8 @@ def save_checkpoint(state: TrainState) -> Path:
         on_process_0(lambda: make_folder(part, tensors))
         writer = HuggingFaceStorageWriter(str(part), split_into_files(tensors), save_distributed=True)
         writer.sync_files = False           # sync_folder does that, also where a file system cannot
-        # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power of
-        # two and stays with the process.
+        # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power
+        # of two and stays with the process.
         writer.per_thread_copy_ahead = 0
         dcp.save(tensors, storage_writer=writer, process_group=patient_group())
         checksums = {}

@@ -15,7 +15,8 @@ CASES = [
 @pytest.mark.parametrize("machines, cases", [
     ([], CASES),
     (["--nodes", "2"], ["--stage finetune --gather on --recompute none"]),
-    (["--world", "1"], ["--stage finetune --gather on --recompute none", "--stage pretrain --gather off --recompute none"]),
+    (["--world", "1"],
+     ["--stage finetune --gather on --recompute none", "--stage pretrain --gather off --recompute none"]),
 ])
 def test_gpus_take_steps_without_mixed_devices_or_waits_or_other_collectives(machines, cases):
     """Protects the first command of the README. A process of its own, since it replaces parts of torch."""
