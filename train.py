@@ -516,7 +516,8 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             step = next(steps, None)
             # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
             # would raise in the middle of whatever this process is doing.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):      # Windows has neither
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (RuntimeError, EOFError, ConnectionError) as e:
             problem = explain_dead_worker(e)
             if not problem:
