@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from lib.common import (DTYPES, LOCK, hold_folder, read_json, remove, sha256, sync_folder, torchrun_env, warn_once,
-                        write_whole)
+from lib.common import (DTYPES, LOCK, hold_folder, plural, read_json, remove, sha256, sync_folder, torchrun_env,
+                        warn_once, write_whole)
 from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, patient_group, print0
 from lib.recipes import IMAGE_MODES
@@ -242,7 +242,7 @@ def describe_saving(state: TrainState) -> str:
     """When a run saves, for its first lines on the screen."""
     settings, when = state.settings, []
     if settings["save_every"]:
-        when.append(f"{settings['save_every']:,} steps")
+        when.append(plural(settings["save_every"], "step"))
     if settings["save_minutes"]:
         when.append(f"{settings['save_minutes']:g} minutes")
     if not when:

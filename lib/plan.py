@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data import Dataset, Index
 from lib.checkpoint import host_memory_to_save
-from lib.common import torchrun_env
+from lib.common import plural, torchrun_env
 from lib.device import USABLE, planned_card, torch_dtype
 from lib.flops import PUBLISHED, mean_sample, recomputed_flops, step_flops
 from lib.recipes import RECIPES, parse, replace
@@ -216,7 +216,7 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     for title in columns[0]:
         print(f"{title:40}" + "".join(f"{column[title]:>11}" for column in columns))
     print_choice(cfg, model, build, shards, memory)
-    print(f"{steps:,} steps of {cfg.global_batch} samples of {tokens:.0f} tokens: "
+    print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {tokens:.0f} tokens: "
           f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths "
           + ("as published" if index is None else f"of {cfg.data}")
           + ("" if peak else "; --gpu or --tflops gives hours"))
