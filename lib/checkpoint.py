@@ -513,7 +513,7 @@ def is_finished(settings: dict) -> bool:
     may_change = MAY_CHANGE - {"data", "images"}
     if then.get(DATA_CHECKSUM) == now[DATA_CHECKSUM]:
         may_change |= {"data"}
-    if Path(then["images"]) == Path(now["images"]):             # however it is written
+    if [Path(place) for place in then["images"]] == [Path(place) for place in now["images"]]:   # however written
         may_change |= {"images"}
     check_same_settings(then, now, may_change,
                         f"--out {settings['out']} holds a finished model made with other settings; "
