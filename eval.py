@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
-                        read_json, read_jsonl, run_command, visible, write_whole)
+                        plural, read_json, read_jsonl, run_command, visible, write_whole)
 
 import numpy as np
 from tqdm import tqdm
@@ -190,7 +190,7 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
     if args.img_only and data.task.images_only:
         expected = data.task.images_only
     if expected and len(data.examples) != expected:
-        notes.append(f"{len(data.examples):,} questions, the official {data.split} set has {expected:,}")
+        notes.append(f"{plural(len(data.examples), 'question')}, the official {data.split} set has {expected:,}")
     return checksums, notes
 
 
@@ -207,7 +207,7 @@ def check_benchmarks(names: list[str], args: Namespace) -> None:
             problems = [str(e)]
         if problems:
             bad += 1
-        for line in problems or [f"{name}: {len(data.examples):,} questions and all their images are there"]:
+        for line in problems or [f"{name}: {plural(len(data.examples), 'question')} and all images are there"]:
             print(visible(line))
     if bad:
         raise ValueError(f"{bad} of {len(names)} tasks do not have the official data")

@@ -29,8 +29,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     merging.add_argument("--llm", type=Path, default=Path("checkpoints/phi-2"), help="folder of the language model")
     merging.add_argument("--vision", type=Path, default=Path("checkpoints/clip-vit-large-patch14-336"),
                          help="folder of the vision tower, CLIP or SigLIP")
-    merging.add_argument("--projector", type=Path, metavar="FILE", help="trained projector (mm_projector.bin, as LLaVA's "
-                         "stage 1 writes it); default: that of --llm if it has one, else a new one")
+    merging.add_argument("--projector", type=Path, metavar="FILE", help="trained projector (mm_projector.bin, as "
+                         "LLaVA's stage 1 writes it); default: that of --llm if it has one, else a new one")
     merging.add_argument("--out", type=Path, default=Path("out/base"), help="folder to write")
     merging.add_argument("--seed", type=int, default=42, help="seed of the new projector's weights")
     inspecting = commands.add_parser("inspect", help="say what a folder holds")

@@ -322,9 +322,9 @@ def make_index(data: Dataset, cfg: Namespace) -> None:
     """Process 0 tokenizes all samples and writes their index, which the others read."""
     on_process_0(lambda: (data.pictures, data.index))
     with_picture = int((data.index.image > 0).sum())
-    problem = "" if data.index.supervised.any() else f"none of its {len(data):,} samples has anything to learn"
+    problem = "" if data.index.supervised.any() else f"nothing to learn in its {plural(len(data), 'sample')}"
     if with_picture and not has_tower(cfg):
-        problem = f"{with_picture:,} samples have an image, and --stage {cfg.stage} is for text"
+        problem = f"{plural(with_picture, 'sample')} with an image, and --stage {cfg.stage} is for text"
     if problem:
         raise ValueError(f"{data.path}: {problem}; python data.py check --data {data.path} says why")
 

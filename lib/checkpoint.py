@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from lib.common import (DTYPES, LOCK, hold_folder, read_json, remove, sha256, sync_folder, torchrun_env, warn_once,
-                        write_whole)
+from lib.common import (DTYPES, LOCK, hold_folder, plural, read_json, remove, sha256, sync_folder, torchrun_env,
+                        warn_once, write_whole)
 from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, patient_group, print0
 from lib.recipes import IMAGE_MODES, weighted
@@ -93,8 +93,8 @@ def save_checkpoint(state: TrainState) -> Path:
         on_process_0(lambda: make_folder(part, tensors))
         writer = HuggingFaceStorageWriter(str(part), split_into_files(tensors), save_distributed=True)
         writer.sync_files = False           # sync_folder does that, also where a file system cannot
-        # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power of
-        # two and stays with the process.
+        # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power
+        # of two and stays with the process.
         writer.per_thread_copy_ahead = 0
         dcp.save(tensors, storage_writer=writer, process_group=patient_group())
         checksums = {}
@@ -243,7 +243,7 @@ def describe_saving(state: TrainState) -> str:
     """When a run saves, for its first lines on the screen."""
     settings, when = state.settings, []
     if settings["save_every"]:
-        when.append(f"{settings['save_every']:,} steps")
+        when.append(plural(settings["save_every"], "step"))
     if settings["save_minutes"]:
         when.append(f"{settings['save_minutes']:g} minutes")
     if not when:

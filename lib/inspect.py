@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
 from lib.chat import ask
+from lib.common import plural
 from lib.device import choose_device
 from lib.folders import (Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, read_tensor,
                          saved_shapes)
@@ -86,10 +87,11 @@ def inspect(path: Path, load_model: Callable[..., LLaVAPhi] | None = None) -> in
     if intact is None:
         print_row("checksums", "none; folders that this program saves have them")
     else:
-        print_row("checksums", f"verified: {intact} files are as they were written")
+        print_row("checksums", f"verified: {plural(intact, 'file')} as written")
     print_row("missing", missing)
     sound = try_out(weights, load_model) if load_model else True
-    print_row("next", NEXT.get(folder.kind, "nothing").format(path))
+    print_row("next", f"python train.py --stage pretrain --model {path}" if warning else
+              NEXT.get(folder.kind, "nothing").format(path))
     return 0 if sound else 2
 
 
@@ -102,7 +104,7 @@ def inspect_part(folder: Folder, part: str) -> None:
     dtypes = " and ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors}))
     parameters = sum(prod(stored.shape) for stored in tensors)
     size = sum(stored.nbytes for stored in tensors) / 1e6
-    print_row(part, f"{len(tensors)} tensors, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
+    print_row(part, f"{plural(len(tensors), 'tensor')}, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
     if part == "llm":
         for mark, text in LAYOUTS:
             if any(mark in stored.name for stored in tensors):
@@ -131,7 +133,7 @@ def inspect_config(weights: Weights) -> None:
         if name not in built:
             ignored[UNUSED_LAYERS] += len(pieces)
     for reason, count in ignored.items():
-        print_row("ignored", f"{count} tensors: {reason}")
+        print_row("ignored", f"{plural(count, 'tensor')}: {reason}")
     shapes = saved_shapes(model)
     if "vision" not in folder.parts:            # then the width of what a projector reads is known from nothing else
         shapes |= {name: folder.found[name]["whole"].shape for name in shapes.keys() & folder.found.keys()

@@ -72,7 +72,9 @@ def header(config: LLaVAConfig, settings: dict | None) -> str:
 
 def data_names(settings: dict) -> list[str]:
     """The names of the data files: where they lay is nobody else's business."""
-    return [Path(weighted(name)[0]).name for name in settings.get("data", [])]
+    data = settings.get("data", [])
+    paths = data if isinstance(data, list) else [data]          # another version's run may have written one
+    return [Path(weighted(str(path))[0]).name for path in paths]
 
 
 def training_section(settings: dict | None) -> str:

@@ -188,8 +188,8 @@ def add_flags(parser: Parser) -> None:
         "config.json says")
 
     add = parser.add_argument_group("hardware").add_argument
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPUs, or the CPU where torch finds "
-        "none")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto",
+        help="auto: the GPUs, or the CPU where torch finds none")
     add("--dtype", type=dtype_name, default="bf16", metavar="{fp32,bf16}", help="compute dtype; master weights and "
         "reductions are always fp32")
     add("--micro-tokens", type=at_least(1), default=16384, help="tokens per forward pass on one process: as many as "
@@ -220,10 +220,11 @@ def add_flags(parser: Parser) -> None:
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
-    add("--gpu", default="", metavar="NAME", help="for --plan: a card, such as 'RTX 4090', for its memory and its speed")
+    add("--gpu", default="", metavar="NAME",
+        help="for --plan: a card, such as 'RTX 4090', for its memory and its speed")
     add("--gpu-memory", type=at_least(1.0), default=0.0, help="for --plan: GB per GPU; 0: those of --gpu, else 80")
-    add("--tflops", type=at_least(1.0), default=0.0, help="for --plan: a GPU's peak in dense TFLOP/s; 0: that of --gpu, "
-        "else no hours are given")
+    add("--tflops", type=at_least(1.0), default=0.0,
+        help="for --plan: a GPU's peak in dense TFLOP/s; 0: that of --gpu, else no hours are given")
 
 
 def weighted(name: str) -> tuple[str, float]:

@@ -104,7 +104,7 @@ def test_check_data_names_what_is_wrong(tmp_path, capsys):
     assert "pope: 1 of 1 images are missing" in out and "val2014.zip" in out and "not a json" in out
     assert "textvqa: 3 questions, the official val set has 5,000" in out and "official file 9f60db6fb89e3692" in out
     evaluate([*check, "shapes"])
-    assert "shapes: 4 questions and all their images are there" in capsys.readouterr().out
+    assert "shapes: 4 questions and all images are there" in capsys.readouterr().out
     write(root / "pope/coco/coco_pope_random.json",
           [{"question_id": 1, "image": "x.jpg", "text": "Is there a dog in the image?", "label": "yes"}])
     with pytest.raises(ValueError, match="no label in coco_pope_random.json"):

@@ -158,8 +158,8 @@ def mutate_bytes(good: bytes, rng: random.Random) -> bytes:
 
 
 ODD_VALUES = (None, True, False, 0, -1, 1, 2, 3, 7, 0.5, -0.0, 1e308, 2**31, 2**63, 10**30, "", "x", "\ud800", "\0",
-              "9" * 5000, "../../x", "/etc/passwd", "<image>", "<|endoftext|>", [], {}, [[]], [None], {"": {}}, [0] * 1000,
-              float("nan"), float("inf"))
+              "9" * 5000, "../../x", "/etc/passwd", "<image>", "<|endoftext|>", [], {}, [[]], [None], {"": {}},
+              [0] * 1000, float("nan"), float("inf"))
 
 
 def places_in(value) -> list[tuple]:
@@ -545,7 +545,7 @@ def test_model_folders(tmp_path, capsys):
     campaign("model folders", 2000, 300_000_000, make_case, capsys)
 
 def mutate_archive(good: bytes, rng: random.Random) -> bytes:
-    """An archive of torch.save: a record's bytes (the pickle decides the most), its name, or which records there are."""
+    """An archive of torch.save: change a record's bytes (mostly the pickle's), its name, or which records there are."""
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     pickled = next(name for name in records if name.endswith("data.pkl"))

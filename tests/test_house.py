@@ -17,8 +17,8 @@ SCRIPTS = {"train", "sample", "eval", "load_weights"}
 MAY_IMPORT = {                          # file or room -> files and rooms; a file's own line replaces its room's
     "vision": {"lib.common"},
     "model": {"lib.common", "vision"},
-    "data": {"lib.common", "lib.recipes", "lib.archives", "lib.pictures", "lib.records", "lib.schedule", "lib.tokenizer",
-             "lib.workers"},            # which import nothing of it
+    "data": {"lib.common", "lib.recipes", "lib.archives", "lib.pictures", "lib.records", "lib.schedule",
+             "lib.tokenizer", "lib.workers"},               # which import nothing of it
     "train": CORE | {"lib", "load_weights"},
     "sample": CORE | {"lib", "load_weights"},
     "eval": CORE | {"lib", "load_weights", "benchmarks"},

@@ -87,6 +87,7 @@ def test_an_untrained_projector_is_noticed(tmp_path, capsys, photo):
     merge(TINY_PHI, TINY_CLIP, tmp_path / "base", 0, None)
     for folder, told in ((tmp_path / "base", 1), (TINY_MODEL, 0)):
         _, page = inspect(folder, capsys)
+        assert f"next       python {'train.py --stage pretrain' if told else 'sample.py'} --model {folder}" in page
         flags = ["--model", str(folder), "--image", str(photo), "--prompt", "What?", "--max-new-tokens", "1"]
         sample.main(sample.parse(flags))
         asked = capsys.readouterr().err
@@ -114,7 +115,7 @@ def saved(tmp_path_factory) -> Path:
 def test_one_flipped_bit_is_found(tmp_path, saved, capsys):
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     code, page = inspect(folder, capsys)
-    assert code == 0 and "checksums  verified: 1 files are as they were written" in page
+    assert code == 0 and "checksums  verified: 1 file as written" in page
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1000] ^= 4
     (folder / "model.safetensors").write_bytes(data)

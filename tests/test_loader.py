@@ -1,4 +1,4 @@
-"""Dataset, schedule and Loader: the samples of a step are a pure function; bad data stops a run by name or is survived."""
+"""Dataset, schedule and Loader: the samples of a step are a pure function; bad samples stop the run or are skipped."""
 import json
 import os
 import pickle

@@ -100,9 +100,10 @@ def test_nodes_with_different_numbers_of_processes_are_refused(monkeypatch):
 
 def test_a_card_that_torch_has_no_kernels_for_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(train, "missing_kernels", lambda card: "Tesla V100 has compute capability 7.0")
-    for name, stub in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_device", lambda device: None)):
-        monkeypatch.setattr(torch.cuda, name, stub)
-    with pytest.raises(ValueError, match="Tesla V100.*; with CUDA_VISIBLE_DEVICES= before the command it trains on the"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(ValueError, match="Tesla V100.*; with CUDA_VISIBLE_DEVICES= before the command it trains on"):
         train.setup()
 
 
@@ -344,7 +345,8 @@ def test_other_errors_of_torch_keep_their_traceback(monkeypatch):
 @pytest.mark.parametrize("error, reason", [
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"),
      "DataLoader worker (pid 7) is killed by signal: Bus error"),
-    (EOFError("Caught EOFError in pin memory thread for device 0.\nOriginal Traceback"), "Caught EOFError in pin memory"),
+    (EOFError("Caught EOFError in pin memory thread for device 0.\nOriginal Traceback"),
+     "Caught EOFError in pin memory"),
     (ConnectionResetError(), "it closed the connection"),
 ])
 def test_a_dead_worker_is_known_by_any_of_its_errors(error, reason, monkeypatch):
@@ -568,7 +570,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_j
 
 @pytest.mark.parametrize("number, name", [(signal.SIGHUP, "SIGHUP"), (signal.SIGINT, "SIGINT")])
 def test_other_signals_save_as_well_and_a_closed_output_does_not_prevent_it(number, name, chat_json, tmp_path):
-    """A dropped connection closes the terminal, and Ctrl-C ends a `tee` behind the run, before the next line is printed."""
+    """A dropped connection closes the terminal, and Ctrl-C ends a `tee` behind the run, before the next line."""
     out = tmp_path / "out"
     process = start_script("train.py", *train_flags(out, chat_json, "--epochs", "1000"))
     wait_for(out / "metrics.jsonl", lines=2)

@@ -309,7 +309,7 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(chat_json, tmp_path
     assert not torch.equal(after["llm.h.0.mlp.fc.weight"], before["llm.h.0.mlp.fc.weight"])
     captions = some_of(chat_json, tmp_path / "captions.json", image=True, turns=2)
     train_here(train_flags(tmp_path / "out", captions, *parts, "--max-steps", "2", stage="pretrain"))
-    with pytest.raises(ValueError, match="18 samples have an image"):
+    with pytest.raises(ValueError, match="18 samples with an image"):
         train_here(train_flags(tmp_path / "no", chat_json, stage="sft"))
 
 

@@ -32,7 +32,8 @@ def train_here(flags: list[str], stop_after: int = 0) -> None:
         for step, n_supervised, stop in real_steps(loader, signals):
             yield step, n_supervised, stop or step.step + 1 == stop_after
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)}
     try:
         with patch("train.synchronized_steps", steps_until_the_signal):
             train.main(parse(flags))
