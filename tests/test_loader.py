@@ -13,6 +13,7 @@ import pytest
 import torch
 from forks import run_forked
 from helpers import ROOT, talk
+from torch.utils.data._utils import signal_handling
 from zoo import open_dataset, write_data, zoo
 
 from data import EOT, IGNORE, IMAGE, Dataset, Index, Loader, Sample, collate, eot_id
@@ -221,6 +222,7 @@ def kill_when_asked(dataset: Dataset, i: int):
 def test_a_dying_worker_ends_the_run(tmp_path, tiny, monkeypatch):
     """Killed by the system for memory, say: an error, never an endless wait."""
     dataset = open_dataset(write_data(tmp_path), tiny)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)     # a training in this process took it away
     monkeypatch.setattr(Dataset, "sample", kill_when_asked)
     with pytest.raises(RuntimeError, match="worker"):
         list(loader(dataset, workers=1))
