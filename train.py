@@ -14,11 +14,9 @@ Every flag and the recipes' values are in lib/recipes.py.
 import dataclasses
 import math
 import os
-import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -39,22 +37,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
+from data import Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
                             prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.configs import config_of_run
-from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels,
+from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels, to_device,
                         torch_dtype)
 from lib.flops import picture_cost
 from lib.folders import Kind, Weights, open_weights, read_tensor
+from lib.health import doubts, projector_problem, rate_problems, validate, views_of
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import check_shared_memory, choose_gather, choose_recompute, count, print_plan, too_small
-from lib.processes import (count_signals, exit_code_of_stop, explain, explain_dead_worker, explain_out_of_memory,
-                           join_group, launch_problem, on_every_process, on_process_0, print0, smallest, watch_signals)
+from lib.processes import (exit_code_of_stop, explain, explain_out_of_memory, join_group, launch_problem,
+                           on_every_process, on_process_0, print0, smallest, synchronized_steps, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
 from lib.schedule import run_length, steps_per_epoch
@@ -334,20 +333,6 @@ def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float
     return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], ...]:
-    """The arguments of LLaVAPhi.forward.
-
-    The loader pins its batches, so the host does not wait for the copies. Lengths are plain ints: FSDP moves every
-    tensor argument to the GPU, but the host needs the lengths to lay out the attention.
-    """
-    ids = batch.ids.to(device, non_blocking=True)
-    images = batch.images.to(device, non_blocking=True)
-    image_positions = batch.image_positions.to(device, non_blocking=True)
-    loss_positions = batch.loss_positions.to(device, non_blocking=True)
-    targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
-
-
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """A seed from these four, so that a resumed run draws the same dropout masks as an uninterrupted one."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
@@ -419,6 +404,8 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         print0(note)
 
     model = build(cfg, config, source, mesh, device)
+    for problem in filter(None, [projector_problem(cfg, source), *rate_problems(model, peak_lrs(cfg))]):
+        print0(f"WARNING: {problem}")
     state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
@@ -462,6 +449,8 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
             skipped_in_a_row = 0
 
         record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped)
+        if problem := metrics.rise(warmup):
+            print0(f"WARNING: {problem}")
         if skipped or state.step % cfg.log_every == 0 or state.step == steps:
             print0(progress_line(record, steps, metrics.seconds_a_step() * (steps - state.step)))
         if skipped_in_a_row == 5:
@@ -498,71 +487,16 @@ def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, devi
                   group=group, pin=device.type == "cuda", picture_cost=cost)
 
 
-def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
-    """A loader's steps -> (step, its supervised tokens over all processes, whether to stop), on every process alike.
-
-    A process that cannot read its data, or has been told by a signal to stop, cannot simply leave: the others would
-    wait for it in their next collective. So all processes exchange their status before each step, and an error on one
-    of them is raised as a ValueError on all.
-    """
-    steps = iter(loader)
-    while True:
-        step = problem = None
-        try:
-            step = next(steps, None)
-            # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
-            # would raise in the middle of whatever this process is doing.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        except (RuntimeError, EOFError, ConnectionError) as e:
-            problem = explain_dead_worker(e)
-            if not problem:
-                raise
-        except (ValueError, OSError) as e:
-            problem = str(e)
-        if step is None and problem is None:
-            return
-        supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
-        # The tensor is on the CPU, so this goes over gloo and no process waits for its GPU.
-        sums = torch.tensor([supervised, count_signals(signals), int(problem is not None)])
-        dist.all_reduce(sums)
-        supervised, n_signals, n_problems = sums.tolist()
-        if n_problems:
-            problems = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            raise ValueError(next(p for p in problems if p))
-        yield step, supervised, n_signals > 0
-
-
 def measure_held_out(state: TrainState, cfg: Namespace, held_out: Dataset | None, steps: int, metrics: Metrics,
                      device: torch.device) -> None:
     if held_out is None:
         return
     loader = make_loader(cfg, state.model, held_out, steps_per_epoch(len(held_out), cfg.global_batch), device)
-    loss = validate(state.model, loader, device)
-    metrics.add({"step": state.step, "val_loss": loss})
-    print0(f"step {state.step}/{steps} | validation loss {loss:.4f}")
-
-
-@torch.no_grad()
-def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
-    """Mean loss over every supervised token of the validation set, without dropout. All processes take part."""
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    supervised = 0
-    try:
-        for step, n_supervised, _ in synchronized_steps(loader, []):
-            for batch in step.batches:
-                total += model(*to_device(batch, device)).double()
-            supervised += n_supervised
-        dist.all_reduce(total)
-    finally:
-        # A backward pass would have given the gathered weights back. While they are there, the model's parameters are
-        # copies in the compute dtype, which the optimizer and a checkpoint know nothing of.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        model.train()
-    return float(total / max(supervised, 1))
+    held = validate(state.model, loader, device, views_of(cfg, held_out, state.step))
+    metrics.add({"step": state.step, **held.record()})
+    print0(f"step {state.step}/{steps} | {held.line()}")
+    for doubt in doubts(held, state.step, steps):
+        print0(f"WARNING: {doubt}")
 
 
 def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaVAPhi) -> None:

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from data import Dataset, Step
-from lib.common import append_line, warn_once, write_whole
+from lib.common import append_line, read_jsonl, warn_once, write_whole
 from lib.device import peak_flops, peak_memory
 from lib.flops import step_flops
+from lib.health import rise
 from lib.processes import on_process_0
 from model import LLaVAConfig
 
@@ -28,6 +29,9 @@ class Metrics:
         self.steps = 0                          # taken by this process since start_clock
         on_process_0(lambda: forget_later_steps(self.path, done, again))
         on_process_0(lambda: forget_later_steps(self.skipped_path, done))
+        rows = read_jsonl(self.path) if self.path.exists() and dist.get_rank() == 0 else []
+        self.losses = [row["loss"] for row in rows if "loss" in row and not row.get("skipped")]
+        self.has_risen = False                  # which is said once
 
     def start_clock(self) -> None:
         self.began = self.step_began = time.perf_counter()
@@ -69,9 +73,17 @@ class Metrics:
             "skipped": skipped,
         }
         self.add(record)
+        if not skipped:
+            self.losses.append(loss)
         if skipped:
             self.add({"step": step.step, "sample_ids": step.sample_ids}, self.skipped_path)
         return record
+
+    def rise(self, warmup: int) -> str:
+        """What lib/health.py says about a loss that has risen, the first time that it does."""
+        problem = rise(self.losses, warmup) if self.losses and not self.has_risen else ""
+        self.has_risen = self.has_risen or bool(problem)
+        return problem
 
 
 def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
