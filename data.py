@@ -1,4 +1,4 @@
-"""From LLaVA's json, or one question, to packed tensors.
+"""From records of conversations, or one question, to packed tensors.
 
     image        -> uint8 pixels at the vision tower's size                         load_image
     conversation -> token ids and labels                                            encode
@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import parse_or_exit, plural, read_json, run_command, sha256
+from lib.common import parse_or_exit, plural, run_command, sha256
 from lib.recipes import IMAGE_MODES, parse_check
 
 if __name__ == "__main__":
@@ -24,31 +24,30 @@ if __name__ == "__main__":
 import hashlib
 import json
 import os
-import re
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors
+from PIL import Image
+from tokenizers import Encoding, Tokenizer, processors
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.records import BadSamples, cached_arrays, find_records, id_of, lines_of, parse_record
+from lib.archives import Pictures
+from lib.pictures import open_rgb
+from lib.records import (IMAGE, NOTES, BadSamples, cached_arrays, find_records, id_of, lines_of, notes_on, parse_record,
+                         read_record)
 from lib.schedule import epoch_order, split_step, step_samples
+from lib.tokenizer import EOT, PHI_RUNS, build_tokenizer, read_tokenizer
 from lib.workers import map_in_chunks, map_in_workers
 
 IGNORE = -100                       # label of an unsupervised position
 IMAGE_ID = -200                     # the image slot in ids; after `expand`, every patch position
-IMAGE = "<image>"                   # LLaVA's placeholder in the first question; never a token
-EOT = "<|endoftext|>"               # Phi-2: the end of an answer, and the only special token
-PHI_RUNS = [" " * n for n in range(2, 32)] + ["\t" * n for n in range(2, 10)]        # tokens that GPT-2 does not have
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
@@ -58,7 +57,7 @@ class Sample(NamedTuple):
     id: str
     ids: list[int]                  # with the image slot expanded to P times IMAGE_ID
     labels: list[int] | None        # as long as ids, unshifted: a position's own id, or IGNORE; None for a prompt
-    image: Tensor | None            # (3, S, S) uint8
+    image: Tensor | None            # (3, S, S) uint8, or (N, 3, S, S) for N images
 
 
 class Batch(NamedTuple):
@@ -72,10 +71,6 @@ class Batch(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------
 # Images
-
-MAX_PIXELS = 89_478_485             # Pillow's own limit, but checked before decoding: 268 MB as RGB
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of phones
-warnings.filterwarnings("ignore", module="PIL")             # about odd EXIF data and the like in images that open fine
 
 
 class ImageConfig(NamedTuple):
@@ -128,55 +123,6 @@ def load_image(source: str | Path | BinaryIO | Image.Image, config: ImageConfig)
     pixels = torch.from_numpy(np.array(image))              # (S, S, 3)
     return pixels.permute(2, 0, 1).contiguous()             # (3, S, S)
 
-
-def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
-    """Open as upright RGB. Alpha is dropped and only the first frame of an animation is read, as in LLaVA.
-
-    Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
-    """
-    name = str(source) if isinstance(source, (str, Path)) else "the given picture"
-    if "://" in name:
-        raise ValueError(f"image is an address: {name}; download it and give the file")
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
-        w, h = image.size
-        pixels = largest_pixels(w, h, size, mode)
-        if decode and pixels <= MAX_PIXELS:
-            image = upright(image).convert("RGB")
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"image missing: {name}") from e
-    except UnidentifiedImageError:
-        raise ValueError(f"image unreadable: {name}: not a {', '.join(FORMATS)} file, or cut short") from None
-    except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
-        raise ValueError(f"image unreadable: {name}: {e}") from e
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to "
-                         f"{size} x {size} (mode {mode}), more than {MAX_PIXELS:,}")
-    return image
-
-
-def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
-    """Pixels of the largest intermediate image.
-
-    A strip of a million pixels by one is a small file, but padded to a square, or with its shortest edge resized to
-    `size`, it would exhaust any memory.
-    """
-    if mode == "pad":
-        return max(w, h) ** 2
-    if mode == "squash":
-        return w * h
-    resized = (size * w // min(w, h)) * (size * h // min(w, h))
-    return max(w * h, resized)
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Rotate a photo as its EXIF data says. Phones store most photos on their side; annotators saw them upright."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:               # broken EXIF data in a good image
-        return image
-    return image if orientation == 1 else ImageOps.exif_transpose(image)
-
 # ---------------------------------------------------------------------------------------------------
 # Tokenizer
 
@@ -207,35 +153,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tok
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """From tokenizer.json, without the <image> token that our export adds for transformers."""
-    content = read_json(folder / "tokenizer.json")
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE]
-    return Tokenizer.from_str(json.dumps(content))
-
-
-def build_tokenizer(folder: Path) -> Tokenizer:
-    """From GPT-2's older file formats, the only ones that the released LLaVA-Phi and Mipha ship."""
-    tok = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens([EOT])
-    added = [(i, text) for text, i in added_tokens(folder).items() if text not in (EOT, IMAGE)]
-    for i, text in sorted(added):
-        tok.add_tokens([AddedToken(text, normalized=True, special=False)])      # takes the next free id
-        if tok.token_to_id(text) != i:
-            raise ValueError(f"{text!r} is said to have the id {i}, but the next free id is {tok.token_to_id(text)}: "
-                             "vocab.json belongs to another tokenizer")
-    return tok
-
-
-def added_tokens(folder: Path) -> dict[str, int]:
-    """The tokens beyond vocab.json and their ids, which newer folders have in tokenizer_config.json only."""
-    older, newer = [read_json(path) if path.exists() else {}
-                    for path in (folder / "added_tokens.json", folder / "tokenizer_config.json")]
-    return {token["content"]: int(i) for i, token in newer.get("added_tokens_decoder", {}).items()} | older
-
-
 def eot_id(tok: Tokenizer) -> int:
     """The id that ends an answer. Never config.json's eos_token_id, which is wrong in released checkpoints."""
     i = tok.token_to_id(EOT)
@@ -256,41 +173,77 @@ def tokenize(text: str, tok: Tokenizer) -> Encoding:
 # Conversation -> ids and labels
 
 
-def to_turns(record: dict) -> tuple[list[str], bool]:
-    """A record of LLaVA's json -> [question, answer, question, ...], and whether there is an image.
+class Conversation(NamedTuple):
+    """Question, answer, question, ..., each in pieces: between any two pieces of a question there is an image."""
+    turns: list[list[str]]
+    images: list[str]               # their names, in that order
 
-    A greeting by gpt before the first question is dropped, as in LLaVA. ValueError says what is wrong.
+
+def conversation_of(record: dict) -> Conversation:
+    """A record, in any of the forms that lib/records.py reads. ValueError says what is wrong with it.
+
+    A greeting by gpt before the first question is dropped, as in LLaVA. The model was trained with one fixed system
+    prompt, so a record's own goes in front of its first question.
     """
-    said = record.get("conversations") if isinstance(record, dict) else None
-    bad = [t for t in said if not isinstance(t, dict) or not isinstance(t.get("value"), str)] if isinstance(
-        said, list) else [record]
-    if bad:
-        raise ValueError('not a conversation: expected {"id", "image" (if any), "conversations": [{"from": "human", '
-                         '"value": ...}, {"from": "gpt", "value": ...}, ...]}, found ' + repr(bad[0])[:80])
-    if said and said[0].get("from") == "gpt":
+    (said, images), problem = read_record(record)
+    system = [text[0] for _, text in takewhile(lambda turn: turn[0] == "system", said)]
+    said = said[len(system):]
+    if said and said[0][0] == "assistant":
         said = said[1:]
-    for i, turn in enumerate(said):
-        speaker = "gpt" if i % 2 else "human"
-        if turn.get("from") != speaker:
-            raise ValueError(f"wrong speaker: expected human and gpt in turns, found {turn.get('from')!r} "
-                             f"for {speaker!r}")
-    if not said or len(said) % 2:
-        raise ValueError("no answer: the conversation " + ("ends with a question" if said else "is empty"))
-
-    turns = [turn["value"] for turn in said]
-    if record.get("image") is None:
-        return turns, False
-    if not isinstance(record["image"], str) or not record["image"]:
-        raise ValueError(f"image name: expected one path, found {record['image']!r}")
-    return [without_tag(turns[0]), *turns[1:]], True
+    turns = [text for _, text in said]
+    for i, (role, _) in enumerate(said):
+        expected = "assistant" if i % 2 else "user"
+        if role != expected and not problem:
+            problem = f"wrong speaker: expected user (human) and assistant (gpt) in turns, found {role} for {expected}"
+    if not problem and (not said or len(said) % 2):
+        problem = "no answer: the conversation " + ("ends with a question" if said else "is empty")
+    if not problem:
+        problem = place_images(turns, len(images), "\n".join(system))
+    if problem:
+        raise ValueError(problem)
+    return Conversation(turns, images)
 
 
-def without_tag(question: str) -> str:
-    """A first question about an image, without an <image> at its beginning or end; the image always goes in front."""
-    text = question.strip()
-    if text.startswith(IMAGE):
-        return text.removeprefix(IMAGE).strip()
-    return text.removesuffix(IMAGE).strip() if text.endswith(IMAGE) else question
+def place_images(turns: list[list[str]], n: int, system: str = "") -> str:
+    """Break the questions at the places of their n images -> what is wrong, or "". `system` goes in front of the first.
+
+    One image: LLaVA moves it to the front of the question that has its tag; without a tag, to the front of the first.
+    The tag is at the beginning or end of a question, or the only one. Any other <image> is text.
+    Several: they stay where their tags are, and there must be a tag for each.
+    Messages of OpenAI's form have places already, and no tags.
+    """
+    questions = turns[::2]
+    if n > 1 and not any(len(pieces) > 1 for pieces in questions):
+        for pieces in questions:
+            pieces[:] = pieces[0].split(IMAGE)
+    found = sum(len(pieces) - 1 for pieces in questions)
+    if found != n and (n, found) != (1, 0):
+        return f"image places: expected as many {IMAGE} in the questions as images, found {found} for {n}"
+    if n == 1:
+        own, text = question_of_image(questions)
+        if own == 0:
+            text, system = "\n".join(words for words in (system, text) if words), ""
+        questions[own][:] = ["", f"\n{text}" if text else ""]
+    if system:
+        questions[0][0] = f"{system}\n{questions[0][0]}"
+    return ""
+
+
+def question_of_image(questions: list[list[str]]) -> tuple[int, str]:
+    """Which question the only image is in front of, and that question's text without the image's tag."""
+    texts = [pieces[0].strip() for pieces in questions]
+    for i, pieces in enumerate(questions):
+        if len(pieces) > 1:
+            return i, "\n".join(piece.strip() for piece in pieces if piece.strip())
+    for i, text in enumerate(texts):
+        if text.startswith(IMAGE):
+            return i, text.removeprefix(IMAGE).strip()
+        if text.endswith(IMAGE):
+            return i, text.removesuffix(IMAGE).strip()
+    if sum(text.count(IMAGE) for text in texts) == 1:
+        [own] = [i for i, text in enumerate(texts) if IMAGE in text]
+        return own, texts[own].replace(IMAGE, "").strip()
+    return 0, questions[0][0]
 
 
 @lru_cache(maxsize=4)
@@ -299,7 +252,7 @@ def encode_once(text: str, tok: Tokenizer) -> tuple[int, ...]:
     return tuple(tokenize(text, tok).ids)
 
 
-def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[int], list[int]]:
+def encode_turns(turns: list[list[str]], tok: Tokenizer) -> tuple[list[int], list[int]]:
     """LLaVA-Phi's chat template "v0": question, answer, ... -> ids, and labels of the same length.
 
         SYSTEM USER: <image>\\nquestion ASSISTANT: answer<|endoftext|>USER: question ASSISTANT: answer<|endoftext|>
@@ -307,7 +260,7 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
 
     The underlined tokens are supervised: each one's label is its own id. The model should learn what to answer and
     where to stop, so the end of text counts; it should not learn to ask the user's questions or to repeat the template,
-    so all other labels are IGNORE. "<image>" stands for the one IMAGE_ID. `collate` makes the label of a position the
+    so all other labels are IGNORE. "<image>" stands for one IMAGE_ID. `collate` makes the label of a position the
     target of the position before it.
 
     An odd number of turns leaves the last question for the model to answer. Inference builds its prompts this way, so
@@ -315,15 +268,17 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
     """
     eot = eot_id(tok)
     ids: list[int] = []
-    text = SYSTEM + " USER: "           # not tokenized yet: everything up to the next answer
-    if image:
-        ids = [*encode_once(text, tok), IMAGE_ID]
-        text = "\n" if turns[0] else ""
-    labels = [IGNORE] * len(ids)
+    labels: list[int] = []
+    text = SYSTEM + " USER: "           # not tokenized yet: everything up to the next image or answer
     for i in range(0, len(turns), 2):
-        text += turns[i] + " ASSISTANT:"
+        *before_images, question = turns[i]
+        for piece in before_images:
+            ids += [*(tokenize(text + piece, tok).ids if piece else encode_once(text, tok)), IMAGE_ID]
+            text = ""
+        labels += [IGNORE] * (len(ids) - len(labels))
+        text += question + " ASSISTANT:"
         answered = i + 1 < len(turns)
-        answer = " " + turns[i + 1] if answered and turns[i + 1] else ""
+        answer = " " + turns[i + 1][0] if answered and turns[i + 1][0] else ""
         # The space before an answer is part of its first token (" A" is one token), so question and answer must be
         # tokenized together. The tokenizer then says which token the answer's first character is in, and the labels
         # cannot drift from the ids. LLaVA tokenizes the question a second time to get its length, which is off by one
@@ -340,7 +295,7 @@ def encode_turns(turns: list[str], tok: Tokenizer, image: bool) -> tuple[list[in
 
 
 def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list[int]]:
-    """A record of LLaVA's json -> ids with at most one IMAGE_ID, and labels of the same length, not truncated.
+    """A record -> ids with an IMAGE_ID for each image, and labels of the same length, not truncated.
 
     template "v0": a conversation, see encode_turns (stage 2).
     template "plain": image, caption, newline, no chat template; everything but the image is supervised. Stage 1 only
@@ -348,34 +303,46 @@ def encode(record: dict, tok: Tokenizer, template: str) -> tuple[list[int], list
     ValueError says what is wrong with the record.
     """
     assert template in ("plain", "v0"), f"template {template!r} is neither plain nor v0"
-    turns, image = to_turns(record)
+    turns, images = conversation_of(record)
     if template == "v0":
-        return encode_turns(turns, tok, image)
-    if not image or len(turns) != 2:
+        return encode_turns(turns, tok)
+    if len(images) != 1 or len(turns) != 2:
         raise ValueError("not a caption: pretraining wants an image, one question and its answer, found "
-                         f"{len(turns)} turns {'with' if image else 'without'} an image")
-    ids = tokenize(turns[1] + "\n", tok).ids
+                         f"{len(turns)} turns and {len(images)} images")
+    ids = tokenize(turns[1][0] + "\n", tok).ids
     return [IMAGE_ID] + ids, [IGNORE] + ids
 
 
-def encode_prompt(turns: list[str], tok: Tokenizer, image: bool) -> list[int]:
-    """[question, answer, ..., question] -> the ids that the answer follows, exactly as in training."""
-    if len(turns) % 2 == 0:
-        raise ValueError(f"a prompt ends with a question: expected an odd number of turns, found {len(turns)}")
-    return encode_turns([without_tag(turns[0]) if image else turns[0], *turns[1:]], tok, image)[0]
+def encode_prompt(turns: list[str | list[str]], tok: Tokenizer, image: int) -> list[int]:
+    """[question, answer, ..., question] -> the ids that the answer follows, exactly as in training.
+
+    image: the number of images. Their places are found as in training (place_images), or given by breaking a question
+    into pieces. Several images that have none go in front of the first question, a line each.
+    """
+    turns = [list(turn) if isinstance(turn, list) else [turn] for turn in turns]
+    if image > 1 and not any(len(turn) > 1 or IMAGE in turn[0] for turn in turns[::2]):
+        turns[0] = [f"{IMAGE}\n" * image + turns[0][0]]
+    problem = f"a prompt ends with a question: expected an odd number of turns, found {len(turns)}"
+    if len(turns) % 2 == 1:
+        problem = place_images(turns, image)
+    if problem:
+        raise ValueError(problem)
+    ids, _ = encode_turns(turns, tok)
+    return ids
 
 
 def expand(ids: list[int], labels: list[int] | None, n_patches: int,
            block_size: int) -> tuple[list[int], list[int] | None]:
-    """Expand the image slot to n_patches times IMAGE_ID, then truncate on the right to block_size.
+    """Expand every image slot to n_patches times IMAGE_ID, then truncate on the right to block_size.
 
     labels=None marks a prompt. ValueError where truncation would cut an image, or any prompt, which would lose its
     question.
     """
-    if IMAGE_ID in ids:
-        slot = ids.index(IMAGE_ID)
-        if slot + n_patches > block_size:
-            raise ValueError(f"image does not fit: it ends at position {slot + n_patches} of {block_size}")
+    slots = [i for i, token in enumerate(ids) if token == IMAGE_ID]
+    end = slots[-1] + 1 + len(slots) * (n_patches - 1) if slots else 0
+    if end > block_size:
+        raise ValueError(f"image does not fit: the last one ends at position {end} of {block_size}")
+    for slot in reversed(slots):
         ids = ids[:slot] + [IMAGE_ID] * n_patches + ids[slot + 1:]
         if labels is not None:
             labels = labels[:slot] + [IGNORE] * n_patches + labels[slot + 1:]
@@ -403,10 +370,10 @@ def collate(samples: list[Sample], image_size: int = 336) -> Batch:
     targets = labels[loss_positions + 1]                                                       # (M,)
     image_positions = np.flatnonzero(ids == IMAGE_ID)                                          # (N * P,)
     ids[image_positions] = 0            # any valid id: the embedding looks it up, then the patch takes its place
-    images = [s.image for s in samples if s.image is not None]
+    images = [s.image if s.image.dim() == 4 else s.image[None] for s in samples if s.image is not None]
     if images:
-        assert len(image_positions) % len(images) == 0, f"{len(image_positions)} positions for {len(images)} images"
-        pixels = torch.stack(images)                                                           # (N, 3, S, S)
+        pixels = torch.cat(images)                                                             # (N, 3, S, S)
+        assert len(image_positions) % len(pixels) == 0, f"{len(image_positions)} positions for {len(pixels)} images"
     else:
         assert len(image_positions) == 0, f"{len(image_positions)} image positions, but no image"
         pixels = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
@@ -423,20 +390,21 @@ class Index(NamedTuple):
     ranges: np.ndarray              # (n, 2) int64, byte ranges in the file
     length: np.ndarray              # (n,) int32 like the rest: positions, image expanded, truncated to block_size
     supervised: np.ndarray          # supervised tokens
-    image: np.ndarray               # 0 or 1
+    image: np.ndarray               # number of images
     cut: np.ndarray                 # positions lost to truncation
+    notes: np.ndarray = np.zeros(0, np.int32)       # a bit for each of lib/records.py's NOTES
 
 
 @dataclass(eq=False)
 class Dataset:
-    """LLaVA's json or jsonl. FileNotFoundError or ValueError if the file is not there or not LLaVA's.
+    """A json list or jsonl of conversations. FileNotFoundError or ValueError if the file is not there or not one.
 
     Each record goes through `prepare` once for the index, which needs its length, and again whenever it is sampled. The
     index does not keep the ids: for the 665K records of stage 2 they would add a second gigabyte to every run's folder,
     to save 0.3 ms per sample next to the 6 ms that its image takes.
     """
     path: Path
-    image_dir: Path
+    image_dir: Path | list[Path]    # a folder or an archive, or several, see lib/archives.py
     tok: Tokenizer
     template: str                   # plain or v0, see encode
     image_config: ImageConfig
@@ -451,9 +419,10 @@ class Dataset:
         if not self.path.is_file():
             raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
         first = next(find_records(self.path), None)
-        if first is None or b'"conversations"' not in self.read(first):
+        if first is None or not any(key in self.read(first) for key in (b'"conversations"', b'"messages"')):
             found = f"found {self.read(first)[:80]!r}" if first else "it has no records"
-            raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\", {found}")
+            raise ValueError(f"{self.path} is not LLaVA's json: expected records with \"conversations\" or "
+                             f"\"messages\", {found}")
 
     def __setstate__(self, state: dict) -> None:
         """Unpickle in a worker process. Pickling a tokenizer loses encode_special_tokens."""
@@ -468,6 +437,11 @@ class Dataset:
         return sha256(self.path)
 
     @cached_property
+    def pictures(self) -> Pictures:
+        places = self.image_dir if isinstance(self.image_dir, list) else [self.image_dir]
+        return Pictures(places, self.follow_links, self.cache_dir)
+
+    @cached_property
     def index(self) -> Index:
         """Read from cache_dir if it was built for this json, tokenizer and template; otherwise built and cached there.
 
@@ -475,7 +449,7 @@ class Dataset:
         """
         if self.cache_dir is None:
             return self.make_index()
-        key = [self.checksum, self.tok.to_str(), self.template, self.image_config.n_patches, self.block_size,
+        key = ["2", self.checksum, self.tok.to_str(), self.template, self.image_config.n_patches, self.block_size,
                self.on_bad_sample]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         path = self.cache_dir / f"index_{name}.npz"
@@ -484,12 +458,12 @@ class Dataset:
     def make_index(self) -> Index:
         ranges = self.find_ranges()
         workers = os.cpu_count() if len(ranges) > 2000 else 0           # a small file is done before workers start
-        numbers = np.zeros((4, len(ranges)), dtype=np.int32)
+        numbers = np.zeros((5, len(ranges)), dtype=np.int32)
         for i, measured in enumerate(self.map_records(self.measure, ranges, workers)):
             if isinstance(measured, ValueError):
                 if self.on_bad_sample == "stop":
                     raise self.sample_error(ranges[i].tolist(), measured)
-                measured = (1, 0, 0, 0)
+                measured = (1, 0, 0, 0, 0)
             numbers[:, i] = measured
         return Index(ranges, *numbers)
 
@@ -501,56 +475,42 @@ class Dataset:
         results = map_in_chunks(function, ranges.tolist(), workers)
         return iter(tqdm(results, self.path.name, len(ranges), unit=" records", disable=None, leave=False))
 
-    def measure(self, span: tuple[int, int]) -> tuple[int, int, int, int] | ValueError:
+    def measure(self, span: tuple[int, int]) -> tuple[int, int, int, int, int] | ValueError:
         """A record's row of the index, or its error, returned so that the caller can say which record it is."""
         try:
-            _, ids, labels, cut = self.prepare(span)
+            record, images, ids, labels, cut = self.prepare(span)
         except ValueError as e:
             return e
-        return len(ids), len(labels) - labels.count(IGNORE), int(IMAGE_ID in ids), cut
+        return len(ids), len(labels) - labels.count(IGNORE), len(images), cut, notes_on(record, len(images))
 
-    def prepare(self, span: tuple[int, int]) -> tuple[dict, list[int], list[int], int]:
-        """Parse, apply the template, tokenize, expand -> the record, ids, labels, and the number of positions cut off.
+    def prepare(self, span: tuple[int, int]) -> tuple[dict, list[str], list[int], list[int], int]:
+        """Parse, apply the template, tokenize, expand -> the record, its images' names, ids, labels, positions cut off.
 
         ValueError says what is wrong with the record.
         """
         record = parse_record(self.read(span))
         ids, labels = encode(record, self.tok, self.template)
+        (_, images), _ = read_record(record)
         n_patches = self.image_config.n_patches
-        full_length = len(ids) + (n_patches - 1 if IMAGE_ID in ids else 0)
+        full_length = len(ids) + len(images) * (n_patches - 1)
         ids, labels = expand(ids, labels, n_patches, self.block_size)
-        return record, ids, labels, full_length - len(ids)
+        return record, images, ids, labels, full_length - len(ids)
 
     def sample(self, i: int) -> Sample:
         """Record i. ValueError names its id and line, what is wrong, and the command that finds every bad sample."""
         span = self.index.ranges[i].tolist()
         try:
-            record, ids, labels, _ = self.prepare(span)
-            image = load_image(self.image_path(record), self.image_config) if IMAGE_ID in ids else None
+            record, names, ids, labels, _ = self.prepare(span)
+            images = [load_image(self.pictures.open(name), self.image_config) for name in names]
         except (ValueError, OSError) as e:
             raise self.sample_error(span, e) from e
-        return Sample(str(record.get("id", i)), ids, labels, image)
+        return Sample(str(record.get("id", i)), ids, labels, torch.stack(images).squeeze(0) if images else None)
 
     def read(self, span: tuple[int, int]) -> bytes:
         start, end = span
         with open(self.path, "rb") as file:
             file.seek(start)
             return file.read(end - start)
-
-    def image_path(self, record: dict) -> Path:
-        """The file that a record names. Records are untrusted: they must not reach outside the image folder."""
-        name = record["image"]
-        if "://" in name or name.startswith("data:"):
-            raise ValueError(f"image is an address: {name[:80]}; download it and give the file")
-        absolute = name.startswith("/") or re.match("[A-Za-z]:", name)
-        if absolute or "\0" in name or "\\" in name or ".." in name.split("/"):
-            problem = "path has backslashes" if "\\" in name and not absolute else "outside the folder"
-            raise ValueError(f"image {problem}: {name!r}; expected a path with / that is relative to the image folder")
-        path = self.image_dir / name
-        if not self.follow_links and not path.resolve().is_relative_to(self.image_dir.resolve()):
-            raise ValueError(f"image outside the folder: {name!r} is a link to {path.resolve()}; "
-                             "--follow-links allows it")
-        return path
 
     def sample_error(self, span: tuple[int, int], problem: object) -> ValueError:
         try:
@@ -559,15 +519,21 @@ class Dataset:
         except OSError:                                     # it is the file itself that has gone
             where = f"a sample of {self.path}"
         return ValueError(f"{where}: {problem}; "
-                          f"to see every bad sample: python data.py check --data {self.path} --images {self.image_dir}")
+                          f"to see every bad sample: python data.py check --data {self.path} --images {self.pictures}")
 
     def summary(self) -> str:
-        """One line for the log. It also counts truncated samples and those left without a supervised token."""
+        """A line for the log, with counts of truncated samples and of those without a supervised token, then notes."""
         index = self.index
         n_cut = (index.cut > 0).sum()
         n_useless = (index.supervised == 0).sum()
-        return (f"{plural(len(self), 'sample')}, {index.image.sum():,} with an image, {index.length.mean():.0f} positions "
-                f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn")
+        n_with = (index.image > 0).sum()
+        where = f" from {self.pictures}" if n_with else ""
+        lines = [f"{plural(len(self), 'sample')}, {n_with:,} with an image{where}, {index.length.mean():.0f} positions "
+                 f"each; {n_cut:,} cut at {self.block_size}, {n_useless:,} without anything to learn"]
+        for bit, note in enumerate(NOTES):
+            if n := (index.notes >> bit & 1).sum():
+                lines.append(f"note: {plural(n, 'sample')}: {note}")
+        return "\n".join(lines)
 
 # ---------------------------------------------------------------------------------------------------
 # Loader: worker processes prepare the scheduled micro-batches ahead of training
@@ -605,6 +571,7 @@ class Loader:
         # Workers draw from `schedule` some steps ahead of training. It records in `scheduled` which step each
         # micro-batch belongs to; the results come back in the same order.
         scheduled: deque[tuple[int, list[int], int]] = deque()
+        self.dataset.pictures                               # opened before the workers start, so that they share it
         bad_samples = BadSamples(self.dataset.cache_dir, self.dataset.checksum, len(self.dataset))
         results = map_in_workers(self.make_batch, self.schedule(scheduled), self.workers, self.pin)
         for first in results:

@@ -11,7 +11,7 @@ $ torchrun --nproc_per_node=8 eval.py --task paper             # the questions a
 $ python eval.py --task paper --check-data                     # is the official data there? loads no model
 $ python eval.py --task pope --score answers.jsonl             # no model, no GPU; LLaVA's own answers files work too
 $ python eval.py --task pope --compare A.jsonl B.jsonl         # paired test and the list of flips
-$ python eval.py --task jsonl --questions my.jsonl --images my_images
+$ python eval.py --task jsonl --questions my.jsonl --images my_images        # or my_images.zip
 """
 import hashlib
 import json
@@ -36,6 +36,7 @@ from benchmarks.files import first_existing, read_answers, reading, short_sha256
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import (BLANK, Example, Grade, Score, Task, asked_again, mean, paired_test, published_columns,
                                 summarize_twice)
+from lib.archives import Member
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -171,7 +172,8 @@ def data_folder(name: str, task: Task, root: Path) -> Path:
 
 def check_images(data: Data) -> None:
     """Raise FileNotFoundError if an image is missing. Nothing is decoded yet."""
-    paths = dict.fromkeys(example.image for example in data.examples if isinstance(example.image, Path))
+    pictures = dict.fromkeys(picture for example in data.examples for picture in example.pictures)
+    paths = [picture for picture in pictures if isinstance(picture, Path)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
         problem = f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}"
@@ -260,8 +262,9 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
         image_mode = data.task.mipha_mode if reference == "mipha" else data.task.paper_mode
     questions = []
     for example in data.examples:
-        picture = example.image.name if isinstance(example.image, Path) else example.image is not None
-        questions.append([example.question_id, example.prompt, picture])
+        names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True
+                 for picture in example.pictures]
+        questions.append([example.question_id, example.prompt, names if len(names) > 1 else (*names, False)[0]])
     arithmetic = {"dtype": args.dtype}
     if args.bits < 16:
         arithmetic["bits"] = args.bits

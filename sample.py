@@ -3,6 +3,7 @@
 $ python sample.py --image x.jpg                                         # chat; /help lists the commands
 $ python sample.py --image x.jpg --prompt "What is this?"                # one answer on stdout, the rest on stderr
 $ python sample.py --image a.jpg b.jpg --prompt "What is this?" --json   # one question, several pictures, one batch
+$ python sample.py --image a.jpg b.jpg --together --prompt "Which is older?"    # one question about both
 $ cat x.jpg | python sample.py --image - --prompt "What is this?"
 $ python sample.py --prompt "Who wrote Faust?"                           # no picture
 $ python sample.py --serve                                               # a page, and an API like OpenAI's: serve/
@@ -27,6 +28,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add = parser.add_argument
     add("--model", help=f"model folder; default: the first of {', '.join(map(str, USUAL_MODELS))} that exists")
     add("--image", nargs="+", action="extend", metavar="FILE", help="pictures, or - for stdin; default: text only")
+    add("--together", action=BooleanOptionalAction, default=False, help="ask about all pictures at once, not each")
     add("--prompt", help="ask this once and exit, or - for stdin; default: chat")
     add("--max-new-tokens", type=at_least(1), default=256, help="longest answer, in tokens")
     add("--temperature", type=at_least(0.0), default=0.0, help="sampling temperature; 0: greedy")
@@ -56,8 +58,11 @@ def parse(argv: list[str] | None) -> Namespace:
         parser.error("--serve takes its questions and pictures from the page and the API: leave out --prompt, --image "
                      "and --json")
     chatting = args.prompt is None and not args.serve
-    if chatting and (len(args.image or []) > 1 or args.json):
-        parser.error("a chat is about one picture and prints text: --json and several pictures need --prompt")
+    if chatting and (len(args.image or []) > 1 and not args.together or args.json):
+        parser.error("a chat is about one picture and prints text: --json needs --prompt, and several pictures that or "
+                     "--together")
+    if args.together and not args.image:
+        parser.error("--together is about the pictures of --image, and there is none")
     if "-" in (args.image or []) and (chatting or args.prompt == "-"):
         parser.error("stdin carries the picture, so the question must be given as --prompt TEXT")
     return args
@@ -103,6 +108,11 @@ def print_answer(text: str, end: str = "") -> None:
 # One question
 
 
+def sources_of(args: Namespace) -> list[str | list[str] | None]:
+    """What each question is about: a picture, all pictures of --together, or None."""
+    return [args.image] if args.together else args.image or [None]
+
+
 def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Namespace, sampling: dict) -> None:
     """Ask the same question about every picture. A single answer streams; several are printed when all are complete."""
     clock = Clock()
@@ -112,7 +122,7 @@ def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Names
         print()
     else:
         texts = ask(session.model, tok, args.prompt, images, clock=clock, **sampling)
-        for source, text in zip(args.image or [None], texts):
+        for source, text in zip(sources_of(args), texts):
             if args.json:
                 print(json.dumps({"image": source, "prompt": args.prompt, "answer": text}))
             else:
@@ -125,14 +135,14 @@ def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Names
 
 
 class Chat:
-    """A conversation in the terminal about one picture, or about none."""
+    """A conversation in the terminal about one picture, about several together, or about none."""
 
     def __init__(self, session: Session, tok: Tokenizer, image: Tensor, args: Namespace, sampling: dict):
         self.session = session              # keeps the KV cache: a turn computes only its new tokens
         self.config = session.model.config
         self.tok = tok
         self.image = image
-        self.source = args.image[0] if args.image else None
+        self.source = args.image[0] if len(args.image or []) == 1 else args.image
         self.verbose = args.verbose
         self.sampling = sampling
         self.turns: list[str] = []          # question, answer, question, ...
@@ -299,7 +309,7 @@ def main(args: Namespace) -> None:
     # Check the question and the pictures first: the weights take a while to load.
     if args.prompt == "-":
         args.prompt = sys.stdin.read()
-    images = [open_image(source, config) for source in args.image or [None]]
+    images = [open_image(source, config) for source in sources_of(args)]
     if args.prompt is not None:
         encode_chat(config, tok, [args.prompt], images[0])
 
@@ -321,7 +331,7 @@ def main(args: Namespace) -> None:
         ask_once(session, tok, images, args, sampling)
     else:
         if sys.stdin.isatty():
-            print_note(f"about {args.image[0] if args.image else 'no picture'}; /help lists the commands")
+            print_note(f"about {' and '.join(args.image or ['no picture'])}; /help lists the commands")
             let_tab_complete()
         Chat(session, tok, images[0], args, sampling).run()
 

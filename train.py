@@ -41,6 +41,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Dataset, ImageConfig, Loader, Step, load_tokenizer
+from lib.archives import find_place
 from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
                             prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.configs import config_of_run
@@ -304,20 +305,23 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
 
 
 def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
-    if has_tower(cfg) and not Path(cfg.images).is_dir():
-        raise FileNotFoundError(f"no image folder at {cfg.images} (--images)")
     # The sizes come from the model, so that an image takes as many positions as its tower makes patches.
-    return Dataset(Path(path), Path(cfg.images), load_tokenizer(folders(cfg)[0]), cfg.template,
+    # Archives are opened later, but a place that is not there should be noticed before --out is touched.
+    places = [find_place(Path(place)) for place in cfg.images] if has_tower(cfg) else []
+    return Dataset(Path(path), places, load_tokenizer(folders(cfg)[0]), cfg.template,
                    ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
                    on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
     """Process 0 tokenizes all samples and writes their index, which the others read."""
-    on_process_0(lambda: len(data))
-    with_picture = int(data.index.image.sum())
+    on_process_0(lambda: (data.pictures, data.index))
+    with_picture = int((data.index.image > 0).sum())
+    problem = "" if data.index.supervised.any() else f"none of its {len(data):,} samples has anything to learn"
     if with_picture and not has_tower(cfg):
-        raise ValueError(f"{data.path}: {with_picture:,} samples have an image, and --stage {cfg.stage} is for text")
+        problem = f"{with_picture:,} samples have an image, and --stage {cfg.stage} is for text"
+    if problem:
+        raise ValueError(f"{data.path}: {problem}; python data.py check --data {data.path} says why")
 
 # ---------------------------------------------------------------------------------------------------
 # The step

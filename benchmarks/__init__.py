@@ -44,7 +44,7 @@ def add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
     add("--img-only", action=on_or_off, default=False, help="scienceqa: leave out the questions without an image")
     add("--questions", help="jsonl: file of your own questions, one json object a line, of which only text must be "
                             f"given: {own_questions.EXAMPLE}")
-    add("--images", help="jsonl: folder of their images")
+    add("--images", nargs="+", help="jsonl: folder of their images, or .zip or .tar archives")
     add("--grades", help=f"{judged}: an existing grade or review file")
     add("--judge-url", help=f"{judged}: an OpenAI-compatible service; its key is read from JUDGE_API_KEY")
     add("--judge-model", help="name of the judge's model")

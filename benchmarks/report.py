@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks import TASKS
 from benchmarks.files import words_asked
 from benchmarks.scoring import BLANK, Example, Grade, published_columns
+from lib.archives import Member
 from lib.common import html_page, visible
 
 WRONG_ANSWERS = 60          # shown in the report
@@ -135,16 +136,16 @@ td, th { padding: .3em .4em }
 }"""
 
 
-def thumbnail(image: Path | bytes | str | None) -> str:
+def thumbnail(image: Path | Member | bytes | str) -> str:
     """A data URI of a small JPEG; "" if there is no picture to show.
 
     The picture is re-encoded, so that nothing else in its file gets into the page.
     """
-    if image is None or image == BLANK:
+    if image == BLANK:
         return ""
-    source = io.BytesIO(image) if isinstance(image, bytes) else image
     small = io.BytesIO()
     try:
+        source = image.open() if isinstance(image, Member) else io.BytesIO(image) if isinstance(image, bytes) else image
         with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 return ""
@@ -156,15 +157,15 @@ def thumbnail(image: Path | bytes | str | None) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(small.getvalue()).decode()
 
 
-def html_table(rows: list[list[str]], style: str, pictures: list[str] | None = None) -> str:
-    """A heading and rows of text, all escaped. pictures: data URIs, one for each row."""
+def html_table(rows: list[list[str]], style: str, pictures: list[list[str]] | None = None) -> str:
+    """A heading and rows of text, all escaped. pictures: data URIs, a list for each row."""
     lines = []
     for i, row in enumerate(rows):
         tag = "td" if i else "th"
         cells = [html.escape(visible(text)) for text in row]
         if pictures is not None:
-            has_picture = i > 0 and pictures[i - 1]             # the heading has none
-            cells.insert(0, f'<img src="{pictures[i - 1]}" alt="">' if has_picture else "")
+            shown = pictures[i - 1] if i else []                # the heading has none
+            cells.insert(0, "".join(f'<img src="{address}" alt="">' for address in shown if address))
         lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
     return f'<div class="wide"><table class="{style}">\n{"".join(lines)}</table></div>\n'
 
@@ -187,7 +188,7 @@ def report_page(examples: list[Example], answers: list[dict | None], grades: lis
     for example, text, grade in shown:
         truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
         rows.append([str(example.question_id), example.prompt, text, grade.parsed, truth])
-        pictures.append(thumbnail(example.image))
+        pictures.append([thumbnail(picture) for picture in example.pictures])
     body = html_table(result_table(result), "scores")
     for line in remarks(result):
         body += f"<p>{html.escape(visible(line))}</p>\n"

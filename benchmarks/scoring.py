@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.archives import Member
+
 # The instructions that LLaVA appends to a question, word for word: models were trained on exactly these strings.
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -43,11 +45,19 @@ def published_columns(reference: str | None) -> dict[str, str]:
 class Example(NamedTuple):
     """One question. It is identified by its row in the benchmark: question_id repeats in some of them."""
     question_id: int | str
-    image: Path | bytes | str | None    # a file, an encoded picture, BLANK, or None for text only
+    # A file, one in an archive, an encoded picture, BLANK, a tuple of several, or None for text only.
+    image: Path | Member | bytes | str | tuple | None
     prompt: str                         # final wording, instruction included
     truth: object = None                # what the grader compares with; None: the truth is on a server
     categories: tuple[str, ...] = ()    # the sub-scores that this question counts in
     info: dict = {}                     # whatever else the benchmark's summary or submission needs
+
+    @property
+    def pictures(self) -> tuple:
+        """Its pictures one by one."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
 
 
 class Grade(NamedTuple):

@@ -1,7 +1,7 @@
 """The asking half of eval.py: questions in batches, pictures decoded ahead, each answer as it ends.
 
 It is a separate file because it needs torch, which scoring does without. A question is a benchmarks.scoring.Example;
-its `image` is a file, an encoded picture, None, or any text for a blank picture.
+its `image` is a file, one in an archive, an encoded picture, any text for a blank one, a tuple of these, or None.
 """
 import io
 import sys
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import ImageConfig, eot_id, load_tokenizer
+from lib.archives import Member
 from lib.chat import encode_chat, open_image
 from lib.common import torchrun_env
 from lib.device import check_gpu_count, choose_device, choose_dtype, torch_dtype, use_device
@@ -100,9 +101,9 @@ class Model:
         prompts = {}
         for row in rows:
             example = examples[row]
-            image = torch.empty(0 if example.image is None else 1, 3, size, size, dtype=torch.uint8)
+            images = torch.empty(len(example.pictures), 3, size, size, dtype=torch.uint8)
             try:
-                prompts[row] = encode_chat(self.config, self.tok, [example.prompt], image)
+                prompts[row] = encode_chat(self.config, self.tok, [example.prompt], images)
             except ValueError as e:
                 raise ValueError(f"question {example.question_id!r}: {e}") from None
         return prompts
@@ -137,12 +138,17 @@ def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor
         yield i, tokens[i]
 
 
-def open_picture(image: Path | bytes | str | None, config: LLaVAConfig, number: int | str = "") -> Tensor:
-    """A question's picture -> uint8 (1, 3, S, S), or (0, 3, S, S) for a question without one.
+def open_picture(image: Path | Member | bytes | str | tuple | None, config: LLaVAConfig,
+                 number: int | str = "") -> Tensor:
+    """A question's N pictures -> uint8 (N, 3, S, S).
 
     number: the question_id, which is what an error names a picture by that is not a file.
     """
-    if isinstance(image, bytes):
+    if isinstance(image, tuple):
+        return torch.cat([open_picture(picture, config, number) for picture in image])
+    if isinstance(image, Member):
+        image = image.open()
+    elif isinstance(image, bytes):
         image = io.BytesIO(image)
     elif isinstance(image, str):
         size = config.vision.image_size

@@ -17,11 +17,13 @@ from torch import Tensor
 from data import ImageConfig, encode_prompt, eot_id, expand, load_image
 from lib.device import peak_memory
 from lib.generate import Session
+from lib.records import pieces_of  # noqa: F401: for serve/, which reads messages, too
 from model import LLaVAConfig, LLaVAPhi
 
 MAX_CHARACTERS = 32_000         # in a prompt, refused before it is tokenized; 2,048 positions hold about 8,000
 
 Picture = str | Path | BinaryIO | Image.Image | None    # None: a question without a picture
+Turn = str | list[str]          # a list: a question in pieces, between any two of which there is a picture
 
 
 class TextStream:
@@ -91,16 +93,16 @@ class Clock:
                 f"peak memory {peak_memory(device) / 1e9:.1f} GB")
 
 
-def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Tensor) -> list[int]:
-    """Question, answer, ..., question about an image (0 or 1, 3, S, S) -> prompt ids, image positions expanded.
+def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[Turn], images: Tensor) -> list[int]:
+    """Question, answer, ..., question about images (N, 3, S, S) -> prompt ids, image positions expanded.
 
     Raises ValueError if there is neither a question nor a picture, or if the chat leaves no position for an answer.
     """
-    if not turns[-1].strip() and not len(image):
+    if not "".join(turns[-1]).strip() and not len(images):
         raise ValueError("the question is empty")
-    if (n := sum(map(len, turns))) > MAX_CHARACTERS:
+    if (n := sum(len("".join(turn)) for turn in turns)) > MAX_CHARACTERS:
         raise ValueError(f"the prompt has {n:,} characters, expected at most {MAX_CHARACTERS:,}")
-    ids = encode_prompt(turns, tok, image=len(image) > 0)
+    ids = encode_prompt(turns, tok, image=len(images))
     limit = config.llm.block_size
     ids, _ = expand(ids, None, config.vision.n_patches, limit)
     if len(ids) == limit:
@@ -108,14 +110,16 @@ def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[str], image: Te
     return ids
 
 
-def answer(session: Session, tok: Tokenizer, chats: list[list[str]], images: list[Tensor | Picture],
+def answer(session: Session, tok: Tokenizer, chats: list[list[Turn]], images: list[Tensor | Picture | list[Picture]],
            clock: Clock | None = None, *, max_new_tokens: int = 256, **sampling) -> Iterator[list[str]]:
     """Answer the last question of every chat, in one batch. Yields the new text of each answer after every step.
 
-    chats: for each, question, answer, question, ..., question. images: one for each chat, in any form that `open_image`
-    accepts. session: keeps the KV cache, so that the next turn, or another question about the same picture, computes
-    only its new tokens; its `finish` says why each answer ended. clock: measures speed. sampling: temperature, top_k,
-    top_p and generator (the seed) of `Session.generate`.
+    chats: for each, question, answer, question, ..., question. images: for each chat one, or a list, in any form that
+    `open_image` accepts. Several are where the questions have "<image>", or between the pieces of a question that is a
+    list (`pieces_of` makes them from a message of OpenAI's form), or else in front. session: keeps the KV cache, so
+    that the next turn, or another question about the same picture, computes only its new tokens; its `finish` says why
+    each answer ended. clock: measures speed. sampling: temperature, top_k, top_p and generator (the seed) of
+    `Session.generate`.
 
     A chat's answer is its pieces joined. The caller may stop iterating at any time.
     Raises ValueError if a question cannot be asked or leaves no room for an answer.
@@ -146,14 +150,16 @@ def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Pi
     return texts
 
 
-def open_image(source: Picture | Tensor, config: LLaVAConfig) -> Tensor:
+def open_image(source: Picture | Tensor | list[Picture], config: LLaVAConfig) -> Tensor:
     """Load a picture as uint8 (1, 3, S, S), preprocessed as the model expects. None -> (0, 3, S, S).
 
-    source: a path, also as pasted or dragged into a terminal; "-" for stdin; or a Pillow image. A tensor is returned
-    unchanged. Raises ValueError or FileNotFoundError, which name the file.
+    source: a path, also as pasted or dragged into a terminal; "-" for stdin; or a Pillow image. A list of N becomes
+    (N, 3, S, S). A tensor is returned unchanged. Raises ValueError or FileNotFoundError, which name the file.
     """
     if isinstance(source, torch.Tensor):
         return source
+    if isinstance(source, list):
+        return torch.cat([open_image(picture, config) for picture in (None, *source)])
     size = config.vision.image_size
     if source is None:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from data import EOT, IGNORE, IMAGE, IMAGE_ID, Dataset, ImageConfig, load_tokenizer, open_rgb, to_turns
-from lib.common import plural, read_json, replacing
+from data import EOT, IGNORE, Dataset, ImageConfig, load_tokenizer
+from lib.common import plural, read_json, replacing, visible
 from lib.folders import open_weights
+from lib.pictures import open_rgb
 from lib.recipes import RECIPES, recipe_note
-from lib.records import id_of, lines_of
+from lib.records import NOTES, id_of, lines_of, notes_on
 from lib.schedule import steps_per_epoch
 from model import MIPHA_CONFIG, LLaVAConfig
 
@@ -22,8 +23,6 @@ from model import MIPHA_CONFIG, LLaVAConfig
 def check_data(args: Namespace) -> int:
     """Check every record as training would read it -> exit code: 0 if all are good, 1 if something is wrong."""
     recipe = RECIPES[args.recipe][args.stage]
-    if not args.images.is_dir():
-        raise FileNotFoundError(f"no image folder at {args.images} (--images)")
     if args.write_clean and args.write_clean.resolve() == args.data.resolve():
         raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
     image_config, block_size = sizes_to_check(args, args.image_mode or recipe["image_mode"])
@@ -40,6 +39,7 @@ def check_data(args: Namespace) -> int:
     except ValueError as e:                                 # the file as a whole is unusable
         print(e)
         return 1
+    dataset.pictures                                        # opened before the workers start, so that they share it
 
     survey = Survey(len(ranges))
     inspected = dataset.map_records(partial(inspect_record, dataset, args.decode), ranges, args.workers)
@@ -103,7 +103,7 @@ class RecordInfo(NamedTuple):
     image: bool = False
     cut: int = 0                    # positions lost to truncation
     problem: str = ""               # "kind: detail", empty if there is none
-    notes: tuple[str, ...] = ()     # not wrong, but worth knowing
+    notes: int = 0                  # not wrong, but worth knowing: a bit for each of lib/records.py's NOTES
     id_hash: int = 0                # of the record's "id", to find duplicates
     folder: str = ""                # of its image
 
@@ -111,42 +111,26 @@ class RecordInfo(NamedTuple):
 def inspect_record(dataset: Dataset, decode: str, span: tuple[int, int]) -> RecordInfo:
     """Find what `Dataset.sample` would. decode: "full" decodes the image, "header" only reads its size."""
     try:
-        record, ids, labels, cut = dataset.prepare(span)
-        image = IMAGE_ID in ids
-        if image:
-            size, mode, *_ = dataset.image_config
-            open_rgb(dataset.image_path(record), size, mode, decode == "full")
+        record, images, ids, labels, cut = dataset.prepare(span)
+        size, mode, *_ = dataset.image_config
+        for name in images:
+            open_rgb(dataset.pictures.open(name), size, mode, decode == "full")
         id_hash = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
     except (ValueError, OSError) as e:
         return RecordInfo(problem=str(e))
     return RecordInfo(
         length=len(ids),
         supervised=len(labels) - labels.count(IGNORE),
-        image=image,
+        image=bool(images),
         cut=cut,
-        notes=notes_on(record),
+        notes=notes_on(record, len(images)),
         id_hash=int.from_bytes(id_hash.digest()),
-        folder=str(Path(record["image"]).parent) if image else "",
+        folder=folder_of(images[0]) if images else "",
     )
 
 
-def notes_on(record: dict) -> tuple[str, ...]:
-    """Oddities of a good record that its author may not have intended."""
-    said = [turn["value"] for turn in record["conversations"]]
-    first = next(turn["value"] for turn in record["conversations"] if turn["from"] == "human").strip()
-    turns, image = to_turns(record)
-    has_tag = image and (first.startswith(IMAGE) or first.endswith(IMAGE))
-    n_tags = sum(text.count(IMAGE) for text in said)
-    notes = []
-    if not all(turns[1::2]):
-        notes.append("empty answer, only the end of text is learned")
-    if image and not has_tag:
-        notes.append("no <image> where the first question begins or ends, the image is put in front")
-    if n_tags > (1 if has_tag else 0):
-        notes.append("<image> that stays text")
-    if sum(map(len, said)) > 100_000:
-        notes.append("more than 100,000 characters")
-    return tuple(notes)
+def folder_of(image: str) -> str:
+    return "in the records" if image.startswith("data:") else str(Path(image).parent)
 
 # ---------------------------------------------------------------------------------------------------
 # All records
@@ -180,8 +164,9 @@ class Survey:
             self.headings[f"bad: {kind}"].append(i)
         elif info.image:
             self.image_folders[info.folder] += 1
-        for note in info.notes:
-            self.headings[f"worth knowing: {note}"].append(i)
+        for bit, note in enumerate(NOTES):
+            if info.notes >> bit & 1:
+                self.headings[f"worth knowing: {note}"].append(i)
         if info.cut > 0:
             self.headings["worth knowing: answer cut at the end"].append(i)
 
@@ -197,11 +182,12 @@ def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: in
         shown = records[:show]
         lines = lines_of(dataset.path, ranges[shown, 0].tolist())
         for i, line in zip(shown, lines):
-            print(f"    line {line}, id {id_of(dataset.read(ranges[i]))} {survey.problems.get(i, '')[:200]}".rstrip())
+            id = id_of(dataset.read(ranges[i]))
+            print(visible(f"    line {line}, id {id} {survey.problems.get(i, '')[:200]}").rstrip())
     good_ids = survey.id_hash[survey.good]
     print(f"\nids that were used before: {len(good_ids) - len(np.unique(good_ids)):,}")
     folders = [f"{folder} {n:,}" for folder, n in survey.image_folders.most_common(20)]
-    print("image folders: " + ", ".join(folders))
+    print(visible("image folders: " + ", ".join(folders)))
 
 
 def print_lengths(length: np.ndarray, supervised: int) -> None:
@@ -229,7 +215,7 @@ def write_clean(path: Path, dataset: Dataset, ranges: np.ndarray, problems: dict
                 line = {"problem": problems[i], "record": record.decode("utf-8", "replace")}
                 bad.write(json.dumps(line) + "\n")
             else:
-                clean.write(separator + record.strip())
+                clean.write(separator + record.removeprefix(b"\xef\xbb\xbf").strip())    # a file's byte order mark
                 separator = b",\n"
         clean.write(b"\n]\n")
     print(f"wrote {path} ({plural(len(ranges) - len(problems), 'record')}) and {rejects} ({len(problems):,})")

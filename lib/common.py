@@ -4,9 +4,9 @@ It does without torch, so that `--help`, a mistake in a flag and the scoring of 
 """
 import argparse
 import errno
-import fcntl
 import hashlib
 import html
+import io
 import json
 import math
 import os
@@ -21,6 +21,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+fcntl = None
+with suppress(ImportError):
+    import fcntl        # Windows does not have it
 
 # ---------------------------------------------------------------------------------------------------
 # Outside the virtual environment. Every script imports this file before any package, and old Pythons get this far.
@@ -115,6 +119,12 @@ def run_command(main: Callable, *args, interrupted: str = "") -> int:
     Anything that a user's file, flag or machine can cause is raised as ValueError or OSError, and ends with one line
     and exit code 2. Every other exception is a bug of ours and keeps its traceback. interrupted: printed after Ctrl-C.
     """
+    # A closed stdin or stdout is None: nothing is there to be read, and what is printed goes nowhere.
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    # Names and texts may hold characters that UTF-8, or the terminal's encoding, does not have.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         exit_code = main(*args) or 0
         if exit_code > 128:
@@ -299,6 +309,8 @@ def hold_folder(out: Path) -> Iterator[None]:
     while True:
         file = open(path, "a+")
         try:
+            if fcntl is None:
+                raise OSError("this system has no POSIX locks")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno in (errno.EAGAIN, errno.EACCES):         # the two that POSIX has for a lock that is taken
@@ -319,7 +331,8 @@ def hold_folder(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)        # before the lock is released
+            with suppress(PermissionError):         # Windows deletes no open file
+                path.unlink(missing_ok=True)        # before the lock is released
 
 
 JSON_LIMIT = 20_000_000     # bytes of a json file in a model folder; Phi-2's tokenizer.json has 2 MB
@@ -433,6 +446,11 @@ def visible(text: str) -> str:
         harmful = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"
         shown.append(f"\\u{ord(c):04x}" if harmful else c)
     return "".join(shown)
+
+
+def visible_name(name: str) -> str:
+    """The same for a name that stands in the middle of a line."""
+    return visible(name).replace("\n", "\\n")
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

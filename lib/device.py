@@ -2,8 +2,8 @@
 import math
 import os
 import re
-import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor
 from data import Batch
 from lib.common import DTYPES, Torchrun, torchrun_env
 
+resource = None
+with suppress(ImportError):
+    import resource     # Windows does not have it
+
 USABLE = 0.92       # of a GPU's free memory; micro-batches of varying size fragment the rest
 
 
@@ -19,11 +23,13 @@ def peak_memory(device: str | torch.device) -> int:
     """Peak memory so far: allocated on the GPU, or resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024          # macOS counts in bytes, Linux in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_memory(device: str | torch.device) -> int:
+def free_memory(device: str | torch.device) -> float:
     """Memory that can still be allocated, on a CPU without swapping. macOS does not tell, so there it is all of it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -31,7 +37,12 @@ def free_memory(device: str | torch.device) -> int:
     if info.exists():
         available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
         return min(available, free_in_container())
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_memory()
+
+
+def total_memory() -> float:
+    """This machine's memory; infinite on Windows, which does not tell."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
 
 
 def free_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
@@ -50,7 +61,7 @@ def memory_of(device: torch.device) -> float:
     """The memory that a training process plans with. On a CPU, its share of all there is: the same in every run."""
     if device.type == "cuda":
         return USABLE * free_memory(device)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / torchrun_env().local_world
+    return total_memory() / torchrun_env().local_world
 
 
 def torch_dtype(name: str) -> torch.dtype:

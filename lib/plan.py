@@ -1,5 +1,6 @@
 """Memory per GPU and hours of a training run, computed just from shapes; shared memory for its data workers."""
 import math
+import mmap
 import os
 import shutil
 import socket
@@ -171,7 +172,7 @@ def check_shared_memory(cfg: Namespace, data: Dataset, where: Path = Path("/dev/
     pictures = min(cfg.global_batch, math.ceil(cfg.micro_tokens / data.image_config.n_patches))
     # For each position a token, and at most a label, a place in the loss and a place for a patch, all int64. Each of a
     # batch's six tensors begins a page of memory.
-    micro_batch = 8 * 4 * cfg.micro_tokens + pixels * pictures + 6 * os.sysconf("SC_PAGE_SIZE")
+    micro_batch = 8 * 4 * cfg.micro_tokens + pixels * pictures + 6 * mmap.PAGESIZE
     loaders = 2 if cfg.val_data else 1
     in_use = pixels * math.ceil(cfg.global_batch / here.world)          # by the step that is being computed
     need = here.local_world * (loaders * min(cfg.workers, os.cpu_count()) * AHEAD * micro_batch + in_use)

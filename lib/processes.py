@@ -149,7 +149,8 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
             step = next(steps, None)
             # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
             # would raise in the middle of whatever this process is doing.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):      # Windows has neither
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         except (RuntimeError, EOFError, ConnectionError) as e:
             problem = explain_dead_worker(e)
             if not problem:
@@ -190,8 +191,9 @@ def watch_signals() -> list[int]:
                 os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving; {again} ends it now, "
                             "without\n".encode())
         received.append(number)
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"):
+        number = getattr(signal, name, None)            # Windows has the first and the last
+        if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return received
 
@@ -202,7 +204,7 @@ LAUNCHER = os.getppid()
 def count_signals(received: list[int]) -> int:
     """How many signals have come to this process. If torchrun is gone, nobody will end it, so that counts as one."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
-        received.append(signal.SIGHUP)
+        received.append(signal.SIGTERM)
     return len(received)
 
 

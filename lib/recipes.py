@@ -29,7 +29,7 @@ LLAVA_PHI = {
         "llm": "checkpoints/phi-2",
         "vision": "checkpoints/clip-vit-large-patch14-336",
         "data": "data/pretrain/blip_laion_cc_sbu_558k.json",
-        "images": "data/pretrain/images",
+        "images": ["data/pretrain/images"],
         "out": "out/pretrain",
     },
     "finetune": {
@@ -47,7 +47,7 @@ LLAVA_PHI = {
         "llm": "",
         "vision": "",
         "data": "data/finetune/llava_v1_5_mix665k.json",
-        "images": "data/finetune",
+        "images": ["data/finetune"],
         "out": "out/finetune",
     },
     "sft": {
@@ -65,7 +65,7 @@ LLAVA_PHI = {
         "llm": "checkpoints/phi-2",
         "vision": "",
         "data": "data/sft/sharegpt.json",
-        "images": "",
+        "images": [],
         "out": "out/phi-2-sft",
     },
 }
@@ -141,8 +141,8 @@ def add_flags(parser: Parser) -> None:
     add("--vision", help="CLIP or SigLIP folder (pretrain)")
     add("--projector", default="", metavar="FILE", help="trained projector for --llm and --vision, as LLaVA's stage 1 "
         "writes it (mm_projector.bin); default: a new one")
-    add("--data", help="LLaVA json or jsonl")
-    add("--images", help="folder that image paths in the data are relative to")
+    add("--data", help="records: json or jsonl, LLaVA's, ShareGPT's or OpenAI's messages")
+    add("--images", nargs="+", help="folder that image paths in the data are relative to, or .zip or .tar archives")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
     add("--val-data", default="", help="validation json, whose loss is measured before, during (--val-every) and after")
     add("--out", help="folder for metrics, checkpoints and the final model; shared by all nodes")
@@ -272,8 +272,9 @@ def parse_check(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="data.py", description=CHECK)
     check = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="find every bad sample")
     add = check.add_argument
-    add("--data", type=Path, required=True, help="LLaVA json or jsonl")
-    add("--images", type=Path, required=True, help="folder that image paths in the data are relative to")
+    add("--data", type=Path, required=True, help="records: json or jsonl, LLaVA's, ShareGPT's or OpenAI's messages")
+    add("--images", type=Path, nargs="+", required=True, help="folder that image paths in the data are relative to, or "
+        ".zip or .tar archives")
     add("--stage", choices=["pretrain", "finetune"], default="finetune", help="the stage that the data is for")
     add("--recipe", choices=list(RECIPES), default="llava-phi", help="the recipe of that stage; see train.py --help")
     add("--model", type=Path, nargs="+", metavar="FOLDER",

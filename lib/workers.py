@@ -31,7 +31,8 @@ def leave_process_group(worker: int) -> None:
     Ctrl-C and torchrun's SIGTERM go to the whole group, and if workers died of them, the trainer could not finish its
     step and save.
     """
-    os.setsid()
+    if hasattr(os, "setsid"):       # Windows has no process groups of this kind
+        os.setsid()
 
 
 def map_in_workers(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:

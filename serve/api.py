@@ -34,7 +34,7 @@ HARMLESS = {"user", "safety_identifier", "metadata", "service_tier", "parallel_t
 # All other fields are refused, except with a value that asks for nothing: null, false, 0, empty, or one of these.
 DEFAULTS = {"tool_choice": ["none", "auto"], "function_call": ["none", "auto"], "response_format": [{"type": "text"}],
             "modalities": [["text"]], "reasoning_effort": ["none"], "repetition_penalty": [1]}
-ROLES = ("user", "assistant", "system", "developer")
+SPEAKERS = ("user", "assistant", "system", "developer")
 PART = '{"type": "text", "text": "..."} or {"type": "image_url", "image_url": {"url": "data:image/...;base64,..."}}'
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -52,8 +52,8 @@ class RequestError(ValueError):
 @dataclass
 class Request:
     """A chat completion as it was asked for."""
-    turns: list[str]                # question, answer, ..., question
-    picture: bytes | None           # a picture file
+    turns: list[list[str]]          # question, answer, ..., question, in pieces: see read_messages
+    pictures: list[bytes]           # files of pictures
     sampling: dict                  # max_new_tokens, temperature, top_k and top_p of lib.chat.answer
     seed: int | None
     stop: list[str]                 # the answer ends before the first of them
@@ -82,7 +82,7 @@ def read_request(body: bytes, defaults: dict) -> Request:
     temperature = given.get("temperature", defaults["temperature"])
     return Request(
         turns=turns,
-        picture=next(iter(pictures), None),
+        pictures=pictures,
         sampling=defaults | {
             "max_new_tokens": max_tokens,
             "temperature": temperature if temperature >= 0.001 else 0.0,    # no division by almost nothing
@@ -126,8 +126,8 @@ def message_problem(message: Any) -> tuple[str, str | None]:
     # null is an answer that failed, or one that was nothing but a refusal.
     if type(message.get("content")) not in (str, list, NoneType) or role != "assistant" and "content" not in message:
         return ".content", "expected a string or an array of parts"
-    if role not in ROLES:
-        return ".role", f"expected one of {', '.join(ROLES)}, found {json.dumps(role)[:40]}"
+    if role not in SPEAKERS:
+        return ".role", f"expected one of {', '.join(SPEAKERS)}, found {json.dumps(role)[:40]}"
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             return f".{name}", "this model has no tools"
@@ -156,37 +156,47 @@ def read_part(part: Any) -> tuple[str | None, str | None]:
     return None, None
 
 
-def read_messages(messages: list) -> tuple[list[str], set[bytes], str | None]:
-    """OpenAI's messages, each right by itself -> question, answer, ..., question; the picture; what is wrong with them.
+def read_messages(messages: list) -> tuple[list[list[str]], list[bytes], str | None]:
+    """OpenAI's messages, each right by itself -> question, answer, ..., question; the pictures; what is wrong with them.
 
     The model was trained with one fixed system sentence, and with turns that alternate. So a system message is part of
     the question that follows it (or, at the end, precedes it), messages of one side in a row are one turn, and before
-    an answer that comes first stands an empty question. The model was also trained with the picture at the very
-    beginning, and sees it there wherever in the conversation it came, and however often.
+    an answer that comes first stands an empty question. A turn is a list of pieces, with a picture between any two.
+    Clients repeat a picture in every turn about it: it stays where it came first.
     """
-    turns: list[str] = []
-    urls = []
-    for message in messages:
-        parts = [read_part(part) for part in parts_of(message)]
-        text = "\n".join(text for text, _ in parts if text is not None)
-        urls += [url for _, url in parts if url is not None]
-        is_answer = message["role"] == "assistant"
-        if is_answer and not turns:
-            turns = [""]
-        if len(turns) % 2 == is_answer:
-            turns.append(text)
-        else:
-            turns[-1] = "\n".join(filter(None, [turns[-1], text]))
+    turns: list[list[str]] = []
+    urls: list[str] = []
     problem = None
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        pieces = [""]
+        for text, url in map(read_part, parts_of(message)):
+            if url in urls:
+                continue
+            if pieces != [""]:
+                pieces[-1] += "\n"
+            if url is None:
+                pieces[-1] += text
+            else:
+                urls.append(url)
+                pieces.append("")
+        if is_answer and len(pieces) > 1:
+            problem = "a picture in an assistant's message; expected it in a user's"
+        if is_answer and not turns:
+            turns = [[""]]
+        if len(turns) % 2 == is_answer:
+            turns.append(pieces)
+        else:
+            *before, last = turns[-1]
+            joint = "\n" if turns[-1] != [""] and pieces != [""] else ""
+            turns[-1] = [*before, last + joint + pieces[0], *pieces[1:]]
     try:
-        pictures = {base64.b64decode(url.partition(",")[2], validate=True) for url in urls}
+        pictures = [base64.b64decode(url.partition(",")[2], validate=True) for url in urls]
     except ValueError as e:
-        return turns, set(), f"the picture is not base64: {e}"
-    if len(pictures) > 1:
-        problem = f"{len(pictures)} pictures, but the model sees one in a conversation: start a new one"
-    elif len(turns) % 2 == 0:
+        return turns, [], f"the picture is not base64: {e}"
+    if len(turns) % 2 == 0:
         problem = "the last one must be the user's, with the question to answer"
-    elif not turns[-1].strip() and not pictures:
+    elif not "".join(turns[-1]).strip() and not pictures:
         problem = "the question is empty"
     return turns, pictures, problem
 

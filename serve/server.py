@@ -188,14 +188,17 @@ class Server(ThreadingTCPServer):
                 self.changed.notify_all()
 
     def prepare(self, request: Request) -> tuple[torch.Tensor, int]:
-        """-> the picture (0 or 1, 3, S, S), the number of tokens in the prompt. RequestError: this cannot be asked."""
+        """-> the pictures (N, 3, S, S), the number of tokens in the prompt. RequestError: this cannot be asked."""
         config = self.model.config
+        most = config.llm.block_size // config.vision.n_patches
         code = None
         try:
-            "".join(request.turns).encode()     # half a character, which json can spell, raises a ValueError here
-            image = open_image(None if request.picture is None else io.BytesIO(request.picture), config)
+            "".join(map("".join, request.turns)).encode()       # half a character, which json can spell, fails here
+            if len(request.pictures) > most:    # before they are decoded
+                raise ValueError(f"{len(request.pictures)} pictures, expected at most {most}")
+            images = open_image([io.BytesIO(picture) for picture in request.pictures], config)
             code = "context_length_exceeded"    # the only thing that can be wrong from here on
-            return image, len(encode_chat(config, self.tok, request.turns, image))
+            return images, len(encode_chat(config, self.tok, request.turns, images))
         except ValueError as e:
             raise RequestError(400, str(e), "messages", code) from None
 

@@ -3,10 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import GOLDEN_ANSWER
+from helpers import GOLDEN_ANSWER, expanded, plain_answer
 from PIL import Image
 
-from lib.chat import Clock, answer, ask, encode_chat, open_image
+from data import IGNORE, encode, eot_id
+from lib.chat import Clock, answer, ask, encode_chat, open_image, pieces_of
 from lib.generate import Session
 
 
@@ -55,6 +56,33 @@ def test_asking_about_several_pictures_is_asking_about_each(tiny_model, tiny_tok
     assert together == apart
     with pytest.raises(ValueError, match="put it in brackets"):
         ask(tiny_model, tiny_tokenizer, "What is this?", photo)
+
+
+@pytest.mark.parametrize("question", [
+    "Which is older?", "<image>\n<image>\nWhich is older?", ["", "\n", "\nWhich is older?"],
+    pieces_of([{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which is older?"}])[0]])
+def test_several_pictures_in_one_question(question, tiny_model, tiny_tokenizer, photo):
+    """However their places are written, the answer is that of the model without a cache, on the ids of training."""
+    other = Image.new("RGB", (40, 30), (9, 99, 199))
+    record = {"images": ["a", "b"], "messages": [{"role": "user", "content": "<image>\n<image>\nWhich is older?"},
+                                                 {"role": "assistant", "content": "x"}]}
+    ids, labels = encode(record, tiny_tokenizer, "v0")
+    prompt = expanded([i for i, label in zip(ids, labels) if label == IGNORE])
+    images = open_image([photo, other], tiny_model.config)
+    want = plain_answer(tiny_model, prompt, images, 8, eot_id(tiny_tokenizer))
+    session = Session(tiny_model)
+    said = text_of(session, tiny_tokenizer, [question], [photo, other], max_new_tokens=8)
+    assert said == tiny_tokenizer.decode(want, skip_special_tokens=True).strip()
+    assert said == ask(tiny_model, tiny_tokenizer, question, [[photo, other]], max_new_tokens=8)[0]
+    later = [question, said, "And now?"]
+    assert (text_of(session, tiny_tokenizer, later, images, max_new_tokens=8)
+            == text_of(Session(tiny_model), tiny_tokenizer, later, images, max_new_tokens=8))
+
+
+def test_places_and_pictures_must_agree(tiny_model, tiny_tokenizer, photo):
+    for question, images in (("<image>?", [photo, photo]), (["a", "b", "c"], [photo]), (["a", "b"], None)):
+        with pytest.raises(ValueError, match="image places: expected as many"):
+            text_of(Session(tiny_model), tiny_tokenizer, [question], images)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_before_any_generation(tiny_model, tiny_tokenizer):

@@ -1,5 +1,6 @@
 """`python data.py check` names every kind of bad record and picture, and what it writes as clean is clean."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,6 +54,49 @@ def test_the_check_names_every_animal_of_the_zoo(tmp_path, zoo_images, capsys):
     assert code == 1 and f"{len(animals) - 1} bad" in out              # only the truncated picture has a good head
 
 
+def test_names_that_are_not_utf8_do_not_end_the_check(tmp_path, capsys):
+    """Old archives hold latin-1 names. Whatever is printed of them, lengths and --write-clean still come."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "x.jpg").write_bytes((GOLDEN / "images/photo.jpg").read_bytes())
+    records = [talk(f"{IMAGE}\nq", "a", id=f"\x1b[31m {i}", image=f"{folder.name}/{name}")
+               for i, name in enumerate(("x.jpg", "absent\udce9.jpg"))]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    code, out = run_check(capsys, path, tmp_path, "--write-clean", str(tmp_path / "clean.json"))
+    assert code == 1 and "caf\\udce9 1" in out and "absent\\udce9.jpg" in out and "\x1b" not in out
+    assert "positions: " in out and len(json.loads((tmp_path / "clean.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_what_is_printed_may_hold_any_character(encoding):
+    """A name with half a character, or a terminal that is not UTF-8, must not end a command that has done its work."""
+    code = ("import sys; from lib.common import run_command; "
+            "sys.exit(run_command(lambda: print('a\\udce9 \u4e2d')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": encoding})
+    want = {"utf-8": b"a\\udce9 \xe4\xb8\xad\n", "latin-1": b"a\\udce9 \\u4e2d\n"}
+    assert (done.returncode, done.stdout, done.stderr) == (0, want[encoding], b"")
+
+
+@pytest.mark.parametrize("closed, code, stderr", [("<&-", 0, ""), (">&-", 0, ""), ("<&- >&-", 0, "")])
+def test_closed_streams(closed, code, stderr):
+    """As under some schedulers and services: what is printed goes nowhere, and there is no input. No traceback."""
+    program = ("import sys; from lib.common import run_command; "
+               "sys.exit(run_command(lambda: (print('done'), sys.stdout.flush(), sys.stdin.readline(), "
+               "sys.stdin.isatty()) and 0))")
+    done = subprocess.run(["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, stderr)
+
+
+def test_what_is_written_as_clean_has_no_byte_order_mark(tmp_path, capsys):
+    path, clean = tmp_path / "data.jsonl", tmp_path / "clean.json"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(json.dumps(talk("q", "a", id=i)).encode() for i in range(3)))
+    assert run_check(capsys, path, tmp_path, "--write-clean", str(clean))[0] == 0
+    assert [record["id"] for record in json.loads(clean.read_text())] == [0, 1, 2]
+
+
 DEEP = '{"id": "deep", "conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
 GOOD = json.dumps(talk("q", "a", id="good"))
 
@@ -61,7 +105,9 @@ GOOD = json.dumps(talk("q", "a", id="good"))
     (b"", "not LLaVA's json"), (b"<html>", "not LLaVA's json"), (b"[]", "no records"), (b"[1, 2]", "not LLaVA's json"),
     (b'{"a": 1}', "not LLaVA's json"), (b'[{"question": "a"}]', "not LLaVA's json"),
     (f"[{GOOD},\n]".encode(), "line 2"), (f"[{GOOD},\n{GOOD}".encode(), "line 2"),
-    (f"[{GOOD}\n{GOOD}]".encode(), "line 1"),
+    (f"[{GOOD}\n{GOOD}]".encode(), "line 1"), (f"[{GOOD}]\n\n[{GOOD}]".encode(), "line 3.*after the end of the list"),
+    (f"[{GOOD}]\n,{GOOD}".encode(), "line 2.*after the end"), (f"[]\n[{GOOD}]".encode(), "line 2.*after the end"),
+    (f"[{GOOD}]x".encode(), "line 1.*after the end"),
     (f'[{GOOD},\n{{"id": NaN}}]'.encode(), "line 2.*NaN"), (f"[{GOOD},\n{DEEP}]".encode(), "line 2"),
     (f'{GOOD}\n{{"id": "b", \n{GOOD}'.encode(), "line 2, id b"),
     (GOOD.encode() + b'\n{"id": "latin", "x": "\xe9"}', "line 2, id latin not json"),

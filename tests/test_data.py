@@ -3,18 +3,22 @@ import json
 import os
 import random
 import re
+import struct
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import GOLDEN, ROOT, pattern, talk
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from zoo import BAD_RECORDS, write_zoo_images
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, ImageConfig, Sample, collate, encode, encode_prompt, eot_id,
-                  expand, load_image, load_tokenizer)
+                  expand, load_image, load_tokenizer, open_rgb)
+from lib.archives import Pictures
 from lib.recipes import IMAGE_MODES
 from vision import CLIP_L_336, SIGLIP_SO400M_384, normalize
 
@@ -123,7 +127,7 @@ def test_pixels_equal_the_image_processor_of_transformers(mode):
     transformers = pytest.importorskip("transformers")
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     shapes = [(57, 99), (1, 50), (301, 7), (7, 301), (56, 56), (1000, 333), (90, 180), (60, 181)]
-    modes = ("L", "LA", "P", "RGBA", "CMYK", "1", "I;16", "I", "F", "YCbCr", "HSV", "PA")
+    modes = ("L", "LA", "P", "RGBA", "CMYK", "1", "I", "F", "YCbCr", "HSV", "PA")
     for pil_mode, w, h in [("RGB", *shape) for shape in shapes] + [(pil_mode, 80, 61) for pil_mode in modes]:
         image = drawn_as(pil_mode, w, h)
         rgb = image.convert("RGB")
@@ -133,6 +137,50 @@ def test_pixels_equal_the_image_processor_of_transformers(mode):
             rgb = square
         theirs = processor(rgb, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(normalised(load_image(image, for_clip(56, mode))), theirs), (pil_mode, w, h)
+
+
+@pytest.mark.parametrize("tag, kind", [(0x011a, 2), (0x011a, 7), (0x010e, 5), (0x0213, 10), (0x0132, 12), (0x8298, 5)])
+def test_a_photo_is_turned_by_its_orientation_alone(tag, kind, tmp_path):
+    """Another tag whose value is of the wrong type once made a good photo unreadable."""
+    image = pattern(60, 40)
+    for orientation in range(10):
+        exif = struct.pack("<4sIHHHIHHHHIII", b"II*\0", 8, 2, 0x0112, 3, 1, orientation, 0, tag, kind, 1, 38, 0)
+        image.save(tmp_path / "odd.png", exif=exif + b"abcdefgh")
+        image.getexif()[0x0112] = orientation
+        want = load_image(ImageOps.exif_transpose(image), for_clip(28, "crop"))
+        assert torch.equal(load_image(tmp_path / "odd.png", for_clip(28, "crop")), want), orientation
+
+
+@pytest.mark.parametrize("mode, largest, white", [
+    ("I;16", 60_000, 65535), ("I;16", 200, 65535), ("I", 60_000, 65535), ("I", 200, 255), ("I", 1, 255),
+    ("I", 10**6, 10**6), ("F", 0.9, 1), ("F", 254.5, 255), ("F", 60_000, 65535), ("F", 1e9, 1e9), ("F", 0, 1)])
+def test_deep_pictures_are_scaled_to_8_bits(mode, largest, white):
+    """Pillow clips at 255, so that a 16-bit scan or a depth map became white."""
+    values = np.linspace(0, largest, 30 * 20).reshape(20, 30)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    deep = Image.fromarray(values.astype(kind))
+    assert deep.mode == mode
+    want = np.rint(values.astype(kind) * (255 / white)).astype(int)
+    pixels = np.asarray(open_rgb(deep, 28, "pad")).astype(int)
+    assert pixels.shape == (20, 30, 3) and (pixels == want[..., None]).all()
+
+
+def test_odd_values_of_floating_point_pictures():
+    values = np.array([[np.nan, -5, 0.5, 1]], dtype=np.float32)
+    assert np.asarray(open_rgb(Image.fromarray(values), 28, "squash"))[0, :, 0].tolist() == [0, 0, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["text", "profile"])
+def test_a_png_with_a_megabyte_of_text_is_read(kind, tmp_path):
+    """Editors put their history and whole color profiles into a file. Pillow's limit is for bombs."""
+    info = PngImagePlugin.PngInfo()
+    if kind == "text":
+        info.add_text("history", "edited " * 500_000, zip=True)
+        info.add_itxt("XML:com.adobe.xmp", "<x/> " * 500_000, zip=True)
+    more = {"icc_profile": random.Random(0).randbytes(1_500_000)} if kind == "profile" else {}
+    pattern(60, 40).save(tmp_path / "x.png", pnginfo=info, **more)
+    assert torch.equal(load_image(tmp_path / "x.png", for_clip(28, "pad")),
+                       load_image(pattern(60, 40), for_clip(28, "pad")))
 
 
 def test_a_photo_lying_on_its_side_is_put_upright(tmp_path):
@@ -164,6 +212,21 @@ def test_bad_pictures_are_named(zoo_images, name, problem):
         with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){problem}") as e:
             load_image(zoo_images / name, for_clip(28, mode))
         assert name in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_name_of_several_lines_is_one_line(tmp_path):
+    """What a record calls a picture may be anything; an error stays one line, and moves no cursor."""
+    name = "what?\n\x1b[2J<image>.jpg"
+    (tmp_path / name).write_text("no picture")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(name, "no picture")
+    for source in (tmp_path / name, tmp_path / "absent" / name):
+        with pytest.raises((ValueError, OSError), match="what") as e:
+            load_image(source, for_clip(28, "pad"))
+        assert not set(str(e.value)) & set("\n\x1b")
+    with pytest.raises(ValueError, match="what") as e:
+        Pictures([tmp_path / "x.zip"]).open(name)
+    assert not set(str(e.value)) & set("\n\x1b")
 
 
 def test_odd_but_good_pictures_open(zoo_images):
@@ -383,6 +446,20 @@ def test_a_stray_tag_leaves_the_neighbours_alone(tiny):
         (a, _, c), (a_alone, c_alone) = hidden([first, stray, last]), hidden([first, last])
     torch.testing.assert_close(a, a_alone)
     torch.testing.assert_close(c, c_alone)
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios", "pictures", "image_path", "Image", "media",
+                                 "img"])
+def test_media_that_is_not_read_is_never_trained_as_text(key, tiny):
+    """In the record or in a turn. What only describes a picture, or holds nothing, is no medium."""
+    record = talk("what is this?", "a dog")
+    for bad in (record | {key: "x.mp4"}, {"conversations": [record["conversations"][0] | {key: ["x"]},
+                                                            record["conversations"][1]]}):
+        for template in ("v0", "plain"):
+            with pytest.raises(ValueError, match=f"media not read: .*'{key}'"):
+                encode(bad, tiny, template)
+    fine = record | {key: None, "image_id": 7, "image_size": [3, 4], "video_title": "", "source": "video", "audio": []}
+    assert encode(fine, tiny, "v0") == encode(record, tiny, "v0")
 
 
 def test_an_empty_answer_teaches_the_end(tiny):

@@ -3,7 +3,9 @@ import dataclasses
 import json
 import os
 import signal
+import tarfile
 import threading
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import lib.device
 import load_weights
 import vision
 from benchmarks import scoring
-from data import IMAGE_ID
+from data import IMAGE_ID, load_tokenizer
 from lib import asking
+from lib.chat import ask
 from lib.common import LOCK, run_command
 from model import LLaVAConfig
 from vision import SIGLIP_SO400M_384
@@ -226,6 +229,37 @@ def test_a_prompt_is_the_same_with_and_without_the_tag(tmp_path, capsys):
         write(tmp_path / "a.jsonl", [{"question_id": i, "prompt": prompt, "text": "x"} for i in range(2)])
         evaluate([*flags, "--score", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")])
         assert "another prompt" not in capsys.readouterr().out
+
+
+def test_own_questions_about_several_pictures_and_from_archives(tmp_path, capsys):
+    """The same answers and report from a folder, a zip and a tar; a question about two pictures is asked about both."""
+    for name, color in (("x.png", "red"), ("y.png", "blue")):
+        picture(tmp_path / "images" / name, color)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive, tarfile.open(tmp_path / "x.tar", "w") as tape:
+        for name in ("x.png", "y.png"):
+            archive.write(tmp_path / "images" / name, name)
+            tape.add(tmp_path / "images" / name, name)
+    both = ["x.png", "y.png"]
+    write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Which is red?", "image": both, "answer": "no"},
+                                 {"question_id": 2, "text": "Is <image> like <image>?", "images": ["y.png", "x.png"]},
+                                 {"question_id": 3, "text": "<image>\nColor?", "image": "x.png", "answer": "no"}])
+    flags = ["--task", "jsonl", "--questions", str(tmp_path / "q.jsonl"), "--model", str(TINY_MODEL), "--device", "cpu"]
+    for place in ("images", "x.zip", "x.tar"):
+        evaluate([*flags, "--images", str(tmp_path / place), "--out", str(tmp_path / f"out {place}")])
+    answers, page = ((tmp_path / "out images" / name).read_text() for name in ("answers.jsonl", "report.html"))
+    assert page.count("<img ") == 3 and "another prompt" not in page
+    for place in ("x.zip", "x.tar"):
+        assert (tmp_path / f"out {place}/answers.jsonl").read_text() == answers
+        assert (tmp_path / f"out {place}/report.html").read_text().count("<img ") == 3
+    model = load_weights.load_model(TINY_MODEL)
+    [want] = ask(model, load_tokenizer(TINY_MODEL), "Which is red?", [[tmp_path / "images" / name for name in both]],
+                 max_new_tokens=128)
+    assert json.loads(answers.splitlines()[0])["text"] == want
+    missing = (["--images", str(tmp_path / "x.tar")], "image missing: 'z.png' is not in")
+    for images, problem in (missing, ([], "not given")):
+        write(tmp_path / "q.jsonl", [{"question_id": 1, "text": "Which?", "image": "z.png"}])
+        with pytest.raises(ValueError, match=problem):
+            ev.load_data("jsonl", ev.parse([*flags, *images]))
 
 
 def test_compare(tmp_path, capsys):

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import struct
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, load_weights_command, pattern, talk
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tiny_benchmarks import CASES, evaluate, llava_file, prepare
 from training import train_here
 from zoo import projector_file
@@ -33,6 +34,7 @@ import eval as ev
 import load_weights
 import serve.server
 from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
+from lib.archives import Pictures
 from lib.common import run_command
 from lib.generate import Session
 from lib.recipes import parse_check
@@ -226,6 +228,42 @@ def test_pictures(capsys):
     counts = campaign("pictures", 6000, 1_200_000_000, make_case, capsys)
     assert min(counts["fine"], counts["refused"]) > 500
 
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exif(capsys):
+    """Good pixels behind mutated EXIF data, as an EXIF chunk or an old raw profile: always read, the right way up."""
+    image = pattern(60, 40)
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010e: "a photo", 0x011a: 72.0, 0x0132: "2026:01:01 00:00:00", 0x0213: 1})
+    exif.get_ifd(0x8769).update({0x829a: 0.01, 0x9286: b"ASCII\0\0\0x", 0xa002: 60})
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    good = exif.tobytes()
+    turns = [None, *Image.Transpose]
+    possible = [load_image(image if turn is None else image.transpose(turn), ImageConfig(28, "pad", (0, 0, 0), 4))
+                for turn in turns]
+
+    def make_case(rng: random.Random) -> Callable:
+        mutated = mutate_bytes(good, rng)
+        form = rng.choice(("PNG", "JPEG", "WEBP", "MPO"))
+        file = io.BytesIO()
+        if form == "PNG" and rng.random() < 0.5:
+            raw = rng.choice((mutated.hex(), mutate_bytes(mutated.hex().encode(), rng).decode("latin-1")))
+            info = PngImagePlugin.PngInfo()
+            info.add_text("Raw profile type exif", f"\nexif\n{len(mutated):8}\n{raw}", zip=rng.random() < 0.5)
+            image.save(file, form, pnginfo=info)
+        else:
+            image.save(file, form, exif=mutated[:65_000], **({"lossless": True} if form == "WEBP" else {}))
+
+        def case() -> None:
+            pixels = load_image(io.BytesIO(file.getvalue()), ImageConfig(28, "pad", (0, 0, 0), 4))
+            if form in ("PNG", "WEBP"):
+                assert any(torch.equal(pixels, other) for other in possible)
+        return case
+
+    counts = campaign("exif", 6000, 300_000_000, make_case, capsys)
+    assert counts["refused"] == 0
+
 # ---------------------------------------------------------------------------------------------------
 # Records
 
@@ -237,6 +275,14 @@ RECORDS = [
     {"id": "c", "image": "tall.png", "conversations": [{"from": "gpt", "value": "hello"},
                                                        {"from": "human", "value": "what?\n<image>"},
                                                        {"from": "gpt", "value": "this"}]},
+    {"id": "d", "system": "Be brief.", "images": ["photo.jpg", {"path": "wide.png"}], "messages": [
+        {"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "this"}]},
+    {"id": "e", "images": ["photo.jpg"], "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "tall.png"}}, {"type": "image"},
+                                     {"type": "text", "text": "same?"}]},
+        {"role": "user", "content": [{"type": "image_url", "image_url": "data:image/png;base64,iVBORw0KGgo="}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "no"}]}]},
 ]
 
 
@@ -250,6 +296,7 @@ def test_records_by_value(tok, capsys):
             ids, labels = data.encode(record, tok, template)
             ids, labels = data.expand(ids, labels, 4, 128)
             assert len(ids) == len(labels)
+            assert ids.count(data.IMAGE_ID) == 4 * len(data.conversation_of(record).images)
         return case
 
     campaign("records", 6000, 200_000_000, make_case, capsys)
@@ -279,6 +326,46 @@ def test_data_files(tmp_path, tok, capsys):
         return case
 
     campaign("data files", 600, 300_000_000, make_case, capsys)
+
+
+
+def test_archives(tmp_path, capsys):
+    """Zips and tars with changed bytes: members are read, or refused with words, and no memory runs full."""
+    photo = (GOLDEN / "images/photo.jpg").read_bytes()[:3000]
+    names = ["a.jpg", "folder/b.jpg", "é" * 60 + "/" + "x" * 80 + ".jpg"]
+    seeds = []
+    for packed in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "seed", "w", packed) as file:
+            for name in names:
+                with file.open(name, "w", force_zip64=packed == zipfile.ZIP_STORED) as member:
+                    member.write(photo)
+        seeds.append((tmp_path / "seed").read_bytes())
+    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tmp_path / "seed", "w", format=form) as file:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = len(photo)
+                file.addfile(member, io.BytesIO(photo))
+        seeds.append((tmp_path / "seed").read_bytes()[:20_000])
+    path = tmp_path / "archive"
+
+    def make_case(rng: random.Random) -> Callable:
+        content = bytearray(rng.choice(seeds))
+        # Pictures are most of the bytes and none of the structure: change headers and directories more often.
+        found = [content.rfind(sign) for sign in (b"PK\1\2", b"PK\5\6", b"PK\3\4", b"ustar")]
+        at = rng.choice([at for at in found if at > 0])
+        begin, end = (0, len(content)) if rng.random() < 0.3 else (max(0, at - 257), at + 600)
+        content[begin:end] = mutate_bytes(bytes(content[begin:end]), rng)
+
+        def case() -> None:
+            path.write_bytes(content)
+            pictures = Pictures([path])
+            for name in names:
+                assert len(pictures.open(name).read()) <= 1 << 28
+        return case
+
+    counts = campaign("archives", 4000, 700_000_000, make_case, capsys)
+    assert min(counts["fine"], counts["refused"]) > 300
 
 # ---------------------------------------------------------------------------------------------------
 # Benchmarks

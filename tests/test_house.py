@@ -17,7 +17,8 @@ SCRIPTS = {"train", "sample", "eval", "load_weights"}
 MAY_IMPORT = {                          # file or room -> files and rooms; a file's own line replaces its room's
     "vision": {"lib.common"},
     "model": {"lib.common", "vision"},
-    "data": {"lib.common", "lib.recipes", "lib.records", "lib.schedule", "lib.workers"},    # which import nothing of it
+    "data": {"lib.common", "lib.recipes", "lib.archives", "lib.pictures", "lib.records", "lib.schedule", "lib.tokenizer",
+             "lib.workers"},            # which import nothing of it
     "train": CORE | {"lib", "load_weights"},
     "sample": CORE | {"lib", "load_weights"},
     "eval": CORE | {"lib", "load_weights", "benchmarks"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {                          # file or room -> files and rooms; a fil
     "lib.common": set(),
     "lib": CORE | {"lib"},
     "serve": {"lib.common", "lib.chat", "lib.device", "serve"},
-    "benchmarks": {"lib.common", "benchmarks"},
+    "benchmarks": {"lib.common", "lib.archives", "benchmarks"},
     "demo": CORE | {"lib", "demo"},
     "saved_model": set(),               # copied into every saved model, so that it stands alone
 }

@@ -288,9 +288,9 @@ def test_a_dataset_survives_the_way_to_a_spawned_worker(tmp_path, tiny):
 def test_links_out_of_the_folder_can_be_allowed(tmp_path, zoo_images, tiny):
     path = write_data(tmp_path)
     link = {"image": "link.jpg"}
-    assert open_dataset(path, tiny, images=zoo_images, follow_links=True).image_path(link).exists()
+    assert open_dataset(path, tiny, images=zoo_images, follow_links=True).pictures.find(link["image"]).exists()
     with pytest.raises(ValueError, match="--follow-links"):
-        open_dataset(path, tiny, images=zoo_images).image_path(link)
+        open_dataset(path, tiny, images=zoo_images).pictures.find(link["image"])
 
 
 def test_a_windows_path_is_called_one(tmp_path, tiny, zoo_images):

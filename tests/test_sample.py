@@ -82,6 +82,17 @@ def test_several_pictures_are_asked_in_one_batch_as_if_alone(capsys):
     assert [line["image"] for line in lines] == [str(picture) for picture in pictures]
 
 
+def test_one_question_about_several_pictures_together(monkeypatch, capsys, tiny_model, tiny_tokenizer):
+    """On the command line, as json, and in a chat."""
+    wide = GOLDEN / "images/wide.png"
+    [want] = ask(tiny_model, tiny_tokenizer, "Which?", [[str(PHOTO), wide]], max_new_tokens=5)
+    flags = ["--image", PHOTO, wide, "--together", "--max-new-tokens", 5]
+    assert main(capsys, *flags, "--prompt", "Which?")[0] == want + "\n"
+    assert json.loads(main(capsys, *flags, "--prompt", "Which?", "--json")[0]) == {
+        "image": [str(PHOTO), str(wide)], "prompt": "Which?", "answer": want}
+    assert chat(monkeypatch, capsys, ["Which?"], *flags)[0] == [want]
+
+
 def test_stdin_brings_the_picture_or_the_question(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PHOTO.read_bytes())))
     out, _ = main(capsys, "--image", "-", "--prompt", "What is this?", "--max-new-tokens", 24)
@@ -126,7 +137,8 @@ def test_a_path_as_it_is_pasted(tmp_path, tiny_model, written):
     (["--prompt", "?", "--temperature", "-1"], "--temperature"),
     (["--prompt", "?", "--bogus"], "--bogus"),
     (["--image", "a.jpg", "b.jpg"], "--prompt"),
-    (["--image", "-"], "--prompt"),
+    (["--image", "-"], "--prompt"), (["--together", "--prompt", "?"], "--together is about"),
+    (["--image", str(PHOTO), str(PHOTO), "--together", "--prompt", "<image>?"], "found 1 for 2"),
 ])
 def test_what_cannot_be_is_one_line(args, message):
     with pytest.raises((ValueError, OSError), match=message) as error:

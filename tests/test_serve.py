@@ -196,6 +196,24 @@ def test_two_turns_about_a_picture_run_the_tower_once(server, tiny_model, tiny_t
     assert second == "".join(piece for (piece,) in alone)
 
 
+def test_several_pictures_stay_where_they_were_sent(server, tiny_model, tiny_tokenizer):
+    """Two in one question and another in the next: each in its place, and a picture that is repeated only once."""
+    tall, wide = GOLDEN / "images/tall.png", GOLDEN / "images/wide.png"
+    both = user("Which is older?", PHOTO)
+    both["content"].append(user("", tall)["content"][0])
+    chat = [both, said("The first."), user("And this?", wide), said("No."), user("Why?", PHOTO)]
+    turns = [["", "\nWhich is older?\n", ""], "The first.", ["", "\nAnd this?"], "No.", "Why?"]
+    alone = answer(Session(tiny_model), tiny_tokenizer, [turns], [[PHOTO, tall, wide]], max_new_tokens=16)
+    assert text_of(server, chat) == "".join(piece for (piece,) in alone)
+
+
+def test_more_pictures_than_positions_are_refused_before_they_are_decoded(server, monkeypatch):
+    monkeypatch.setattr("serve.server.open_image", None)
+    pictures = [{"type": "image_url", "image_url": data_url(bytes([i % 256, i // 256]))} for i in range(600)]
+    status, reply = ask(server, [{"role": "user", "content": pictures}])
+    assert status == 400 and "600 pictures, expected at most" in reply["error"]["message"]
+
+
 def test_sixteen_clients_at_once_get_what_they_get_alone(server):
     chats = [[user(f"What is number {i}?", PHOTO if i % 2 else None)] for i in range(16)]
     alone = [text_of(server, chat, max_tokens=8 + i % 3) for i, chat in enumerate(chats)]
@@ -303,7 +321,7 @@ def test_the_thread_that_answers_makes_the_models_gpu_the_current_one_first(monk
     ({"messages": [user("a"), said("b")] * 501 + [user("c")]}, "messages"),
     ({"messages": [user("  ")]}, "messages"), ({"messages": [user("a" * 32_001)]}, "messages"),
     ({"messages": [user("a" * 20_000), said("b" * 20_000), user("c")]}, "messages"),
-    ({"messages": [user("x", PHOTO), said("y"), user("z", GOLDEN / "images/tall.png")]}, "messages"),
+    ({"messages": [user("x"), {"role": "assistant", "content": user("y", PHOTO)["content"]}, user("z")]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
      "messages[0].content[0]"),
     ({"messages": [user("x", b"no picture")]}, "messages"), ({"messages": [{}]}, "messages[0].content"),

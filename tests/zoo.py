@@ -62,10 +62,13 @@ LONE = json.loads('"\\ud800"')
 BAD_RECORDS = {
     "not a conversation": [1, "x", None, [], {"id": "a"}, {"conversations": "x"}, {"conversations": [1]},
                            {"conversations": [{"from": "human"}]},
+                           {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
                            {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}]}],
-    "no answer": [talk(), talk("a question"), talk("a", "b", "c"), {"conversations": [{"from": "gpt", "value": "hi"}]}],
+    "no answer": [talk(), talk("a question"), talk("a", "b", "c"), {"conversations": [{"from": "gpt", "value": "hi"}]},
+                  {"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]}],
     "wrong speaker": [{"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
-                      {"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}]},
+                      {"conversations": [{"from": "human", "value": "a"}, {"from": "system", "value": "b"}]},
+                      {"messages": [{"role": "tool", "content": "a"}, {"role": "user", "content": "b"}]},
                       {"conversations": [{"value": "a"}, {"value": "b"}]}],
     "broken unicode": [talk("a" + LONE, "b"), talk("a", LONE), talk("a", "b", "c" + LONE, "d")],
 }
@@ -75,7 +78,7 @@ def zoo(images: Path) -> dict[str, tuple[str, dict | list]]:
     """Name -> (what the check calls it, record)."""
     pictures = {
         "image unreadable": ["truncated.jpg", "empty.jpg", "page.jpg", "program.jpg", "folder.jpg", "bomb.png"],
-        "image too large": ["strip.png"], "image missing": ["absent.jpg"], "image name": ["", ["a.jpg", "b.jpg"]],
+        "image too large": ["strip.png"], "image missing": ["absent.jpg"], "image name": ["", ["a.jpg", 3]], "image places": [["a.jpg", "b.jpg"]],
         "image outside the folder": ["/etc/passwd", "../../x.jpg", "a/../../b.jpg", "C:\\x.jpg", "a\0b", "link.jpg"],
         "image is an address": ["http://127.0.0.1/x.jpg", "file:///etc/passwd", "data:image/png;base64,xx"]}
     found = {f"image {name!r}": (kind, talk(f"{IMAGE}\nq", "a", id=f"zoo {name}", image=name))

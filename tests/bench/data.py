@@ -2,6 +2,7 @@
 
     $ python -m tests.bench.data                            # pixels, tokens, schedule: about a minute on one core
     $ python -m tests.bench.data --records 665298           # and the check and the index on that many synthetic records
+    $ python -m tests.bench.data --members 558128           # only the same pictures from a folder, a zip and a tar
 
 The comparisons are made in the same process, alternating, in CPU seconds of one thread. What needs transformers, or
 Phi-2's tokenizer, is left out where they are not there.
@@ -14,11 +15,14 @@ import platform
 import random
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +32,8 @@ from tokenizers import Tokenizer
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, Dataset, ImageConfig, Index, Loader, Sample, encode, load_image,
                   load_tokenizer)
+from lib.archives import Pictures
+from lib.device import peak_memory
 from lib.schedule import epoch_order, modality_order, split_step, step_samples
 from vision import CLIP_L_336
 
@@ -196,6 +202,7 @@ def bench_resume() -> None:
     class NoReading(Dataset):
         def __init__(self, index: Index):
             self.index, self.checksum, self.cache_dir, self.on_bad_sample = index, "", None, "stop"
+            self.image_dir, self.follow_links = [], False
             self.image_config = ImageConfig.of(CLIP_L_336, "pad")
             self.tok = load_tokenizer(ROOT / "tests/golden/tiny-llava-phi")
 
@@ -241,6 +248,60 @@ def bench_records(n: int, tokenizer: Path) -> None:
             print(f"index {how}, and the first micro-batches of step 5000: {time.perf_counter() - start:.1f} s")
 
 
+def bench_archives(n: int) -> None:
+    """Pictures a second from a folder, a zip and a tar; time and memory of the index of archives of n members.
+
+    Only the first 200 members are pictures, which all three hold; the others are empty, since the index reads no data.
+    """
+    photos = [f"00000/{i:09}.jpg" for i in range(200)]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        writer = Process(target=write_archives, args=(root, photos, n))     # whose memory is not ours
+        writer.start()
+        writer.join()
+        places = {}
+        for name in ("x", "x.zip", "x.tar"):
+            before, start = peak_memory("cpu"), time.process_time()
+            places[name] = Pictures([root / name], cache_dir=root / "out")
+            seconds = time.process_time() - start
+            grown = (peak_memory("cpu") - before) / 1e6
+            start = time.process_time()
+            Pictures([root / name], cache_dir=root / "out")
+            print(f"{name}, {n:,} members: ready after {seconds:.1f} CPU s, peak memory {grown:+.0f} MB; from the "
+                  f"cache after {time.process_time() - start:.2f} s")
+        config = ImageConfig.of(CLIP_L_336, "pad")
+        opened = medians({name: partial(open_all, place, photos) for name, place in places.items()})
+        loaded = medians({name: partial(open_all, place, photos[:20], config) for name, place in places.items()})
+        for name in places:
+            print(f"{name}: opened and read {opened[name] / len(photos) * 1e6:.0f} us a picture; to pixels "
+                  f"{20 / loaded[name]:.0f}/s")
+
+
+def write_archives(root: Path, photos: list[str], n: int) -> None:
+    picture = jpeg(640, 480)
+    with zipfile.ZipFile(root / "x.zip", "w") as archive, tarfile.open(root / "x.tar", "w") as tape:
+        for i in range(n):
+            name, content = f"{i // 1000:05}/{i:09}.jpg", picture if i < len(photos) else b""
+            archive.writestr(name, content)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tape.addfile(member, io.BytesIO(content))
+            tape.members = []                               # tarfile would keep them all
+    for name in photos:
+        (root / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "x" / name).write_bytes(picture)
+
+
+def open_all(place: Pictures, names: list[str], config: ImageConfig | None = None) -> None:
+    """Read the pictures' bytes, or with a config, their pixels."""
+    for name in names:
+        file = place.open(name)
+        if config:
+            load_image(file, config)
+        else:
+            file.read_bytes() if isinstance(file, Path) else file.read()
+
+
 def memory_of(pid: int) -> float:
     """MB of a process and its children, shared pages counted once."""
     try:
@@ -256,11 +317,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "checkpoints/phi-2", help="Phi-2's")
     parser.add_argument("--records", type=int, default=0, help="synthetic records to run the check on")
+    parser.add_argument("--members", type=int, default=0, help="members of the archives to read, and nothing else")
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = ("transformers", "tokenizers", "pillow", "torch")
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version_of(name)}" for name in names)
           + f", {os.cpu_count()} cores, one used")
+    if args.members:
+        bench_archives(args.members)
+        return
     bench_pixels()
     if args.tokenizer.exists():
         bench_tokens(args.tokenizer)

@@ -1,0 +1,91 @@
+"""Opening picture files of unknown origin: their size is checked, then they are decoded, turned upright and made RGB."""
+import warnings
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from lib.common import visible_name
+
+MAX_PIXELS = 89_478_485             # Pillow's own limit, but checked before decoding: 268 MB as RGB
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")             # JPEG includes the MPO files of phones
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}                      # EXIF orientation -> what makes the picture upright
+warnings.filterwarnings("ignore", module="PIL")             # about odd EXIF data and the like in images that open fine
+# Pillow refuses a PNG with a text or color profile of more than 1 MB, whose pixels may be fine. This is its limit for
+# all texts of a file together, which still stops a bomb.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, decode: bool = True) -> Image.Image:
+    """Open as upright RGB. Alpha is dropped and only the first frame of an animation is read, as in LLaVA.
+
+    Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
+    """
+    is_path = isinstance(source, (str, Path))
+    name = visible_name(str(source) if is_path else getattr(source, "name", "the given picture"))
+    if is_path and "://" in name:
+        raise ValueError(f"image is an address: {name}; download it and give the file")
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
+        w, h = image.size
+        pixels = largest_pixels(w, h, size, mode)
+        if decode and pixels <= MAX_PIXELS:
+            image.load()
+            image = to_8_bits(upright(image)).convert("RGB")
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"image missing: {name}") from e
+    except UnidentifiedImageError:
+        raise ValueError(f"image unreadable: {name}: not a {', '.join(FORMATS)} file, or cut short") from None
+    except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
+        raise ValueError(f"image unreadable: {name}: {e}") from e
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to "
+                         f"{size} x {size} (mode {mode}), more than {MAX_PIXELS:,}")
+    return image
+
+
+def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
+    """Pixels of the largest intermediate image.
+
+    A strip of a million pixels by one is a small file, but padded to a square, or with its shortest edge resized to
+    `size`, it would exhaust any memory.
+    """
+    if mode == "pad":
+        return max(w, h) ** 2
+    if mode == "squash":
+        return w * h
+    resized = (size * w // min(w, h)) * (size * h // min(w, h))
+    return max(w * h, resized)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a photo as its EXIF data says. Phones store most photos on their side; annotators saw them upright.
+
+    Only the orientation is read. ImageOps.exif_transpose also writes the other tags anew, and fails on odd ones.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:               # broken EXIF data in a good image
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale a 16-bit or floating-point picture to 0..255. Pillow would clip it there, which makes most of it white.
+
+    Pillow's other deep modes do not say what their white is. It is 1 (if floating-point), 255 or 65,535, whichever is
+    the first that no value exceeds, else the largest value.
+    """
+    if image.mode[0] not in "IF":
+        return image
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    largest = float(values.max())
+    if image.mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        white = next((white for white in whites if largest <= white), largest)
+    return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
