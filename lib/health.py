@@ -3,8 +3,12 @@
 Each check is a function that returns a sentence, or "" where nothing is wrong. A warning never ends a run.
 """
 import math
+import socket
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from data import Batch, Dataset, Step
 from lib.device import to_device
 from lib.folders import Weights, projector_warning
-from lib.processes import synchronized_steps
+from lib.processes import on_every_process, print0, synchronized_steps
 
 # ---------------------------------------------------------------------------------------------------
 # Held-out losses, of the same samples seen in several ways
@@ -202,3 +206,82 @@ def rise(losses: Sequence[float], warmup: int) -> str:
         return ""
     return (f"the loss began at {start:.2f} and has been above {min(last):.2f} for five steps: the rate is too high; "
             "try a tenth of it")
+
+# ---------------------------------------------------------------------------------------------------
+# Silent corruption: a GPU that computes something else the second time
+
+CORRUPTED = 3               # exit code
+
+
+class Corrupted(Exception):
+    """The same computation gave two results."""
+
+
+class Recheck:
+    """--recheck-every N: in every N-th step the first micro-batch is computed twice, with the same gradients both times.
+
+    They are compared bit for bit, by a checksum in which no flipped bit cancels out, and before the processes add them
+    up: afterwards a wrong bit is everywhere, and nobody knows where it came from. The hooks sit on FSDP's unsharded
+    parameters, which stay the same objects for the whole run.
+    """
+
+    def __init__(self, model: nn.Module, every: int, device: torch.device):
+        self.every = every
+        self.device = device
+        self.is_trial = device.type == "cuda"           # the first check finds out which kernels are deterministic
+        self.unsteady: set[str] = set()                 # gradients that are not, and are left out
+        self.passes: list[dict[str, Tensor]] = []
+        self.watches = False
+        for unit in model.modules():
+            if every and isinstance(unit, FSDPModule):
+                unit.unshard()
+                for name, p in model.named_parameters():
+                    if p.requires_grad and not isinstance(p, DTensor):
+                        p.register_post_accumulate_grad_hook(partial(self.note, name))
+                unit.reshard()
+
+    def is_due(self, step: int) -> bool:
+        return bool(self.every) and (self.is_trial or (step + 1) % self.every == 0)
+
+    def note(self, name: str, p: Tensor) -> None:
+        if self.watches:
+            self.passes[-1][name] = checksum_of_bits(p.grad)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self.passes.append({})
+        self.watches = True
+        yield
+        self.watches = False
+
+    def compare(self) -> None:
+        """Corrupted, on every process, if the two passes of any of them differ."""
+        one, two = [dict(zip(sums, torch.stack([*sums.values()]).tolist())) for sums in self.passes]
+        self.passes.clear()
+        found = on_every_process(lambda: ([name for name in one | two if one.get(name) != two.get(name)],
+                                          f"process {dist.get_rank()} on {socket.gethostname()}, {self.device}"))
+        if self.is_trial:
+            self.is_trial = False
+            times = Counter(name for names, _ in found for name in names)
+            self.unsteady = {name for name, n in times.items() if 2 * n > len(found)}
+            if self.unsteady:
+                print0(f"--recheck-every leaves out {len(self.unsteady)} of {len(one)} gradients, which the kernels of "
+                       f"{torch.cuda.get_device_name(self.device)} do not compute twice alike: "
+                       f"{', '.join(sorted(self.unsteady)[:5])}")
+        for names, where in found:
+            for name in names:
+                if name not in self.unsteady:
+                    raise Corrupted(f"{where}: the gradient of {name} was not the same when it was computed again, so the "
+                                    "hardware cannot be trusted. Nothing was saved since; take that device out and run "
+                                    "the same command, which goes on from the newest checkpoint")
+
+
+def checksum_of_bits(x: Tensor, chunk: int = 1 << 22) -> Tensor:
+    """A 64-bit sum over the bits of a tensor, each element weighted by an odd number of its own."""
+    bits = x.detach().reshape(-1).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for start in range(0, len(bits), chunk):
+        part = bits[start:start + chunk]
+        weights = torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=x.device)
+        total += (part * weights).sum()
+    return total

@@ -1,5 +1,6 @@
 """Training metrics: metrics.jsonl, and a progress line for each step."""
 import json
+import math
 import time
 from pathlib import Path
 
@@ -29,9 +30,10 @@ class Metrics:
         self.steps = 0                          # taken by this process since start_clock
         on_process_0(lambda: forget_later_steps(self.path, done, again))
         on_process_0(lambda: forget_later_steps(self.skipped_path, done))
-        rows = read_jsonl(self.path) if self.path.exists() and dist.get_rank() == 0 else []
+        rows = on_process_0(lambda: read_jsonl(self.path) if self.path.exists() else [])
         self.losses = [row["loss"] for row in rows if "loss" in row and not row.get("skipped")]
         self.has_risen = False                  # which is said once
+        self.val_losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
 
     def start_clock(self) -> None:
         self.began = self.step_began = time.perf_counter()
@@ -78,6 +80,22 @@ class Metrics:
         if skipped:
             self.add({"step": step.step, "sample_ids": step.sample_ids}, self.skipped_path)
         return record
+
+    def add_validation(self, step: int, record: dict) -> bool:
+        """Write a validation's record -> whether its loss is the lowest so far."""
+        lowest = math.isfinite(record["val_loss"]) and not any(loss <= record["val_loss"] for _, loss in self.val_losses)
+        self.val_losses.append((step, record["val_loss"]))
+        self.add({"step": step, **record})
+        return lowest
+
+    def out_of_patience(self, patience: int) -> str:
+        """A sentence if as many validations in a row were not better than one before them; else ""."""
+        losses = [loss if math.isfinite(loss) else math.inf for _, loss in self.val_losses]
+        best = losses.index(min(losses)) if losses else 0
+        if not patience or len(losses) - 1 - best < patience:
+            return ""
+        return (f"the validation loss was lowest after step {self.val_losses[best][0]}, {losses[best]:.4f}, and not in the "
+                f"{patience} validations since: the run ends")
 
     def rise(self, warmup: int) -> str:
         """What lib/health.py says about a loss that has risen, the first time that it does."""

@@ -11,12 +11,13 @@ Curve = list[tuple[int, float]]                 # (steps done, value)
 
 # Title of the vertical axis, height, curves: field of metrics.jsonl -> name in the legend. The last one lies on top.
 PANELS = [
-    ("loss per token (nats)", 190, {"loss": "training loss", "val_loss": "validation loss"}),
+    ("loss per token (nats)", 190, {"loss": "training loss", "val_loss_blank": "blank pictures",
+                                    "val_loss": "validation loss"}),
     ("gradient norm", 90, {"grad_norm": "gradient norm"}),
     ("learning rate", 90, {"lr": "learning rate"}),
 ]
 NOISY = ("loss", "grad_norm")                   # a thin line for every step, a thick one for the running mean
-DOTTED = ("val_loss",)                          # measured at some steps only
+DOTTED = ("val_loss", "val_loss_blank")                          # measured at some steps only
 LEFT, RIGHT, TOP, GAP = 66, 444, 36, 18         # ends of the steps' axis, upper edge of the first panel, space between
 CURVE_NOTE = ("Thin lines: every step; thick ones: their running mean over a fiftieth of the run. "
         "A triangle marks a value above the scale.")

@@ -204,6 +204,12 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
+    add("--keep-best", action=on_or_off, default=False, help="also write the model with the lowest validation loss so "
+        "far, to out/best")
+    add("--patience", type=at_least(0), default=0, help="validations without a lower loss after which the run ends; 0: "
+        "never")
+    add("--recheck-every", type=at_least(0), default=0, help="steps between checks for a device that computes nonsense: a "
+        "micro-batch is computed twice, and another gradient ends the run, with exit code 3; 0: never")
     add("--save-minutes", type=at_least(0.0), default=30.0, help="minutes between checkpoints; 0: by --save-every only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: by --save-minutes only")
     add("--keep", type=at_least(1), default=2, help="number of checkpoints to keep")
@@ -230,6 +236,9 @@ def check_together(cfg: Namespace) -> None:
                              "new model is made from --llm and --vision")
     if cfg.projector and (cfg.model or not cfg.vision):
         raise ValueError(f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already")
+    if (cfg.keep_best or cfg.patience) and not cfg.val_data or cfg.patience and not cfg.val_every:
+        raise ValueError("--keep-best and --patience go by the validation loss: give --val-data, and --val-every for "
+                         "how often")
     if cfg.compile and cfg.recompute == "selective":
         raise ValueError("--compile already does what --recompute selective would; give --recompute none or full")
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):

@@ -3,20 +3,26 @@
 The runs are those of the demo, on its committed bases, a few steps long.
 """
 import math
+import os
 import random
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, metrics
+from helpers import ROOT, contents, metrics, run_script, same, train_flags
 from PIL import Image
-from training import train_here
+from training import assert_same_run, train_here
 
 import data
+import train
 from demo.shapes import SIZE, write_data
-from lib.health import error_of_difference, loss_of_counting, rise
+from lib.checkpoint import check_files, read_manifest
+from lib.health import CORRUPTED, HeldOut, checksum_of_bits, error_of_difference, loss_of_counting, rise
+from lib.recipes import parse
+from load_weights import load_model
 from model import LLaVAPhi
 
 
@@ -136,3 +142,140 @@ def test_counting_tokens_costs_what_coding_them_one_by_one_does():
         nats -= math.log(seen[token] / sum(seen))
         seen[token] += 1
     assert loss_of_counting(torch.bincount(torch.tensor(tokens), minlength=8)) == pytest.approx(nats / 50)
+
+# ---------------------------------------------------------------------------------------------------
+# The best model so far
+
+
+@pytest.fixture
+def fake_losses(monkeypatch):
+    """fake_losses([...]): what the validations of a run measure. -> the projector's weights at each."""
+    def fake(losses: list[float]) -> list[torch.Tensor]:
+        weights, left = [], iter(losses)
+
+        def validate(model, *args):
+            weights.append(model.projector.fc.weight.full_tensor().detach().clone())
+            return HeldOut([next(left)], math.nan, math.inf)
+        monkeypatch.setattr(train, "validate", validate)
+        return weights
+    return fake
+
+
+BEST = ["--val-every", "1", "--max-steps", "5", "--save-every", "1", "--keep-best"]
+
+
+def test_the_best_model_is_kept_whole_and_resuming_knows_it(chat_json, tmp_path, fake_losses):
+    """The lowest of 3.0 (before training), 2.0, 2.5, nan, 2.2, 2.1 is the one after step 1; then 1.9 is lower."""
+    more = [*BEST, "--val-data", str(chat_json)]
+    weights = fake_losses([3.0, 2.0, 2.5, math.nan])
+    train_here(train_flags(tmp_path / "out", chat_json, *more), stop_after=3)
+    best = load_model(tmp_path / "out" / "best")
+    assert torch.equal(best.projector.fc.weight, weights[1]) and not torch.equal(weights[1], weights[2])
+    before = contents(tmp_path / "out" / "best")
+    assert "tokenizer.json" in before and not any("exp_avg" in name or "step_" in name for name in before)
+    weights = fake_losses([2.2, 1.9])
+    train_here(train_flags(tmp_path / "out", chat_json, *more))
+    best = load_model(tmp_path / "out" / "best")
+    assert torch.equal(best.projector.fc.weight, weights[1]) and same(best, load_model(tmp_path / "out"))
+    fake_losses([3.0, 3.5, 4.0, 4.0, 4.0, 4.0])
+    train_here(train_flags(tmp_path / "out", chat_json, *more, "--resume", "never"))
+    assert not (tmp_path / "out" / "best").exists()             # the one of the run before is gone
+
+
+def test_a_run_ends_when_its_patience_does(chat_json, tmp_path, fake_losses, capsys):
+    more = [*BEST, "--val-data", str(chat_json), "--max-steps", "9", "--patience", "2"]
+    fake_losses([3.0, 2.0, 2.5])
+    train_here(train_flags(tmp_path / "out", chat_json, *more), stop_after=2)
+    fake_losses([2.1, 1.0])
+    train_here(train_flags(tmp_path / "out", chat_json, *more))
+    assert [row["step"] for row in metrics(tmp_path / "out") if "val_loss" in row] == [0, 1, 2, 3]
+    assert "lowest after step 1, 2.0000, and not in the 2 validations since" in capsys.readouterr().out
+    assert not same(load_model(tmp_path / "out"), load_model(tmp_path / "out" / "best"))
+    train_here(train_flags(tmp_path / "out", chat_json, *more))
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_the_best_model_and_not_the_run(chat_json, tmp_path, fake_losses, monkeypatch, capsys):
+    fake_losses([3.0, 2.0, 1.0])
+    real = train.save_model
+
+    def full(out, *args):
+        if "best" in out.name:
+            raise OSError(28, "No space left on device")
+        real(out, *args)
+    monkeypatch.setattr(train, "save_model", full)
+    train_here(train_flags(tmp_path / "out", chat_json, *BEST, "--val-data", str(chat_json), "--max-steps", "2"))
+    assert "the best model so far was not written" in capsys.readouterr().out
+    assert load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [["--keep-best"], ["--patience", "2", "--val-data", "x.json"], ["--patience", "1"]])
+def test_the_best_is_refused_without_validations(flags):
+    with pytest.raises(ValueError, match="go by the validation loss"):
+        parse(["--stage", "finetune", *flags])
+
+# ---------------------------------------------------------------------------------------------------
+# Silent corruption
+
+FAULTY = """
+import sys, os
+sys.path[:0] = ["tests"]
+import torch, train
+from lib.common import parse_or_exit, run_command
+from lib.recipes import parse
+calls = []
+
+def flip_a_bit(module, args, out):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == int(sys.argv[1]):
+        out = out.clone()
+        out.detach().view(torch.int32)[3, 5] ^= 1 << 9
+    return out
+real = train.build
+
+def build(*args):
+    model = real(*args)
+    model.llm.h[0].mlp.fc.register_forward_hook(flip_a_bit)
+    return model
+train.build = build
+code = run_command(train.main, parse(sys.argv[2:]))
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+@pytest.mark.parametrize("gather", ["on", pytest.param("off", marks=pytest.mark.slow)])
+def test_a_flipped_bit_on_one_of_two_processes_ends_the_run_at_that_step(gather, chat_json, tmp_path):
+    """One bit of one activation, in the third step, whose micro-batch is computed twice. The checkpoint is intact."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    flags = train_flags(tmp_path / "out", chat_json, "--recheck-every", "1", "--save-every", "1", "--max-steps", "5",
+                        "--recompute", "none", "--gather", gather)
+    done = run_script(tmp_path / "faulty.py", 6, *flags, processes=2, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and f"exitcode  : {CORRUPTED} " in done.stderr, done.stderr
+    assert re.search(r"process 1 on \S+, cpu: the gradient of llm\.\S+ was not the same", done.stderr), done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000001", "step_000002"]
+    assert len(metrics(tmp_path / "out")) == 2
+    for path in (tmp_path / "out").glob("step_*"):
+        check_files(path, read_manifest(path))
+    train_here([*flags, "--recheck-every", "2"])
+    assert len(metrics(tmp_path / "out")) == 5
+
+
+def test_computing_twice_changes_nothing(chat_json, tmp_path):
+    more = ["--max-steps", "4", "--dropout", "0.1", "--global-batch", "12", "--gather", "on", "--dtype", "bf16"]
+    train_here(train_flags(tmp_path / "calm", chat_json, *more))
+    train_here(train_flags(tmp_path / "twice", chat_json, *more, "--recheck-every", "2"))
+    assert_same_run(tmp_path / "calm", tmp_path / "twice")
+
+
+def test_no_flipped_bit_escapes_the_checksum():
+    generator = torch.Generator().manual_seed(0)
+    for dtype, kind, bits in ((torch.float32, torch.int32, 32), (torch.bfloat16, torch.int16, 16)):
+        x = torch.randn(7, 11, generator=generator).to(dtype)
+        right = checksum_of_bits(x, chunk=20)
+        assert right == checksum_of_bits(x) != checksum_of_bits(x.flip(0))
+        for i in range(x.numel()):
+            for bit in range(bits):
+                wrong = x.clone()
+                wrong.view(-1).view(kind)[i] ^= (1 << bit) if bit < bits - 1 else -(1 << bit)
+                assert checksum_of_bits(wrong, chunk=20) != right
