@@ -451,6 +451,7 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
           signals: list[int], device: torch.device) -> bool:
     """Train from state.step on -> True if the run is over, False if stopped early, with a checkpoint."""
     metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device, again=state.step == steps)
+    metrics.start_tracker(cfg.track, state.settings)
     warmup = math.ceil(cfg.warmup * steps)
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     recheck = Recheck(state.model, cfg.recheck_every, device)
@@ -484,14 +485,17 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
             measure_held_out(state, cfg, source, held_out, steps, metrics, device)
             if reason := metrics.out_of_patience(cfg.patience):
                 print0(reason)
+                metrics.close_tracker()
                 return True
         if stop:
             print0(f"saved {save_checkpoint(state)}")
+            metrics.close_tracker()
             return False
         if save_is_due(state):
             try_to_save(state)
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
     measure_held_out(state, cfg, source, held_out, steps, metrics, device)
+    metrics.close_tracker()
     return True
 
 
@@ -548,7 +552,7 @@ def save_final(cfg: Namespace, source: Weights, model: LLaVAPhi, out: Path) -> N
 def main(args: Namespace) -> int | None:
     if args.plot:
         from lib.plot import plot               # imported here because training needs none of it
-        plot(args.plot, Path(args.plot_to or args.plot[0] / "loss.html"))
+        plot(args.plot, Path(args.plot_to or args.plot[0] / "loss.html"), args.against)
         return
     if args.plan:
         # Planning needs no downloads: without the folders it assumes the published model's sizes and data.

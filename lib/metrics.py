@@ -2,7 +2,10 @@
 import json
 import math
 import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +31,7 @@ class Metrics:
         self.parts = parts
         self.device = device
         self.steps = 0                          # taken by this process since start_clock
+        self.tracker: Tracker | None = None
         on_process_0(lambda: forget_later_steps(self.path, done, again))
         on_process_0(lambda: forget_later_steps(self.skipped_path, done))
         rows = on_process_0(lambda: read_jsonl(self.path) if self.path.exists() else [])
@@ -50,6 +54,26 @@ class Metrics:
                 append_line(path or self.path, record)
             except OSError as e:
                 warn_once(f"{path or self.path} lacks lines ({e}); training goes on")
+            if path is None and self.tracker:
+                self.try_tracking(self.tracker.send, record)
+
+    def start_tracker(self, name: str | None, settings: dict) -> None:
+        """--track: process 0 sends every row to a tracker, too."""
+        if name and dist.get_rank() == 0:
+            self.tracker = self.try_tracking(open_tracker, name, self.path.parent, settings)
+
+    def close_tracker(self) -> None:
+        if self.tracker:
+            self.try_tracking(self.tracker.close)
+
+    def try_tracking(self, work: Callable, *args):
+        """Whatever fails in a tracker (a network, a disk, an account) ends the tracking and never the run."""
+        try:
+            return work(*args)
+        except Exception as e:
+            self.tracker = None
+            warn_once(f"nothing more is tracked ({type(e).__name__}: {str(e)[:200]}); training goes on, and metrics.jsonl "
+                      "has all of it")
 
     def add_step(self, step: Step, data: Dataset, config: LLaVAConfig, n_supervised: int, loss: float, norm: float,
                  lr: float, skipped: bool) -> dict:
@@ -123,6 +147,29 @@ def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
         except (ValueError, TypeError, KeyError):
             warn_once(f"{path} has broken lines, which are dropped")
     write_whole(path, "".join(kept))
+
+
+class Tracker(NamedTuple):
+    send: Callable[[dict], object]              # a row of metrics.jsonl
+    close: Callable[[], object]
+
+
+def open_tracker(name: str, out: Path, settings: dict) -> Tracker:
+    """TensorBoard, or wandb or trackio, which share an interface. None of them is a package of this project."""
+    if name == "tensorboard":
+        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
+
+        def send(row: dict) -> None:
+            for field, value in numbers_of(row).items():
+                writer.add_scalar(field, value, row["step"])
+            writer.flush()
+        return Tracker(send, writer.close)
+    run = import_module(name).init(project="llava-phi", name=out.name, config=settings)
+    return Tracker(lambda row: run.log(numbers_of(row) | {"step": row["step"]}), run.finish)
+
+
+def numbers_of(row: dict) -> dict[str, float]:
+    return {field: float(value) for field, value in row.items() if field != "step" and value is not None}
 
 
 def progress_line(r: dict, steps: int, seconds_left: float) -> str:

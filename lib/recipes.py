@@ -89,7 +89,7 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-INSTEAD_OF_TRAINING = ("plot", "plot_to", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
+INSTEAD_OF_TRAINING = ("plot", "plot_to", "against", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -118,6 +118,8 @@ def parse(argv: list[str] | None) -> Namespace:
     cfg = parser.parse_args(argv)
     if cfg.plot_to and not cfg.plot:
         parser.error(f"--plot-to {cfg.plot_to} needs --plot, with the --out folders of runs")
+    if cfg.against and not cfg.plot:
+        parser.error(f"--against {cfg.against} needs --plot, with the --out folders of runs")
     check_together(cfg)
     return cfg
 
@@ -204,6 +206,8 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
+    add("--track", choices=("tensorboard", "wandb", "trackio"), default=None, help="send the rows of metrics.jsonl to this "
+        "tracker, too, which you have installed")
     add("--keep-best", action=on_or_off, default=False, help="also write the model with the lowest validation loss so "
         "far, to out/best")
     add("--patience", type=at_least(0), default=0, help="validations without a lower loss after which the run ends; 0: "
@@ -218,6 +222,8 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("instead of training").add_argument
     add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the curves of these runs: loss, gradient norm, rate")
     add("--plot-to", default="", metavar="FILE", help="page to draw them into; default: loss.html in the first of them")
+    add("--against", type=Path, metavar="OUT", help="with --plot: hold the runs against this one, the --out folder or the "
+        "metrics.jsonl of a run that went well")
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")

@@ -2,12 +2,15 @@
 
 The runs are those of the demo, on its committed bases, a few steps long.
 """
+import json
 import math
 import os
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ import train
 from demo.shapes import SIZE, write_data
 from lib.checkpoint import check_files, read_manifest
 from lib.health import CORRUPTED, HeldOut, checksum_of_bits, error_of_difference, loss_of_counting, rise
+from lib.plot import verdict
 from lib.recipes import parse
 from load_weights import load_model
 from model import LLaVAPhi
@@ -222,6 +226,7 @@ import sys, os
 sys.path[:0] = ["tests"]
 import torch, train
 from lib.common import parse_or_exit, run_command
+from lib.plot import verdict
 from lib.recipes import parse
 calls = []
 
@@ -279,3 +284,89 @@ def test_no_flipped_bit_escapes_the_checksum():
                 wrong = x.clone()
                 wrong.view(-1).view(kind)[i] ^= (1 << bit) if bit < bits - 1 else -(1 << bit)
                 assert checksum_of_bits(wrong, chunk=20) != right
+
+# ---------------------------------------------------------------------------------------------------
+# Trackers
+
+
+class Recorder:
+    """A tracker with wandb's and trackio's interface, which may fail after some rows."""
+    def __init__(self, fails_after: int = 99):
+        self.rows, self.ended, self.fails_after = [], 0, fails_after
+
+    def init(self, **options):
+        self.options = options
+        return self
+
+    def log(self, row):
+        if len(self.rows) >= self.fails_after:
+            raise ConnectionError("no network")
+        self.rows.append(row)
+
+    def finish(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_the_rows_of_the_metrics(name, chat_json, tmp_path, monkeypatch):
+    tracker = Recorder()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    more = ["--track", name, "--max-steps", "2", "--val-data", str(chat_json)]
+    train_here(train_flags(tmp_path / "out", chat_json, *more))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert tracker.rows == [{k: v for k, v in row.items() if v is not None} for row in rows] and tracker.ended == 1
+    assert tracker.options["name"] == "out" and tracker.options["config"]["lr"] == 1e-3
+
+
+def test_tensorboard_gets_them_too(chat_json, tmp_path, monkeypatch):
+    seen = []
+    writer = SimpleNamespace(add_scalar=lambda *row: seen.append(row), flush=lambda: None, close=lambda: seen.append("end"))
+    fake = SimpleNamespace(SummaryWriter=lambda folder: seen.append(folder) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    train_here(train_flags(tmp_path / "out", chat_json, "--track", "tensorboard", "--max-steps", "1"))
+    assert seen[0] == str(tmp_path / "out" / "tensorboard") and seen[-1] == "end"
+    assert ("loss", metrics(tmp_path / "out")[0]["loss"], 0) in seen
+
+
+@pytest.mark.parametrize("tracker, words", [(None, "ModuleNotFoundError"), (Recorder(1), "ConnectionError: no network")])
+def test_a_tracker_that_fails_or_is_missing_does_not_end_the_run(tracker, words, chat_json, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("lib.common.WARNED", set())
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    train_here(train_flags(tmp_path / "out", chat_json, "--track", "wandb", "--max-steps", "3"))
+    assert f"nothing more is tracked ({words}" in capfd.readouterr().err and len(metrics(tmp_path / "out")) == 3
+
+# ---------------------------------------------------------------------------------------------------
+# Against the curve of a run that went well
+
+
+def curve(losses) -> list[tuple[int, float]]:
+    return [*enumerate(losses, 1)]
+
+
+def test_a_run_is_held_against_another_in_words():
+    rng = np.random.default_rng(0)
+    falling = 1 + 2 * np.exp(-np.arange(400) / 60)
+    reference, same_recipe = (curve(falling + 0.1 * rng.standard_normal(400)) for _ in range(2))
+    assert verdict(same_recipe, reference) == "inside the reference's band at step 400"
+    assert verdict(same_recipe[:100], reference) == "inside the reference's band at step 100"
+    worse = curve(np.where(np.arange(400) < 150, falling, falling + 0.5) + 0.1 * rng.standard_normal(400))
+    said = verdict(worse, reference)
+    assert said.startswith("above the reference's band from step 15") and said.endswith(" on"), said
+    assert verdict(curve(falling - 0.5), reference).startswith("below the reference's band from step")
+    assert verdict([], reference) == verdict(same_recipe, []) == "it has no step in common with the reference"
+
+
+def test_plot_draws_the_band_and_says_the_verdict(tmp_path, capsys):
+    for name, first in (("good", 2.0), ("mine", 4.0)):
+        (tmp_path / name).mkdir()
+        rows = [{"step": i, "loss": first - i / 50, "grad_norm": 1.0, "lr": 1e-3} for i in range(60)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for against in (tmp_path / "good", tmp_path / "good" / "metrics.jsonl"):
+        train.main(parse(["--plot", str(tmp_path / "mine"), "--against", str(against)]))
+        assert f"{tmp_path / 'mine'}: above the reference's band from step 1 on" in capsys.readouterr().out
+    page = (tmp_path / "mine" / "loss.html").read_text()
+    assert page.count('<polygon class="band"') == 1 and "above the reference" in page
+    with pytest.raises(ValueError, match="--against x needs --plot"):
+        parse(["--against", "x"])
+    with pytest.raises(FileNotFoundError, match="nothing/metrics.jsonl: not there"):
+        train.main(parse(["--plot", str(tmp_path / "mine"), "--against", str(tmp_path / "nothing")]))
