@@ -57,7 +57,7 @@ class Metrics:
             if path is None and self.tracker:
                 self.try_tracking(self.tracker.send, record)
 
-    def start_tracker(self, name: str | None, settings: dict) -> None:
+    def start_tracker(self, name: str, settings: dict) -> None:
         """--track: process 0 sends every row to a tracker, too."""
         if name and dist.get_rank() == 0:
             self.tracker = self.try_tracking(open_tracker, name, self.path.parent, settings)

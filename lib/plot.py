@@ -33,13 +33,13 @@ svg .band { fill: currentColor; opacity: .15 }
 """
 
 
-def plot(runs: list[Path], to: Path, against: Path | None = None) -> None:
+def plot(runs: list[Path], to: Path, against: str = "") -> None:
     """Write a self-contained page with a column of curves for each of these --out folders.
 
     against: a run to hold them against, which is drawn as a band; in words, too.
     """
     columns = ""
-    reference = read_curves(against)["loss"] if against else []
+    reference = read_curves(Path(against))["loss"] if against else []
     for folder in runs:
         curves = read_curves(folder)
         columns += f"<div><h2>{html.escape(str(folder))}</h2>\n{figure(curves, reference)}\n"

@@ -206,7 +206,7 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
-    add("--track", choices=("tensorboard", "wandb", "trackio"), default=None, help="send the rows of metrics.jsonl to this "
+    add("--track", choices=("tensorboard", "wandb", "trackio"), default="", help="send the rows of metrics.jsonl to this "
         "tracker, too, which you have installed")
     add("--keep-best", action=on_or_off, default=False, help="also write the model with the lowest validation loss so "
         "far, to out/best")
@@ -222,7 +222,7 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("instead of training").add_argument
     add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the curves of these runs: loss, gradient norm, rate")
     add("--plot-to", default="", metavar="FILE", help="page to draw them into; default: loss.html in the first of them")
-    add("--against", type=Path, metavar="OUT", help="with --plot: hold the runs against this one, the --out folder or the "
+    add("--against", default="", metavar="OUT", help="with --plot: hold the runs against this one, the --out folder or the "
         "metrics.jsonl of a run that went well")
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
