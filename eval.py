@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
-                        read_json, read_jsonl, run_command, visible, write_whole)
+                        plural, read_json, read_jsonl, run_command, visible, write_whole)
 
 import numpy as np
 from tqdm import tqdm
@@ -196,7 +196,7 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
         expected = data.task.images_only
     n = sum(example.image != BLANK for example in data.examples)
     if expected and n != expected:
-        notes.append(f"{n:,} questions, the official {data.split} set has {expected:,}")
+        notes.append(f"{plural(n, 'question')}, the official {data.split} set has {expected:,}")
     return checksums, notes
 
 
@@ -213,7 +213,7 @@ def check_benchmarks(names: list[str], args: Namespace) -> None:
             problems = [str(e)]
         if problems:
             bad += 1
-        for line in problems or [f"{name}: {len(data.examples):,} questions and all their images are there"]:
+        for line in problems or [f"{name}: {plural(len(data.examples), 'question')} and all images are there"]:
             print(visible(line))
     if bad:
         raise ValueError(f"{bad} of {len(names)} tasks do not have the official data")
@@ -572,6 +572,9 @@ def answer_and_score(args: Namespace) -> None:
                 results.append(score_run(data, run, settings, args, out))
     if len(results) > 1:
         print_all(results)
+    if not args.limit and any(result["value"] is not None for result in results):
+        print(f"  scores for the model's card: python load_weights.py export --model {folder} --out DIR "
+              f"--scores {args.out or 'out/eval'}")
 
 
 def answer_missing(data: Data, model, processes, settings: dict, args: Namespace, out: Path) -> int:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from lib.common import parse_or_exit, plural, print_last, run_command, torchrun_env
-from lib.recipes import parse, recipe_note, settings
+from lib.recipes import parse, recipe_note, settings, weighted
 
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
@@ -58,7 +58,7 @@ from lib.processes import (exit_code_of_stop, explain, explain_out_of_memory, jo
                            on_every_process, on_process_0, print0, smallest, synchronized_steps, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
-from lib.schedule import run_length, steps_per_epoch
+from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -305,22 +305,26 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     return optimizer
 
 
-def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
+def open_data(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Dataset | Mixture:
     # The sizes come from the model, so that an image takes as many positions as its tower makes patches.
     # Archives are opened later, but a place that is not there should be noticed before --out is touched.
     places = [find_place(Path(place)) for place in cfg.images] if has_tower(cfg) else []
-    return Dataset(Path(path), places, load_tokenizer(folders(cfg)[0]), cfg.template,
-                   ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
+    files, weights = zip(*map(weighted, names))
+    parts = [Dataset(Path(file), places, load_tokenizer(folders(cfg)[0]), cfg.template,
+                     ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
+                     on_bad_sample=cfg.on_bad_sample, follow_links=cfg.follow_links,
+                     cache_dir=Path(cfg.out) if Path(cfg.out).is_dir() else None)             # not there: --plan
+             for file in files]
+    return parts[0] if weights == (1.0,) else Mixture(parts, weights)
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
     """Process 0 tokenizes all samples and writes their index, which the others read."""
     on_process_0(lambda: (data.pictures, data.index))
     with_picture = int((data.index.image > 0).sum())
-    problem = "" if data.index.supervised.any() else f"none of its {len(data):,} samples has anything to learn"
+    problem = "" if data.index.supervised.any() else f"nothing to learn in its {plural(len(data), 'sample')}"
     if with_picture and not has_tower(cfg):
-        problem = f"{with_picture:,} samples have an image, and --stage {cfg.stage} is for text"
+        problem = f"{plural(with_picture, 'sample')} with an image, and --stage {cfg.stage} is for text"
     if problem:
         raise ValueError(f"{data.path}: {problem}; python data.py check --data {data.path} says why")
 
@@ -345,7 +349,7 @@ def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
 
 def add_gradients(model: LLaVAPhi, batch: Batch, n_supervised: int, seed: int, last: bool,
                   device: torch.device) -> Tensor:
-    """Forward and backward of a micro-batch -> its share of the step's loss.
+    """Forward and backward of a micro-batch -> its share of the step's loss, of each file of a Mixture.
 
     With --gather on, gathered weights are kept for the next micro-batch, and gradients accumulate locally in fp32. The
     last micro-batch reduces the gradients and frees the gathered weights, which the optimizer is about to change.
@@ -353,21 +357,25 @@ def add_gradients(model: LLaVAPhi, batch: Batch, n_supervised: int, seed: int, l
     torch.manual_seed(seed)
     model.set_reshard_after_backward(last or model.gather == "off")
     model.set_requires_gradient_sync(last or model.gather == "off")
-    loss = model(*to_device(batch, device)) / max(n_supervised, 1)
+    losses = model(*to_device(batch, device)) / max(n_supervised, 1)
     # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP averages
     # them; multiplying by the number of processes turns the mean into the sum.
-    (loss * dist.get_world_size()).backward()
-    return loss.detach()
+    (losses.sum() * dist.get_world_size()).backward()
+    return losses.detach()
 
 
 def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cfg: Namespace, n_supervised: int,
-               rate: float, device: torch.device, recheck: Recheck | None = None) -> tuple[float, float, bool]:
+               rate: float, device: torch.device, of_files: list | None = None,
+               recheck: Recheck | None = None) -> tuple[float, float, bool]:
     """Forward, backward, update -> loss, gradient norm, skipped: the same three on every process.
+
+    of_files: a list that receives, for each file of a Mixture, the sum of its losses and its supervised tokens.
 
     The loss is the mean over the step's n_supervised tokens of all micro-batches and processes, not a mean of means.
     If the loss or the gradient norm is not finite, the update is skipped.
     """
-    total = torch.zeros((), device=device)
+    tokens = torch.tensor([batch.split or [len(batch.targets)] for batch in step.batches]).sum(0)    # of each file
+    total = torch.stack([torch.zeros(len(tokens)), tokens.float()]).to(device, non_blocking=True)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
         seed = dropout_seed(cfg.seed, step.step, dist.get_rank(), i)
@@ -378,7 +386,7 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
                 add_gradients(model, batch, n_supervised, seed, True, device)
             optimizer.zero_grad(set_to_none=True)           # the step is taken with those of the second pass
         with recheck.watching() if is_due else nullcontext():
-            total += add_gradients(model, batch, n_supervised, seed, last, device)
+            total[0] += add_gradients(model, batch, n_supervised, seed, last, device)
         if is_due:
             recheck.compare()
     dist.all_reduce(total)
@@ -386,8 +394,11 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     # In the model's order, not the optimizer's: another order changes the norm's last digit, and with it the run.
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).full_tensor()
-    # Both numbers are read at once: the only host-device synchronization in a step.
-    loss, norm = torch.stack([total, norm.to(total)]).tolist()
+    # All numbers are read at once: the only host-device synchronization in a step.
+    *sums, norm = torch.cat([total.T.flatten(), norm.to(total)[None]]).tolist()
+    loss = sum(sums[::2])
+    if of_files is not None:
+        of_files += [(n_supervised * loss_of_file, n) for loss_of_file, n in zip(sums[::2], sums[1::2])]
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
         # The formula of clip_grad_norm_, which would compute the norm a second time.
@@ -413,7 +424,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     # From here on a signal is only recorded, and acted on after the next step.
     signals = watch_signals()
     data = open_data(cfg, config, cfg.data)
-    held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
+    held_out = open_data(cfg, config, [cfg.val_data]) if cfg.val_data else None
     checkpoint = prepare_out(settings(cfg), data.checksum)
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
@@ -462,7 +473,9 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
     state.tried_at = time.monotonic()
     for step, n_supervised, stop in synchronized_steps(loader, signals):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
-        loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device, recheck)
+        of_files = []
+        loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device, of_files,
+                                         recheck)
         state.step += 1
         if skipped:
             skipped_in_a_row += 1
@@ -470,7 +483,8 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
             state.updates += 1
             skipped_in_a_row = 0
 
-        record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped)
+        record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped,
+                                  of_files)
         if problem := metrics.rise(warmup):
             print0(f"WARNING: {problem}")
         if skipped or state.step % cfg.log_every == 0 or state.step == steps:
@@ -560,10 +574,11 @@ def main(args: Namespace) -> int | None:
         index = None
         if all(folder.exists() for folder in folders(args)):
             _, config = open_source(args)
-            if Path(args.data).is_file():
+            if all(Path(file).is_file() for file, _ in map(weighted, args.data)):
                 data = open_data(args, config, args.data)
-                data.cache_dir = data.cache_dir if data.cache_dir.is_dir() else None
-                index = data.index
+                epoch = epoch_order(args.seed, data.index.length, data.index.image, args.global_batch, args.group, 0,
+                                    data.shares)
+                index = data.index._make(column[epoch] for column in data.index)
         print_parts(build_on_meta(args, config), args)
         print_plan(args, config, partial(build_on_meta, config=config), index)
         return

@@ -4,9 +4,9 @@ Each line of the file is a question, of which only the text must be given:
 
 {"question_id": 1, "text": "What is this?", "image": "cat.jpg", "answer": ["a cat", "cat"], "category": "animals"}
 
-question_id is the line's number, counted from 0, unless given; image a file in the --images folder or archive, or a list
-of them, which are where the text has <image>, or in front; answer a right one, or a list of them; category what gets a
-sub-score of its own. Questions without an answer are asked and not scored.
+question_id is the line's number, counted from 0, unless given. image is a file in the --images folder or archive, or a
+list of them, which go where the text has <image>, or in front of it. answer is a correct one, or a list of them. Each
+category gets a score of its own. Questions without an answer are asked but not scored.
 """
 from argparse import Namespace
 from collections.abc import Iterator

@@ -15,7 +15,7 @@ from benchmarks import TASKS
 from benchmarks.files import words_asked
 from benchmarks.scoring import BLANK, Example, Grade, published_columns
 from lib.archives import Member
-from lib.common import html_page, visible
+from lib.common import html_page, plural, visible
 
 WRONG_ANSWERS = 60          # shown in the report
 SHOWN_ANSWERS = 20          # to one's own questions, on the screen
@@ -45,10 +45,10 @@ def remarks(result: dict) -> list[str]:
     """What to know when reading the score, a sentence or two each."""
     task = TASKS[result["task"]]
     settings = result["settings"]
-    questions = f"{result['n']:,} questions"
+    questions = plural(result["n"], "question")
     if result["blank"]:
         questions += f", {result['blank']:,} of them asked again about a blank picture"
-    lines = [f"{questions}: {result['unparsed']:,} answers are not readable, {result['empty']:,} empty, "
+    lines = [f"{questions}: {plural(result['unparsed'], 'answer')} not readable, {result['empty']:,} empty, "
              f"{result['truncated']:,} cut at the token limit, {result['missing']:,} missing."]
     if "model" in settings:
         bits = f", weights in {settings['bits']} bits" if "bits" in settings else ""
@@ -62,7 +62,7 @@ def remarks(result: dict) -> list[str]:
     if result["judge"]:
         lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
     if result["other_prompts"]:
-        lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
+        lines.append(f"{plural(result['other_prompts'], 'answer')} made with another prompt than this task's.")
     if result["split"] in task.split_notes:
         lines.append(task.split_notes[result["split"]])
     is_mipha = settings.get("reference") == "mipha"

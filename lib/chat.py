@@ -17,7 +17,6 @@ from torch import Tensor
 from data import ImageConfig, encode_prompt, eot_id, expand, load_image
 from lib.device import peak_memory
 from lib.generate import Session
-from lib.records import pieces_of  # noqa: F401: for serve/, which reads messages, too
 from model import LLaVAConfig, LLaVAPhi
 
 MAX_CHARACTERS = 32_000         # in a prompt, refused before it is tokenized; 2,048 positions hold about 8,000

@@ -28,12 +28,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from lib.common import (DTYPES, LOCK, hold_folder, read_json, remove, sha256, sync_folder, torchrun_env, warn_once,
-                        write_whole)
+from lib.common import (DTYPES, LOCK, hold_folder, plural, read_json, remove, sha256, sync_folder, torchrun_env,
+                        warn_once, write_whole)
 from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, patient_group, print0
-from lib.recipes import IMAGE_MODES
+from lib.recipes import IMAGE_MODES, weighted
 from lib.records import BAD_SAMPLES
+from lib.schedule import joint_checksum
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes what is learned. Data
 # and images may have moved; the checksum decides whether the data is the same. A recipe's name does not matter, since
@@ -93,8 +94,8 @@ def save_checkpoint(state: TrainState) -> Path:
         on_process_0(lambda: make_folder(part, tensors))
         writer = HuggingFaceStorageWriter(str(part), split_into_files(tensors), save_distributed=True)
         writer.sync_files = False           # sync_folder does that, also where a file system cannot
-        # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power of
-        # two and stays with the process.
+        # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power
+        # of two and stays with the process.
         writer.per_thread_copy_ahead = 0
         dcp.save(tensors, storage_writer=writer, process_group=patient_group())
         checksums = {}
@@ -243,7 +244,7 @@ def describe_saving(state: TrainState) -> str:
     """When a run saves, for its first lines on the screen."""
     settings, when = state.settings, []
     if settings["save_every"]:
-        when.append(f"{settings['save_every']:,} steps")
+        when.append(plural(settings["save_every"], "step"))
     if settings["save_minutes"]:
         when.append(f"{settings['save_minutes']:g} minutes")
     if not when:
@@ -517,17 +518,18 @@ DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
 def is_finished(settings: dict) -> bool:
     """True if --out holds the model of a finished run with these settings; ValueError if they were different.
 
-    The data is the same if its content is, wherever it has moved. Of the pictures only the folder's name is known.
+    The data is the same if its content is, wherever it has moved. Of the pictures only the folders' names are known.
     """
     saved = read_settings(Path(settings["out"]))
     if settings["resume"] != "auto" or "model_type" not in saved:
         return False
-    then, data = saved["training"], Path(settings["data"])
-    now = settings | {DATA_CHECKSUM: sha256(data) if data.is_file() else None}
+    then, (files, weights) = saved["training"], zip(*map(weighted, settings["data"]))
+    there = all(Path(file).is_file() for file in files)
+    now = settings | {DATA_CHECKSUM: joint_checksum([sha256(Path(file)) for file in files], weights) if there else None}
     may_change = MAY_CHANGE - {"data", "images"}
     if then.get(DATA_CHECKSUM) == now[DATA_CHECKSUM]:
         may_change |= {"data"}
-    if [Path(place) for place in then["images"]] == [Path(place) for place in now["images"]]:   # however written
+    if list(map(Path, then["images"])) == list(map(Path, now["images"])):       # however they are written
         may_change |= {"images"}
     check_same_settings(then, now, may_change,
                         f"--out {settings['out']} holds a finished model made with other settings; "

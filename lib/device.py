@@ -191,13 +191,13 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], .
     image_positions = batch.image_positions.to(device, non_blocking=True)
     loss_positions = batch.loss_positions.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
+    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets, batch.split
 
 # ---------------------------------------------------------------------------------------------------
 # Cards
 
-# Dense bf16 FLOP/s with fp32 accumulation, and GB of memory, from NVIDIA's datasheets. An entry matches every card whose
-# name has all of its words; more specific entries come first.
+# Dense bf16 FLOP/s with fp32 accumulation, and GB of memory, from NVIDIA's datasheets. An entry matches every card
+# whose name has all of its words; more specific entries come first.
 CARDS = {
     "H100 PCIe": (756e12, 80), "H100 NVL": (835e12, 94), "H100 HBM3": (989e12, 80), "H200 NVL": (835e12, 141),
     "H200": (989e12, 141), "GH200": (989e12, 96), "B200": (2250e12, 180), "A100": (312e12, 80), "A40": (149.7e12, 48),
@@ -231,6 +231,7 @@ def planned_card(name: str, gigabytes: float, tflops: float, dtype: str) -> tupl
     """
     found = find_card(name) if name else (0.0, 80.0)
     if found is None:
-        raise ValueError(f"--gpu {name}: not in the table; give --gpu-memory and --tflops, or one of {', '.join(CARDS)}")
+        raise ValueError(f"--gpu {name}: not in the table; give --gpu-memory and --tflops, or one of "
+                         + ", ".join(CARDS))
     peak = found[0] if dtype == "bf16" else 0.0             # the table has no other
     return (gigabytes or found[1]) * 1e9, tflops * 1e12 or peak

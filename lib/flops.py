@@ -55,7 +55,7 @@ def picture_cost(config: LLaVAConfig, parts: list[str]) -> float:
 
 
 def mean_sample(stage: str, config: LLaVAConfig, index: Index | None) -> tuple[float, float, float, float]:
-    """A sample's tokens, their square, its pictures and supervised tokens: the data's means, else the published ones."""
+    """Means of a sample's tokens, their square, pictures and supervised tokens: those of the data, or as published."""
     if index is not None:
         return (index.length.mean(), (index.length.astype(float) ** 2).mean(), index.image.mean(),
                 index.supervised.mean())

@@ -16,8 +16,11 @@ from tokenizers import Tokenizer
 
 from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
 from lib.chat import ask
+from lib.common import plural
 from lib.device import choose_device
-from lib.folders import Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, saved_shapes
+from lib.folders import (Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, read_tensor,
+                         saved_shapes)
+from lib.head_bias import HEAD_BIAS
 from lib.save_weights import lacks_image_row, verify_checksums
 from lib.tensor_files import tensor_files
 from model import LLaVAPhi
@@ -34,8 +37,6 @@ IMAGE_WORDS = {
     "squash": "the whole picture, squeezed into a square",
 }
 UNUSED_LAYERS = "layers and LayerNorm after the hidden state that is read: not loaded, but kept when a model is saved"
-UNUSED_HEAD = ("attention-pooling head, which makes one vector of a picture where LLaVA wants all patches: not loaded, "
-               "but kept when a model is saved")
 NEXT = {
     Kind.PHI: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
     Kind.CLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
@@ -86,10 +87,11 @@ def inspect(path: Path, load_model: Callable[..., LLaVAPhi] | None = None) -> in
     if intact is None:
         print_row("checksums", "none; folders that this program saves have them")
     else:
-        print_row("checksums", f"verified: {intact} files are as they were written")
+        print_row("checksums", f"verified: {plural(intact, 'file')} as written")
     print_row("missing", missing)
     sound = try_out(weights, load_model) if load_model else True
-    print_row("next", NEXT.get(folder.kind, "nothing").format(path))
+    print_row("next", f"python train.py --stage pretrain --model {path}" if warning else
+              NEXT.get(folder.kind, "nothing").format(path))
     return 0 if sound else 2
 
 
@@ -102,7 +104,7 @@ def inspect_part(folder: Folder, part: str) -> None:
     dtypes = " and ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors}))
     parameters = sum(prod(stored.shape) for stored in tensors)
     size = sum(stored.nbytes for stored in tensors) / 1e6
-    print_row(part, f"{len(tensors)} tensors, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
+    print_row(part, f"{plural(len(tensors), 'tensor')}, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
     if part == "llm":
         for mark, text in LAYOUTS:
             if any(mark in stored.name for stored in tensors):
@@ -117,6 +119,8 @@ def inspect_config(weights: Weights) -> None:
     if "llm" in folder.parts:
         print_row("config", f"{llm.n_layer} layers of width {llm.n_embd}, {llm.n_head} heads, "
                             f"{llm.block_size} positions, {llm.vocab_size} rows of vocabulary, dropout {llm.dropout:g}")
+        if HEAD_BIAS in folder.found and not read_tensor(weights, HEAD_BIAS).any():
+            print_row("", "head bias folded: it is zero, and the head's weight does its work, also in transformers")
     if "vision" in folder.parts:
         print_row("config", f"{vision.image_size} x {vision.image_size} pixels make {vision.n_patches} patches, "
                             f"{vision.n_used} of {vision.n_layer} layers are used, of width {vision.n_embd}, "
@@ -126,12 +130,10 @@ def inspect_config(weights: Weights) -> None:
     built = dict(model.named_parameters())
     ignored = Counter(folder.dropped.values())
     for name, pieces in folder.found.items():
-        if name.startswith("vision.head."):
-            ignored[UNUSED_HEAD] += len(pieces)
-        elif name not in built:
+        if name not in built:
             ignored[UNUSED_LAYERS] += len(pieces)
     for reason, count in ignored.items():
-        print_row("ignored", f"{count} tensors: {reason}")
+        print_row("ignored", f"{plural(count, 'tensor')}: {reason}")
     shapes = saved_shapes(model)
     if "vision" not in folder.parts:            # then the width of what a projector reads is known from nothing else
         shapes |= {name: folder.found[name]["whole"].shape for name in shapes.keys() & folder.found.keys()

@@ -2,7 +2,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from lib.device import peak_flops, peak_memory
 from lib.flops import step_flops
 from lib.health import rise
 from lib.processes import on_process_0
+from lib.schedule import Mixture, files_of
 from model import LLaVAConfig
 
 
@@ -75,8 +76,8 @@ class Metrics:
             warn_once(f"nothing more is tracked ({type(e).__name__}: {str(e)[:200]}); training goes on, and metrics.jsonl "
                       "has all of it")
 
-    def add_step(self, step: Step, data: Dataset, config: LLaVAConfig, n_supervised: int, loss: float, norm: float,
-                 lr: float, skipped: bool) -> dict:
+    def add_step(self, step: Step, data: Dataset | Mixture, config: LLaVAConfig, n_supervised: int, loss: float,
+                 norm: float, lr: float, skipped: bool, of_files: Sequence[tuple[float, float]] = ()) -> dict:
         """Write a step's record and return it. Its numbers cover all processes, except for memory_gb of process 0."""
         self.steps += 1
         seconds = time.perf_counter() - self.step_began
@@ -98,6 +99,10 @@ class Metrics:
             "memory_gb": peak_memory(self.device) / 1e9,
             "skipped": skipped,
         }
+        if data.shares:                         # of each file: its part of the samples, and its loss, if it has any
+            files = files_of(step.sample_ids, data.shares)
+            record["files"] = {share.name: {"share": float((files == i).mean()), "loss": loss / n if n else None}
+                               for i, (share, (loss, n)) in enumerate(zip(data.shares, of_files))}
         self.add(record)
         if not skipped:
             self.losses.append(loss)
@@ -185,6 +190,9 @@ def progress_line(r: dict, steps: int, seconds_left: float) -> str:
         parts.append(f"mfu {100 * r['mfu']:.1f} %")
     parts.append(f"{r['memory_gb']:.1f} GB")
     parts.append(f"{seconds_left / 60:.1f} min left")
+    for name, of_file in r.get("files", {}).items():
+        loss = "none" if of_file["loss"] is None else f"{of_file['loss']:.4f}"
+        parts.append(f"{Path(name).name} {of_file['share']:.0%} loss {loss}")
     if r["skipped"]:
         parts.append("SKIPPED: not finite")
     return " | ".join(parts)

@@ -1,4 +1,4 @@
-"""Opening picture files of unknown origin: their size is checked, then they are decoded, turned upright and made RGB."""
+"""Opening picture files of unknown origin: check the size first, then decode, turn upright, convert to RGB."""
 import warnings
 from pathlib import Path
 from typing import BinaryIO

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data import Dataset, Index
 from lib.checkpoint import host_memory_to_save
-from lib.common import torchrun_env
+from lib.common import plural, torchrun_env
 from lib.device import USABLE, planned_card, torch_dtype
 from lib.flops import PUBLISHED, mean_sample, recomputed_flops, step_flops
 from lib.recipes import RECIPES, parse, replace
@@ -216,9 +216,10 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     for title in columns[0]:
         print(f"{title:40}" + "".join(f"{column[title]:>11}" for column in columns))
     print_choice(cfg, model, build, shards, memory)
-    print(f"{steps:,} steps of {cfg.global_batch} samples of {tokens:.0f} tokens: "
+    print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {tokens:.0f} tokens: "
           f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths "
-          + ("as published" if index is None else f"of {cfg.data}") + ("" if peak else "; --gpu or --tflops gives hours"))
+          + ("as published" if index is None else f"of {' '.join(cfg.data)}")
+          + ("" if peak else "; --gpu or --tflops gives hours"))
 
 
 def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], LLaVAPhi], shards: int,
@@ -231,8 +232,8 @@ def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], L
         before = parse(["--stage", "pretrain", "--recipe", cfg.recipe, "--dtype", cfg.dtype, "--micro-tokens", "2048"])
         problem = too_small(before, build, shards, memory)
         if problem:
-            print(f"--model {cfg.model} is what stage 1 writes, which does not fit here: {problem.split(':')[0]}. Start "
-                  "from a whole model instead (--model checkpoints/llava-phi), or run stage 1 elsewhere")
+            print(f"--model {cfg.model} is what stage 1 writes, which does not fit here: {problem.split(':')[0]}. "
+                  "Start from a whole model instead (--model checkpoints/llava-phi), or run stage 1 elsewhere")
     trained = count(p for p in model.parameters() if p.requires_grad)
     in_memory = host_memory_to_save(min(cfg.gpus, cfg.gpus_per_node))
     print(f"a checkpoint takes {12 * trained / 1e9:.1f} GB of disk, and writing it {in_memory / 1e9:.1f} GB of host "

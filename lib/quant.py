@@ -73,8 +73,8 @@ def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
         q[rows], scale[rows] = quantize_rows(weight[rows].to(scale))
 
 
-# Three matmuls with int8 weights (N, K) and their scales (N,). They take x (n, K) in any float dtype and return (n, N) in
-# the same one.
+# Three matmuls with int8 weights (N, K) and their scales (N,). They take x (n, K) in any float dtype and return (n, N)
+# in the same one.
 
 
 def int8_times_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -273,8 +273,8 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 class Int4Linear(nn.Linear):
     """Weights in 4 bits, in the layout of torch's matmul for their device, which takes activations in bf16.
 
-    On a CPU the many rows of a prompt are faster in 8 bits, to which the weights are converted on the fly. For training,
-    lib/lora.py has Int4LoRALinear, whose backward pass torch's layouts cannot serve.
+    On a CPU the many rows of a prompt are faster in 8 bits, to which the weights are converted on the fly. For
+    training, lib/lora.py has Int4LoRALinear, whose backward pass torch's layouts cannot serve.
     """
 
     def __init__(self, base: nn.Linear):
@@ -304,7 +304,7 @@ class Int4Linear(nn.Linear):
             y = self.multiply_in_int8(rows)
         else:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.weight, self.group, self.group_scales)
-        y = y[:, :self.out_features] + self.bias                                   # without the padding of the last tile
+        y = y[:, :self.out_features] + self.bias                            # without the padding of the last tile
         return y.type_as(x).view(*x.shape[:-1], self.out_features)
 
     def multiply_in_int8(self, rows: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def read_part(part: Any) -> tuple[str | None, str | None]:
 
 
 def read_messages(messages: list) -> tuple[list[list[str]], list[bytes], str | None]:
-    """OpenAI's messages, each right by itself -> question, answer, ..., question; the pictures; what is wrong with them.
+    """OpenAI's messages, each valid by itself -> question, answer, ..., question; the pictures; what is wrong, if any.
 
     The model was trained with one fixed system sentence, and with turns that alternate. So a system message is part of
     the question that follows it (or, at the end, precedes it), messages of one side in a row are one turn, and before

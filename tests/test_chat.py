@@ -7,8 +7,9 @@ from helpers import GOLDEN_ANSWER, expanded, plain_answer
 from PIL import Image
 
 from data import IGNORE, encode, eot_id
-from lib.chat import Clock, answer, ask, encode_chat, open_image, pieces_of
+from lib.chat import Clock, answer, ask, encode_chat, open_image
 from lib.generate import Session
+from lib.records import pieces_of
 
 
 @pytest.fixture

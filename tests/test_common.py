@@ -167,7 +167,8 @@ def test_a_defect_keeps_its_traceback():
 
 
 @pytest.mark.parametrize("restart, to_torchrun", [("0", False), ("3", True)])
-def test_torchruns_table_ends_with_the_last_line_unless_it_restarts(restart, to_torchrun, monkeypatch, tmp_path, capsys):
+def test_torchruns_table_ends_with_the_last_line_unless_it_restarts(restart, to_torchrun, monkeypatch, tmp_path,
+                                                                    capsys):
     for name, value in (("ERROR_FILE", tmp_path / "error.json"), ("RESTART_COUNT", restart), ("MAX_RESTARTS", "3")):
         monkeypatch.setenv(f"TORCHELASTIC_{name}", str(value))
     print_last("error: a reason")
@@ -217,7 +218,8 @@ def test_training_on_a_cpu_is_loud_where_it_is_hopeless(driver, monkeypatch):
 
 @pytest.mark.parametrize("path, flag", [
     ("/there/out/.in_use", "--out /there/out"), ("/there/out", "--out /there/out"),
-    ("/there", "--val-data /there/x/val.json"), ("/there/x", "--val-data /there/x/val.json"), ("b.jpg", "--image b.jpg"), ("pictures/1/2.jpg", "--images pictures"),
+    ("/there", "--val-data /there/x/val.json"), ("/there/x", "--val-data /there/x/val.json"),
+    ("b.jpg", "--image b.jpg"), ("pictures/1/2.jpg", "--images pictures"),
 ])
 def test_an_error_about_a_path_names_the_flag_that_led_there(path, flag, capsys):
     """Permission denied, not a directory, no space left: the path may be a folder above, or a file within."""

@@ -367,8 +367,9 @@ def test_bad_tokenizers_are_named(tmp_path, files):
 
 
 def random_text(rng: random.Random) -> str:
-    pieces = ["word", " ", "  ", "\n", "\n\n", "\t", "12", "3.5", "é", "这是", "🙂", "def f(x):\n    return x", IMAGE, EOT,
-              "ASSISTANT:", " ASSISTANT: ", "USER: ", "</s>", "'s", "...", "\u200b", "\r\n", "\x00", "A", ":", "  \n "]
+    pieces = ["word", " ", "  ", "\n", "\n\n", "\t", "12", "3.5", "é", "这是", "🙂", "def f(x):\n    return x",
+              IMAGE, EOT, "ASSISTANT:", " ASSISTANT: ", "USER: ", "</s>", "'s", "...", "\u200b",
+              "\r\n", "\x00", "A", ":", "  \n "]
     return "".join(rng.choice(pieces) for _ in range(rng.randint(0, 12)))
 
 

@@ -17,8 +17,8 @@ SCRIPTS = {"train", "sample", "eval", "load_weights"}
 MAY_IMPORT = {                          # file or room -> files and rooms; a file's own line replaces its room's
     "vision": {"lib.common"},
     "model": {"lib.common", "vision"},
-    "data": {"lib.common", "lib.recipes", "lib.archives", "lib.pictures", "lib.records", "lib.schedule", "lib.tokenizer",
-             "lib.workers"},            # which import nothing of it
+    "data": {"lib.common", "lib.recipes", "lib.archives", "lib.pictures", "lib.records", "lib.schedule",
+             "lib.tokenizer", "lib.workers"},               # which import nothing of it
     "train": CORE | {"lib", "load_weights"},
     "sample": CORE | {"lib", "load_weights"},
     "eval": CORE | {"lib", "load_weights", "benchmarks"},
@@ -32,7 +32,7 @@ MAY_IMPORT = {                          # file or room -> files and rooms; a fil
 }
 # What may be imported inside a function, where it is needed by one command out of several.
 DOORS = {
-    "data": {"lib.check_data"},
+    "data": {"lib.check_data", "lib.convert", "lib.show"},
     "sample": {"serve.server"},
     "train": {"lib.plot"},
     "eval": {"lib.asking", "load_weights"},     # so that scoring needs no torch

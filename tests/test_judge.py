@@ -1,4 +1,4 @@
-"""Benchmarks that a language model grades: grade files, a judge behind an address, and a key that only the judge sees."""
+"""Benchmarks that a language model grades: grade files, a judge behind an address, a key that only the judge sees."""
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

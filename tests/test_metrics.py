@@ -98,7 +98,8 @@ def test_each_run_has_its_column_of_curves(tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert capsys.readouterr().out == f"wrote {tmp_path / 'page.html'}\n" and not (runs[0] / "loss.html").exists()
     assert page.count("<svg") == 2 and "&lt;two&gt;" in page and "<script" not in page and 'name="viewport"' in page
-    for title in ("loss per token (nats)", "training loss", "validation loss", "gradient norm", "learning rate", "step"):
+    for title in ("loss per token (nats)", "training loss", "validation loss", "gradient norm", "learning rate",
+                  "step"):
         assert page.count(f">{title}</text>") == 2
     assert read_curves(runs[0]) == {"loss": [(1, 3.0), (2, 2.0), (4, 1.0)], "val_loss": [(0, 3.5), (4, 1.5)],
                                     "val_loss_blank": [(0, 3.6)],

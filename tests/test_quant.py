@@ -234,8 +234,8 @@ def rounded_to_int4(weight: torch.Tensor) -> torch.Tensor:
 @needs_int4
 @pytest.mark.parametrize("n_in, n_out", [(160, 97), (64, 64), (2560, 1024), (320, 1100)])
 def test_a_4_bit_layer_multiplies_the_weights_that_it_stands_for(n_in, n_out):
-    """One row and a few, through torch's product, which rounds to bf16 (0.4 %). Many, where the CPU has integer products,
-    through weights and tokens in 8 bits: about 1 %. Widths that fill a tile and widths that do not."""
+    """One row and a few, through torch's product, which rounds to bf16 (0.4 %). Many, where the CPU has integer
+    products, through weights and tokens in 8 bits: about 1 %. Widths that fill a tile and widths that do not."""
     base = phi_like(n_in, n_out)
     layer = Int4Linear(base)
     weight = rounded_to_int4(base.weight)

@@ -30,7 +30,7 @@ def test_the_published_recipe_is_what_the_stages_say():
     ("--stage finetune --projector-lr 0 --lora-r 64", 128, 2e-4, 0, 2e-5),
 ])
 def test_adapters_bring_llavas_own_recipe_for_them(flags, alpha, lr, projector_lr, vision_lr):
-    """A scale of 2 and 2e-4; what is trained whole keeps the stage's rate, and a flag that is given takes precedence."""
+    """A scale of 2, and 2e-4; what is trained whole keeps the stage's rate, and a flag that is given comes first."""
     cfg = parse(flags.split())
     assert (cfg.lora_alpha, cfg.lr, cfg.projector_lr, cfg.vision_lr) == (alpha, lr, projector_lr, vision_lr)
 

@@ -317,5 +317,5 @@ def test_training_says_what_the_check_says(tmp_path, capsys):
                  "note: 1 sample: no <image> where a question begins or ends"):
         assert line in out, out
     path.write_text(json.dumps(records[4:5]))
-    with pytest.raises(ValueError, match="none of its 1 samples has anything to learn; python data.py check"):
+    with pytest.raises(ValueError, match="nothing to learn in its 1 sample; python data.py check"):
         train_here(train_flags(tmp_path / "nothing", path, "--max-steps", "1"))

@@ -1,4 +1,4 @@
-"""Every benchmark on tiny data in its official layout, with answers and the score that they earn, worked out by hand."""
+"""Every benchmark on tiny data in its official layout, with answers and their score, worked out by hand."""
 import base64
 import io
 import json

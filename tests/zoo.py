@@ -78,7 +78,8 @@ def zoo(images: Path) -> dict[str, tuple[str, dict | list]]:
     """Name -> (what the check calls it, record)."""
     pictures = {
         "image unreadable": ["truncated.jpg", "empty.jpg", "page.jpg", "program.jpg", "folder.jpg", "bomb.png"],
-        "image too large": ["strip.png"], "image missing": ["absent.jpg"], "image name": ["", ["a.jpg", 3]], "image places": [["a.jpg", "b.jpg"]],
+        "image too large": ["strip.png"], "image missing": ["absent.jpg"], "image name": ["", ["a.jpg", 3]],
+        "image places": [["a.jpg", "b.jpg"]],
         "image outside the folder": ["/etc/passwd", "../../x.jpg", "a/../../b.jpg", "C:\\x.jpg", "a\0b", "link.jpg"],
         "image is an address": ["http://127.0.0.1/x.jpg", "file:///etc/passwd", "data:image/png;base64,xx"]}
     found = {f"image {name!r}": (kind, talk(f"{IMAGE}\nq", "a", id=f"zoo {name}", image=name))
@@ -189,11 +190,13 @@ FOREIGN_FOLDERS = {         # name -> (a function that makes such a folder, what
     "a tower inside": (tower_inside, "a LLaVA or Bunny model with its tower inside", "vision_config"),
     "TinyLLaVA": (tinyllava, "TinyLLaVA", "TinyLLaVA_Factory"),
     "PEFT": (adapters, "PEFT adapters", "merge_and_unload"),
-    "PEFT under a model's name": (with_tensors(f"base_model.model.{LAYER}.lora_A.weight"), "PEFT adapters", "merge_and_unload"),
+    "PEFT under a model's name": (with_tensors(f"base_model.model.{LAYER}.lora_A.weight"), "PEFT adapters",
+                                  "merge_and_unload"),
     "LLaVA's LoRA": (with_files(non_lora_trainables_dot_bin="", adapter_config_dot_json="{}", config_dot_json="{}"),
                      "PEFT adapters as LLaVA", "merge_lora_weights.py"),
     "bitsandbytes, 4 bits": (with_tensors(f"{LAYER}.weight.absmax", f"{LAYER}.weight.quant_map",
-                                          f"{LAYER}.weight.quant_state.bitsandbytes__nf4"), "by bitsandbytes", "--bits"),
+                                          f"{LAYER}.weight.quant_state.bitsandbytes__nf4"),
+                             "by bitsandbytes", "--bits"),
     "bitsandbytes, 8 bits": (with_tensors(f"{LAYER}.SCB"), "quantized by bitsandbytes", "--bits"),
     "GPTQ": (with_tensors(f"{LAYER}.qweight"), "quantized by GPTQ", "--bits"),
     "compressed-tensors": (with_tensors(f"{LAYER}.weight_scale"), "quantized to 8 bits", "--bits"),

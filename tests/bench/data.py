@@ -186,8 +186,9 @@ def bench_schedule() -> None:
                 work, waited, micros = work + sum(costs), waited + world * max(costs), micros + world
             tokens += sum(length)
         ms = (time.perf_counter() - start) / 200 * 1e3
-        print(f"schedule, {world} processes, 16,384 tokens: padding 0 %, waiting {1 - work / waited:.1%}, micro-batches "
-              f"{tokens / micros / 16384:.0%} full, {micros / 200 / world:.1f} a step and process, {ms:.1f} ms a step")
+        print(f"schedule, {world} processes, 16,384 tokens: padding 0 %, waiting {1 - work / waited:.1%}, "
+              f"micro-batches {tokens / micros / 16384:.0%} full, "
+              f"{micros / 200 / world:.1f} a step and process, {ms:.1f} ms a step")
     lengths = np.where(index.image, index.length, -index.length)
     generator = torch.Generator().manual_seed(0)
     grouped = modality_order(lengths, 8, 16, generator, generator)

@@ -1,7 +1,7 @@
 """Seconds and memory of loading a saved model, next to transformers on the same folder and a plain read of its files.
 
-The plain read comes twice: into one small buffer (the speed of the disk), and into fresh memory of the files' size (with
-the kernel's page faults, which every model pays for that is not a mapped file).
+The plain read comes twice: into one small buffer (the speed of the disk), and into fresh memory of the files' size
+(with the kernel's page faults, which every model pays for that is not a mapped file).
 
 Memory is the peak of RssAnon, watched from outside every few milliseconds: what the kernel cannot take back. Pages of
 mapped files come and go and are not counted. Each measurement is a fresh process. --drop asks the kernel to forget the
