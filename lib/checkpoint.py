@@ -41,7 +41,8 @@ from lib.schedule import joint_checksum
 # its values are compared one by one.
 MAY_CHANGE = {
     "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "save_minutes", "keep",
-    "log_every", "resume", "workers", "micro_tokens", "recompute", "gather", "compile", "device",
+    "keep_best", "patience", "recheck_every", "track", "log_every", "resume", "workers", "micro_tokens", "recompute", "gather",
+    "compile", "device",
 }
 
 
@@ -311,6 +312,19 @@ def try_to_save(state: TrainState) -> None:
     state.failed_saves = 0
     print0(f"saved {path}")
 
+
+def try_to_keep(save: Callable[[Path], None], best: Path) -> None:
+    """Replace the best model so far, all at once. A full disk does not end the run. All processes take part."""
+    part = best.with_name(f".writing_{best.name}")
+    try:
+        on_process_0(lambda: remove(part))
+        save(part)
+        on_process_0(lambda: (remove(best), part.rename(best), sync_folder(best.parent)))
+    except OSError as e:
+        print0(f"warning: the best model so far was not written to {best} ({e}); training goes on")
+        return
+    print0(f"saved {best}: the lowest validation loss so far")
+
 # ---------------------------------------------------------------------------------------------------
 # Finding and resuming
 
@@ -539,7 +553,7 @@ def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
                                 "give the same, or --resume never and another --out")
         leftovers = [".writing_*"]
         if not checkpoint:
-            leftovers += ["step_[0-9]*", "model*.safetensors*", BAD_SAMPLES]
+            leftovers += ["step_[0-9]*", "model*.safetensors*", "best", BAD_SAMPLES]
         for pattern in leftovers:
             for path in out.glob(pattern):
                 remove(path)

@@ -23,7 +23,6 @@ from lib.configs import config_of, has_siglip
 from lib.layouts import DROPPED, FOREIGN, PREFIX, rename_sequential, to_ours, to_saved
 from lib.tensor_files import Pieces, Stored, first_line, read_tensors, tensor_files
 from model import LLaVAConfig, LLaVAPhi
-from vision import VisionConfig
 
 
 class Kind(StrEnum):

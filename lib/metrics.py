@@ -1,16 +1,20 @@
 """Training metrics: metrics.jsonl, and a progress line for each step."""
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from data import Dataset, Step
-from lib.common import append_line, warn_once, write_whole
+from lib.common import append_line, read_jsonl, warn_once, write_whole
 from lib.device import peak_flops, peak_memory
 from lib.flops import step_flops
+from lib.health import rise
 from lib.processes import on_process_0
 from lib.schedule import Mixture, files_of
 from model import LLaVAConfig
@@ -28,8 +32,13 @@ class Metrics:
         self.parts = parts
         self.device = device
         self.steps = 0                          # taken by this process since start_clock
+        self.tracker: Tracker | None = None
         on_process_0(lambda: forget_later_steps(self.path, done, again))
         on_process_0(lambda: forget_later_steps(self.skipped_path, done))
+        rows = on_process_0(lambda: read_jsonl(self.path) if self.path.exists() else [])
+        self.losses = [row["loss"] for row in rows if "loss" in row and not row.get("skipped")]
+        self.has_risen = False                  # which is said once
+        self.val_losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
 
     def start_clock(self) -> None:
         self.began = self.step_began = time.perf_counter()
@@ -46,6 +55,26 @@ class Metrics:
                 append_line(path or self.path, record)
             except OSError as e:
                 warn_once(f"{path or self.path} lacks lines ({e}); training goes on")
+            if path is None and self.tracker:
+                self.try_tracking(self.tracker.send, record)
+
+    def start_tracker(self, name: str, settings: dict) -> None:
+        """--track: process 0 sends every row to a tracker, too."""
+        if name and dist.get_rank() == 0:
+            self.tracker = self.try_tracking(open_tracker, name, self.path.parent, settings)
+
+    def close_tracker(self) -> None:
+        if self.tracker:
+            self.try_tracking(self.tracker.close)
+
+    def try_tracking(self, work: Callable, *args):
+        """Whatever fails in a tracker (a network, a disk, an account) ends the tracking and never the run."""
+        try:
+            return work(*args)
+        except Exception as e:
+            self.tracker = None
+            warn_once(f"nothing more is tracked ({type(e).__name__}: {str(e)[:200]}); training goes on, and metrics.jsonl "
+                      "has all of it")
 
     def add_step(self, step: Step, data: Dataset | Mixture, config: LLaVAConfig, n_supervised: int, loss: float,
                  norm: float, lr: float, skipped: bool, of_files: Sequence[tuple[float, float]] = ()) -> dict:
@@ -75,9 +104,33 @@ class Metrics:
             record["files"] = {share.name: {"share": float((files == i).mean()), "loss": loss / n if n else None}
                                for i, (share, (loss, n)) in enumerate(zip(data.shares, of_files))}
         self.add(record)
+        if not skipped:
+            self.losses.append(loss)
         if skipped:
             self.add({"step": step.step, "sample_ids": step.sample_ids}, self.skipped_path)
         return record
+
+    def add_validation(self, step: int, record: dict) -> bool:
+        """Write a validation's record -> whether its loss is the lowest so far."""
+        lowest = math.isfinite(record["val_loss"]) and not any(loss <= record["val_loss"] for _, loss in self.val_losses)
+        self.val_losses.append((step, record["val_loss"]))
+        self.add({"step": step, **record})
+        return lowest
+
+    def out_of_patience(self, patience: int) -> str:
+        """A sentence if as many validations in a row were not better than one before them; else ""."""
+        losses = [loss if math.isfinite(loss) else math.inf for _, loss in self.val_losses]
+        best = losses.index(min(losses)) if losses else 0
+        if not patience or len(losses) - 1 - best < patience:
+            return ""
+        return (f"the validation loss was lowest after step {self.val_losses[best][0]}, {losses[best]:.4f}, and not in the "
+                f"{patience} validations since: the run ends")
+
+    def rise(self, warmup: int) -> str:
+        """What lib/health.py says about a loss that has risen, the first time that it does."""
+        problem = rise(self.losses, warmup) if self.losses and not self.has_risen else ""
+        self.has_risen = self.has_risen or bool(problem)
+        return problem
 
 
 def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
@@ -99,6 +152,29 @@ def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
         except (ValueError, TypeError, KeyError):
             warn_once(f"{path} has broken lines, which are dropped")
     write_whole(path, "".join(kept))
+
+
+class Tracker(NamedTuple):
+    send: Callable[[dict], object]              # a row of metrics.jsonl
+    close: Callable[[], object]
+
+
+def open_tracker(name: str, out: Path, settings: dict) -> Tracker:
+    """TensorBoard, or wandb or trackio, which share an interface. None of them is a package of this project."""
+    if name == "tensorboard":
+        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
+
+        def send(row: dict) -> None:
+            for field, value in numbers_of(row).items():
+                writer.add_scalar(field, value, row["step"])
+            writer.flush()
+        return Tracker(send, writer.close)
+    run = import_module(name).init(project="llava-phi", name=out.name, config=settings)
+    return Tracker(lambda row: run.log(numbers_of(row) | {"step": row["step"]}), run.finish)
+
+
+def numbers_of(row: dict) -> dict[str, float]:
+    return {field: float(value) for field, value in row.items() if field != "step" and value is not None}
 
 
 def progress_line(r: dict, steps: int, seconds_left: float) -> str:

@@ -90,7 +90,7 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-INSTEAD_OF_TRAINING = ("plot", "plot_to", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
+INSTEAD_OF_TRAINING = ("plot", "plot_to", "against", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -119,6 +119,8 @@ def parse(argv: list[str] | None) -> Namespace:
     cfg = parser.parse_args(argv)
     if cfg.plot_to and not cfg.plot:
         parser.error(f"--plot-to {cfg.plot_to} needs --plot, with the --out folders of runs")
+    if cfg.against and not cfg.plot:
+        parser.error(f"--against {cfg.against} needs --plot, with the --out folders of runs")
     problem = contradiction(cfg)
     if problem:
         raise ValueError(problem)
@@ -209,6 +211,14 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
+    add("--track", choices=("tensorboard", "wandb", "trackio"), default="", help="send the rows of metrics.jsonl to this "
+        "tracker, too, which you have installed")
+    add("--keep-best", action=on_or_off, default=False, help="also write the model with the lowest validation loss so "
+        "far, to out/best")
+    add("--patience", type=at_least(0), default=0, help="validations without a lower loss after which the run ends; 0: "
+        "never")
+    add("--recheck-every", type=at_least(0), default=0, help="steps between checks for a device that computes nonsense: a "
+        "micro-batch is computed twice, and another gradient ends the run, with exit code 3; 0: never")
     add("--save-minutes", type=at_least(0.0), default=30.0, help="minutes between checkpoints; 0: by --save-every only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: by --save-minutes only")
     add("--keep", type=at_least(1), default=2, help="number of checkpoints to keep")
@@ -217,6 +227,8 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("instead of training").add_argument
     add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the curves of these runs: loss, gradient norm, rate")
     add("--plot-to", default="", metavar="FILE", help="page to draw them into; default: loss.html in the first of them")
+    add("--against", default="", metavar="OUT", help="with --plot: hold the runs against this one, the --out folder or the "
+        "metrics.jsonl of a run that went well")
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
@@ -244,6 +256,8 @@ def contradiction(cfg: Namespace) -> str:
                     "new model is made from --llm and --vision")
     if cfg.projector and (cfg.model or not cfg.vision):
         return f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already"
+    if (cfg.keep_best or cfg.patience) and not cfg.val_data or cfg.patience and not cfg.val_every:
+        return ("--keep-best and --patience go by the validation loss: give --val-data, and --val-every for how often")
     if cfg.compile and cfg.recompute == "selective":
         return "--compile already does what --recompute selective would; give --recompute none or full"
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):

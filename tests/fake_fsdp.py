@@ -367,7 +367,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
             notes.reset()
             train.validate(model, [Step(0, [], batches)], device)
             if cfg.base_bits == 16:                             # what lies under 4 bits would come from the folders
-                train.save_final(cfg, config, None, model)
+                train.save_final(cfg, None, model, Path(cfg.out))
         planned = max(plan_for(batch, cfg, model, mesh.size(-1)) for batch in batches)
         print(f"  rank {rank}: gather {model.gather}, recompute {model.llm.recompute}; peak {peak / 1e9:.2f} GB at "
               f"{peak_at}, planned without workspace {planned / 1e9:.2f} GB ({planned / peak:.3f})", file=sys.stderr)
