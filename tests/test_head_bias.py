@@ -34,8 +34,8 @@ def logits(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1.2e-3)])
 def test_at_full_width(dtype, rms):
-    """51,200 rows of 2560. In 16 bits the weight is rounded once more: with the bias kept, bf16 has 0.0055."""
-    exact = random_head(2560, 51200)
+    """A tenth of the rows. In 16 bits the weight is rounded once more: with the bias kept, bf16 has 0.0055."""
+    exact = random_head(2560, 5120)
     stored = {name: tensor.to(dtype) for name, tensor in exact.items()}
     new = fold_head_bias(exact.__getitem__, {name: dtype for name in exact})
     new = stored | {name: compute().to(dtype) for name, compute in new.items()}
