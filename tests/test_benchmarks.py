@@ -13,6 +13,7 @@ from tiny_benchmarks import CASES, evaluate, llava_file, make_mme, make_textvqa,
 import eval as ev
 from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa,
                         vizwiz, vqav2)
+from lib.common import plural
 
 
 def vectors(task: str, key: str = "vectors") -> list[dict]:
@@ -486,7 +487,7 @@ def test_shapes_say_how_many_questions_were_asked_twice(tmp_path, capsys):
         evaluate([*flags, "--score", str(path), "--out", str(tmp_path / "out"), "--limit", limit])
         result = json.loads((tmp_path / "out/result.json").read_text())
         assert (result["n"], result["blank"]) == (n, n)
-        assert f"{n} questions, {n} of them asked again about a blank picture" in capsys.readouterr().out
+        assert f"{plural(n, 'question')}, {n} of them asked again about a blank picture" in capsys.readouterr().out
         assert "asked again" in (tmp_path / "out/report.html").read_text()
 
 
