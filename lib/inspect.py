@@ -199,7 +199,7 @@ def page_loss(model: LLaVAPhi, tok: Tokenizer, page: Page) -> float:
         ids = (before + tok.encode(predicted).ids)[:model.config.llm.block_size]
         labels = [IGNORE] * len(before) + ids[len(before):]
         samples.append(Sample("", ids, labels, None))
-    ids, lengths, *others = collate(samples, model.config.vision.image_size)
+    ids, lengths, *others, _ = collate(samples, model.config.vision.image_size)
     total = model(ids.to(model.device), lengths, *(x.to(model.device) for x in others))
     return total.item() / sum(label != IGNORE for sample in samples for label in sample.labels)
 

@@ -305,7 +305,7 @@ def test_commands(tmp_path, capsys):
     load_weights_command(["merge", "--llm", str(TINY_PHI), "--vision", str(TINY_CLIP), "--out", base])
     page = capsys.readouterr().out
     for words in ("a LLaVA-Phi model", "80,832 parameters", "<|endoftext|> is 0", "missing    nothing",
-                  "images     crop", "sample.py"):
+                  "images     crop", "train.py --stage pretrain"):
         assert words in page
     load_weights_command(["export", "--model", base, "--out", str(tmp_path / "parts"), "--to", "parts"])
     assert "parts: SHA256SUMS, clip, mm_projector.safetensors, phi-2" in capsys.readouterr().out
