@@ -264,6 +264,32 @@ def accuracy(examples: list[Example], grades: list[Grade], subscores: dict[str, 
     return Score(100 * mean(scores), *interval_of_mean(scores), subscores)
 
 
+def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
+    """Are confident answers right? None if none of the scored answers has a "logprob".
+
+    An answer's confidence is the geometric mean of its tokens' probabilities. -> the expected calibration error, which
+    is the mean distance between confidence and accuracy over tenths of confidence, and a row for each tenth; another
+    one for the questions that are unanswerable, where a benchmark has such a category (VizWiz).
+    """
+    rows = defaultdict(list)
+    for example, answer, grade in zip(examples, answers, grades):
+        logprob = (answer or {}).get("logprob")
+        if grade.score is None or example.image == BLANK or type(logprob) is not float or not -1e9 < logprob <= 0:
+            continue
+        confidence = math.exp(logprob)
+        tenth = min(int(10 * confidence), 9)
+        rows[f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}"].append((confidence, grade.score))
+        if "unanswerable" in example.categories:
+            rows["unanswerable"].append((confidence, grade.score))
+    table = []
+    for name, pairs in sorted(rows.items()):
+        confidence, accuracy = map(mean, zip(*pairs))
+        table.append({"confidence": name, "n": len(pairs), "mean": confidence, "accuracy": accuracy})
+    tenths = [row for row in table if row["confidence"] != "unanswerable"]
+    errors = [row["n"] * abs(row["mean"] - row["accuracy"]) for row in tenths]
+    return {"error": sum(errors) / sum(row["n"] for row in tenths), "table": table} if table else None
+
+
 def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
                  subscores: dict[str, float]) -> Score:
     """Score of a metric that is computed from summed counts, such as F1, with a bootstrap interval.

@@ -1,5 +1,7 @@
 """The one way to ask a model: the terminal, the server, the benchmarks and a notebook all use it."""
 import io
+import math
+import os
 import re
 import sys
 import time
@@ -14,9 +16,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from data import ImageConfig, encode_prompt, eot_id, expand, load_image
+from data import ImageConfig, encode_prompt, eot_id, expand, load_image, tokenize
 from lib.device import peak_memory
-from lib.generate import Session
+from lib.generate import Scored, Session
 from lib.records import pieces_of  # noqa: F401: for serve/, which reads messages, too
 from model import LLaVAConfig, LLaVAPhi
 
@@ -148,6 +150,64 @@ def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Pi
     for pieces in answer(Session(model), tok, [[question]] * len(images), images, **options):
         texts = [text + piece for text, piece in zip(texts, pieces)]
     return texts
+
+
+def rank(model: LLaVAPhi | Session, tok: Tokenizer, question: str, image: Tensor | Picture | list[Picture],
+         choices: list[str]) -> list[dict]:
+    """How likely each choice is as the answer to a question about a picture, best first.
+
+    The picture and the question are computed once, and all choices in one batch after them. For each: "tokens" and
+    their "logprobs", the one that ends the answer included, as in training; the "sum" and the "mean" of these; and the
+    probabilities among the choices by both, "p_sum" and "p_mean". The order is by sum: that is the probability with
+    which the model would give this very answer. The mean suits choices of very different lengths, of which the sum
+    prefers the short ones. Raises ValueError for choices that are empty, repeated or too long for the context.
+    """
+    session = model if isinstance(model, Session) else Session(model)
+    choices = [choice.strip() for choice in choices]
+    if not all(choices) or len(set(choices)) < max(len(choices), 2):
+        raise ValueError(f"expected two or more choices, none empty and no two alike, found {', '.join(choices)!r}")
+    images = open_image(image, session.model.config)
+    prompt = encode_chat(session.model.config, tok, [question], images)
+    answers = [[*tokenize(f" {choice}", tok).ids, eot_id(tok)] for choice in choices]
+    ranked = []
+    for choice, ids, logprobs in zip(choices, answers, session.score(prompt, images, answers)):
+        total = math.fsum(logprobs)
+        ranked.append({"choice": choice, "tokens": [token_bytes(tok, i).decode(errors="replace") for i in ids],
+                       "logprobs": logprobs, "sum": total, "mean": total / len(ids)})
+    for kind in ("sum", "mean"):
+        for row, p in zip(ranked, torch.tensor([row[kind] for row in ranked], dtype=torch.float64).softmax(0).tolist()):
+            row[f"p_{kind}"] = p
+    return sorted(ranked, key=lambda row: -row["sum"])
+
+
+def read_choices(text: str) -> list[str]:
+    """"cat,dog,none of them", or a file with a choice on each line."""
+    if os.path.isfile(text):
+        return [line for line in Path(text).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return text.split(",")
+
+
+KEPT_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# GPT-2's tokenizers spell each byte as a character: printable ones as themselves, the others from U+0100 on.
+BYTE_OF = {chr(byte): byte for byte in KEPT_BYTES}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*KEPT_BYTES}))}
+
+
+def token_bytes(tok: Tokenizer, token: int) -> bytes:
+    """A token may hold a part of a character only. Ids that the tokenizer does not use have no bytes."""
+    spelled = tok.id_to_token(token) or ""
+    if all(c in BYTE_OF for c in spelled):
+        return bytes(BYTE_OF[c] for c in spelled)
+    return spelled.encode()             # Phi-2's runs of spaces are spelled as they are
+
+
+def describe_logprobs(tok: Tokenizer, scored: list[Scored]) -> list[dict]:
+    """An answer's tokens in the form of OpenAI's logprobs."""
+    def entry(token: int, logprob: float) -> dict:
+        text = token_bytes(tok, token)
+        return {"token": text.decode(errors="replace"), "logprob": logprob, "bytes": list(text)}
+    return [entry(token, logprob) | {"top_logprobs": [entry(*other) for other in likeliest]}
+            for token, logprob, likeliest in scored]
 
 
 def open_image(source: Picture | Tensor | list[Picture], config: LLaVAConfig) -> Tensor:

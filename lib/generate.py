@@ -32,6 +32,7 @@ class Session:
         self.cuda_graph = cuda_graph
         self.cache: KVCache | None = None       # of the last call
         self.finish: list[str] = []             # why each of its answers ended, "" while it is being written
+        self.scored: list[list[Scored]] = []    # their tokens and the one that ended each, where logprobs were asked for
         # On Hopper, torch prefers cuDNN's attention, which takes tens to hundreds of milliseconds to build an execution
         # plan for every new shape and stride. Generation keeps meeting new shapes (prompts, batches, cache lengths), so
         # a process that generates uses torch's other kernels. Training has no session and keeps torch's choice: its
@@ -41,28 +42,36 @@ class Session:
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], images: list[Tensor], *, max_new_tokens: int, eos_id: int,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None) -> Iterator[list[int | None]]:
+                 generator: torch.Generator | None = None,
+                 logprobs: int | None = None) -> Iterator[list[int | None]]:
         """Yield one column per step: the next id of each answer, or None where that answer has ended.
 
         images[i] (N_i, 3, H, W) uint8 belong to prompts[i]. Afterwards `finish` says for each answer why it ended:
-        "stop" (eos_id), "length" (max_new_tokens) or "context" (the model's positions are full). The caller may stop
-        iterating at any time. Raises ValueError when a prompt leaves no room for an answer.
+        "stop" (eos_id), "length" (max_new_tokens) or "context" (the model's positions are full). logprobs: `scored`
+        grows by each token with its log-probability and those of the `logprobs` likeliest tokens; they are the model's
+        own, before temperature, top_k and top_p. The caller may stop iterating at any time.
+        Raises ValueError when a prompt leaves no room for an answer.
         """
         limit = self.model.config.llm.block_size
         longest = max(len(prompt) for prompt in prompts)
         if longest >= limit:
             raise ValueError(f"the prompt takes {longest} of the model's {limit} positions, none is left for an answer")
         finish = self.finish = [""] * len(prompts)
+        scored = self.scored = [[] for _ in prompts]
         cache = self.start_cache(prompts, images, min(longest + max_new_tokens, limit))
         logits = prefill(self.model, prompts, images, cache)                       # (B, V)
         for n in range(max_new_tokens):
             is_last = n + 1 == max_new_tokens
             ids = sample_next_token(logits, temperature, top_k, top_p, generator)  # (B,)
             wait_for_ids = copy_to_host_async(ids)
+            scores = [] if logprobs is None else score_tokens(logits, ids, logprobs)
             # With a graph the next step is queued before this one's ids are read, so the GPU never idles. The price
             # is one wasted step at the end.
             if self.cuda_graph and not is_last:
                 logits = self.decode(ids, cache)
+            for row, (end, score) in enumerate(zip(finish, scores)):
+                if not end:
+                    scored[row].append(score)
             column = self.accept(wait_for_ids(), cache, finish, eos_id, is_last)
             if any(token is not None for token in column):
                 yield column
@@ -70,6 +79,24 @@ class Session:
                 return
             if not self.cuda_graph:
                 logits = self.decode(ids, cache)
+
+    @torch.inference_mode()
+    def score(self, prompt: list[int], images: Tensor, answers: list[list[int]]) -> list[list[float]]:
+        """The log-probability of each token of several answers to one prompt, which runs once.
+
+        images (N, 3, H, W) uint8 belong to the prompt. Raises ValueError when an answer does not fit into the context.
+        """
+        limit = self.model.config.llm.block_size
+        longest = max(map(len, answers))
+        if len(prompt) + longest - 1 > limit:       # nothing follows an answer's last token, so it takes no position
+            raise ValueError(f"the prompt takes {len(prompt)} of the model's {limit} positions, which leaves too few "
+                             f"for an answer of {longest} tokens")
+        cache = self.start_cache([prompt[:-1]], [images], len(prompt))
+        prefill(self.model, [prompt[:-1]], [images], cache)
+        scores = []
+        for rows in split_rows([len(answer) for answer in answers], CPU_PREFILL):
+            scores += score_branches(self.model, cache.prefix(0), prompt[-1], [answers[row] for row in rows])
+        return scores
 
     def start_cache(self, prompts: list[list[int]], images: list[Tensor], slots: int) -> "KVCache":
         """A new cache, filled with the prefixes known from the last call and those that several prompts share."""
@@ -172,6 +199,17 @@ def decode_step(model: LLaVAPhi, ids: Tensor, cache: "KVCache") -> Tensor:
     return model.llm.lm_head(h).float()
 
 
+def score_branches(model: LLaVAPhi, past: "Prefix", last: int, answers: list[list[int]]) -> list[list[float]]:
+    """`Session.score` of some of the answers, packed into one row. last: the prompt's last token, not in `past`."""
+    device = model.device
+    ids = torch.tensor([token for answer in answers for token in [last, *answer[:-1]]], device=device)       # (T,)
+    targets = torch.tensor([token for answer in answers for token in answer], device=device)
+    lengths = [len(answer) for answer in answers]
+    h = model.llm(model.llm.wte(ids).to(model.llm.dtype), Branches(past, lengths))                 # (T, C)
+    losses = F.cross_entropy(model.llm.lm_head(h).float(), targets, reduction="none")              # (T,)
+    return [(-part).tolist() for part in losses.split(lengths)]
+
+
 def split_rows(lengths: list[int], enough: int) -> Iterator[range]:
     """Split a batch into ranges of rows, each closed as soon as its lengths add up to `enough`."""
     first = 0
@@ -200,6 +238,21 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, top_p: flo
     probs = probs.masked_fill(better >= top_p, 0.0)
     choice = torch.multinomial(probs, 1, generator=generator)                      # (B, 1)
     return order.gather(1, choice).squeeze(1)                                      # (B,)
+
+
+class Scored(NamedTuple):           # a token of an answer
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]      # tokens and their log-probabilities, best first
+
+
+def score_tokens(logits: Tensor, ids: Tensor, n: int) -> list[Scored]:
+    """logits (B, V) fp32, the ids (B,) chosen from them -> their log-probabilities, and the n likeliest ids'."""
+    logprobs = logits.log_softmax(-1)                                              # (B, V)
+    chosen = logprobs.gather(1, ids[:, None]).squeeze(1)                           # (B,)
+    best, best_ids = logprobs.topk(n)                                              # (B, n)
+    likeliest = [list(zip(*row)) for row in zip(best_ids.tolist(), best.tolist())]
+    return list(map(Scored, ids.tolist(), chosen.tolist(), likeliest))
 
 
 def copy_to_host_async(ids: Tensor) -> Callable[[], list[int]]:
@@ -313,6 +366,27 @@ class Prefill:
             y = F.scaled_dot_product_attention(as_batch(q_row, len(q_row)), k_row[None], v_row[None], attn_mask=mask)
             out.append(y[0].transpose(0, 1))                                       # (n, nh, hs)
         return torch.cat(out)                                                      # (T, nh, hs)
+
+
+class Branches:
+    """Several continuations of one cached sequence, packed. Each attends to that sequence, which exists once, and to
+    itself."""
+
+    def __init__(self, past: "Prefix", lengths: list[int]):
+        device = past.v.device
+        self.past = past
+        branches = Packed(lengths, device)
+        self.pos = branches.pos + len(past.content)                                # (T,)
+        branch = to_device_async(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), device)
+        own = (branch[:, None] == branch).tril()                                   # (T, T)
+        self.mask = F.pad(own, (len(past.content), 0), value=True)                 # (T, len(past) + T)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q, k, v (T, nh, hs) -> (T, nh, hs)."""
+        k = torch.cat([self.past.k[layer].type_as(k), k.transpose(0, 1)], dim=1)   # (nh, len(past) + T, hs)
+        v = torch.cat([self.past.v[layer], v.transpose(0, 1)], dim=1)
+        y = F.scaled_dot_product_attention(as_batch(q, len(q)), k[None], v[None], attn_mask=self.mask)
+        return y[0].transpose(0, 1)
 
 
 class Decode:
