@@ -40,12 +40,6 @@ def result_table(result: dict) -> list[list[str]]:
     return table
 
 
-def calibration_table(result: dict) -> list[list[str]]:
-    return [["confidence", "answers", "mean", "accuracy"]] + [
-        [row["confidence"], f"{row['n']:,}", f"{row['mean']:.3f}", f"{row['accuracy']:.3f}"]
-        for row in result["calibration"]["table"]]
-
-
 def remarks(result: dict) -> list[str]:
     """What to know when reading the score, a sentence or two each."""
     task = TASKS[result["task"]]
@@ -67,8 +61,8 @@ def remarks(result: dict) -> list[str]:
     if result["judge"]:
         lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
     if result["calibration"]:
-        lines.append(f"Expected calibration error {result['calibration']['error']:.3f}, where an answer's confidence is "
-                     "the geometric mean of its tokens' probabilities.")
+        lines.append(f"Expected calibration error {result['calibration']['error']:.3f}, with the geometric mean of an "
+                     "answer's token probabilities as its confidence.")
     if result["other_prompts"]:
         lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
     if result["split"] in task.split_notes:
@@ -201,7 +195,10 @@ def report_page(examples: list[Example], answers: list[dict | None], grades: lis
     for line in remarks(result):
         body += f"<p>{html.escape(visible(line))}</p>\n"
     if result["calibration"]:
-        body += "<h2>Accuracy by confidence</h2>\n" + html_table(calibration_table(result), "scores")
+        rows_of_table = [[row["confidence"], f"{row['n']:,}", f"{row['mean']:.3f}", f"{row['accuracy']:.3f}"]
+                         for row in result["calibration"]["table"]]
+        body += "<h2>Accuracy by confidence</h2>\n"
+        body += html_table([["confidence", "answers", "mean", "accuracy"], *rows_of_table], "scores")
     body += f"<h2>{title}: {len(listed):,}, of which {len(shown):,} are shown</h2>\n"
     body += html_table(rows, "answers", pictures)
     return html_page(f"{result['task']} ({result['split']})", body, STYLE)

@@ -267,9 +267,8 @@ def accuracy(examples: list[Example], grades: list[Grade], subscores: dict[str, 
 def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
     """Are confident answers right? None if none of the scored answers has a "logprob".
 
-    An answer's confidence is the geometric mean of its tokens' probabilities. -> the expected calibration error, which
-    is the mean distance between confidence and accuracy over tenths of confidence, and a row for each tenth; another
-    one for the questions that are unanswerable, where a benchmark has such a category (VizWiz).
+    An answer's confidence is the geometric mean of its tokens' probabilities. -> the expected calibration error over
+    tenths of confidence, and a row for each tenth; one more for questions that are unanswerable (VizWiz has them).
     """
     rows = defaultdict(list)
     for example, answer, grade in zip(examples, answers, grades):
@@ -278,13 +277,10 @@ def calibration(examples: list[Example], answers: list[dict | None], grades: lis
             continue
         confidence = math.exp(logprob)
         tenth = min(int(10 * confidence), 9)
-        rows[f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}"].append((confidence, grade.score))
-        if "unanswerable" in example.categories:
-            rows["unanswerable"].append((confidence, grade.score))
-    table = []
-    for name, pairs in sorted(rows.items()):
-        confidence, accuracy = map(mean, zip(*pairs))
-        table.append({"confidence": name, "n": len(pairs), "mean": confidence, "accuracy": accuracy})
+        for name in (f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}", *{"unanswerable"} & {*example.categories}):
+            rows[name].append((confidence, grade.score))
+    table = [dict(zip(("confidence", "n", "mean", "accuracy"), (name, len(pairs), *map(mean, zip(*pairs)))))
+             for name, pairs in sorted(rows.items())]
     tenths = [row for row in table if row["confidence"] != "unanswerable"]
     errors = [row["n"] * abs(row["mean"] - row["accuracy"]) for row in tenths]
     return {"error": sum(errors) / sum(row["n"] for row in tenths), "table": table} if table else None

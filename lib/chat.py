@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -156,58 +157,58 @@ def rank(model: LLaVAPhi | Session, tok: Tokenizer, question: str, image: Tensor
          choices: list[str]) -> list[dict]:
     """How likely each choice is as the answer to a question about a picture, best first.
 
-    The picture and the question are computed once, and all choices in one batch after them. For each: "tokens" and
-    their "logprobs", the one that ends the answer included, as in training; the "sum" and the "mean" of these; and the
-    probabilities among the choices by both, "p_sum" and "p_mean". The order is by sum: that is the probability with
-    which the model would give this very answer. The mean suits choices of very different lengths, of which the sum
-    prefers the short ones. Raises ValueError for choices that are empty, repeated or too long for the context.
+    For each: "tokens" and "logprobs", the end of the answer included, as in training; their "sum" and "mean"; and the
+    probabilities among the choices by both, "p_sum" and "p_mean". The order is by sum, which is the probability that
+    the model gives this very answer; the mean suits choices of very different lengths, of which the sum prefers the
+    short. Raises ValueError for choices that are empty, repeated or too long.
     """
     session = model if isinstance(model, Session) else Session(model)
-    choices = [choice.strip() for choice in choices]
-    if not all(choices) or len(set(choices)) < max(len(choices), 2):
-        raise ValueError(f"expected two or more choices, none empty and no two alike, found {', '.join(choices)!r}")
+    choices = check_choices(choices)
     images = open_image(image, session.model.config)
     prompt = encode_chat(session.model.config, tok, [question], images)
     answers = [[*tokenize(f" {choice}", tok).ids, eot_id(tok)] for choice in choices]
-    ranked = []
-    for choice, ids, logprobs in zip(choices, answers, session.score(prompt, images, answers)):
-        total = math.fsum(logprobs)
-        ranked.append({"choice": choice, "tokens": [token_bytes(tok, i).decode(errors="replace") for i in ids],
-                       "logprobs": logprobs, "sum": total, "mean": total / len(ids)})
-    for kind in ("sum", "mean"):
-        for row, p in zip(ranked, torch.tensor([row[kind] for row in ranked], dtype=torch.float64).softmax(0).tolist()):
-            row[f"p_{kind}"] = p
-    return sorted(ranked, key=lambda row: -row["sum"])
+    scores = session.score(prompt, images, answers)
+    sums, means = list(map(math.fsum, scores)), list(map(fmean, scores))
+    texts = [[token_text(tok, token) for token in ids] for ids in answers]
+    odds = [torch.tensor(x, dtype=torch.float64).softmax(0).tolist() for x in (sums, means)]
+    columns = choices, texts, scores, sums, means, *odds
+    names = "choice", "tokens", "logprobs", "sum", "mean", "p_sum", "p_mean"
+    return sorted((dict(zip(names, row)) for row in zip(*columns)), key=lambda row: -row["sum"])
 
 
-def read_choices(text: str) -> list[str]:
-    """"cat,dog,none of them", or a file with a choice on each line."""
-    if os.path.isfile(text):
-        return [line for line in Path(text).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    return text.split(",")
+def check_choices(choices: str | list[str]) -> list[str]:
+    """choices: a list; or "cat,dog,none of them", or a file with one on each line."""
+    if isinstance(choices, str) and os.path.isfile(choices):
+        choices = re.findall(r".*\S.*", Path(choices).read_text(encoding="utf-8-sig"))
+    elif isinstance(choices, str):
+        choices = choices.split(",")
+    choices = [choice.strip() for choice in choices]
+    if not all(choices) or len(set(choices)) < max(len(choices), 2):
+        raise ValueError(f"expected two or more choices, none empty and no two alike, found {', '.join(choices)!r}")
+    return choices
 
 
-KEPT_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# GPT-2's tokenizers spell each byte as a character: printable ones as themselves, the others from U+0100 on.
-BYTE_OF = {chr(byte): byte for byte in KEPT_BYTES}
-BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*KEPT_BYTES}))}
+# GPT-2 spells each byte as a character: printable ones as themselves, the others in order from U+0100 on.
+SPELLED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = dict(zip(map(chr, [*SPELLED, *range(256, 324)]), [*SPELLED, *sorted({*range(256)} - {*SPELLED})]))
 
 
 def token_bytes(tok: Tokenizer, token: int) -> bytes:
-    """A token may hold a part of a character only. Ids that the tokenizer does not use have no bytes."""
-    spelled = tok.id_to_token(token) or ""
-    if all(c in BYTE_OF for c in spelled):
-        return bytes(BYTE_OF[c] for c in spelled)
-    return spelled.encode()             # Phi-2's runs of spaces are spelled as they are
+    spelled = tok.id_to_token(token) or ""              # None: an id that the tokenizer does not use
+    # Phi-2's runs of spaces are spelled as they are.
+    return bytes(map(BYTE_OF.get, spelled)) if set(spelled) <= BYTE_OF.keys() else spelled.encode()
+
+
+def token_text(tok: Tokenizer, token: int) -> str:
+    return token_bytes(tok, token).decode(errors="replace")     # a token may hold a part of a character
 
 
 def describe_logprobs(tok: Tokenizer, scored: list[Scored]) -> list[dict]:
-    """An answer's tokens in the form of OpenAI's logprobs."""
+    """An answer's tokens in the form of OpenAI's logprobs, without the one that ends it."""
     def entry(token: int, logprob: float) -> dict:
-        text = token_bytes(tok, token)
-        return {"token": text.decode(errors="replace"), "logprob": logprob, "bytes": list(text)}
+        return {"token": token_text(tok, token), "logprob": logprob, "bytes": list(token_bytes(tok, token))}
     return [entry(token, logprob) | {"top_logprobs": [entry(*other) for other in likeliest]}
-            for token, logprob, likeliest in scored]
+            for token, logprob, likeliest in scored if token != eot_id(tok)]
 
 
 def open_image(source: Picture | Tensor | list[Picture], config: LLaVAConfig) -> Tensor:
@@ -223,11 +224,13 @@ def open_image(source: Picture | Tensor | list[Picture], config: LLaVAConfig) ->
     size = config.vision.image_size
     if source is None:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    return load_image(picture_file(source), ImageConfig.of(config.vision, config.image_mode))[None]
+
+
+def picture_file(source: Picture) -> Path | BinaryIO | Image.Image:
     if source == "-":
-        source = io.BytesIO(sys.stdin.buffer.read())
-    elif isinstance(source, str):
-        source = pasted_path(source)
-    return load_image(source, ImageConfig.of(config.vision, config.image_mode))[None]
+        return io.BytesIO(sys.stdin.buffer.read())
+    return pasted_path(source) if isinstance(source, str) else source
 
 
 def pasted_path(text: str) -> Path:

@@ -32,7 +32,7 @@ class Session:
         self.cuda_graph = cuda_graph
         self.cache: KVCache | None = None       # of the last call
         self.finish: list[str] = []             # why each of its answers ended, "" while it is being written
-        self.scored: list[list[Scored]] = []    # their tokens and the one that ended each, where logprobs were asked for
+        self.scored: list[list[Scored]] = []    # their tokens and the one that ended each, if asked for
         # On Hopper, torch prefers cuDNN's attention, which takes tens to hundreds of milliseconds to build an execution
         # plan for every new shape and stride. Generation keeps meeting new shapes (prompts, batches, cache lengths), so
         # a process that generates uses torch's other kernels. Training has no session and keeps torch's choice: its
@@ -42,15 +42,13 @@ class Session:
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], images: list[Tensor], *, max_new_tokens: int, eos_id: int,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None,
-                 logprobs: int | None = None) -> Iterator[list[int | None]]:
+                 generator: torch.Generator | None = None, logprobs: int | None = None) -> Iterator[list[int | None]]:
         """Yield one column per step: the next id of each answer, or None where that answer has ended.
 
         images[i] (N_i, 3, H, W) uint8 belong to prompts[i]. Afterwards `finish` says for each answer why it ended:
-        "stop" (eos_id), "length" (max_new_tokens) or "context" (the model's positions are full). logprobs: `scored`
-        grows by each token with its log-probability and those of the `logprobs` likeliest tokens; they are the model's
-        own, before temperature, top_k and top_p. The caller may stop iterating at any time.
-        Raises ValueError when a prompt leaves no room for an answer.
+        "stop" (eos_id), "length" (max_new_tokens) or "context" (the model's positions are full). The caller may stop
+        iterating at any time. logprobs: `scored` gets each token with its log-probability and the `logprobs` likeliest
+        ones, before temperature, top_k and top_p. Raises ValueError when a prompt leaves no room for an answer.
         """
         limit = self.model.config.llm.block_size
         longest = max(len(prompt) for prompt in prompts)
@@ -82,20 +80,26 @@ class Session:
 
     @torch.inference_mode()
     def score(self, prompt: list[int], images: Tensor, answers: list[list[int]]) -> list[list[float]]:
-        """The log-probability of each token of several answers to one prompt, which runs once.
+        """The log-probability of each token of several answers to one prompt, which runs once. See `generate`.
 
-        images (N, 3, H, W) uint8 belong to the prompt. Raises ValueError when an answer does not fit into the context.
+        Raises ValueError when an answer does not fit into the context.
         """
-        limit = self.model.config.llm.block_size
+        llm = self.model.llm
         longest = max(map(len, answers))
-        if len(prompt) + longest - 1 > limit:       # nothing follows an answer's last token, so it takes no position
-            raise ValueError(f"the prompt takes {len(prompt)} of the model's {limit} positions, which leaves too few "
-                             f"for an answer of {longest} tokens")
+        if len(prompt) + longest - 1 > llm.config.block_size:      # an answer's last token is not read
+            raise ValueError(f"the prompt takes {len(prompt)} of the model's {llm.config.block_size} positions, which "
+                             f"leaves too few for an answer of {longest} tokens")
         cache = self.start_cache([prompt[:-1]], [images], len(prompt))
         prefill(self.model, [prompt[:-1]], [images], cache)
         scores = []
-        for rows in split_rows([len(answer) for answer in answers], CPU_PREFILL):
-            scores += score_branches(self.model, cache.prefix(0), prompt[-1], [answers[row] for row in rows])
+        for rows in split_rows(list(map(len, answers)), CPU_PREFILL):
+            batch = [answers[row] for row in rows]
+            lengths = list(map(len, batch))
+            ids = torch.tensor([token for answer in batch for token in [prompt[-1], *answer[:-1]]])        # (T,)
+            h = llm(llm.wte(ids.to(self.model.device)).to(llm.dtype), Branches(cache.prefix(0), lengths))  # (T, C)
+            targets = torch.tensor(sum(batch, []), device=self.model.device)
+            losses = F.cross_entropy(llm.lm_head(h).float(), targets, reduction="none")
+            scores += [(-part).tolist() for part in losses.split(lengths)]
         return scores
 
     def start_cache(self, prompts: list[list[int]], images: list[Tensor], slots: int) -> "KVCache":
@@ -199,17 +203,6 @@ def decode_step(model: LLaVAPhi, ids: Tensor, cache: "KVCache") -> Tensor:
     return model.llm.lm_head(h).float()
 
 
-def score_branches(model: LLaVAPhi, past: "Prefix", last: int, answers: list[list[int]]) -> list[list[float]]:
-    """`Session.score` of some of the answers, packed into one row. last: the prompt's last token, not in `past`."""
-    device = model.device
-    ids = torch.tensor([token for answer in answers for token in [last, *answer[:-1]]], device=device)       # (T,)
-    targets = torch.tensor([token for answer in answers for token in answer], device=device)
-    lengths = [len(answer) for answer in answers]
-    h = model.llm(model.llm.wte(ids).to(model.llm.dtype), Branches(past, lengths))                 # (T, C)
-    losses = F.cross_entropy(model.llm.lm_head(h).float(), targets, reduction="none")              # (T,)
-    return [(-part).tolist() for part in losses.split(lengths)]
-
-
 def split_rows(lengths: list[int], enough: int) -> Iterator[range]:
     """Split a batch into ranges of rows, each closed as soon as its lengths add up to `enough`."""
     first = 0
@@ -250,7 +243,7 @@ def score_tokens(logits: Tensor, ids: Tensor, n: int) -> list[Scored]:
     """logits (B, V) fp32, the ids (B,) chosen from them -> their log-probabilities, and the n likeliest ids'."""
     logprobs = logits.log_softmax(-1)                                              # (B, V)
     chosen = logprobs.gather(1, ids[:, None]).squeeze(1)                           # (B,)
-    best, best_ids = logprobs.topk(n)                                              # (B, n)
+    best, best_ids = logprobs.topk(min(n, logprobs.size(1)))                       # (B, n)
     likeliest = [list(zip(*row)) for row in zip(best_ids.tolist(), best.tolist())]
     return list(map(Scored, ids.tolist(), chosen.tolist(), likeliest))
 
@@ -369,20 +362,15 @@ class Prefill:
 
 
 class Branches:
-    """Several continuations of one cached sequence, packed. Each attends to that sequence, which exists once, and to
-    itself."""
+    """Several continuations of one cached sequence, packed. Each attends to that sequence and to itself."""
 
     def __init__(self, past: "Prefix", lengths: list[int]):
-        device = past.v.device
         self.past = past
-        branches = Packed(lengths, device)
-        self.pos = branches.pos + len(past.content)                                # (T,)
-        branch = to_device_async(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), device)
-        own = (branch[:, None] == branch).tril()                                   # (T, T)
-        self.mask = F.pad(own, (len(past.content), 0), value=True)                 # (T, len(past) + T)
+        self.pos = Packed(lengths, past.v.device).pos + len(past.content)          # (T,)
+        own = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()         # (T, T)
+        self.mask = F.pad(own, (len(past.content), 0), value=True).to(past.v.device)       # (T, len(past) + T)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """q, k, v (T, nh, hs) -> (T, nh, hs)."""
         k = torch.cat([self.past.k[layer].type_as(k), k.transpose(0, 1)], dim=1)   # (nh, len(past) + T, hs)
         v = torch.cat([self.past.v[layer], v.transpose(0, 1)], dim=1)
         y = F.scaled_dot_product_attention(as_batch(q, len(q)), k[None], v[None], attn_mask=self.mask)

@@ -36,7 +36,7 @@ from urllib.parse import unquote
 import torch
 from tokenizers import Tokenizer
 
-from lib.chat import Clock, answer, describe_logprobs, encode_chat, eot_id, open_image
+from lib.chat import Clock, answer, describe_logprobs, encode_chat, open_image
 from lib.common import visible
 from lib.device import use_device
 from serve import api
@@ -221,9 +221,8 @@ class Server(ThreadingTCPServer):
     def new_logprobs(self, end: float) -> list[dict]:
         """Logprobs of the tokens that begin before this place in the answer, and that no earlier call had."""
         n = bisect_left(self.starts, end)
-        scored = [each for each in self.session.scored[0][self.n_told:n] if each.token != eot_id(self.tok)]
-        self.n_told = n
-        return describe_logprobs(self.tok, scored)
+        n_told, self.n_told = self.n_told, n
+        return describe_logprobs(self.tok, self.session.scored[0][n_told:n])
 
 
 class Handler(BaseHTTPRequestHandler):

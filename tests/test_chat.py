@@ -8,7 +8,7 @@ from helpers import GOLDEN_ANSWER, expanded, pack, plain_answer
 from PIL import Image
 
 from data import IGNORE, encode, encode_turns, eot_id, expand
-from lib.chat import (Clock, answer, ask, encode_chat, open_image, pieces_of, rank, read_choices,
+from lib.chat import (Clock, answer, ask, encode_chat, open_image, pieces_of, rank, check_choices,
                       token_bytes)
 from lib.generate import Session
 
@@ -142,9 +142,9 @@ def test_choices_that_cannot_be_told_apart_are_refused(tiny_model, tiny_tokenize
 
 def test_choices_come_from_a_list_or_a_file(tmp_path):
     (tmp_path / "choices.txt").write_text("red, or so\n\nblue\r\n", encoding="utf-8")
-    assert read_choices(str(tmp_path / "choices.txt")) == ["red, or so", "blue"]
-    assert read_choices("cat,dog,none of them") == ["cat", "dog", "none of them"]
-    assert read_choices("long " * 1000 + ",x")[1] == "x"    # longer than any file's name may be
+    assert check_choices(str(tmp_path / "choices.txt")) == ["red, or so", "blue"]
+    assert check_choices("cat,dog,none of them") == ["cat", "dog", "none of them"]
+    assert check_choices("long " * 1000 + ",x")[1] == "x"    # longer than any file's name may be
 
 
 def test_the_bytes_of_tokens_add_up_to_the_text(tiny_tokenizer):
