@@ -348,7 +348,7 @@ def write_answers(path: Path, answers: Iterator, examples: list[Example], progre
             example = examples[answer.row]
             line = {"row": answer.row, "question_id": example.question_id,
                     "prompt": example.info.get("saved", example.prompt), "text": answer.text,
-                    "truncated": answer.truncated, "logprob": answer.logprob}
+                    "truncated": answer.truncated, "tokens": answer.n_tokens, "logprob": answer.logprob}
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             progress.update()

@@ -61,8 +61,8 @@ def remarks(result: dict) -> list[str]:
     if result["judge"]:
         lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
     if result["calibration"]:
-        lines.append(f"Expected calibration error {result['calibration']['error']:.3f}, with the geometric mean of an "
-                     "answer's token probabilities as its confidence.")
+        lines.append(f"Expected calibration error {result['calibration']['error']:.3f}, with the probability of an "
+                     "answer as its confidence.")
     if result["other_prompts"]:
         lines.append(f"{result['other_prompts']:,} answers were made with another prompt than this task's.")
     if result["split"] in task.split_notes:

@@ -265,17 +265,18 @@ def accuracy(examples: list[Example], grades: list[Grade], subscores: dict[str, 
 
 
 def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
-    """Are confident answers right? None if none of the scored answers has a "logprob".
+    """Are confident answers right? None if no scored answer has "logprob", the mean over its "tokens".
 
-    An answer's confidence is the geometric mean of its tokens' probabilities. -> the expected calibration error over
-    tenths of confidence, and a row for each tenth; one more for questions that are unanswerable (VizWiz has them).
+    An answer's confidence is its probability as a whole. -> the expected calibration error over tenths of confidence,
+    and a row for each tenth; one more for questions that are unanswerable (VizWiz has them).
     """
     rows = defaultdict(list)
     for example, answer, grade in zip(examples, answers, grades):
-        logprob = (answer or {}).get("logprob")
-        if grade.score is None or example.image == BLANK or type(logprob) is not float or not -1e9 < logprob <= 0:
+        logprob, n = [(answer or {}).get(key) for key in ("logprob", "tokens")]
+        is_known = type(logprob) is float and -1e9 < logprob <= 0 and type(n) is int and 0 < n < 1e6
+        if grade.score is None or example.image == BLANK or not is_known:
             continue
-        confidence = math.exp(logprob)
+        confidence = math.exp(logprob * n)
         tenth = min(int(10 * confidence), 9)
         for name in (f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}", *{"unanswerable"} & {*example.categories}):
             rows[name].append((confidence, grade.score))

@@ -76,7 +76,8 @@ class Answer(NamedTuple):
     row: int                    # index of the question in the benchmark
     text: str
     truncated: bool             # cut at the token limit, or by a full context
-    logprob: float              # mean over its tokens, the one that ended it included
+    n_tokens: int               # the one that ended it included
+    logprob: float              # mean over these
 
 
 class Model:
@@ -121,9 +122,8 @@ class Model:
             ids_of_prompts = [prompts[row] for row in rows]
             for i, ids in answer_batch(session, ids_of_prompts, images, max_new_tokens, eot_id(self.tok)):
                 text = self.tok.decode(ids, skip_special_tokens=True).strip()
-                logprob = fmean(scored.logprob for scored in session.scored[i])
-                # Rounded, because other batches differ in the last digits.
-                yield Answer(rows[i], text, truncated=session.finish[i] != "stop", logprob=round(logprob, 3))
+                logprobs = [scored.logprob for scored in session.scored[i]]     # other batches differ in the last digits
+                yield Answer(rows[i], text, session.finish[i] != "stop", len(logprobs), round(fmean(logprobs), 3))
 
 
 def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int,

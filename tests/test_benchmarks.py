@@ -194,9 +194,9 @@ def test_calibration_by_hand():
     rows = [(example(), -0.05, 1.0), (example(), -0.02, 0.0), (example("unanswerable"), 0.0, 1.0),
             (example(image=BLANK), -0.05, 0.0), (example("unanswerable"), math.log(0.25), 0.0),
             (example(), None, 1.0), (example(), float("nan"), 1.0), (example(), 0.5, 1.0), (example(), True, 1.0),
-            (example(), -0.1, None)]
+            (example(), -0.1, None), (example(), -0.1, 1.0)]
     examples, logprobs, scores = zip(*rows)
-    answers = [{"text": "", "logprob": logprob} for logprob in logprobs[:-1]] + [None]
+    answers = [{"text": "", "logprob": logprob and logprob / 2, "tokens": 2} for logprob in logprobs[:-1]] + [None]
     found = calibration(examples, answers, [Grade(score) for score in scores])
     high = (math.exp(-0.05) + math.exp(-0.02) + 1) / 3
     assert [(row["confidence"], row["n"]) for row in found["table"]] == [
@@ -204,7 +204,8 @@ def test_calibration_by_hand():
     assert [row["mean"] for row in found["table"]] == pytest.approx([0.25, high, 0.625])
     assert [row["accuracy"] for row in found["table"]] == pytest.approx([0, 2 / 3, 0.5])
     assert found["error"] == pytest.approx((0.25 + 3 * (high - 2 / 3)) / 4)
-    assert calibration(examples[:1], [{"text": "a"}], [Grade(1.0)]) is None     # of an older run
+    for older in ({"text": "a"}, {"text": "a", "logprob": -0.1}, {"text": "a", "logprob": -0.1, "tokens": "1"}):
+        assert calibration(examples[:1], [older], [Grade(1.0)]) is None
 
 
 def test_intervals():

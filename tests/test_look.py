@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, TINY_MODEL, pattern
+from bench.look import measure
+from helpers import GOLDEN, ROOT, TINY_MODEL, pattern
 from PIL import Image
 
 import lib.quant
 import sample
-from data import IMAGE_ID, ImageConfig, load_image
+from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
 from lib.chat import encode_chat, open_image
 from lib.look import look, look_page, seen_box
 from load_weights import load_model
 from model import Packed, apply_rope, rope
 
 PHOTO = GOLDEN / "images/photo.jpg"
+DEMO = ROOT / "out/demo/finetune"
 WORDS = ["What is this?"]
 
 
@@ -140,3 +142,11 @@ def test_look_on_the_command_line(tmp_path, capsys):
     assert capsys.readouterr().out == expected
     page = (tmp_path / "look.html").read_text()
     assert f"aspect-ratio: {photo.height} / {photo.width}" in page and page.count("<figure>") == 3
+
+
+@pytest.mark.skipif(not (DEMO / "config.json").exists(), reason="needs the model that `make demo` trains")
+def test_the_demo_looks_at_the_shape_that_it_is_asked_about():
+    """Chance is 0.25, the share of the shape's quarter in the area. docs/measurements.md has 100 scenes."""
+    means, asked, right = measure(load_model(DEMO), load_tokenizer(DEMO), 20, range(1))
+    assert right > 0.8 * asked
+    assert means["gradient"]["all"] > 0.25 + 0.25 and means["attention of layer 0"]["all"] > 0.25 + 0.1

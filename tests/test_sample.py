@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import GOLDEN, GOLDEN_ANSWER, ROOT, TINY_MODEL, run_script
@@ -18,6 +19,7 @@ import sample
 from lib.chat import Clock, TextStream, answer, ask, open_image, rank
 from lib.common import run_command, without_control
 from lib.generate import Session
+from lib.look import look
 
 PHOTO = GOLDEN / "images/photo.jpg"
 PUBLISHED = 3_100_000_000         # parameters of the published model
@@ -310,6 +312,9 @@ def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, tiny_mod
     turns = ["What is this?", names["text"], "Why do you think so?"]
     [last] = ["".join(pieces) for pieces in zip(*answer(Session(tiny_model), tiny_tokenizer, [turns], [PHOTO]))]
     assert capsys.readouterr().out == last
+    assert names["ranked"] == rank(tiny_model, tiny_tokenizer, "What is this?", PHOTO, ["a cat", "a dog", "none of them"])
+    assert names["maps"] == look(tiny_model, tiny_tokenizer, "What is this?", PHOTO, max_new_tokens=4)
+    assert len(names["maps"]) == 4 and np.shape(names["maps"][0]["gradient"]) == (2, 2)
 
 
 def test_a_picture_that_is_in_no_list_and_no_picture_at_all(tiny_model, tiny_tokenizer):
