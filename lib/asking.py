@@ -122,7 +122,7 @@ class Model:
             ids_of_prompts = [prompts[row] for row in rows]
             for i, ids in answer_batch(session, ids_of_prompts, images, max_new_tokens, eot_id(self.tok)):
                 text = self.tok.decode(ids, skip_special_tokens=True).strip()
-                logprobs = [scored.logprob for scored in session.scored[i]]     # other batches differ in the last digits
+                logprobs = [scored.logprob for scored in session.scored[i]]
                 yield Answer(rows[i], text, session.finish[i] != "stop", len(logprobs), round(fmean(logprobs), 3))
 
 

@@ -312,7 +312,8 @@ def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, tiny_mod
     turns = ["What is this?", names["text"], "Why do you think so?"]
     [last] = ["".join(pieces) for pieces in zip(*answer(Session(tiny_model), tiny_tokenizer, [turns], [PHOTO]))]
     assert capsys.readouterr().out == last
-    assert names["ranked"] == rank(tiny_model, tiny_tokenizer, "What is this?", PHOTO, ["a cat", "a dog", "none of them"])
+    choices = ["a cat", "a dog", "none of them"]
+    assert names["ranked"] == rank(tiny_model, tiny_tokenizer, "What is this?", PHOTO, choices)
     assert names["maps"] == look(tiny_model, tiny_tokenizer, "What is this?", PHOTO, max_new_tokens=4)
     assert len(names["maps"]) == 4 and np.shape(names["maps"][0]["gradient"]) == (2, 2)
 

@@ -1,7 +1,7 @@
 """Does the demo's model look at the shape that it is asked about? And which answers do choices get, ranked both ways?
 
-Each question is about one shape of a held-out scene, which lies in a quarter of the picture, on 4 of its 16 patches: a map
-that knows nothing has 25 % there. Only questions that the model answers correctly count for the maps.
+Each question is about one shape of a held-out scene, which lies in a quarter of the picture, on 4 of its 16 patches: a
+map that knows nothing has 25 % there. Only questions that the model answers correctly count for the maps.
 
 $ python tests/bench/look.py --model out/demo/finetune
 """
@@ -55,8 +55,8 @@ def measure(model: LLaVAPhi, tok, n: int, layers: range) -> tuple[dict[str, dict
         asked += 1
         prompt = encode_chat(model.config, tok, [question], image)
         ids = tokenize(f" {answer}", tok).ids
-        said = [column[0] for column in Session(model).generate([prompt], [image], max_new_tokens=9, eos_id=eot_id(tok))]
-        if said != ids:
+        columns = Session(model).generate([prompt], [image], max_new_tokens=9, eos_id=eot_id(tok))
+        if [column[0] for column in columns] != ids:
             continue
         right += 1
         for layer in layers:
