@@ -34,8 +34,8 @@ from tqdm import tqdm
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
 from benchmarks.files import first_existing, read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import (BLANK, Example, Grade, Score, Task, asked_again, mean, paired_test, published_columns,
-                                summarize_twice)
+from benchmarks.scoring import (BLANK, Example, Grade, Score, Task, asked_again, calibration, mean, paired_test,
+                                published_columns, summarize_twice)
 from lib.archives import Member
 
 # ---------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def write_answers(path: Path, answers: Iterator, examples: list[Example], progre
             example = examples[answer.row]
             line = {"row": answer.row, "question_id": example.question_id,
                     "prompt": example.info.get("saved", example.prompt), "text": answer.text,
-                    "truncated": answer.truncated}
+                    "truncated": answer.truncated, "tokens": answer.n_tokens, "logprob": answer.logprob}
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             progress.update()
@@ -449,6 +449,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
         "empty": texts.count(""),
         "truncated": sum(bool(answer.get("truncated")) for answer in given),
         "missing": answers.count(None),
+        "calibration": None if task.judge else calibration(data.examples, answers, grades),
         "other_prompts": others.count(True),
         "limit": args.limit,
         "judge": describe_judge(data, total, args),

@@ -59,8 +59,8 @@ MIPHA_CONFIG = LLaVAConfig(vision=SIGLIP_SO400M_384)
 class Packed:
     """B sequences packed into one row of T tokens: their positions, and causal attention within each of them.
 
-    Built once per forward and shared by all layers. The decoder only uses `pos` and `attend`; lib/generate.py has two
-    more classes with this interface, for tokens whose past is in a KV cache.
+    Built once per forward and shared by all layers. The decoder only uses `pos` and `attend`; lib/generate.py has
+    three more classes with this interface, for tokens whose past is in a KV cache.
 
     For example, lengths [3, 2] give pos [0 1 2 0 1] and cu_seqlens [0 3 5].
     max_seqlen: an upper bound on the lengths. It is the model's block_size rather than this batch's longest sequence,

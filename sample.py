@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 
 from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, find_model, parse_or_exit, plural,
-                        run_command, without_control)
+                        run_command, without_control, write_whole)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -44,6 +44,12 @@ def parse(argv: list[str] | None) -> Namespace:
              "GPU, 8 bits save memory but no time")
     add("--cuda-graph", action=BooleanOptionalAction, default=False,
         help="decode with CUDA graphs, faster for long answers")
+    add("--choices", metavar="A,B,C|FILE", help="with --prompt: rank these answers (a list, or a file with one a line) "
+        "by the probability that the model gives them, instead of generating one")
+    add("--logprobs", type=at_least(0), metavar="N",
+        help="with --json: each token's log-probability and the N likeliest tokens, in OpenAI's form")
+    add("--look", metavar="FILE", help="with --prompt: write a page that shows where the model looks for each token")
+    add("--look-layer", type=at_least(0), default=0, help="layer whose attention --look shows")
     add("--json", action=BooleanOptionalAction, default=False, help="with --prompt: print one json object per picture")
     add("--verbose", action=BooleanOptionalAction, default=False,
         help="print time to first token, tokens per second, memory; with --serve, log questions and answers")
@@ -63,6 +69,11 @@ def parse(argv: list[str] | None) -> Namespace:
                      "--together")
     if args.together and not args.image:
         parser.error("--together is about the pictures of --image, and there is none")
+    extras = [f"--{name}" for name in ("choices", "logprobs", "look") if getattr(args, name) is not None]
+    if extras and (args.prompt is None or len(extras) > 1 or args.logprobs is not None and not args.json):
+        parser.error(f"{', '.join(extras)}: give one at a time, with --prompt, and --logprobs with --json, too")
+    if args.look and (len(args.image or []) != 1 or args.bits < 16):
+        parser.error("--look takes one picture of --image, and needs --bits 16, since fewer bits have no gradient")
     if "-" in (args.image or []) and (chatting or args.prompt == "-"):
         parser.error("stdin carries the picture, so the question must be given as --prompt TEXT")
     return args
@@ -76,10 +87,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import load_tokenizer
-from lib.chat import Clock, answer, ask, encode_chat, open_image, pasted_path
+from lib.chat import (Clock, answer, check_choices, describe_logprobs, encode_chat, open_image, pasted_path,
+                      picture_file, rank)
 from lib.device import choose_device, choose_dtype, free_memory, torch_dtype, use_device
 from lib.folders import open_weights, projector_warning
 from lib.generate import Session
+from lib.look import look_back, look_page
+from lib.pictures import open_rgb
 from load_weights import load_model
 
 try:
@@ -121,14 +135,28 @@ def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Names
             print_answer(piece)
         print()
     else:
-        texts = ask(session.model, tok, args.prompt, images, clock=clock, **sampling)
-        for source, text in zip(sources_of(args), texts):
+        pieces = answer(session, tok, [[args.prompt]] * len(images), images, clock, **sampling)
+        for source, text, scored in zip(sources_of(args), map("".join, zip(*pieces)), session.scored):
             if args.json:
-                print(json.dumps({"image": source, "prompt": args.prompt, "answer": text}))
+                row = {"image": source, "prompt": args.prompt, "answer": text}
+                if args.logprobs is not None:
+                    row["logprobs"] = describe_logprobs(tok, scored)
+                print(json.dumps(row))
             else:
                 print_answer(f"{source}: {text}", end="\n")
     if args.verbose:
         print_note(str(clock))
+
+
+def rank_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Namespace) -> None:
+    """--choices: instead of an answer, how likely each of these is."""
+    for source, image in zip(sources_of(args), images):
+        ranked = rank(session, tok, args.prompt, image, args.choices)
+        if args.json:
+            print(json.dumps({"image": source, "prompt": args.prompt, "choices": ranked}))
+        for row in ranked if not args.json else []:
+            print_answer(f"{f'{source}: ' * (len(images) > 1)}{row['p_sum']:7.2%}  {row['choice']}  (log-likelihood "
+                         f"{row['sum']:.3f}, {row['mean']:.3f} a token)", end="\n")
 
 # ---------------------------------------------------------------------------------------------------
 # A chat
@@ -309,7 +337,14 @@ def main(args: Namespace) -> None:
     # Check the question and the pictures first: the weights take a while to load.
     if args.prompt == "-":
         args.prompt = sys.stdin.read()
-    images = [open_image(source, config) for source in sources_of(args)]
+    if args.choices is not None:
+        args.choices = check_choices(args.choices)
+    sources = sources_of(args)
+    if args.look:
+        picture = open_rgb(picture_file(args.image[0]), config.vision.image_size, config.image_mode)
+        picture.info = {}                               # or its EXIF data would turn it a second time
+        sources = [picture]
+    images = [open_image(source, config) for source in sources]
     if args.prompt is not None:
         encode_chat(config, tok, [args.prompt], images[0])
 
@@ -327,8 +362,15 @@ def main(args: Namespace) -> None:
         server.run(session, tok, folder.resolve().name if name.startswith(".") else name, sampling)
         return
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    if args.prompt is not None:
+    sampling["logprobs"] = 0 if args.look else args.logprobs
+    if args.choices:
+        rank_once(session, tok, images, args)
+    elif args.prompt is not None:
         ask_once(session, tok, images, args, sampling)
+        if args.look:
+            looks = look_back(session, tok, args.prompt, images[0], args.look_layer)
+            write_whole(Path(args.look), look_page(picture, args.prompt, looks, config, args.look_layer))
+            print_note(f"[written: {args.look}]")
     else:
         if sys.stdin.isatty():
             print_note(f"about {' and '.join(args.image or ['no picture'])}; /help lists the commands")

@@ -61,6 +61,9 @@ def remarks(result: dict) -> list[str]:
                      "or --limit left none of the questions that count.")
     if result["judge"]:
         lines.append(f"Judged by {result['judge']}; another judge shifts this score by several points.")
+    if result["calibration"]:
+        lines.append(f"Expected calibration error {result['calibration']['error']:.3f}, with the probability of an "
+                     "answer as its confidence.")
     if result["other_prompts"]:
         lines.append(f"{plural(result['other_prompts'], 'answer')} made with another prompt than this task's.")
     if result["split"] in task.split_notes:
@@ -192,6 +195,11 @@ def report_page(examples: list[Example], answers: list[dict | None], grades: lis
     body = html_table(result_table(result), "scores")
     for line in remarks(result):
         body += f"<p>{html.escape(visible(line))}</p>\n"
+    if result["calibration"]:
+        rows_of_table = [[row["confidence"], f"{row['n']:,}", f"{row['mean']:.3f}", f"{row['accuracy']:.3f}"]
+                         for row in result["calibration"]["table"]]
+        body += "<h2>Accuracy by confidence</h2>\n"
+        body += html_table([["confidence", "answers", "mean", "accuracy"], *rows_of_table], "scores")
     body += f"<h2>{title}: {len(listed):,}, of which {len(shown):,} are shown</h2>\n"
     body += html_table(rows, "answers", pictures)
     return html_page(f"{result['task']} ({result['split']})", body, STYLE)

@@ -302,6 +302,29 @@ def accuracy(examples: list[Example], grades: list[Grade], subscores: dict[str, 
     return Score(100 * mean(scores), *interval_of_mean(scores), subscores)
 
 
+def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
+    """Are confident answers right? None if no scored answer has "logprob", the mean over its "tokens".
+
+    An answer's confidence is its probability as a whole. -> the expected calibration error over tenths of confidence,
+    and a row for each tenth; one more for questions that are unanswerable (VizWiz has them).
+    """
+    rows = defaultdict(list)
+    for example, answer, grade in zip(examples, answers, grades):
+        logprob, n = [(answer or {}).get(key) for key in ("logprob", "tokens")]
+        is_known = type(logprob) is float and -1e9 < logprob <= 0 and type(n) is int and 0 < n < 1e6
+        if grade.score is None or example.image == BLANK or not is_known:
+            continue
+        confidence = math.exp(logprob * n)
+        tenth = min(int(10 * confidence), 9)
+        for name in (f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}", *{"unanswerable"} & {*example.categories}):
+            rows[name].append((confidence, grade.score))
+    table = [dict(zip(("confidence", "n", "mean", "accuracy"), (name, len(pairs), *map(mean, zip(*pairs)))))
+             for name, pairs in sorted(rows.items())]
+    tenths = [row for row in table if row["confidence"] != "unanswerable"]
+    errors = [row["n"] * abs(row["mean"] - row["accuracy"]) for row in tenths]
+    return {"error": sum(errors) / sum(row["n"] for row in tenths), "table": table} if table else None
+
+
 def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
                  subscores: dict[str, float]) -> Score:
     """Score of a metric that is computed from summed counts, such as F1, with a bootstrap interval.

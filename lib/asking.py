@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,8 @@ class Answer(NamedTuple):
     row: int                    # index of the question in the benchmark
     text: str
     truncated: bool             # cut at the token limit, or by a full context
+    n_tokens: int               # the one that ended it included
+    logprob: float              # mean over these
 
 
 class Model:
@@ -119,7 +122,8 @@ class Model:
             ids_of_prompts = [prompts[row] for row in rows]
             for i, ids in answer_batch(session, ids_of_prompts, images, max_new_tokens, eot_id(self.tok)):
                 text = self.tok.decode(ids, skip_special_tokens=True).strip()
-                yield Answer(rows[i], text, truncated=session.finish[i] != "stop")
+                logprobs = [scored.logprob for scored in session.scored[i]]
+                yield Answer(rows[i], text, session.finish[i] != "stop", len(logprobs), round(fmean(logprobs), 3))
 
 
 def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int,
@@ -127,7 +131,7 @@ def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor
     """Yield (index in the batch, tokens of its answer), each as it ends."""
     tokens = [[] for _ in prompts]
     unfinished = list(range(len(prompts)))
-    for column in session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eos_id):
+    for column in session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eos_id, logprobs=0):
         for i in unfinished:
             if column[i] is not None:
                 tokens[i].append(column[i])

@@ -1,10 +1,13 @@
 """The one way to ask a model: the terminal, the server, the benchmarks and a notebook all use it."""
 import io
+import math
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -14,9 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from data import ImageConfig, encode_prompt, eot_id, expand, load_image
+from data import ImageConfig, encode_prompt, eot_id, expand, load_image, tokenize
 from lib.device import peak_memory
-from lib.generate import Session
+from lib.generate import Scored, Session
 from model import LLaVAConfig, LLaVAPhi
 
 MAX_CHARACTERS = 32_000         # in a prompt, refused before it is tokenized; 2,048 positions hold about 8,000
@@ -149,6 +152,64 @@ def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Pi
     return texts
 
 
+def rank(model: LLaVAPhi | Session, tok: Tokenizer, question: str, image: Tensor | Picture | list[Picture],
+         choices: list[str]) -> list[dict]:
+    """How likely each choice is as the answer to a question about a picture, best first.
+
+    For each: "tokens" and "logprobs", the end of the answer included, as in training; their "sum" and "mean"; and the
+    probabilities among the choices by both, "p_sum" and "p_mean". The order is by sum, which is the probability that
+    the model gives this very answer; the mean suits choices of very different lengths, of which the sum prefers the
+    short. Raises ValueError for choices that are empty, repeated or too long.
+    """
+    session = model if isinstance(model, Session) else Session(model)
+    choices = check_choices(choices)
+    images = open_image(image, session.model.config)
+    prompt = encode_chat(session.model.config, tok, [question], images)
+    answers = [[*tokenize(f" {choice}", tok).ids, eot_id(tok)] for choice in choices]
+    scores = session.score(prompt, images, answers)
+    sums, means = list(map(math.fsum, scores)), list(map(fmean, scores))
+    texts = [[token_text(tok, token) for token in ids] for ids in answers]
+    odds = [torch.tensor(x, dtype=torch.float64).softmax(0).tolist() for x in (sums, means)]
+    columns = choices, texts, scores, sums, means, *odds
+    names = "choice", "tokens", "logprobs", "sum", "mean", "p_sum", "p_mean"
+    return sorted((dict(zip(names, row)) for row in zip(*columns)), key=lambda row: -row["sum"])
+
+
+def check_choices(choices: str | list[str]) -> list[str]:
+    """choices: a list; or "cat,dog,none of them", or a file with one on each line."""
+    if isinstance(choices, str) and os.path.isfile(choices):
+        choices = re.findall(r".*\S.*", Path(choices).read_text(encoding="utf-8-sig"))
+    elif isinstance(choices, str):
+        choices = choices.split(",")
+    choices = [choice.strip() for choice in choices]
+    if not all(choices) or len(set(choices)) < max(len(choices), 2):
+        raise ValueError(f"expected two or more choices, none empty and no two alike, found {', '.join(choices)!r}")
+    return choices
+
+
+# GPT-2 spells each byte as a character: printable ones as themselves, the others in order from U+0100 on.
+SPELLED = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = dict(zip(map(chr, [*SPELLED, *range(256, 324)]), [*SPELLED, *sorted({*range(256)} - {*SPELLED})]))
+
+
+def token_bytes(tok: Tokenizer, token: int) -> bytes:
+    spelled = tok.id_to_token(token) or ""              # None: an id that the tokenizer does not use
+    # Phi-2's runs of spaces are spelled as they are.
+    return bytes(map(BYTE_OF.get, spelled)) if set(spelled) <= BYTE_OF.keys() else spelled.encode()
+
+
+def token_text(tok: Tokenizer, token: int) -> str:
+    return token_bytes(tok, token).decode(errors="replace")     # a token may hold a part of a character
+
+
+def describe_logprobs(tok: Tokenizer, scored: list[Scored]) -> list[dict]:
+    """An answer's tokens in the form of OpenAI's logprobs, without the one that ends it."""
+    def entry(token: int, logprob: float) -> dict:
+        return {"token": token_text(tok, token), "logprob": logprob, "bytes": list(token_bytes(tok, token))}
+    return [entry(token, logprob) | {"top_logprobs": [entry(*other) for other in likeliest]}
+            for token, logprob, likeliest in scored if token != eot_id(tok)]
+
+
 def open_image(source: Picture | Tensor | list[Picture], config: LLaVAConfig) -> Tensor:
     """Load a picture as uint8 (1, 3, S, S), preprocessed as the model expects. None -> (0, 3, S, S).
 
@@ -162,11 +223,13 @@ def open_image(source: Picture | Tensor | list[Picture], config: LLaVAConfig) ->
     size = config.vision.image_size
     if source is None:
         return torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    return load_image(picture_file(source), ImageConfig.of(config.vision, config.image_mode))[None]
+
+
+def picture_file(source: Picture) -> Path | BinaryIO | Image.Image:
     if source == "-":
-        source = io.BytesIO(sys.stdin.buffer.read())
-    elif isinstance(source, str):
-        source = pasted_path(source)
-    return load_image(source, ImageConfig.of(config.vision, config.image_mode))[None]
+        return io.BytesIO(sys.stdin.buffer.read())
+    return pasted_path(source) if isinstance(source, str) else source
 
 
 def pasted_path(text: str) -> Path:

@@ -32,6 +32,7 @@ class Session:
         self.cuda_graph = cuda_graph
         self.cache: KVCache | None = None       # of the last call
         self.finish: list[str] = []             # why each of its answers ended, "" while it is being written
+        self.scored: list[list[Scored]] = []    # their tokens and the one that ended each, if asked for
         # On Hopper, torch prefers cuDNN's attention, which takes tens to hundreds of milliseconds to build an execution
         # plan for every new shape and stride. Generation keeps meeting new shapes (prompts, batches, cache lengths), so
         # a process that generates uses torch's other kernels. Training has no session and keeps torch's choice: its
@@ -41,28 +42,34 @@ class Session:
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], images: list[Tensor], *, max_new_tokens: int, eos_id: int,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 generator: torch.Generator | None = None) -> Iterator[list[int | None]]:
+                 generator: torch.Generator | None = None, logprobs: int | None = None) -> Iterator[list[int | None]]:
         """Yield one column per step: the next id of each answer, or None where that answer has ended.
 
         images[i] (N_i, 3, H, W) uint8 belong to prompts[i]. Afterwards `finish` says for each answer why it ended:
         "stop" (eos_id), "length" (max_new_tokens) or "context" (the model's positions are full). The caller may stop
-        iterating at any time. Raises ValueError when a prompt leaves no room for an answer.
+        iterating at any time. logprobs: `scored` gets each token with its log-probability and the `logprobs` likeliest
+        ones, before temperature, top_k and top_p. Raises ValueError when a prompt leaves no room for an answer.
         """
         limit = self.model.config.llm.block_size
         longest = max(len(prompt) for prompt in prompts)
         if longest >= limit:
             raise ValueError(f"the prompt takes {longest} of the model's {limit} positions, none is left for an answer")
         finish = self.finish = [""] * len(prompts)
+        scored = self.scored = [[] for _ in prompts]
         cache = self.start_cache(prompts, images, min(longest + max_new_tokens, limit))
         logits = prefill(self.model, prompts, images, cache)                       # (B, V)
         for n in range(max_new_tokens):
             is_last = n + 1 == max_new_tokens
             ids = sample_next_token(logits, temperature, top_k, top_p, generator)  # (B,)
             wait_for_ids = copy_to_host_async(ids)
+            scores = [] if logprobs is None else score_tokens(logits, ids, logprobs)
             # With a graph the next step is queued before this one's ids are read, so the GPU never idles. The price
             # is one wasted step at the end.
             if self.cuda_graph and not is_last:
                 logits = self.decode(ids, cache)
+            for row, (end, score) in enumerate(zip(finish, scores)):
+                if not end:
+                    scored[row].append(score)
             column = self.accept(wait_for_ids(), cache, finish, eos_id, is_last)
             if any(token is not None for token in column):
                 yield column
@@ -70,6 +77,30 @@ class Session:
                 return
             if not self.cuda_graph:
                 logits = self.decode(ids, cache)
+
+    @torch.inference_mode()
+    def score(self, prompt: list[int], images: Tensor, answers: list[list[int]]) -> list[list[float]]:
+        """The log-probability of each token of several answers to one prompt, which runs once. See `generate`.
+
+        Raises ValueError when an answer does not fit into the context.
+        """
+        llm = self.model.llm
+        longest = max(map(len, answers))
+        if len(prompt) + longest - 1 > llm.config.block_size:      # an answer's last token is not read
+            raise ValueError(f"the prompt takes {len(prompt)} of the model's {llm.config.block_size} positions, which "
+                             f"leaves too few for an answer of {longest} tokens")
+        cache = self.start_cache([prompt[:-1]], [images], len(prompt))
+        prefill(self.model, [prompt[:-1]], [images], cache)
+        scores = []
+        for rows in split_rows(list(map(len, answers)), CPU_PREFILL):
+            batch = [answers[row] for row in rows]
+            lengths = list(map(len, batch))
+            ids = torch.tensor([token for answer in batch for token in [prompt[-1], *answer[:-1]]])        # (T,)
+            h = llm(llm.wte(ids.to(self.model.device)).to(llm.dtype), Branches(cache.prefix(0), lengths))  # (T, C)
+            targets = torch.tensor(sum(batch, []), device=self.model.device)
+            losses = F.cross_entropy(llm.lm_head(h).float(), targets, reduction="none")
+            scores += [(-part).tolist() for part in losses.split(lengths)]
+        return scores
 
     def start_cache(self, prompts: list[list[int]], images: list[Tensor], slots: int) -> "KVCache":
         """A new cache, filled with the prefixes known from the last call and those that several prompts share."""
@@ -202,6 +233,21 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, top_p: flo
     return order.gather(1, choice).squeeze(1)                                      # (B,)
 
 
+class Scored(NamedTuple):           # a token of an answer
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]      # tokens and their log-probabilities, best first
+
+
+def score_tokens(logits: Tensor, ids: Tensor, n: int) -> list[Scored]:
+    """logits (B, V) fp32, the ids (B,) chosen from them -> their log-probabilities, and the n likeliest ids'."""
+    logprobs = logits.log_softmax(-1)                                              # (B, V)
+    chosen = logprobs.gather(1, ids[:, None]).squeeze(1)                           # (B,)
+    best, best_ids = logprobs.topk(min(n, logprobs.size(1)))                       # (B, n)
+    likeliest = [list(zip(*row)) for row in zip(best_ids.tolist(), best.tolist())]
+    return list(map(Scored, ids.tolist(), chosen.tolist(), likeliest))
+
+
 def copy_to_host_async(ids: Tensor) -> Callable[[], list[int]]:
     """Start copying ids to the host -> a function that waits for them, but not for what is queued after this call."""
     if not ids.is_cuda:
@@ -313,6 +359,22 @@ class Prefill:
             y = F.scaled_dot_product_attention(as_batch(q_row, len(q_row)), k_row[None], v_row[None], attn_mask=mask)
             out.append(y[0].transpose(0, 1))                                       # (n, nh, hs)
         return torch.cat(out)                                                      # (T, nh, hs)
+
+
+class Branches:
+    """Several continuations of one cached sequence, packed. Each attends to that sequence and to itself."""
+
+    def __init__(self, past: "Prefix", lengths: list[int]):
+        self.past = past
+        self.pos = Packed(lengths, past.v.device).pos + len(past.content)          # (T,)
+        own = torch.block_diag(*(torch.ones(n, n) for n in lengths)).tril().bool()         # (T, T)
+        self.mask = F.pad(own, (len(past.content), 0), value=True).to(past.v.device)       # (T, len(past) + T)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        k = torch.cat([self.past.k[layer].type_as(k), k.transpose(0, 1)], dim=1)   # (nh, len(past) + T, hs)
+        v = torch.cat([self.past.v[layer], v.transpose(0, 1)], dim=1)
+        y = F.scaled_dot_product_attention(as_batch(q, len(q)), k[None], v[None], attn_mask=self.mask)
+        return y[0].transpose(0, 1)
 
 
 class Decode:

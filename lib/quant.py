@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model import LLaVAPhi
 
@@ -39,6 +40,8 @@ class PrepackedLinear(nn.Linear):
         self.bias = base.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:             # oneDNN's operator has no gradient; the plain weight exists for one product only
+            return checkpoint(lambda x: F.linear(x, self.weight.to_dense(), self.bias), x, use_reentrant=False)
         n = len(x)
         if x.dim() == 2 and 0 < n < MIN_ROWS:
             x = F.pad(x, (0, 0, 0, MIN_ROWS - n))

@@ -26,6 +26,8 @@ FIELDS = {
         type(text) is str and text for text in texts), "a string or an array of up to 4, none empty"),
     "stream": ({bool}, lambda on: True, "true or false"),
     "stream_options": ({dict}, lambda options: True, "an object"),
+    "logprobs": ({bool}, lambda on: True, "true or false"),
+    "top_logprobs": ({int}, lambda n: 0 <= n <= 20, "an integer from 0 to 20"),
     "n": ({int}, lambda n: n == 1, "1: one answer comes"),
 }
 # Fields that change nothing in the answer of a server without accounts, tools or a cache to be named.
@@ -54,7 +56,7 @@ class Request:
     """A chat completion as it was asked for."""
     turns: list[list[str]]          # question, answer, ..., question, in pieces: see read_messages
     pictures: list[bytes]           # files of pictures
-    sampling: dict                  # max_new_tokens, temperature, top_k and top_p of lib.chat.answer
+    sampling: dict                  # max_new_tokens, temperature, top_k, top_p and logprobs of lib.chat.answer
     seed: int | None
     stop: list[str]                 # the answer ends before the first of them
     stream: bool
@@ -88,6 +90,7 @@ def read_request(body: bytes, defaults: dict) -> Request:
             "temperature": temperature if temperature >= 0.001 else 0.0,    # no division by almost nothing
             "top_p": max(given.get("top_p", defaults["top_p"]), 1e-6),      # 0: the likeliest token, as OpenAI has it
             "top_k": max(given.get("top_k", defaults["top_k"]), 0),
+            "logprobs": given.get("top_logprobs", 0) if given.get("logprobs") else None,
         },
         seed=given.get("seed"),
         stop=stop_strings(given.get("stop", [])),
@@ -111,6 +114,8 @@ def find_problem(fields: Any) -> tuple[str | None, str | None]:
                 return name, f"expected {expected}, found {json.dumps(value)[:40]}"
         elif value and name not in HARMLESS and value not in DEFAULTS.get(name, []):
             return name[:60], f"this server cannot do what it asks for, {json.dumps(value)[:40]}; leave it out"
+    if fields.get("top_logprobs") and not fields.get("logprobs"):
+        return "top_logprobs", 'expected "logprobs": true with it'
     for i, message in enumerate(fields["messages"]):
         part, problem = message_problem(message)
         if problem:
@@ -229,16 +234,21 @@ def until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[tuple[str, b
 class Reply:
     """One chat completion, whole or in chunks, which share an id."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, logprobs: bool):
+        self.has_logprobs = logprobs
         self.common = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, finish: str, usage: dict) -> dict:
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+    def choice(self, kind: str, said: dict, tokens: list[dict], finish: str | None) -> dict:
+        """tokens: lib.chat.describe_logprobs of those in `said`."""
+        logprobs = {"content": tokens, "refusal": None} if self.has_logprobs else None
+        return {"index": 0, kind: said, "logprobs": logprobs, "finish_reason": finish}
+
+    def whole(self, text: str, tokens: list[dict], finish: str, usage: dict) -> dict:
+        choice = self.choice("message", {"role": "assistant", "content": text}, tokens, finish)
         return self.common | {"object": "chat.completion", "choices": [choice], "usage": usage}
 
-    def chunk(self, delta: dict, finish: str | None = None) -> dict:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def chunk(self, delta: dict, tokens: list[dict], finish: str | None = None) -> dict:
+        choice = self.choice("delta", delta, tokens, finish)
         return self.common | {"object": "chat.completion.chunk", "choices": [choice]}
 
     def usage_chunk(self, usage: dict) -> dict:

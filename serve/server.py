@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -35,7 +36,7 @@ from urllib.parse import unquote
 import torch
 from tokenizers import Tokenizer
 
-from lib.chat import Clock, answer, encode_chat, open_image
+from lib.chat import Clock, answer, describe_logprobs, encode_chat, open_image
 from lib.common import visible
 from lib.device import use_device
 from serve import api
@@ -203,14 +204,25 @@ class Server(ThreadingTCPServer):
             raise RequestError(400, str(e), "messages", code) from None
 
     def answer(self, request: Request, image: torch.Tensor, clock: Clock) -> Iterator[str]:
-        """The answer, piece by piece. The caller may stop at any piece."""
+        """The answer, piece by piece. The caller may stop at any piece; `new_logprobs` then knows of its tokens."""
         device = self.model.device
         use_device(device)                      # every new thread begins on cuda:0
         seed = secrets.randbits(63) if request.seed is None else request.seed
         generator = torch.Generator(device).manual_seed(seed)
+        self.starts = []
+        self.n_told = 0
+        length = 0
         for [piece] in answer(self.session, self.tok, [request.turns], [image], clock, generator=generator,
                               **request.sampling):
+            self.starts.append(length)          # where a token begins in the text; the last piece has none
+            length += len(piece)
             yield piece
+
+    def new_logprobs(self, end: float) -> list[dict]:
+        """Logprobs of the tokens that begin before this place in the answer, and that no earlier call had."""
+        n = bisect_left(self.starts, end)
+        n_told, self.n_told = self.n_told, n
+        return describe_logprobs(self.tok, self.session.scored[0][n_told:n])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -363,26 +375,27 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         request = api.read_request(self.read_body(), server.sampling)
         self.connection.settimeout(SEND_SECONDS)
-        reply = Reply(server.name)
+        reply = Reply(server.name, request.sampling["logprobs"] is not None)
         clock = Clock()
         with server.turn(self.check_client):
             image, n_prompt = server.prepare(request)
             if request.stream:              # server-sent events: the pieces, then why the answer ended, then [DONE]
                 self.send(200, None, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
-                self.send_event(reply.chunk({"role": "assistant", "content": ""}))
+                self.send_event(reply.chunk({"role": "assistant", "content": ""}, []))
             text = ""
             for piece, stopped in api.until_stop(server.answer(request, image, clock), request.stop):
                 self.check_client()
                 text += piece
                 if request.stream and piece:
-                    self.send_event(reply.chunk({"content": piece}))
+                    self.send_event(reply.chunk({"content": piece}, server.new_logprobs(len(text))))
             finish = "stop" if stopped or server.session.finish == ["stop"] else "length"
             usage = {"prompt_tokens": n_prompt, "completion_tokens": clock.steps,
                      "total_tokens": n_prompt + clock.steps}
+            tokens = server.new_logprobs(len(text) if stopped else float("inf"))
             if not request.stream:
-                self.send(200, json.dumps(reply.whole(text, finish, usage)))
+                self.send(200, json.dumps(reply.whole(text, tokens, finish, usage)))
             else:
-                self.send_event(reply.chunk({}, finish))
+                self.send_event(reply.chunk({}, tokens, finish))
                 if request.include_usage:
                     self.send_event(reply.usage_chunk(usage))
                 self.wfile.write(b"data: [DONE]\n\n")

@@ -1,6 +1,7 @@
 """The benchmarks' scorers against the official results (tests/eval_vectors), and each of them on tiny data."""
 import hashlib
 import json
+import math
 import random
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_benchmarks import CASES, evaluate, llava_file, make_mme, make_textvqa,
 import eval as ev
 from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa,
                         vizwiz, vqav2)
+from benchmarks.scoring import BLANK, Example, Grade, calibration
 from lib.common import plural
 
 
@@ -185,6 +187,26 @@ def test_plain_answers():
         ("Red", "red"), ("red.", "red"), (" red \n", "red"), ("RED...", "red"), ("", ""), (".", ""),
         ("two red", "two red"), ("3", "3"),
         ("3.5", "3.5"), ("no .", "no"), ("a, b", "a, b"), ("Ü.", "ü")]])
+
+
+def test_calibration_by_hand():
+    """Tenths of confidence, the error as their weighted mean; blank pictures and answers without a number left out."""
+    example = lambda *categories, image="x.png": Example(1, image, "?", "a", categories)
+    rows = [(example(), -0.05, 1.0), (example(), -0.02, 0.0), (example("unanswerable"), 0.0, 1.0),
+            (example(image=BLANK), -0.05, 0.0), (example("unanswerable"), math.log(0.25), 0.0),
+            (example(), None, 1.0), (example(), float("nan"), 1.0), (example(), 0.5, 1.0), (example(), True, 1.0),
+            (example(), -0.1, None), (example(), -0.1, 1.0)]
+    examples, logprobs, scores = zip(*rows)
+    answers = [{"text": "", "logprob": logprob and logprob / 2, "tokens": 2} for logprob in logprobs[:-1]] + [None]
+    found = calibration(examples, answers, [Grade(score) for score in scores])
+    high = (math.exp(-0.05) + math.exp(-0.02) + 1) / 3
+    assert [(row["confidence"], row["n"]) for row in found["table"]] == [
+        ("0.2 to 0.3", 1), ("0.9 to 1.0", 3), ("unanswerable", 2)]
+    assert [row["mean"] for row in found["table"]] == pytest.approx([0.25, high, 0.625])
+    assert [row["accuracy"] for row in found["table"]] == pytest.approx([0, 2 / 3, 0.5])
+    assert found["error"] == pytest.approx((0.25 + 3 * (high - 2 / 3)) / 4)
+    for older in ({"text": "a"}, {"text": "a", "logprob": -0.1}, {"text": "a", "logprob": -0.1, "tokens": "1"}):
+        assert calibration(examples[:1], [older], [Grade(1.0)]) is None
 
 
 def test_intervals():

@@ -1,13 +1,14 @@
 """Asking a model through lib/chat.py: pieces that add up, pictures in any form, sessions that recognize them."""
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import GOLDEN_ANSWER, expanded, plain_answer
+from helpers import GOLDEN_ANSWER, expanded, pack, plain_answer
 from PIL import Image
 
-from data import IGNORE, encode, eot_id
-from lib.chat import Clock, answer, ask, encode_chat, open_image
+from data import IGNORE, encode, encode_turns, eot_id, expand
+from lib.chat import Clock, answer, ask, check_choices, encode_chat, open_image, rank, token_bytes
 from lib.generate import Session
 from lib.records import pieces_of
 
@@ -103,3 +104,52 @@ def test_pictures_are_uint8_of_the_models_size(tiny_model, photo):
     opened = open_image(str(photo), tiny_model.config)
     assert opened.shape == (1, 3, size, size) and opened.dtype == torch.uint8
     assert open_image(opened, tiny_model.config) is opened
+
+
+# ---------------------------------------------------------------------------------------------------
+# How likely is an answer?
+
+
+@pytest.mark.parametrize("picture", [True, False])
+def test_ranked_choices_are_training_losses(tiny_model, tiny_tokenizer, photo, picture):
+    """The sum is the loss that training would report for a conversation with this answer, its end included."""
+    choices = ["cat", "a big dog, or two", "none of them", "3", "(b)", "é 猫", "Paris "]
+    ranked = rank(tiny_model, tiny_tokenizer, "What is this?", photo if picture else None, choices)
+    assert sorted(row["choice"] for row in ranked) == sorted(map(str.strip, choices))
+    images = open_image(photo if picture else None, tiny_model.config)
+    for row in ranked:
+        turns = [["", "\nWhat is this?"] if picture else ["What is this?"], [row["choice"]]]
+        ids, labels = expand(*encode_turns(turns, tiny_tokenizer), tiny_model.config.vision.n_patches, 2048)
+        supervised = [i for i, label in enumerate(labels) if label != IGNORE]
+        packed, lengths, image_positions = pack([ids])
+        loss = tiny_model(packed, lengths, images, image_positions, torch.tensor(supervised) - 1,
+                          torch.tensor([labels[i] for i in supervised]))
+        assert len(row["tokens"]) == len(row["logprobs"]) == len(supervised)
+        assert abs(row["sum"] + loss.item()) < 1e-5 * len(supervised)
+        assert row["mean"] == pytest.approx(row["sum"] / len(supervised))
+        assert row["tokens"][-1] == "<|endoftext|>"
+    for kind in ("sum", "mean"):
+        odds = [math.exp(row[kind]) for row in ranked]
+        assert [row[f"p_{kind}"] for row in ranked] == pytest.approx([odd / sum(odds) for odd in odds])
+    assert [row["sum"] for row in ranked] == sorted((row["sum"] for row in ranked), reverse=True)
+
+
+@pytest.mark.parametrize("choices", [[], ["cat"], ["cat", " "], ["cat", "dog", " cat"]])
+def test_choices_that_cannot_be_told_apart_are_refused(tiny_model, tiny_tokenizer, choices):
+    with pytest.raises(ValueError, match="two or more choices, none empty and no two alike"):
+        rank(tiny_model, tiny_tokenizer, "What is this?", None, choices)
+
+
+def test_choices_come_from_a_list_or_a_file(tmp_path):
+    (tmp_path / "choices.txt").write_text("red, or so\n\nblue\r\n", encoding="utf-8")
+    assert check_choices(str(tmp_path / "choices.txt")) == ["red, or so", "blue"]
+    assert check_choices("cat,dog,none of them") == ["cat", "dog", "none of them"]
+    assert check_choices("long " * 1000 + ",x")[1] == "x"    # longer than any file's name may be
+
+
+def test_the_bytes_of_tokens_add_up_to_the_text(tiny_tokenizer):
+    """Also where a token holds half a character, or is one of Phi-2's runs of spaces."""
+    text = "a cat's 猫 🐈\n\tx\x00é    if  x\u00ad"
+    ids = tiny_tokenizer.encode(text, add_special_tokens=False).ids
+    assert b"".join(token_bytes(tiny_tokenizer, i) for i in ids).decode() == text
+    assert token_bytes(tiny_tokenizer, 10 ** 6) == b""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Fork, run_forked
-from helpers import GOLDEN, TINY_MIPHA, TINY_MODEL, contents, run_script
+from helpers import GOLDEN, TINY_MIPHA, TINY_MODEL, all_logits, contents, plain_answer, run_script
 from tiny_benchmarks import CASES, evaluate, llava_file, make_pope, make_scienceqa, make_shapes, picture, prepare, write
 
 import eval as ev
@@ -20,9 +20,9 @@ import lib.device
 import load_weights
 import vision
 from benchmarks import scoring
-from data import IMAGE_ID, load_tokenizer
+from data import IMAGE_ID, eot_id, load_tokenizer
 from lib import asking
-from lib.chat import ask
+from lib.chat import ask, encode_chat, open_image
 from lib.common import LOCK, run_command
 from model import LLaVAConfig
 from vision import SIGLIP_SO400M_384
@@ -308,7 +308,7 @@ def test_generate_each_task(name, tmp_path, short, capsys):
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [(line["row"], line["question_id"]) for line in lines] == [(row, e.question_id)
                                                                       for row, e in enumerate(data.examples)]
-    assert all({"prompt", "text", "truncated"} <= line.keys() for line in lines)
+    assert all({"prompt", "text", "truncated", "logprob"} <= line.keys() for line in lines)
     result = json.loads((out / "result.json").read_text())
     assert result["truncated"] == sum(line["truncated"] for line in lines) > 0
     assert (f"--scores {out}" in capsys.readouterr().out) == (result["value"] is not None)
@@ -318,6 +318,22 @@ def test_generate_each_task(name, tmp_path, short, capsys):
     evaluate(["--root", str(tmp_path / "eval"), "--score", str(out / "answers.jsonl")])
     again = json.loads((out / "result.json").read_text())
     assert {**again, "run": 0, "versions": 0} == {**result, "run": 0, "versions": 0}
+    page = (out / "report.html").read_text()
+    scored_here = result["value"] is not None and not data.task.judge
+    assert bool(result["calibration"]) == ("Accuracy by confidence" in page) == scored_here
+
+
+def test_an_answers_logprob_is_the_teacher_forced_mean(tmp_path, short):
+    """Its last token included, which is the end of text or the one at the limit."""
+    evaluate([*many_shapes(tmp_path, 2), "--out", str(tmp_path / "out")])
+    model, tok = load_weights.load_model(TINY_MODEL), load_tokenizer(TINY_MODEL)
+    for line in map(json.loads, (tmp_path / "out/answers.jsonl").read_text().splitlines()[::2]):
+        images = open_image(tmp_path / f"shapes/images/{line['question_id'].split('.')[0]}.png", model.config)
+        prompt = encode_chat(model.config, tok, [line["prompt"]], images)
+        said = plain_answer(model, prompt, images, 12, eot_id(tok))
+        said += [eot_id(tok)] * (len(said) < 12)
+        expected = all_logits(model, [prompt + said], images)[len(prompt) - 1:-1].log_softmax(-1)
+        assert line["logprob"] == pytest.approx(expected.gather(1, torch.tensor(said)[:, None]).mean().item(), abs=6e-4)
 
 
 def test_answers_in_8_bits_say_so(tmp_path, short, capsys):
@@ -356,8 +372,11 @@ def test_batch_size_and_processes_change_nothing(tmp_path, short):
         f"eval.main(eval.parse({[*flags, '--out', str(outs['two'])]}))")
     done = run_forked(tmp_path / "two.py", processes=2)
     assert done.returncode == 0, done.stderr
-    files = {name: (out / "answers.jsonl").read_bytes() for name, out in outs.items()}
-    assert len(files["b16"].splitlines()) == 30 and len(set(files.values())) == 1
+    files = {name: [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+             for name, out in outs.items()}
+    logprobs = torch.tensor([[line.pop("logprob") for line in lines] for lines in files.values()])
+    assert (logprobs - logprobs[0]).abs().max() < 0.0015        # rounded to a thousandth
+    assert len(files["b16"]) == 30 and all(lines == files["b16"] for lines in files.values())
     assert sorted(p.name for p in outs["two"].iterdir()) == ["answers.jsonl", "report.html", "result.json",
                                                              "settings.json"]
 

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, draw_image, draw_prompt, draw_words, fast_answers, plain_answer, random_model
+from helpers import (SMALL, all_logits, draw_image, draw_prompt, draw_words, fast_answers, plain_answer,
+                     random_model)
 
 import lib.generate
 from data import IMAGE_ID
@@ -316,3 +317,68 @@ def test_attention_of_one_query_is_torchs_fused_attention(dtype, bound, lengths)
         assert torch.equal(keys[:, n], k[row]) and torch.equal(values[:, n], v[row])
         expected = F.scaled_dot_product_attention(q[row, :, None], keys, values)[:, 0]
         torch.testing.assert_close(y[row], expected, atol=bound, rtol=bound)
+
+# ---------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def forced(model: LLaVAPhi, prompt: list[int], images: torch.Tensor, answer: list[int]) -> torch.Tensor:
+    """The oracle: one plain forward over prompt and answer -> log-probabilities (len(answer), V)."""
+    return all_logits(model, [prompt + answer], images)[len(prompt) - 1:-1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("n_images", [0, 1, 2])
+def test_scores_of_answers_are_teacher_forced_losses(small, n_images):
+    """Several answers behind one prompt, whatever their lengths and whatever the session remembers."""
+    rng, session = random.Random(n_images), Session(small)
+    for n_answers in (1, 7):
+        prompt, images = draw_prompt(rng, n_images)
+        answers = [draw_words(rng, rng.randrange(1, 6)) for _ in range(n_answers)]
+        for _ in range(2):                                  # the second time all but one token is in the cache
+            for answer, scores in zip(answers, session.score(prompt, images, answers), strict=True):
+                expected = forced(small, prompt, images, answer).gather(1, torch.tensor(answer)[:, None])[:, 0]
+                assert torch.allclose(torch.tensor(scores), expected, atol=1e-5, rtol=0)
+
+
+def test_the_prompt_of_many_answers_runs_once(small, monkeypatch):
+    """Ten answers cost the prompt and their own few tokens, also where they come in several batches."""
+    model = copy.deepcopy(small)
+    seen, tokens = count_images(model), count_tokens(model)
+    rng = random.Random(3)
+    prompt, images = draw_prompt(rng, 1)
+    answers = [draw_words(rng, 3) for _ in range(10)]
+    at_once = Session(model).score(prompt, images, answers)
+    assert sum(seen) == 1 and tokens == [len(prompt) - 1, 30]
+    monkeypatch.setattr(lib.generate, "CPU_PREFILL", 9)
+    assert torch.allclose(torch.tensor(Session(model).score(prompt, images, answers)), torch.tensor(at_once), atol=1e-5)
+    assert sum(seen) == 2 and tokens[3:] == [9, 9, 9, 3]
+
+
+def test_an_answer_to_be_scored_must_fit(small):
+    """Its last token takes no position, since nothing is computed after it."""
+    [scores] = Session(small).score([1] * 60, NO_IMAGE, [[2] * 5])
+    assert torch.allclose(torch.tensor(scores), forced(small, [1] * 60, NO_IMAGE, [2] * 5)[:, 2], atol=1e-5)
+    with pytest.raises(ValueError, match="too few for an answer of 6 tokens"):
+        Session(small).score([1] * 60, NO_IMAGE, [[2] * 5, [2] * 6])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 2.0, "top_k": 5}])
+def test_logprobs_of_generated_tokens_are_the_models_own(small, sampling):
+    """Each is the teacher-forced one, before temperature and top_k; the token that ends an answer is among them."""
+    rng = random.Random(5)
+    prompts, pictures = zip(*[draw_prompt(rng, n) for n in (1, 0, 2)])
+    session = Session(small)
+    options = {name: value for name, value in sampling.items()} | {"generator": torch.Generator().manual_seed(0)}
+    answers = fast_answers(session, prompts, pictures, 12, logprobs=3, **options)
+    assert len(set(map(len, answers))) > 1                  # some end before others
+    for prompt, images, answer, scored, finish in zip(prompts, pictures, answers, session.scored, session.finish):
+        said = answer + [EOS] * (finish == "stop")
+        expected = forced(small, prompt, images, said)
+        assert [score.token for score in scored] == said
+        for score, row in zip(scored, expected):
+            best, ids = row.topk(3)
+            assert abs(score.logprob - row[score.token]) < 1e-5
+            assert [i for i, _ in score.likeliest] == ids.tolist()
+            assert torch.allclose(torch.tensor([p for _, p in score.likeliest]), best, atol=1e-5)
+    fast_answers(session, prompts, pictures, 2)
+    assert session.scored == [[], [], []]                   # nobody asked this time

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from forks import run_forked
@@ -16,9 +17,10 @@ from helpers import GOLDEN, GOLDEN_ANSWER, ROOT, TINY_MODEL, run_script
 
 import lib.device
 import sample
-from lib.chat import Clock, TextStream, answer, ask, open_image
+from lib.chat import Clock, TextStream, answer, ask, open_image, rank
 from lib.common import run_command, without_control
 from lib.generate import Session
+from lib.look import look
 
 PHOTO = GOLDEN / "images/photo.jpg"
 PUBLISHED = 3_100_000_000         # parameters of the published model
@@ -62,6 +64,21 @@ def test_a_character_appears_when_it_is_complete(tiny_tokenizer):
     text = TextStream(tiny_tokenizer)
     pieces = [text.add(i) for i in tiny_tokenizer.encode("x\u65e5y").ids]
     assert [p for p in pieces if p] == ["x", "\u65e5", "y"]
+
+
+def test_choices_and_logprobs_on_the_command_line(capsys, tiny_model, tiny_tokenizer):
+    """The numbers of rank, best first, as text and as json, about each picture; logprobs of exactly the answer."""
+    expected = rank(tiny_model, tiny_tokenizer, "What is this?", PHOTO, ["cat", "dog", "none of them"])
+    asked = ["--image", str(PHOTO), str(GOLDEN / "images/square.png"), "--prompt", "What is this?"]
+    lines = main(capsys, *asked, "--choices", "cat,dog, none of them")[0].splitlines()
+    assert len(lines) == 6 and f"{expected[0]['p_sum']:.2%}  {expected[0]['choice']}  (log" in lines[0]
+    lines = main(capsys, *asked, "--choices", "cat,dog,none of them", "--json")[0].splitlines()
+    first, second = map(json.loads, lines)
+    assert first["choices"] == expected and second["image"].endswith("square.png")
+    [line, _] = main(capsys, *asked, "--json", "--logprobs", "5", "--max-new-tokens", "6")[0].splitlines()
+    told = json.loads(line)
+    text = b"".join(bytes(token["bytes"]) for token in told["logprobs"]).decode(errors="replace").strip()
+    assert text == told["answer"] and [len(token["top_logprobs"]) for token in told["logprobs"]] == [5] * 6
 
 
 def test_control_characters_do_not_reach_the_terminal():
@@ -140,6 +157,14 @@ def test_a_path_as_it_is_pasted(tmp_path, tiny_model, written):
     (["--image", "a.jpg", "b.jpg"], "--prompt"),
     (["--image", "-"], "--prompt"), (["--together", "--prompt", "?"], "--together is about"),
     (["--image", str(PHOTO), str(PHOTO), "--together", "--prompt", "<image>?"], "found 1 for 2"),
+    (["--choices", "a,b"], "--choices: give one at a time, with --prompt"),
+    (["--prompt", "?", "--choices", "a, ,b"], "none empty and no two alike"),
+    (["--prompt", "?", "--choices", "a"], "two or more choices"),
+    (["--prompt", "?", "--choices", "a,b", "--look", "x.html"], "one at a time"),
+    (["--prompt", "?", "--logprobs", "5"], "--logprobs with --json"),
+    (["--prompt", "?", "--look", "x.html"], "--look takes one picture"),
+    (["--prompt", "?", "--look", "x.html", "--image", str(PHOTO), "--bits", "8"], "--bits 16"),
+    (["--prompt", "?", "--look", "x.html", "--image", str(PHOTO), "--look-layer", "9"], "a layer from 0 to 1"),
 ])
 def test_what_cannot_be_is_one_line(args, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
@@ -288,6 +313,10 @@ def test_the_readme_lines_for_a_notebook(tmp_path, monkeypatch, capsys, tiny_mod
     turns = ["What is this?", names["text"], "Why do you think so?"]
     [last] = ["".join(pieces) for pieces in zip(*answer(Session(tiny_model), tiny_tokenizer, [turns], [PHOTO]))]
     assert capsys.readouterr().out == last
+    choices = ["a cat", "a dog", "none of them"]
+    assert names["ranked"] == rank(tiny_model, tiny_tokenizer, "What is this?", PHOTO, choices)
+    assert names["maps"] == look(tiny_model, tiny_tokenizer, "What is this?", PHOTO, max_new_tokens=4)
+    assert len(names["maps"]) == 4 and np.shape(names["maps"][0]["gradient"]) == (2, 2)
 
 
 def test_a_picture_that_is_in_no_list_and_no_picture_at_all(tiny_model, tiny_tokenizer):

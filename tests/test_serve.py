@@ -22,14 +22,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, GOLDEN_ANSWER, TINY_MODEL, start_script
+from helpers import GOLDEN, GOLDEN_ANSWER, TINY_MODEL, all_logits, plain_answer, start_script
 from PIL import Image
 
 import sample
 import serve.server
 from benchmarks.judge import ask_judge
 from data import eot_id
-from lib.chat import answer
+from lib.chat import answer, encode_chat, open_image
 from lib.generate import Session
 from serve.api import cut_at_stop
 from serve.server import MAX_WAITING, Server
@@ -248,6 +248,28 @@ def test_an_answer_ends_before_a_stop_string(server, stop):
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]) == expected
 
 
+@pytest.mark.parametrize("stop", [[], " tab-", "or!", "ares- t", "\ufffd", "never"])
+def test_logprobs_are_of_the_tokens_of_the_text(server, tiny_model, tiny_tokenizer, stop):
+    """Streamed and whole, each token once, none beyond a stop string, and each with the teacher-forced number."""
+    fields = {"max_tokens": 24, "stop": stop, "logprobs": True, "top_logprobs": 2}
+    choice = ask(server, [user("What is this?", PHOTO)], **fields)[1]["choices"][0]
+    text, tokens = choice["message"]["content"], choice["logprobs"]["content"]
+    chunks = streamed(server, [user("What is this?", PHOTO)], **fields)[:-1]
+    in_chunks = [token for chunk in chunks for token in chunk["choices"][0]["logprobs"]["content"]]
+    assert [token["bytes"] for token in in_chunks] == [token["bytes"] for token in tokens]
+    said = b"".join(bytes(token["bytes"]) for token in tokens).decode(errors="replace").strip()
+    before_last = b"".join(bytes(token["bytes"]) for token in tokens[:-1]).decode(errors="replace").strip()
+    assert said.startswith(text) and (not tokens or len(before_last) <= len(text))
+    assert stop or (len(tokens) == 24 and said == text)
+    images = open_image(PHOTO, tiny_model.config)
+    prompt = encode_chat(tiny_model.config, tiny_tokenizer, ["What is this?"], images)
+    ids = plain_answer(tiny_model, prompt, images, 24, -1)[:len(tokens)]
+    expected = all_logits(tiny_model, [prompt + ids], images)[len(prompt) - 1:].log_softmax(-1)
+    for token, row, i in zip(tokens, expected, ids):
+        assert token["logprob"] == pytest.approx(row[i].item(), abs=1e-5)
+        assert [other["logprob"] for other in token["top_logprobs"]] == pytest.approx(row.topk(2)[0].tolist(), abs=1e-5)
+
+
 def test_half_a_stop_string_at_the_end_is_text(server):
     reply = text_of(server, [user("What is this?", PHOTO)], max_tokens=24, stop=["squares and more", "es!"])
     assert reply == GOLDEN_ANSWER
@@ -387,7 +409,8 @@ def test_null_and_what_asks_for_nothing_are_taken(server):
     ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("functions", [{"name": "f"}]),
     ("function_call", {"name": "f"}), ("response_format", {"type": "json_object"}),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-    ("response_format", "json"), ("logprobs", True), ("top_logprobs", 3), ("logit_bias", {"50256": -100}),
+    ("response_format", "json"), ("logprobs", 3), ("top_logprobs", 3), ("top_logprobs", 21),
+    ("logit_bias", {"50256": -100}),
     ("presence_penalty", 0.5),
     ("frequency_penalty", -1), ("modalities", ["text", "audio"]), ("audio", {"voice": "alloy", "format": "wav"}),
     ("web_search_options", {"user_location": None}), ("reasoning_effort", "high"), ("store", True), ("min_p", 0.1),
@@ -938,6 +961,12 @@ def test_the_official_client(tiny_model, tiny_tokenizer):
                                                      stream_options={"include_usage": True}))
         pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
         assert "".join(pieces) == GOLDEN_ANSWER and chunks[-1].usage.completion_tokens == 24
+        more = {"model": "tiny", "messages": messages, "max_tokens": 3, "logprobs": True, "top_logprobs": 5}
+        tokens = client.chat.completions.create(**more).choices[0].logprobs.content
+        assert tokens[0].logprob == tokens[0].top_logprobs[0].logprob and len(tokens[2].top_logprobs) == 5
+        chunks = client.chat.completions.create(**more, stream=True)
+        in_chunks = [token.token for chunk in chunks for token in chunk.choices[0].logprobs.content]
+        assert in_chunks == [token.token for token in tokens]
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(model="tiny", messages=messages, temperature=3)
         with pytest.raises(openai.AuthenticationError):
