@@ -518,8 +518,9 @@ class Dataset:
             where = f"sample {id_of(self.read(span))}, line {line} of {self.path}"
         except OSError:                                     # it is the file itself that has gone
             where = f"a sample of {self.path}"
+        places = " ".join(map(str, self.pictures.places)) or "."
         return ValueError(f"{where}: {problem}; "
-                          f"to see every bad sample: python data.py check --data {self.path} --images {self.pictures}")
+                          f"to see every bad sample: python data.py check --data {self.path} --images {places}")
 
     def summary(self) -> str:
         """A line for the log, with counts of truncated samples and of those without a supervised token, then notes."""
