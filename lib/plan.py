@@ -216,9 +216,11 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     for title in columns[0]:
         print(f"{title:40}" + "".join(f"{column[title]:>11}" for column in columns))
     print_choice(cfg, model, build, shards, memory)
+    lengths = f"of {cfg.data}" if index else "as published"
+    if index is None and Path(cfg.data).is_file():
+        lengths += ", since the model's folder is not here"
     print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {tokens:.0f} tokens: "
-          f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths "
-          + ("as published" if index is None else f"of {cfg.data}")
+          f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths {lengths}"
           + ("" if peak else "; --gpu or --tflops gives hours"))
 
 
