@@ -417,7 +417,7 @@ class Dataset:
     def __post_init__(self):
         assert self.on_bad_sample in ("stop", "skip"), f"{self.on_bad_sample!r} is neither stop nor skip"
         if not self.path.is_file():
-            raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
+            raise FileNotFoundError(f"no data at {self.path}: expected a json or jsonl file of records")
         first = next(find_records(self.path), None)
         if first is None or not any(key in self.read(first) for key in (b'"conversations"', b'"messages"')):
             found = f"found {self.read(first)[:80]!r}" if first else "it has no records"
