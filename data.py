@@ -7,7 +7,7 @@
 
 The first two follow Hugging Face's CLIPImageProcessor and SiglipImageProcessor (the pixels, bit for bit) and LLaVA's
 train.py (the chat template, where the image goes). Nothing here depends on the model: sizes are passed in.
-`python data.py check --help` says how to find bad samples before training.
+`python data.py --help` says how to find bad samples before training, and how to see what is learned.
 """
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from lib.common import parse_or_exit, plural, run_command, sha256
-from lib.recipes import IMAGE_MODES, parse_check
+from lib.recipes import IMAGE_MODES, parse_data
 
 if __name__ == "__main__":
-    ARGS = parse_or_exit(parse_check)   # --help and mistakes are answered before the imports below take seconds
+    ARGS = parse_or_exit(parse_data)    # --help and mistakes are answered before the imports below take seconds
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ from lib.archives import Pictures
 from lib.pictures import open_rgb
 from lib.records import (IMAGE, NOTES, BadSamples, cached_arrays, find_records, id_of, lines_of, notes_on, parse_record,
                          read_record)
-from lib.schedule import epoch_order, split_step, step_samples
+from lib.schedule import Mixture, epoch_order, split_by_file, split_step, step_samples
 from lib.tokenizer import EOT, PHI_RUNS, build_tokenizer, read_tokenizer
 from lib.workers import map_in_chunks, map_in_workers
 
@@ -68,6 +68,7 @@ class Batch(NamedTuple):
     image_positions: Tensor         # (N * P,) int64, where in ids the patches go
     loss_positions: Tensor          # (M,) int64, whose next token, in the same sample, is supervised
     targets: Tensor                 # (M,) int64, those next tokens
+    split: list[int] | None = None  # of a Mixture: how many of the M are from each file, in that order
 
 # ---------------------------------------------------------------------------------------------------
 # Images
@@ -413,6 +414,7 @@ class Dataset:
     on_bad_sample: str = "stop"     # raise at the first; "skip": replace it with an unsupervised sample
     cache_dir: Path | None = None   # where the index and the list of bad samples are written, if anywhere
     follow_links: bool = False      # allow links that lead out of image_dir
+    shares = ()                     # of the files of a Mixture
 
     def __post_init__(self):
         assert self.on_bad_sample in ("stop", "skip"), f"{self.on_bad_sample!r} is neither stop nor skip"
@@ -554,7 +556,7 @@ class Loader:
     Each worker keeps up to four micro-batches ready in shared memory (/dev/shm).
     Raises ValueError at a bad sample or, if the dataset skips those, when there are too many.
     """
-    dataset: Dataset
+    dataset: Dataset | Mixture
     _: KW_ONLY
     global_batch: int               # samples
     micro_tokens: int               # most tokens in a micro-batch, limited by the GPU's memory
@@ -588,7 +590,8 @@ class Loader:
         """Yield the samples of each micro-batch of this rank, and append an entry to `scheduled` for each step."""
         index = self.dataset.index
         order = lru_cache(maxsize=1)(partial(               # computed once per epoch, not once per step
-            epoch_order, self.seed, index.length, index.image, self.global_batch, self.group))
+            epoch_order, self.seed, index.length, index.image, self.global_batch, self.group,
+            shares=self.dataset.shares))
         for step in range(self.start_step, self.steps):
             sample_ids = step_samples(step, len(self.dataset), self.global_batch, order)
             lengths = index.length[sample_ids]
@@ -596,7 +599,8 @@ class Loader:
             mine = split_step(lengths.tolist(), costs.tolist(), self.world, self.micro_tokens)[self.rank]
             scheduled.append((step, sample_ids, len(mine)))
             for micro in mine:
-                yield [sample_ids[i] for i in micro]
+                chosen = [sample_ids[i] for i in micro]
+                yield sorted(chosen) if self.dataset.shares else chosen         # file by file, for Batch.split
 
     def make_batch(self, sample_ids: list[int]) -> tuple[Batch | None, list[dict]]:
         """Build a micro-batch, in a worker. Problems with its samples are returned, for the main process to count."""
@@ -611,12 +615,13 @@ class Loader:
                 problems.append({"sample": i, "data": str(self.dataset.path), "problem": str(e)})
                 if self.dataset.on_bad_sample == "stop":
                     return None, problems
-        return collate(samples or [nothing], self.dataset.image_config.size), problems
+        batch = collate(samples or [nothing], self.dataset.image_config.size)
+        return split_by_file(batch, sample_ids, self.dataset.shares), problems
 
 
 def main(args: Namespace) -> int:
-    from lib.check_data import check_data  # imported here because it is built on this file
-    return check_data(args)
+    from lib import check_data, convert, show           # imported here because they are built on this file
+    return {"check": check_data.check_data, "convert": convert.convert, "show": show.show_data}[args.command](args)
 
 
 if __name__ == "__main__":

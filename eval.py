@@ -34,7 +34,8 @@ from tqdm import tqdm
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
 from benchmarks.files import first_existing, read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import BLANK, Example, Grade, Score, Task, mean, paired_test, published_columns
+from benchmarks.scoring import (BLANK, Example, Grade, Score, Task, asked_again, mean, paired_test, published_columns,
+                                summarize_twice)
 from lib.archives import Member
 
 # ---------------------------------------------------------------------------------------------------
@@ -66,6 +67,8 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--exact", action=on_or_off, default=False,
         help="one question at a time and no prefix caching, like the official runs; in fp32 this changes no answer, "
              "unless --bits is 4")
+    add("--blank", action=on_or_off, default=False, help="ask every question about a picture a second time, with a "
+        "blank one: the score without looking (shapes: always)")
     add("--limit", type=at_least(1), help="only the first N questions (shapes: each with and without its picture)")
     add("--check-data", action=on_or_off, default=False, help="only check that the official data is there")
     add("--score", help="only score this answers file, ours or LLaVA's; needs no model")
@@ -118,6 +121,8 @@ def load_data(name: str, args: Namespace) -> Data:
     problem = ""
     try:
         data = Data(name, task, split, folder, list(task.read(folder, options)))
+        if args.blank or task.blank:
+            data = data._replace(examples=list(asked_again(data.examples)))
         problem = repeated_id(data)
         rehearse(data)
     except FileNotFoundError as e:
@@ -147,7 +152,7 @@ def rehearse(data: Data) -> None:
             scored = data.task.grade and example.truth is not None
             grades.append(data.task.grade(example, "") if scored else Grade(None))
     with reading(data.folder):
-        summarize_scored(data, grades)
+        summarize_twice(data.task, data.examples, grades)
 
 
 def data_folder(name: str, task: Task, root: Path) -> Path:
@@ -189,8 +194,9 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
     expected = data.task.splits[data.split]
     if args.img_only and data.task.images_only:
         expected = data.task.images_only
-    if expected and len(data.examples) != expected:
-        notes.append(f"{plural(len(data.examples), 'question')}, the official {data.split} set has {expected:,}")
+    n = sum(example.image != BLANK for example in data.examples)
+    if expected and n != expected:
+        notes.append(f"{plural(n, 'question')}, the official {data.split} set has {expected:,}")
     return checksums, notes
 
 
@@ -232,6 +238,8 @@ def question_settings(data: Data, args: Namespace) -> dict:
     settings = {"task": data.name, "split": data.split}
     for flag in QUESTION_FLAGS:
         settings[flag] = getattr(args, flag)
+    if args.blank:
+        settings["blank"] = True
     return settings
 
 
@@ -387,14 +395,6 @@ def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: 
     return grades
 
 
-def summarize_scored(data: Data, grades: list[Grade]) -> Score | None:
-    """The benchmark's score over all graded answers; None if there are none."""
-    scored = [(example, grade) for example, grade in zip(data.examples, grades) if grade.score is not None]
-    if not scored:
-        return None
-    return data.task.summarize([example for example, _ in scored], [grade for _, grade in scored])
-
-
 def asked_in_other_words(example: Example, answer: dict) -> bool:
     """Was the answer made with another prompt? Only the first two lines are compared, because LLaVA saves some prompts
     without the instruction at the end."""
@@ -424,7 +424,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     """Grade and summarize, then write the submission, report.html and result.json."""
     task = data.task
     grades = grade_answers(data, answers, args, out)
-    total = summarize_scored(data, grades)
+    total = summarize_twice(data.task, data.examples, grades)
     given = [answer for answer in answers if answer]
     texts = [answer["text"] for answer in given]
     others = [asked_in_other_words(e, answer) for e, answer in zip(data.examples, answers) if answer]
@@ -443,6 +443,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
         "interval": [total.low, total.high] if total else None,
         "interval_method": f"95 %, {total.interval}" if total else None,
         "numbers": total.subscores if total else {},
+        "intervals": total.intervals if total else {},          # of some of these numbers
         "published": published_scores(task, settings),
         "unparsed": sum(grade.unparsed for grade in grades),
         "empty": texts.count(""),
@@ -463,7 +464,8 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     published_split = data.split == next(iter(task.splits))
     if task.write_submission and (total is None or published_split) and None not in answers and not args.limit:
         try:
-            result["submission"] = task.write_submission(data.examples, texts, data.folder, out).name
+            asked = [(e, text) for e, text in zip(data.examples, texts) if e.image != BLANK]
+            result["submission"] = task.write_submission(*map(list, zip(*asked)), data.folder, out).name
         except (ValueError, OSError) as e:
             notes.append(f"submission file not written: {e}")
     write_whole(out / "report.html", report_page(data.examples, answers, grades, result))
@@ -478,7 +480,7 @@ def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float 
     """Print the score of an answers file; return the text and the score of each answer."""
     answers = match_answers(path, data, args)
     grades = [] if data.task.judge else grade_answers(data, answers, args, path.parent)
-    total = summarize_scored(data, grades)
+    total = summarize_twice(data.task, data.examples, grades)
     if total is None:
         raise ValueError(f"{data.name}: nothing to compare: these answers are graded on a server or by a judge")
     print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
@@ -522,6 +524,7 @@ def score_file(args: Namespace) -> None:
     if settings and args.task in (None, settings["task"]):
         for name in ("task", "split", *QUESTION_FLAGS):
             setattr(args, name, settings.get(name))
+        args.blank = settings.get("blank", False)
     names = chosen_tasks(args)
     if len(names) > 1:
         raise ValueError(f"--score takes one task, these are {len(names)}")
@@ -569,6 +572,9 @@ def answer_and_score(args: Namespace) -> None:
                 results.append(score_run(data, run, settings, args, out))
     if len(results) > 1:
         print_all(results)
+    if not args.limit and any(result["value"] is not None for result in results):
+        print(f"  scores for the model's card: python load_weights.py export --model {folder} --out DIR "
+              f"--scores {args.out or 'out/eval'}")
 
 
 def answer_missing(data: Data, model, processes, settings: dict, args: Namespace, out: Path) -> int:

@@ -10,7 +10,7 @@ LlavaForConditionalGeneration and vLLM read it as well.
     python load_weights.py merge --vision checkpoints/siglip-so400m-patch14-384 --out out/mipha-base
     python load_weights.py inspect out/base --try
     python load_weights.py export --model out/finetune --out out/llava-phi --dtype bf16
-    python load_weights.py export --model out/finetune --out out/parts --to parts
+    python load_weights.py export --model out/finetune --out out/gguf --to gguf --type q8_0
 """
 import argparse
 import sys
@@ -41,12 +41,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     exporting.add_argument("--model", type=Path, default=Path("out/finetune"),
                            help="folder to read: a model, or a training checkpoint (out/step_NNNNNN)")
     exporting.add_argument("--out", type=Path, required=True, help="folder to write")
-    exporting.add_argument("--to", choices=("model", "parts"), default="model",
-                           help="model: one folder, which transformers and vLLM read too; "
-                                "parts: Phi, vision tower and projector separately, for llama.cpp's converters")
+    exporting.add_argument("--to", choices=("model", "parts", "gguf"), default="model",
+                           help="model: one folder, which transformers and vLLM read too; gguf: two files for "
+                                "llama.cpp and Ollama; parts: Phi, vision tower and projector separately")
+    exporting.add_argument("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"),
+                           help="how a GGUF file stores the language model's matrices; default: f16")
+    exporting.add_argument("--head-bias", choices=("fold", "keep"),
+                           help="fold (the default): the bias of the language model's head is folded into its weight, "
+                                "exactly, since transformers' Llava has no such bias; keep: both as they are")
+    exporting.add_argument("--scores", type=Path,
+                           help="folder that eval.py wrote, such as out/eval: its scores go into the model's README.md")
     for command in (merging, exporting):
         command.add_argument("--dtype", type=dtype_name, help="bf16 or fp32; default: each tensor as it is stored")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "export":
+        for flag, forms in (("type", "gguf"), ("head_bias", "model"), ("scores", "model"), ("dtype", "model or parts")):
+            if getattr(args, flag) is not None and args.to not in forms.split(" or "):
+                parser.error(f"--{flag.replace('_', '-')} is for --to {forms}, found --to {args.to}")
+    return args
 
 
 if __name__ == "__main__":
@@ -60,10 +72,12 @@ from lib.configs import config_of_run
 from lib.device import torch_dtype
 from lib.folders import (Kind, Weights, check_tensors, in_order, meta_model, open_weights, read_tensor,
                          saved_shapes)
+from lib.gguf import save_gguf
 from lib.inspect import inspect
 from lib.lora import merge_lora
+from lib.model_card import read_scores
 from lib.quant import check_int4_product, copy_or_quantize, prepack_linears, quantize_linears
-from lib.save_weights import Lazy, save_model, save_parts, save_phi
+from lib.save_weights import Lazy, collect, run_settings, save_model, save_parts, save_phi
 from model import LLaVAPhi, init_weights
 
 # ---------------------------------------------------------------------------------------------------
@@ -138,19 +152,34 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
     save_model(out, tensors, bases.config, bases, dtype)
 
 
-def export(model: Path, out: Path, dtype: torch.dtype | None) -> None:
-    """Write any readable model, or a training checkpoint (out/step_NNNNNN), in the format we save."""
-    if not (model / "checkpoint.json").is_file():
-        source = open_weights(model)
-        save_model(out, {}, source.config, source, dtype)
-        return
-    settings, paths = read_for_export(model)
-    is_phi = settings["stage"] == "sft"
-    source = open_weights(*paths, expect=(Kind.PHI,)) if is_phi else open_weights(*paths)
-    config = config_of_run(source.config, settings["dropout"], settings["image_mode"])
-    trained = merged_tensors(model, source, settings["lora_alpha"])
-    save = save_phi if is_phi else save_model
-    save(out, trained, config, source, dtype or torch_dtype(settings["dtype"]))
+def export(path: Path, out: Path, dtype: torch.dtype | None, to: str = "model", fold: bool = True,
+           kind: str = "f16", scores: list[dict] = []) -> None:
+    """Write any readable model, or a training checkpoint (out/step_NNNNNN), in another form.
+
+    to: "model", the format we save; "parts" or "gguf". fold: put the head's bias into its weight, in a model, so that
+    transformers computes the same. kind: how a GGUF file stores the decoder's matrices. scores: for the model's card.
+    """
+    changed: dict[str, Lazy] = {}
+    if (path / "checkpoint.json").is_file():
+        settings, paths = read_for_export(path)
+        is_phi = settings["stage"] == "sft"
+        source = open_weights(*paths, expect=(Kind.PHI,)) if is_phi else open_weights(*paths)
+        config = config_of_run(source.config, settings["dropout"], settings["image_mode"])
+        changed = merged_tensors(path, source, settings["lora_alpha"])
+        dtype = dtype or torch_dtype(settings["dtype"])
+    else:
+        source = open_weights(path)
+        config, settings = source.config, run_settings(path)
+    if source.kind is Kind.PHI and to != "model":
+        raise ValueError(f"{path}: a language model by itself, which is only exported with --to model")
+    if source.kind is Kind.PHI:
+        save_phi(out, changed, config, source, dtype)
+    elif to == "model":
+        save_model(out, changed, config, source, dtype, fold, settings, scores)
+    elif to == "parts":
+        save_parts(out, changed, config, source, dtype)
+    else:
+        save_gguf(out, collect(changed, config, source, dtype), kind)
 
 
 def merged_tensors(checkpoint: Path, source: Weights, lora_alpha: float) -> dict[str, Lazy]:
@@ -177,12 +206,12 @@ def main(args: argparse.Namespace) -> int:
     dtype = torch_dtype(args.dtype) if args.dtype else None
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, dtype, args.projector)
-    elif args.to == "parts":
-        save_parts(args.out, open_weights(args.model), dtype)
-        print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
-        return 0
     else:
-        export(args.model, args.out, dtype)
+        scores = read_scores(args.scores) if args.scores else []
+        export(args.model, args.out, dtype, args.to, args.head_bias != "keep", args.type or "f16", scores)
+        if args.to != "model":
+            print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+            return 0
     return inspect(args.out)
 
 

@@ -307,15 +307,19 @@ class LLaVAPhi(nn.Module):
         return x.index_copy(0, image_positions, patches)                           # (T, C)
 
     def forward(self, ids: Tensor, lengths: Sequence[int] | Tensor, images: Tensor, image_positions: Tensor,
-                loss_positions: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the losses over the M supervised tokens, an fp32 scalar; the caller divides by the global count.
+                loss_positions: Tensor, targets: Tensor, split: Sequence[int] | None = None) -> Tensor:
+        """Sums of the losses over the M supervised tokens, fp32: one for each of the runs of tokens whose lengths
+        `split` has, else a scalar for all of them. The caller divides by the global count.
 
         ids (T,) packed, 0 at image positions; lengths (B,) of the sequences, on the CPU; images (N, 3, H, W) uint8;
         image_positions (N * P,); loss_positions (M,) whose next token is supervised; targets (M,): those next tokens.
         """
         x = self.embed(ids, images, image_positions)                               # (T, C)
         h = self.llm(x, Packed(lengths, ids.device, self.config.llm.block_size))   # (T, C)
-        return cross_entropy_sum(h[loss_positions], self.llm.lm_head, targets)
+        if split is None:
+            return cross_entropy_sum(h[loss_positions], self.llm.lm_head, targets)
+        runs = zip(h[loss_positions].split(split), targets.split(split))
+        return torch.stack([cross_entropy_sum(h_of_run, self.llm.lm_head, run) for h_of_run, run in runs])
 
     @torch.inference_mode()
     def generate(self, ids: Tensor, images: Tensor, image_positions: Tensor, max_new_tokens: int,

@@ -14,17 +14,16 @@ Every flag and the recipes' values are in lib/recipes.py.
 import dataclasses
 import math
 import os
-import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from lib.common import parse_or_exit, plural, run_command, torchrun_env
-from lib.recipes import parse, recipe_note, settings
+from lib.common import parse_or_exit, plural, print_last, run_command, torchrun_env
+from lib.recipes import parse, recipe_note, settings, weighted
 
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
@@ -39,26 +38,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.archives import find_place
 from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
-                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
+                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_keep, try_to_save)
 from lib.configs import config_of_run
-from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels,
+from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels, to_device,
                         torch_dtype)
 from lib.flops import picture_cost
 from lib.folders import Kind, Weights, open_weights, read_tensor
+from lib.health import CORRUPTED, Corrupted, Recheck, doubts, projector_problem, rate_problems, validate, views_of
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import check_shared_memory, choose_gather, choose_recompute, count, print_plan, too_small
-from lib.processes import (count_signals, exit_code_of_stop, explain, explain_dead_worker, explain_out_of_memory,
-                           join_group, launch_problem, on_every_process, on_process_0, print0, smallest, watch_signals)
+from lib.processes import (exit_code_of_stop, explain, explain_out_of_memory, join_group, launch_problem,
+                           on_every_process, on_process_0, print0, smallest, synchronized_steps, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
-from lib.schedule import run_length, steps_per_epoch
+from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
 
@@ -305,13 +305,17 @@ def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     return optimizer
 
 
-def open_data(cfg: Namespace, config: LLaVAConfig, path: str) -> Dataset:
+def open_data(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Dataset | Mixture:
     # The sizes come from the model, so that an image takes as many positions as its tower makes patches.
     # Archives are opened later, but a place that is not there should be noticed before --out is touched.
     places = [find_place(Path(place)) for place in cfg.images] if has_tower(cfg) else []
-    return Dataset(Path(path), places, load_tokenizer(folders(cfg)[0]), cfg.template,
-                   ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
-                   on_bad_sample=cfg.on_bad_sample, cache_dir=Path(cfg.out), follow_links=cfg.follow_links)
+    files, weights = zip(*map(weighted, names))
+    parts = [Dataset(Path(file), places, load_tokenizer(folders(cfg)[0]), cfg.template,
+                     ImageConfig.of(config.vision, cfg.image_mode), min(cfg.max_length, config.llm.block_size),
+                     on_bad_sample=cfg.on_bad_sample, follow_links=cfg.follow_links,
+                     cache_dir=Path(cfg.out) if Path(cfg.out).is_dir() else None)             # not there: --plan
+             for file in files]
+    return parts[0] if weights == (1.0,) else Mixture(parts, weights)
 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
@@ -338,55 +342,63 @@ def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float
     return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], ...]:
-    """The arguments of LLaVAPhi.forward.
-
-    The loader pins its batches, so the host does not wait for the copies. Lengths are plain ints: FSDP moves every
-    tensor argument to the GPU, but the host needs the lengths to lay out the attention.
-    """
-    ids = batch.ids.to(device, non_blocking=True)
-    images = batch.images.to(device, non_blocking=True)
-    image_positions = batch.image_positions.to(device, non_blocking=True)
-    loss_positions = batch.loss_positions.to(device, non_blocking=True)
-    targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets
-
-
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     """A seed from these four, so that a resumed run draws the same dropout masks as an uninterrupted one."""
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
 
 
+def add_gradients(model: LLaVAPhi, batch: Batch, n_supervised: int, seed: int, last: bool,
+                  device: torch.device) -> Tensor:
+    """Forward and backward of a micro-batch -> its share of the step's loss, of each file of a Mixture.
+
+    With --gather on, gathered weights are kept for the next micro-batch, and gradients accumulate locally in fp32. The
+    last micro-batch reduces the gradients and frees the gathered weights, which the optimizer is about to change.
+    """
+    torch.manual_seed(seed)
+    model.set_reshard_after_backward(last or model.gather == "off")
+    model.set_requires_gradient_sync(last or model.gather == "off")
+    losses = model(*to_device(batch, device)) / max(n_supervised, 1)
+    # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP averages
+    # them; multiplying by the number of processes turns the mean into the sum.
+    (losses.sum() * dist.get_world_size()).backward()
+    return losses.detach()
+
+
 def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cfg: Namespace, n_supervised: int,
-               rate: float, device: torch.device) -> tuple[float, float, bool]:
+               rate: float, device: torch.device, of_files: list | None = None,
+               recheck: Recheck | None = None) -> tuple[float, float, bool]:
     """Forward, backward, update -> loss, gradient norm, skipped: the same three on every process.
+
+    of_files: a list that receives, for each file of a Mixture, the sum of its losses and its supervised tokens.
 
     The loss is the mean over the step's n_supervised tokens of all micro-batches and processes, not a mean of means.
     If the loss or the gradient norm is not finite, the update is skipped.
     """
-    world = dist.get_world_size()
-    total = torch.zeros((), device=device)
+    tokens = torch.tensor([batch.split or [len(batch.targets)] for batch in step.batches]).sum(0)    # of each file
+    total = torch.stack([torch.zeros(len(tokens)), tokens.float()]).to(device, non_blocking=True)
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
-        torch.manual_seed(dropout_seed(cfg.seed, step.step, dist.get_rank(), i))
-        # With --gather on, gathered weights are kept for the next micro-batch, and gradients accumulate locally in
-        # fp32. The last micro-batch reduces the gradients and frees the gathered weights, which the optimizer is about
-        # to change.
+        seed = dropout_seed(cfg.seed, step.step, dist.get_rank(), i)
         last = i + 1 == len(step.batches)
-        model.set_reshard_after_backward(last or model.gather == "off")
-        model.set_requires_gradient_sync(last or model.gather == "off")
-        loss = model(*to_device(batch, device)) / max(n_supervised, 1)
-        # Each process divides by the global token count, so gradients have to be summed over the processes. FSDP
-        # averages them; multiplying by the number of processes turns the mean into the sum.
-        (loss * world).backward()
-        total += loss.detach()
+        is_due = recheck is not None and i == 0 and recheck.is_due(step.step)
+        if is_due:
+            with recheck.watching():
+                add_gradients(model, batch, n_supervised, seed, True, device)
+            optimizer.zero_grad(set_to_none=True)           # the step is taken with those of the second pass
+        with recheck.watching() if is_due else nullcontext():
+            total[0] += add_gradients(model, batch, n_supervised, seed, last, device)
+        if is_due:
+            recheck.compare()
     dist.all_reduce(total)
 
     # In the model's order, not the optimizer's: another order changes the norm's last digit, and with it the run.
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).full_tensor()
-    # Both numbers are read at once: the only host-device synchronization in a step.
-    loss, norm = torch.stack([total, norm.to(total)]).tolist()
+    # All numbers are read at once: the only host-device synchronization in a step.
+    *sums, norm = torch.cat([total.T.flatten(), norm.to(total)[None]]).tolist()
+    loss = sum(sums[::2])
+    if of_files is not None:
+        of_files += [(n_supervised * loss_of_file, n) for loss_of_file, n in zip(sums[::2], sums[1::2])]
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
         # The formula of clip_grad_norm_, which would compute the norm a second time.
@@ -412,7 +424,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     # From here on a signal is only recorded, and acted on after the next step.
     signals = watch_signals()
     data = open_data(cfg, config, cfg.data)
-    held_out = open_data(cfg, config, cfg.val_data) if cfg.val_data else None
+    held_out = open_data(cfg, config, [cfg.val_data]) if cfg.val_data else None
     checkpoint = prepare_out(settings(cfg), data.checksum)
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
@@ -423,20 +435,22 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         print0(note)
 
     model = build(cfg, config, source, mesh, device)
+    for problem in filter(None, [projector_problem(cfg, source), *rate_problems(model, peak_lrs(cfg))]):
+        print0(f"WARNING: {problem}")
     state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
     steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)
     print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
     print0(describe_saving(state))
-    check_room(out, count(model.parameters()) * torch_dtype(cfg.dtype).itemsize, state)
+    check_room(out, (1 + 2 * cfg.keep_best) * count(model.parameters()) * torch_dtype(cfg.dtype).itemsize, state)
     with saved_on_error(state):
-        is_complete = train(state, cfg, data, held_out, steps, signals, device)
+        is_complete = train(state, cfg, source, data, held_out, steps, signals, device)
         bad = on_process_0(lambda: read_bad_samples(out))
         if bad:
             print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
         if is_complete:
-            save_final(cfg, config, source, model)
+            save_final(cfg, source, model, out)
     if is_complete:
         print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
     else:
@@ -444,20 +458,24 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         return exit_code_of_stop(signals)
 
 
-def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | None, steps: int, signals: list[int],
-          device: torch.device) -> bool:
-    """Train from state.step on -> True if all steps were taken, False if stopped early, with a checkpoint."""
+def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, held_out: Dataset | None, steps: int,
+          signals: list[int], device: torch.device) -> bool:
+    """Train from state.step on -> True if the run is over, False if stopped early, with a checkpoint."""
     metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device, again=state.step == steps)
+    metrics.start_tracker(cfg.track, state.settings)
     warmup = math.ceil(cfg.warmup * steps)
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
+    recheck = Recheck(state.model, cfg.recheck_every, device)
     skipped_in_a_row = 0
     if state.step == 0:                         # a resumed run already has this in its metrics
-        measure_held_out(state, cfg, held_out, steps, metrics, device)
+        measure_held_out(state, cfg, source, held_out, steps, metrics, device)
     metrics.start_clock()
     state.tried_at = time.monotonic()
     for step, n_supervised, stop in synchronized_steps(loader, signals):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
-        loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device)
+        of_files = []
+        loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device, of_files,
+                                         recheck)
         state.step += 1
         if skipped:
             skipped_in_a_row += 1
@@ -465,7 +483,10 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
             state.updates += 1
             skipped_in_a_row = 0
 
-        record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped)
+        record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped,
+                                  of_files)
+        if problem := metrics.rise(warmup):
+            print0(f"WARNING: {problem}")
         if skipped or state.step % cfg.log_every == 0 or state.step == steps:
             print0(progress_line(record, steps, metrics.seconds_a_step() * (steps - state.step)))
         if skipped_in_a_row == 5:
@@ -475,14 +496,20 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, held_out: Dataset | 
         if state.step == steps:
             break                               # the final model is written instead of a checkpoint
         if cfg.val_every and state.step % cfg.val_every == 0:
-            measure_held_out(state, cfg, held_out, steps, metrics, device)
+            measure_held_out(state, cfg, source, held_out, steps, metrics, device)
+            if reason := metrics.out_of_patience(cfg.patience):
+                print0(reason)
+                metrics.close_tracker()
+                return True
         if stop:
             print0(f"saved {save_checkpoint(state)}")
+            metrics.close_tracker()
             return False
         if save_is_due(state):
             try_to_save(state)
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
-    measure_held_out(state, cfg, held_out, steps, metrics, device)
+    measure_held_out(state, cfg, source, held_out, steps, metrics, device)
+    metrics.close_tracker()
     return True
 
 
@@ -502,76 +529,22 @@ def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, devi
                   group=group, pin=device.type == "cuda", picture_cost=cost)
 
 
-def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
-    """A loader's steps -> (step, its supervised tokens over all processes, whether to stop), on every process alike.
-
-    A process that cannot read its data, or has been told by a signal to stop, cannot simply leave: the others would
-    wait for it in their next collective. So all processes exchange their status before each step, and an error on one
-    of them is raised as a ValueError on all.
-    """
-    steps = iter(loader)
-    while True:
-        step = problem = None
-        try:
-            step = next(steps, None)
-            # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
-            # would raise in the middle of whatever this process is doing.
-            if hasattr(signal, "SIGCHLD"):      # Windows has neither
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        except (RuntimeError, EOFError, ConnectionError) as e:
-            problem = explain_dead_worker(e)
-            if not problem:
-                raise
-        except (ValueError, OSError) as e:
-            problem = str(e)
-        if step is None and problem is None:
-            return
-        supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
-        # The tensor is on the CPU, so this goes over gloo and no process waits for its GPU.
-        sums = torch.tensor([supervised, count_signals(signals), int(problem is not None)])
-        dist.all_reduce(sums)
-        supervised, n_signals, n_problems = sums.tolist()
-        if n_problems:
-            problems = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            raise ValueError(next(p for p in problems if p))
-        yield step, supervised, n_signals > 0
-
-
-def measure_held_out(state: TrainState, cfg: Namespace, held_out: Dataset | None, steps: int, metrics: Metrics,
-                     device: torch.device) -> None:
+def measure_held_out(state: TrainState, cfg: Namespace, source: Weights, held_out: Dataset | None, steps: int,
+                     metrics: Metrics, device: torch.device) -> None:
     if held_out is None:
         return
     loader = make_loader(cfg, state.model, held_out, steps_per_epoch(len(held_out), cfg.global_batch), device)
-    loss = validate(state.model, loader, device)
-    metrics.add({"step": state.step, "val_loss": loss})
-    print0(f"step {state.step}/{steps} | validation loss {loss:.4f}")
+    held = validate(state.model, loader, device, views_of(cfg, held_out, state.step))
+    lowest = metrics.add_validation(state.step, held.record())
+    print0(f"step {state.step}/{steps} | {held.line()}")
+    for doubt in doubts(held, state.step, steps):
+        print0(f"WARNING: {doubt}")
+    if cfg.keep_best and lowest and state.step:         # after step 0 it is the model that the run starts from
+        try_to_keep(partial(save_final, cfg, source, state.model), Path(cfg.out) / "best")
 
 
-@torch.no_grad()
-def validate(model: LLaVAPhi, loader: Loader, device: torch.device) -> float:
-    """Mean loss over every supervised token of the validation set, without dropout. All processes take part."""
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    supervised = 0
-    try:
-        for step, n_supervised, _ in synchronized_steps(loader, []):
-            for batch in step.batches:
-                total += model(*to_device(batch, device)).double()
-            supervised += n_supervised
-        dist.all_reduce(total)
-    finally:
-        # A backward pass would have given the gathered weights back. While they are there, the model's parameters are
-        # copies in the compute dtype, which the optimizer and a checkpoint know nothing of.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        model.train()
-    return float(total / max(supervised, 1))
-
-
-def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaVAPhi) -> None:
-    """Write the trained model to --out. Every process takes part in gathering it; process 0 writes."""
+def save_final(cfg: Namespace, source: Weights, model: LLaVAPhi, out: Path) -> None:
+    """Write the trained model to `out`. Every process takes part in gathering it; process 0 writes."""
     dtype = torch_dtype(cfg.dtype)
     tensors = {}
     in_4_bits = []
@@ -586,14 +559,14 @@ def save_final(cfg: Namespace, config: LLaVAConfig, source: Weights, model: LLaV
         for name in in_4_bits:                  # their adapters are merged into the original, more precise weights
             tensors[name] = read_tensor(source, name).to(dtype)
         save = save_model if has_tower(cfg) else save_phi
-        save(Path(cfg.out), merge_lora(tensors, cfg.lora_alpha), config, source)
+        save(out, merge_lora(tensors, cfg.lora_alpha), model.config, source)
     on_process_0(write)
 
 
 def main(args: Namespace) -> int | None:
     if args.plot:
         from lib.plot import plot               # imported here because training needs none of it
-        plot(args.plot, Path(args.plot_to or args.plot[0] / "loss.html"))
+        plot(args.plot, Path(args.plot_to or args.plot[0] / "loss.html"), args.against)
         return
     if args.plan:
         # Planning needs no downloads: without the folders it assumes the published model's sizes and data.
@@ -601,10 +574,11 @@ def main(args: Namespace) -> int | None:
         index = None
         if all(folder.exists() for folder in folders(args)):
             _, config = open_source(args)
-            if Path(args.data).is_file():
+            if all(Path(file).is_file() for file, _ in map(weighted, args.data)):
                 data = open_data(args, config, args.data)
-                data.cache_dir = data.cache_dir if data.cache_dir.is_dir() else None
-                index = data.index
+                epoch = epoch_order(args.seed, data.index.length, data.index.image, args.global_batch, args.group, 0,
+                                    data.shares)
+                index = data.index._make(column[epoch] for column in data.index)
         print_parts(build_on_meta(args, config), args)
         print_plan(args, config, partial(build_on_meta, config=config), index)
         return
@@ -617,6 +591,11 @@ def main(args: Namespace) -> int | None:
             exit_code = run(args, config, source, mesh, device)
     except torch.OutOfMemoryError as e:
         raise ValueError(explain_out_of_memory(e, args)) from None
+    except Corrupted as e:
+        if torchrun_env().local_rank:
+            return 0                            # one failure is enough for torchrun's list
+        print_last(f"error: {e}")
+        return CORRUPTED
     except RuntimeError as e:
         problem = explain(e)
         if not problem:

@@ -36,7 +36,8 @@ def result_table(result: dict) -> list[list[str]]:
     table = [["", "here", "95 % interval", *published],
              [result["metric"], *headline(result), *map(str, published.values())]]
     for name, value in result["numbers"].items():
-        table.append([name, f"{value:.2f}", *[""] * (len(table[0]) - 2)])
+        low_high = [f"{end:.2f}" for end in result["intervals"].get(name, ())]
+        table.append([name, f"{value:.2f}", " to ".join(low_high), *[""] * (len(table[0]) - 3)])
     return table
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +75,7 @@ class Score(NamedTuple):
     high: float
     interval: str                       # the method
     subscores: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = {}      # those of some sub-scores
 
 
 Reader = Callable[[Path, Namespace], Iterable[Example]]
@@ -103,8 +104,45 @@ class Task:
     mipha_mode: str = "pad"                             # and behind Mipha's
     repeated_ids: bool = False                          # question_id names the image, not the question
     images_only: int = 0                                # official number of questions with --img-only
+    blank: bool = False                                 # asked again about a blank picture, also without --blank
     prompt_note: Callable[[dict], str] | None = None    # settings -> a remark on the prompt, for the report
     split_notes: dict[str, str] = field(default_factory=dict)   # split -> a remark on its score, for the report
+
+# ---------------------------------------------------------------------------------------------------
+# Questions that are asked again about a blank picture
+
+
+def asked_again(examples: list[Example]) -> Iterator[Example]:
+    """Each question, and after one about a picture the same about a blank one."""
+    for example in examples:
+        yield example
+        if example.image is not None:
+            yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
+
+
+def summarize_twice(task: Task, examples: list[Example], grades: list[Grade]) -> Score | None:
+    """The benchmark's score over all graded answers; None if there are none.
+
+    Where questions are asked again about a blank picture, that score is one of the sub-scores. It takes the answers to
+    questions without a picture as they are.
+    """
+    def score(pairs: list[tuple[Example, Grade]]) -> Score | None:
+        scored = [(example, grade) for example, grade in pairs if grade.score is not None]
+        return task.summarize(*map(list, zip(*scored))) if scored else None
+
+    seen, unseen = [], []
+    for example, grade in zip(examples, grades):
+        if example.image == BLANK:
+            unseen[-1] = unseen[-1][0], grade
+        else:
+            seen.append((example, grade))
+            unseen.append((example, grade))
+    total = score(seen)
+    without = score(unseen) if len(grades) > len(seen) else None
+    if total is None or without is None:
+        return total
+    return total._replace(subscores={"blank image": without.value} | total.subscores,
+                          intervals={"blank image": (without.low, without.high)})
 
 # ---------------------------------------------------------------------------------------------------
 # The two VQA normalizers

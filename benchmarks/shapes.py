@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.files import field, image_file, number_of, reading, required_files, rows_of
-from benchmarks.scoring import BLANK, Example, Grade, Score, Task, accuracy, grade_plain, mean
+from benchmarks.scoring import Example, Grade, Score, Task, accuracy, grade_plain, mean
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
@@ -21,15 +21,10 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
             example = Example(number_of(row), image, field(row, "text"), field(row, "answer"),
                               (field(row, "category"),), {"chance": field(row, "chance", int, float)})
         yield example
-        yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
 
 
 def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    blind = [grade.score for example, grade in zip(examples, grades) if example.image == BLANK]
-    sighted = [(example, grade) for example, grade in zip(examples, grades) if example.image != BLANK]
-    chance = mean([example.info["chance"] for example, _ in sighted])
-    subscores = {"chance": 100 * chance, "blank image": 100 * mean(blind)}
-    return accuracy([example for example, _ in sighted], [grade for _, grade in sighted], subscores)
+    return accuracy(examples, grades, {"chance": 100 * mean([example.info["chance"] for example in examples])})
 
 
 TASK = Task(
@@ -38,6 +33,7 @@ TASK = Task(
     grade=grade_plain,
     summarize=summarize,
     splits={"all": 0},
+    blank=True,
     source="run `make demo`, then give --root out/demo/data",
     files={"questions.jsonl": ""},
 )

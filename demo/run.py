@@ -19,10 +19,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 from lib.common import LOCK, hold_folder, html_page, read_jsonl, remove, run_command, write_whole
-from lib.plot import CURVE_NOTE, CURVE_STYLE, figure, read_curves
+from lib.plot import CURVE_NOTE, CURVE_STYLE, figure, read_curves, verdict
 
 OUT = Path("out/demo")
 DATA = OUT / "data"
+REFERENCE = Path("demo/reference")      # losses of both stages in a run that went well
 MOST_LOST = 5                           # points that a question may lose in a chat, against the same question alone
 
 # The tiny models need a higher learning rate than the published recipe, and less of everything else. Each stage is an
@@ -131,6 +132,16 @@ def caption_losses() -> tuple[float, float]:
     return curve[0][1], curve[-1][1]
 
 
+def verdicts() -> list[str]:
+    """How both stages went, against the committed losses of a run that went well."""
+    return [f"{stage}: {verdict(read_curves(OUT / stage)['loss'], reference_losses(stage))}"
+            for stage in ("pretrain", "finetune")]
+
+
+def reference_losses(stage: str) -> list[tuple[int, float]]:
+    return read_curves(REFERENCE / f"{stage}.jsonl")["loss"]
+
+
 def report() -> Path:
     """One self-contained page: the curves of both stages, the score, pictures with questions and answers."""
     before, after = caption_losses()
@@ -148,11 +159,11 @@ Of {len(in_chat)} questions about {len(pictures)} pictures that it never saw, it
 correctly when each is asked by itself, {share_right(in_chat)[-1]:.1f} % when all about a picture are asked in one chat.
 Guessing reaches {score["chance"]:.1f} %, and the same model, shown a blank picture, {score["blank image"]:.1f} %.</p>
 <div class="runs"><div><h2>Stage 1: the projector learns captions</h2>
-{figure(read_curves(OUT / "pretrain"))}</div>
+{figure(read_curves(OUT / "pretrain"), reference_losses("pretrain"))}</div>
 <div><h2>Stage 2: the model learns to answer</h2>
-{figure(read_curves(OUT / "finetune"))}</div></div>
+{figure(read_curves(OUT / "finetune"), reference_losses("finetune"))}</div></div>
 <p>The loss on captions of held-out pictures fell from {before:.2f} to <b>{after:.2f}</b> in stage 1, where both towers
-are frozen. {CURVE_NOTE}</p>
+are frozen. {CURVE_NOTE} The gray band is where the losses of an earlier run lay; {"; ".join(verdicts())}.</p>
 <h2>Chats about two of these pictures</h2>
 <div class="cards chat">{"".join(card(image, pictures[image], in_chat) for image in shown[:2])}</div>
 <h2>Questions about others, each asked by itself</h2>
@@ -221,6 +232,7 @@ def run_demo(began: float) -> None:
 
     before, after = caption_losses()
     print(f"\ncaption loss on held-out pictures: {before:.3f} before stage 1, {after:.3f} after it, both towers frozen")
+    print("training loss, against that of the run in demo/reference:", *verdicts(), sep="\n  ")
     print(f"report: {report()} ({(time.time() - began) / 60:.1f} minutes in all)")
     compare_chats(in_chat, alone)
 

@@ -32,15 +32,17 @@ from lib.common import (DTYPES, LOCK, hold_folder, plural, read_json, remove, sh
                         warn_once, write_whole)
 from lib.device import free_memory
 from lib.processes import on_every_process, on_process_0, patient_group, print0
-from lib.recipes import IMAGE_MODES
+from lib.recipes import IMAGE_MODES, weighted
 from lib.records import BAD_SAMPLES
+from lib.schedule import joint_checksum
 
 # Settings that may differ between a checkpoint and the run that resumes it: none of them changes what is learned. Data
 # and images may have moved; the checksum decides whether the data is the same. A recipe's name does not matter, since
 # its values are compared one by one.
 MAY_CHANGE = {
     "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "save_minutes", "keep",
-    "log_every", "resume", "workers", "micro_tokens", "recompute", "gather", "compile", "device",
+    "keep_best", "patience", "recheck_every", "track", "log_every", "resume", "workers", "micro_tokens", "recompute", "gather",
+    "compile", "device",
 }
 
 
@@ -310,6 +312,19 @@ def try_to_save(state: TrainState) -> None:
     state.failed_saves = 0
     print0(f"saved {path}")
 
+
+def try_to_keep(save: Callable[[Path], None], best: Path) -> None:
+    """Replace the best model so far, all at once. A full disk does not end the run. All processes take part."""
+    part = best.with_name(f".writing_{best.name}")
+    try:
+        on_process_0(lambda: remove(part))
+        save(part)
+        on_process_0(lambda: (remove(best), part.rename(best), sync_folder(best.parent)))
+    except OSError as e:
+        print0(f"warning: the best model so far was not written to {best} ({e}); training goes on")
+        return
+    print0(f"saved {best}: the lowest validation loss so far")
+
 # ---------------------------------------------------------------------------------------------------
 # Finding and resuming
 
@@ -503,17 +518,18 @@ DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
 def is_finished(settings: dict) -> bool:
     """True if --out holds the model of a finished run with these settings; ValueError if they were different.
 
-    The data is the same if its content is, wherever it has moved. Of the pictures only the folder's name is known.
+    The data is the same if its content is, wherever it has moved. Of the pictures only the folders' names are known.
     """
     saved = read_settings(Path(settings["out"]))
     if settings["resume"] != "auto" or "model_type" not in saved:
         return False
-    then, data = saved["training"], Path(settings["data"])
-    now = settings | {DATA_CHECKSUM: sha256(data) if data.is_file() else None}
+    then, (files, weights) = saved["training"], zip(*map(weighted, settings["data"]))
+    there = all(Path(file).is_file() for file in files)
+    now = settings | {DATA_CHECKSUM: joint_checksum([sha256(Path(file)) for file in files], weights) if there else None}
     may_change = MAY_CHANGE - {"data", "images"}
     if then.get(DATA_CHECKSUM) == now[DATA_CHECKSUM]:
         may_change |= {"data"}
-    if [Path(place) for place in then["images"]] == [Path(place) for place in now["images"]]:   # however written
+    if list(map(Path, then["images"])) == list(map(Path, now["images"])):       # however they are written
         may_change |= {"images"}
     check_same_settings(then, now, may_change,
                         f"--out {settings['out']} holds a finished model made with other settings; "
@@ -537,7 +553,7 @@ def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
                                 "give the same, or --resume never and another --out")
         leftovers = [".writing_*"]
         if not checkpoint:
-            leftovers += ["step_[0-9]*", "model*.safetensors*", BAD_SAMPLES]
+            leftovers += ["step_[0-9]*", "model*.safetensors*", "best", BAD_SAMPLES]
         for pattern in leftovers:
             for path in out.glob(pattern):
                 remove(path)

@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from data import Batch
 from lib.common import DTYPES, Torchrun, torchrun_env
 
 resource = None
@@ -176,6 +178,20 @@ def has_bf16(device: str) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return True                                 # Apple's GPUs
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], ...]:
+    """The arguments of LLaVAPhi.forward.
+
+    The loader pins its batches, so the host does not wait for the copies. Lengths are plain ints: FSDP moves every
+    tensor argument to the GPU, but the host needs the lengths to lay out the attention.
+    """
+    ids = batch.ids.to(device, non_blocking=True)
+    images = batch.images.to(device, non_blocking=True)
+    image_positions = batch.image_positions.to(device, non_blocking=True)
+    loss_positions = batch.loss_positions.to(device, non_blocking=True)
+    targets = batch.targets.to(device, non_blocking=True)
+    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets, batch.split
 
 # ---------------------------------------------------------------------------------------------------
 # Cards

@@ -23,7 +23,6 @@ from lib.configs import config_of, has_siglip
 from lib.layouts import DROPPED, FOREIGN, PREFIX, rename_sequential, to_ours, to_saved
 from lib.tensor_files import Pieces, Stored, first_line, read_tensors, tensor_files
 from model import LLaVAConfig, LLaVAPhi
-from vision import VisionConfig
 
 
 class Kind(StrEnum):
@@ -206,8 +205,8 @@ def meta_model(config: LLaVAConfig, tower: bool = True) -> LLaVAPhi:
 def saved_shapes(model: LLaVAPhi) -> dict[str, tuple[int, ...]]:
     """Our name -> shape of every tensor in the saved folder of such a model.
 
-    A folder holds more than our model: other programs expect the whole tower, including the layers after the hidden
-    state that LLaVA reads.
+    A folder holds more than our model: other programs expect the whole tower, including the layers and the LayerNorm
+    after the hidden state that LLaVA reads.
     """
     shapes = {}
     for name, parameter in model.named_parameters():
@@ -223,23 +222,7 @@ def saved_shapes(model: LLaVAPhi) -> dict[str, tuple[int, ...]]:
         if name.startswith("vision.h.0."):
             for layer in range(vision.n_used, vision.n_layer):
                 shapes[name.replace(".0.", f".{layer}.", 1)] = shape
-    return shapes | shapes_after_the_layers(vision)
-
-
-def shapes_after_the_layers(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors after a tower's layers: a LayerNorm, and SigLIP's attention-pooling head. Our model has neither."""
-    width, inner = vision.n_embd, vision.n_inner
-    shapes = {"vision.ln_post.weight": (width,), "vision.ln_post.bias": (width,)}
-    if vision.class_token:
-        return shapes
-    return shapes | {
-        "vision.head.probe": (1, 1, width),
-        "vision.head.attn.in_proj_weight": (3 * width, width), "vision.head.attn.in_proj_bias": (3 * width,),
-        "vision.head.attn.proj.weight": (width, width), "vision.head.attn.proj.bias": (width,),
-        "vision.head.ln.weight": (width,), "vision.head.ln.bias": (width,),
-        "vision.head.mlp.fc.weight": (inner, width), "vision.head.mlp.fc.bias": (inner,),
-        "vision.head.mlp.proj.weight": (width, inner), "vision.head.mlp.proj.bias": (width,),
-    }
+    return shapes | {"vision.ln_post.weight": (vision.n_embd,), "vision.ln_post.bias": (vision.n_embd,)}
 
 
 def check_tensors(weights: Weights, shapes: dict[str, tuple[int, ...]], needed: Iterable[str], limit: int = 8) -> None:

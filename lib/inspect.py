@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
 from lib.chat import ask
 from lib.common import plural
-from lib.device import choose_device
-from lib.folders import Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, saved_shapes
+from lib.device import choose_device, to_device
+from lib.folders import (Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, read_tensor,
+                         saved_shapes)
+from lib.head_bias import HEAD_BIAS
 from lib.save_weights import lacks_image_row, verify_checksums
 from lib.tensor_files import tensor_files
 from model import LLaVAPhi
@@ -35,8 +37,6 @@ IMAGE_WORDS = {
     "squash": "the whole picture, squeezed into a square",
 }
 UNUSED_LAYERS = "layers and LayerNorm after the hidden state that is read: not loaded, but kept when a model is saved"
-UNUSED_HEAD = ("attention-pooling head, which makes one vector of a picture where LLaVA wants all patches: not loaded, "
-               "but kept when a model is saved")
 NEXT = {
     Kind.PHI: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
     Kind.CLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
@@ -119,6 +119,8 @@ def inspect_config(weights: Weights) -> None:
     if "llm" in folder.parts:
         print_row("config", f"{llm.n_layer} layers of width {llm.n_embd}, {llm.n_head} heads, "
                             f"{llm.block_size} positions, {llm.vocab_size} rows of vocabulary, dropout {llm.dropout:g}")
+        if HEAD_BIAS in folder.found and not read_tensor(weights, HEAD_BIAS).any():
+            print_row("", "head bias folded: it is zero, and the head's weight does its work, also in transformers")
     if "vision" in folder.parts:
         print_row("config", f"{vision.image_size} x {vision.image_size} pixels make {vision.n_patches} patches, "
                             f"{vision.n_used} of {vision.n_layer} layers are used, of width {vision.n_embd}, "
@@ -128,9 +130,7 @@ def inspect_config(weights: Weights) -> None:
     built = dict(model.named_parameters())
     ignored = Counter(folder.dropped.values())
     for name, pieces in folder.found.items():
-        if name.startswith("vision.head."):
-            ignored[UNUSED_HEAD] += len(pieces)
-        elif name not in built:
+        if name not in built:
             ignored[UNUSED_LAYERS] += len(pieces)
     for reason, count in ignored.items():
         print_row("ignored", f"{plural(count, 'tensor')}: {reason}")
@@ -199,8 +199,7 @@ def page_loss(model: LLaVAPhi, tok: Tokenizer, page: Page) -> float:
         ids = (before + tok.encode(predicted).ids)[:model.config.llm.block_size]
         labels = [IGNORE] * len(before) + ids[len(before):]
         samples.append(Sample("", ids, labels, None))
-    ids, lengths, *others = collate(samples, model.config.vision.image_size)
-    total = model(ids.to(model.device), lengths, *(x.to(model.device) for x in others))
+    total = model(*to_device(collate(samples, model.config.vision.image_size), model.device))
     return total.item() / sum(label != IGNORE for sample in samples for label in sample.labels)
 
 

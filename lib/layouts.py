@@ -30,14 +30,7 @@ SAVED = {       # our name -> its name in the folders we save, after PREFIX; the
     "vision.h.{layer}.ln_2": "encoder.layers.{layer}.layer_norm2",
     "vision.h.{layer}.mlp.fc": "encoder.layers.{layer}.mlp.fc1",
     "vision.h.{layer}.mlp.proj": "encoder.layers.{layer}.mlp.fc2",
-    "vision.ln_post": "post_layernorm",                             # this and the head below are not in our model:
-    "vision.head.probe": "head.probe",                              # they are only copied when a folder is saved
-    "vision.head.attn.in_proj_weight": "head.attention.in_proj_weight",
-    "vision.head.attn.in_proj_bias": "head.attention.in_proj_bias",
-    "vision.head.attn.proj": "head.attention.out_proj",
-    "vision.head.ln": "head.layernorm",
-    "vision.head.mlp.fc": "head.mlp.fc1",
-    "vision.head.mlp.proj": "head.mlp.fc2",
+    "vision.ln_post": "post_layernorm",                             # not in our model, only copied when it is saved
     "projector.fc": "linear_1",
     "projector.proj": "linear_2",
 }
@@ -89,6 +82,8 @@ DROPPED = (     # published tensors that are ignored on purpose: a pattern, and 
     (r".*position_ids", "they are 0, 1, 2, ..."),
     (r"text_model\.|text_projection|visual_projection|logit_scale|logit_bias",
      "the text tower and contrastive heads, with which the vision tower was trained"),
+    (r"(.*\.)?head\.(probe$|attention\.|layernorm\.|mlp\.)",
+     "SigLIP's attention-pooling head, which makes one vector of a picture where LLaVA takes all patches"),
 )
 
 ONLY_PHI = "only Phi-2 is implemented here as the language model, and CLIP and SigLIP as vision towers"

@@ -1,16 +1,22 @@
 """Training metrics: metrics.jsonl, and a progress line for each step."""
 import json
+import math
 import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from data import Dataset, Step
-from lib.common import append_line, warn_once, write_whole
+from lib.common import append_line, read_jsonl, warn_once, write_whole
 from lib.device import peak_flops, peak_memory
 from lib.flops import step_flops
+from lib.health import rise
 from lib.processes import on_process_0
+from lib.schedule import Mixture, files_of
 from model import LLaVAConfig
 
 
@@ -26,8 +32,13 @@ class Metrics:
         self.parts = parts
         self.device = device
         self.steps = 0                          # taken by this process since start_clock
+        self.tracker: Tracker | None = None
         on_process_0(lambda: forget_later_steps(self.path, done, again))
         on_process_0(lambda: forget_later_steps(self.skipped_path, done))
+        rows = on_process_0(lambda: read_jsonl(self.path) if self.path.exists() else [])
+        self.losses = [row["loss"] for row in rows if "loss" in row and not row.get("skipped")]
+        self.has_risen = False                  # which is said once
+        self.val_losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
 
     def start_clock(self) -> None:
         self.began = self.step_began = time.perf_counter()
@@ -44,9 +55,29 @@ class Metrics:
                 append_line(path or self.path, record)
             except OSError as e:
                 warn_once(f"{path or self.path} lacks lines ({e}); training goes on")
+            if path is None and self.tracker:
+                self.try_tracking(self.tracker.send, record)
 
-    def add_step(self, step: Step, data: Dataset, config: LLaVAConfig, n_supervised: int, loss: float, norm: float,
-                 lr: float, skipped: bool) -> dict:
+    def start_tracker(self, name: str | None, settings: dict) -> None:
+        """--track: process 0 sends every row to a tracker, too."""
+        if name and dist.get_rank() == 0:
+            self.tracker = self.try_tracking(open_tracker, name, self.path.parent, settings)
+
+    def close_tracker(self) -> None:
+        if self.tracker:
+            self.try_tracking(self.tracker.close)
+
+    def try_tracking(self, work: Callable, *args):
+        """Whatever fails in a tracker (a network, a disk, an account) ends the tracking and never the run."""
+        try:
+            return work(*args)
+        except Exception as e:
+            self.tracker = None
+            warn_once(f"nothing more is tracked ({type(e).__name__}: {str(e)[:200]}); training goes on, and metrics.jsonl "
+                      "has all of it")
+
+    def add_step(self, step: Step, data: Dataset | Mixture, config: LLaVAConfig, n_supervised: int, loss: float,
+                 norm: float, lr: float, skipped: bool, of_files: Sequence[tuple[float, float]] = ()) -> dict:
         """Write a step's record and return it. Its numbers cover all processes, except for memory_gb of process 0."""
         self.steps += 1
         seconds = time.perf_counter() - self.step_began
@@ -68,10 +99,38 @@ class Metrics:
             "memory_gb": peak_memory(self.device) / 1e9,
             "skipped": skipped,
         }
+        if data.shares:                         # of each file: its part of the samples, and its loss, if it has any
+            files = files_of(step.sample_ids, data.shares)
+            record["files"] = {share.name: {"share": float((files == i).mean()), "loss": loss / n if n else None}
+                               for i, (share, (loss, n)) in enumerate(zip(data.shares, of_files))}
         self.add(record)
+        if not skipped:
+            self.losses.append(loss)
         if skipped:
             self.add({"step": step.step, "sample_ids": step.sample_ids}, self.skipped_path)
         return record
+
+    def add_validation(self, step: int, record: dict) -> bool:
+        """Write a validation's record -> whether its loss is the lowest so far."""
+        lowest = math.isfinite(record["val_loss"]) and not any(loss <= record["val_loss"] for _, loss in self.val_losses)
+        self.val_losses.append((step, record["val_loss"]))
+        self.add({"step": step, **record})
+        return lowest
+
+    def out_of_patience(self, patience: int) -> str:
+        """A sentence if as many validations in a row were not better than one before them; else ""."""
+        losses = [loss if math.isfinite(loss) else math.inf for _, loss in self.val_losses]
+        best = losses.index(min(losses)) if losses else 0
+        if not patience or len(losses) - 1 - best < patience:
+            return ""
+        return (f"the validation loss was lowest after step {self.val_losses[best][0]}, {losses[best]:.4f}, and not in the "
+                f"{patience} validations since: the run ends")
+
+    def rise(self, warmup: int) -> str:
+        """What lib/health.py says about a loss that has risen, the first time that it does."""
+        problem = rise(self.losses, warmup) if self.losses and not self.has_risen else ""
+        self.has_risen = self.has_risen or bool(problem)
+        return problem
 
 
 def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
@@ -95,6 +154,29 @@ def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
     write_whole(path, "".join(kept))
 
 
+class Tracker(NamedTuple):
+    send: Callable[[dict], object]              # a row of metrics.jsonl
+    close: Callable[[], object]
+
+
+def open_tracker(name: str, out: Path, settings: dict) -> Tracker:
+    """TensorBoard, or wandb or trackio, which share an interface. None of them is a package of this project."""
+    if name == "tensorboard":
+        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
+
+        def send(row: dict) -> None:
+            for field, value in numbers_of(row).items():
+                writer.add_scalar(field, value, row["step"])
+            writer.flush()
+        return Tracker(send, writer.close)
+    run = import_module(name).init(project="llava-phi", name=out.name, config=settings)
+    return Tracker(lambda row: run.log(numbers_of(row) | {"step": row["step"]}), run.finish)
+
+
+def numbers_of(row: dict) -> dict[str, float]:
+    return {field: float(value) for field, value in row.items() if field != "step" and value is not None}
+
+
 def progress_line(r: dict, steps: int, seconds_left: float) -> str:
     parts = [
         f"step {r['step'] + 1}/{steps}",
@@ -108,6 +190,9 @@ def progress_line(r: dict, steps: int, seconds_left: float) -> str:
         parts.append(f"mfu {100 * r['mfu']:.1f} %")
     parts.append(f"{r['memory_gb']:.1f} GB")
     parts.append(f"{seconds_left / 60:.1f} min left")
+    for name, of_file in r.get("files", {}).items():
+        loss = "none" if of_file["loss"] is None else f"{of_file['loss']:.4f}"
+        parts.append(f"{Path(name).name} {of_file['share']:.0%} loss {loss}")
     if r["skipped"]:
         parts.append("SKIPPED: not finite")
     return " | ".join(parts)

@@ -11,12 +11,13 @@ Curve = list[tuple[int, float]]                 # (steps done, value)
 
 # Title of the vertical axis, height, curves: field of metrics.jsonl -> name in the legend. The last one lies on top.
 PANELS = [
-    ("loss per token (nats)", 190, {"loss": "training loss", "val_loss": "validation loss"}),
+    ("loss per token (nats)", 190, {"loss": "training loss", "val_loss_blank": "blank pictures",
+                                    "val_loss": "validation loss"}),
     ("gradient norm", 90, {"grad_norm": "gradient norm"}),
     ("learning rate", 90, {"lr": "learning rate"}),
 ]
 NOISY = ("loss", "grad_norm")                   # a thin line for every step, a thick one for the running mean
-DOTTED = ("val_loss",)                          # measured at some steps only
+DOTTED = ("val_loss", "val_loss_blank")                          # measured at some steps only
 LEFT, RIGHT, TOP, GAP = 66, 444, 36, 18         # ends of the steps' axis, upper edge of the first panel, space between
 CURVE_NOTE = ("Thin lines: every step; thick ones: their running mean over a fiftieth of the run. "
         "A triangle marks a value above the scale.")
@@ -28,25 +29,37 @@ CURVE_STYLE = """
 .runs h2 { font-size: 1.15em }
 svg text { font: 12px system-ui, sans-serif; fill: currentColor }
 svg path { fill: none; stroke: currentColor; opacity: .6 } svg .grid { opacity: .15 }
+svg .band { fill: currentColor; opacity: .15 }
 """
 
 
-def plot(runs: list[Path], to: Path) -> None:
-    """Write a self-contained page with a column of curves for each of these --out folders."""
+def plot(runs: list[Path], to: Path, against: Path | None = None) -> None:
+    """Write a self-contained page with a column of curves for each of these --out folders.
+
+    against: a run to hold them against, which is drawn as a band; in words, too.
+    """
     columns = ""
+    reference = read_curves(against)["loss"] if against else []
     for folder in runs:
-        if not (folder / "metrics.jsonl").is_file():
-            raise FileNotFoundError(f"{folder / 'metrics.jsonl'}: not there; --plot takes the --out folders of runs")
-        columns += f"<div><h2>{html.escape(str(folder))}</h2>\n{figure(read_curves(folder))}</div>\n"
+        curves = read_curves(folder)
+        columns += f"<div><h2>{html.escape(str(folder))}</h2>\n{figure(curves, reference)}\n"
+        if against:
+            said = f"{folder}: {verdict(curves['loss'], reference)} ({against})"
+            columns += f"<p>{html.escape(said)}</p>\n"
+            print(said)
+        columns += "</div>\n"
     body = f'<div class="runs">\n{columns}</div>\n<p>{CURVE_NOTE}</p>'
     write_whole(to, html_page("Training curves", body, CURVE_STYLE))
     print(f"wrote {to}")
 
 
-def read_curves(folder: Path) -> dict[str, Curve]:
-    """The curves of a run, by field. Skipped steps are left out, and so is every value that is not finite."""
+def read_curves(run: Path) -> dict[str, Curve]:
+    """The curves of a run (its --out folder, or its metrics.jsonl), by field. Skipped steps are left out, and so is every value that is not finite."""
     curves = {field: [] for _, _, fields in PANELS for field in fields}
-    for row in read_jsonl(folder / "metrics.jsonl", torn=True):
+    path = run / "metrics.jsonl" if run.suffix != ".jsonl" else run
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; --plot takes the --out folders of runs")
+    for row in read_jsonl(path, torn=True):
         done = row["step"] + ("loss" in row)    # training steps are counted from 0, validations carry the steps done
         for field in curves.keys() & row.keys():
             if math.isfinite(row[field]) and not row.get("skipped"):
@@ -54,8 +67,36 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def figure(curves: dict[str, Curve]) -> str:
-    """The panels of one run as inline SVG, one below the other on the same steps."""
+BAND = 5, 95                                    # percentiles
+
+
+def band(reference: Curve) -> list[tuple[int, float, float]]:
+    """(step, low, high): between which a run's losses have lain over the last twentieth of its length."""
+    values = [value for _, value in reference]
+    window = max(5, len(values) // 20)
+    return [(step, *map(float, np.percentile(values[max(0, i - window):i], BAND)))
+            for i, (step, _) in enumerate(reference, 1)]
+
+
+def verdict(curve: Curve, reference: Curve) -> str:
+    """Where the running mean of a run's loss lies in the end, and since when, against the band of another run."""
+    lows_and_highs = {step: (low, high) for step, low, high in band(reference)}
+    sides = []                                  # of each step that both runs have: -1 below, 0 inside, 1 above
+    for step, value in running_mean(curve):
+        if step in lows_and_highs:
+            low, high = lows_and_highs[step]
+            sides.append((step, int(value > high) - int(value < low)))
+    if not sides:
+        return "it has no step in common with the reference"
+    last, side = sides[-1]
+    if side == 0:
+        return f"inside the reference's band at step {last:,}"
+    since = next(step for i, (step, _) in enumerate(sides) if all(other == side for _, other in sides[i:]))
+    return f"{'above' if side > 0 else 'below'} the reference's band from step {since:,} on"
+
+
+def figure(curves: dict[str, Curve], reference: Curve = ()) -> str:
+    """The panels of one run as inline SVG, one below the other on the same steps. reference: drawn as a band."""
     last = max((step for curve in curves.values() for step, _ in curve), default=0)
     if not last:
         return "<p>no steps yet</p>"
@@ -68,7 +109,8 @@ def figure(curves: dict[str, Curve]) -> str:
     for title, height, fields in PANELS:
         shown = {field: [(LEFT + (RIGHT - LEFT) * step / last, value) for step, value in curves[field]]
                  for field in fields}
-        svg += draw_panel(title, shown, marks.values(), y, y + height)
+        around = [(LEFT + (RIGHT - LEFT) * step / last, *ends) for step, *ends in band(reference) if step <= last]
+        svg += draw_panel(title, shown, marks.values(), y, y + height, around if "loss" in fields else [])
         y += height + GAP
     svg += "".join(text(x, y, f"{step:,}", "middle") for step, x in marks.items())
     svg += text((LEFT + RIGHT) / 2, y + 20, "step", "middle")
@@ -76,8 +118,8 @@ def figure(curves: dict[str, Curve]) -> str:
 
 
 def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_marks: list[float], upper: int,
-               lower: int) -> str:
-    """Axes, grid and curves between two heights. curves: field -> (x, value)."""
+               lower: int, around: list[tuple[float, float, float]]) -> str:
+    """Axes, grid and curves between two heights. curves: field -> (x, value); around: (x, low, high) of a band."""
     marks = scale([[value for _, value in curve] for curve in curves.values()], (lower - upper) // 30)
     low, high = marks[0], marks[-1]
 
@@ -91,6 +133,8 @@ def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_ma
     for mark in marks:
         svg += f'<path class="grid" d="M{LEFT} {y_of(mark):.1f}H{RIGHT}"/>'
         svg += text(LEFT - 6, y_of(mark) + 4, number(mark, marks[1] - low), "end")
+    edge = [(x, max(end, low)) for x, end, _ in around] + [(x, max(end, low)) for x, _, end in reversed(around)]
+    svg += f'<polygon class="band" points="{" ".join(f"{x:.1f},{y_of(value):.1f}" for x, value in edge)}"/>' if edge else ""
     for i, (field, curve) in enumerate(curves.items()):
         if field in NOISY:
             svg += polyline([(x, y_of(value)) for x, value in curve], i, 1, opacity=0.35)

@@ -5,7 +5,7 @@ import re
 import signal
 import socket
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from data import Loader, Step
 from lib.common import detach_stdout, torchrun_env, warn_once
 
 # ---------------------------------------------------------------------------------------------------
@@ -132,6 +133,42 @@ def smallest(number: float) -> float:
     numbers = torch.tensor(number, dtype=torch.float64)
     dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
     return numbers.item()
+
+
+def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
+    """A loader's steps -> (step, its supervised tokens over all processes, whether to stop), on every process alike.
+
+    A process that cannot read its data, or has been told by a signal to stop, cannot simply leave: the others would
+    wait for it in their next collective. So all processes exchange their status before each step, and an error on one
+    of them is raised as a ValueError on all.
+    """
+    steps = iter(loader)
+    while True:
+        step = problem = None
+        try:
+            step = next(steps, None)
+            # A worker's death must be noticed here, where all processes learn of it. Torch's handler for this signal
+            # would raise in the middle of whatever this process is doing.
+            if hasattr(signal, "SIGCHLD"):      # Windows has neither
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except (RuntimeError, EOFError, ConnectionError) as e:
+            problem = explain_dead_worker(e)
+            if not problem:
+                raise
+        except (ValueError, OSError) as e:
+            problem = str(e)
+        if step is None and problem is None:
+            return
+        supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
+        # The tensor is on the CPU, so this goes over gloo and no process waits for its GPU.
+        sums = torch.tensor([supervised, count_signals(signals), int(problem is not None)])
+        dist.all_reduce(sums)
+        supervised, n_signals, n_problems = sums.tolist()
+        if n_problems:
+            problems = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+            raise ValueError(next(p for p in problems if p))
+        yield step, supervised, n_signals > 0
 
 # ---------------------------------------------------------------------------------------------------
 # Signals and errors

@@ -1,9 +1,10 @@
-"""The published recipes, every flag of train.py, and those of data.py, which checks data for a recipe.
+"""The published recipes, every flag of train.py, and those of data.py, which looks at data as a recipe reads it.
 
 It does not import torch, so that `--help` and mistakes are answered at once.
 """
 import argparse
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lib.common import Parser, at_least, between, dtype_name
 
 IMAGE_MODES = ("crop", "pad", "squash")         # how an image is made square, see data.load_image
 
-# Values that differ between stages or recipes; the rest are defaults in `add_flags`. `data.py check` reads these, too.
+# Values that differ between stages or recipes; the rest are defaults in `add_flags`. data.py reads these, too.
 # llava-phi: scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of the paper (arXiv 2401.02330).
 LLAVA_PHI = {
     "pretrain": {
@@ -28,7 +29,7 @@ LLAVA_PHI = {
         "model": "",
         "llm": "checkpoints/phi-2",
         "vision": "checkpoints/clip-vit-large-patch14-336",
-        "data": "data/pretrain/blip_laion_cc_sbu_558k.json",
+        "data": ["data/pretrain/blip_laion_cc_sbu_558k.json"],
         "images": ["data/pretrain/images"],
         "out": "out/pretrain",
     },
@@ -46,7 +47,7 @@ LLAVA_PHI = {
         "model": "out/pretrain",
         "llm": "",
         "vision": "",
-        "data": "data/finetune/llava_v1_5_mix665k.json",
+        "data": ["data/finetune/llava_v1_5_mix665k.json"],
         "images": ["data/finetune"],
         "out": "out/finetune",
     },
@@ -64,7 +65,7 @@ LLAVA_PHI = {
         "model": "",
         "llm": "checkpoints/phi-2",
         "vision": "",
-        "data": "data/sft/sharegpt.json",
+        "data": ["data/sft/sharegpt.json"],
         "images": [],
         "out": "out/phi-2-sft",
     },
@@ -89,7 +90,7 @@ MIPHA_RECIPE = {
 }
 RECIPES = {"llava-phi": LLAVA_PHI, "mipha": MIPHA_RECIPE}
 
-INSTEAD_OF_TRAINING = ("plot", "plot_to", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
+INSTEAD_OF_TRAINING = ("plot", "plot_to", "against", "plan", "gpus", "gpus_per_node", "gpu", "gpu_memory", "tflops")
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -118,7 +119,11 @@ def parse(argv: list[str] | None) -> Namespace:
     cfg = parser.parse_args(argv)
     if cfg.plot_to and not cfg.plot:
         parser.error(f"--plot-to {cfg.plot_to} needs --plot, with the --out folders of runs")
-    check_together(cfg)
+    if cfg.against and not cfg.plot:
+        parser.error(f"--against {cfg.against} needs --plot, with the --out folders of runs")
+    problem = contradiction(cfg)
+    if problem:
+        raise ValueError(problem)
     return cfg
 
 
@@ -141,7 +146,9 @@ def add_flags(parser: Parser) -> None:
     add("--vision", help="CLIP or SigLIP folder (pretrain)")
     add("--projector", default="", metavar="FILE", help="trained projector for --llm and --vision, as LLaVA's stage 1 "
         "writes it (mm_projector.bin); default: a new one")
-    add("--data", help="records: json or jsonl, LLaVA's, ShareGPT's or OpenAI's messages")
+    add("--data", nargs="+", type=lambda name: weighted(name) and name, metavar="FILE[:EPOCHS]", help="records: json or "
+        "jsonl, LLaVA's, ShareGPT's or OpenAI's messages; FILE:0.1 gives another tenth of a file to each epoch of the "
+        "run, FILE:2 all of it twice")
     add("--images", nargs="+", help="folder that image paths in the data are relative to, or .zip or .tar archives")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
     add("--val-data", default="", help="validation json, whose loss is measured before, during (--val-every) and after")
@@ -204,6 +211,14 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
+    add("--track", choices=("tensorboard", "wandb", "trackio"), default=None, help="send the rows of metrics.jsonl to this "
+        "tracker, too, which you have installed")
+    add("--keep-best", action=on_or_off, default=False, help="also write the model with the lowest validation loss so "
+        "far, to out/best")
+    add("--patience", type=at_least(0), default=0, help="validations without a lower loss after which the run ends; 0: "
+        "never")
+    add("--recheck-every", type=at_least(0), default=0, help="steps between checks for a device that computes nonsense: a "
+        "micro-batch is computed twice, and another gradient ends the run, with exit code 3; 0: never")
     add("--save-minutes", type=at_least(0.0), default=30.0, help="minutes between checkpoints; 0: by --save-every only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: by --save-minutes only")
     add("--keep", type=at_least(1), default=2, help="number of checkpoints to keep")
@@ -212,6 +227,8 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("instead of training").add_argument
     add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the curves of these runs: loss, gradient norm, rate")
     add("--plot-to", default="", metavar="FILE", help="page to draw them into; default: loss.html in the first of them")
+    add("--against", type=Path, metavar="OUT", help="with --plot: hold the runs against this one, the --out folder or the "
+        "metrics.jsonl of a run that went well")
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")
@@ -222,24 +239,35 @@ def add_flags(parser: Parser) -> None:
         help="for --plan: a GPU's peak in dense TFLOP/s; 0: that of --gpu, else no hours are given")
 
 
-def check_together(cfg: Namespace) -> None:
-    """ValueError for flags that contradict each other."""
+def weighted(name: str) -> tuple[str, float]:
+    """One of --data's names: a file, and how many epochs of it make one of the run."""
+    path, colon, weight = name.rpartition(":")
+    if colon and re.fullmatch(r"[-+.\deE]+|nan|inf", weight):
+        return path, at_least(1e-6)(weight)
+    return name, 1.0
+
+
+def contradiction(cfg: Namespace) -> str:
+    """Which flags contradict each other, and what to give instead; "" if none do."""
     for name in ("llm", "vision"):
         # A whole model has its own parts. A flag without effect is an error rather than silently ignored.
         if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
-                             "new model is made from --llm and --vision")
+            return (f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
+                    "new model is made from --llm and --vision")
     if cfg.projector and (cfg.model or not cfg.vision):
-        raise ValueError(f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already")
+        return f"--projector {cfg.projector} goes with --llm and --vision; --model has a projector already"
+    if (cfg.keep_best or cfg.patience) and not cfg.val_data or cfg.patience and not cfg.val_every:
+        return ("--keep-best and --patience go by the validation loss: give --val-data, and --val-every for how often")
     if cfg.compile and cfg.recompute == "selective":
-        raise ValueError("--compile already does what --recompute selective would; give --recompute none or full")
+        return "--compile already does what --recompute selective would; give --recompute none or full"
     if cfg.base_bits == 4 and (not cfg.lora_r or cfg.lora_on != "both"):
-        raise ValueError("--base-bits 4 needs --lora-r (64, say) and --lora-on both: weights in 4 bits cannot learn, "
-                         "only adapters on them can")
+        return ("--base-bits 4 needs --lora-r (64, say) and --lora-on both: weights in 4 bits cannot learn, "
+                "only adapters on them can")
     if cfg.base_bits == 4 and cfg.compile:
-        raise ValueError("--base-bits 4 does not work with --compile; leave one of them out")
+        return "--base-bits 4 does not work with --compile; leave one of them out"
     if cfg.stage == "sft" and (cfg.model or cfg.vision):
-        raise ValueError("--stage sft trains just a language model: give --llm, and neither --model nor --vision")
+        return "--stage sft trains just a language model: give --llm, and neither --model nor --vision"
+    return ""
 
 
 def recipe_note(siglip: bool, recipe: str) -> str:
@@ -260,19 +288,22 @@ def replace(cfg: Namespace, **changes) -> Namespace:
     return Namespace(**vars(cfg) | changes)
 
 # ---------------------------------------------------------------------------------------------------
-# python data.py check
+# python data.py check, show, convert
 
-CHECK = """Find every bad sample before a GPU is used: records, images, lengths.
+DATA_COMMANDS = """Look at data before a GPU is used.
 
     $ python data.py check --data data/finetune/llava_v1_5_mix665k.json --images data/finetune
     $ python data.py check --data my.json --images my_pictures --model checkpoints/mipha-3b
+    $ python data.py show --data my.json --images my_pictures --out show.html
+    $ python data.py convert --data downloaded/*.parquet --out data/mine
 """
 
 
-def parse_check(argv: list[str] | None) -> Namespace:
-    parser = Parser(prog="data.py", description=CHECK)
-    check = parser.add_subparsers(required=True, metavar="check").add_parser("check", help="find every bad sample")
-    add = check.add_argument
+def parse_data(argv: list[str] | None) -> Namespace:
+    parser = Parser(prog="data.py", description=DATA_COMMANDS)
+    commands = parser.add_subparsers(required=True, dest="command", metavar="{check,show,convert}")
+    as_trained = Parser(add_help=False)
+    add = as_trained.add_argument
     add("--data", type=Path, required=True, help="records: json or jsonl, LLaVA's, ShareGPT's or OpenAI's messages")
     add("--images", type=Path, nargs="+", required=True, help="folder that image paths in the data are relative to, or "
         ".zip or .tar archives")
@@ -282,16 +313,28 @@ def parse_check(argv: list[str] | None) -> Namespace:
         help="the model to be trained, for its sizes: one folder, or Phi-2's and the vision tower's")
     add("--tokenizer", type=Path, help="tokenizer folder, without which lengths are not checked; default: the model's, "
         "else checkpoints/phi-2")
-    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated images")
-    add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--max-length", type=at_least(1), help="positions per sample, image expanded; default: the model's, up to 2048")
     add("--n-patches", type=at_least(1), help="positions per image; default: the model's, else the recipe's")
     add("--image-size", type=at_least(1), help="pixels per side; default: the model's, else the recipe's")
     add("--image-mode", choices=IMAGE_MODES, help="how images are made square; default: as the recipe says")
     add("--follow-links", action=argparse.BooleanOptionalAction, default=False, help="allow links out of --images")
+    add = commands.add_parser("check", parents=[as_trained], help="find every bad sample").add_argument
+    add("--decode", choices=["header", "full"], default="full", help="full also finds truncated images")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--show", type=int, default=20, help="samples to list per kind of problem")
     add("--write-clean", type=Path, help="write the good records here, and the bad ones to a .rejects.jsonl next to it")
+    add = commands.add_parser("show", parents=[as_trained], help="a page of samples as trained on").add_argument
+    add("--n", type=at_least(1), default=12, help="samples, evenly spread over the data")
+    add("--ids", nargs="+", metavar="ID", help="these samples instead")
+    add("--out", type=Path, default=Path("show.html"), help="the page")
+    add = commands.add_parser("convert", help="parquet files with pictures in their rows -> jsonl and zip").add_argument
+    add("--data", type=Path, nargs="+", required=True, help="parquet files, like those of The Cauldron, FineVision or "
+        "LLaVA-OneVision-Data")
+    add("--out", type=Path, required=True, help="folder for records.jsonl and images.zip; the same command goes on "
+        "after an interruption")
     args = parser.parse_args(argv)
+    if args.command == "convert":
+        return args
     if args.model and len(args.model) > 2:
         parser.error(f"--model: expected one folder, or Phi-2's and the vision tower's, found {len(args.model)}")
     if args.tokenizer is None:

@@ -18,13 +18,17 @@ from torch import Tensor
 
 from data import EOT, IMAGE, eot_id
 from lib.common import read_json, remove, replacing, sha256, sync_folder, warn_once, write_whole
+from lib.configs import subconfig
 from lib.folders import Weights, check_tensors, in_order, meta_model, read_tensor, saved_shapes
+from lib.head_bias import HEAD_BIAS, fold_head_bias
 from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
+from lib.model_card import hub_card
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
 
 # Shards are built in memory, one at a time, so they are smaller than the usual 5 GB.
 SHARD_BYTES = 1_500_000_000
+CHECKSUMS = "SHA256SUMS"        # the usual name and format: `sha256sum -c SHA256SUMS` reads it too
 SAVED_MODEL = Path(__file__).parent.parent / "saved_model"         # files that are copied into every saved folder
 # Prefix of saved names -> the prefix where one part is written by itself, as in Phi, CLIP and LLaVA.
 PHI_ALONE = {"language_model.": ""}
@@ -47,6 +51,10 @@ class ToSave(NamedTuple):
         """Only the tensors of "llm", "vision" or "projector"."""
         return self._replace(tensors={name: load for name, load in self.tensors.items() if name.startswith(part)})
 
+    def load(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return tensor() if callable(tensor) else tensor.detach()
+
     @property
     def dtype_name(self) -> str:
         """The first tensor's dtype, for config.json. Never fp16, in which this model would overflow."""
@@ -55,21 +63,32 @@ class ToSave(NamedTuple):
 
 
 def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
-               dtype: torch.dtype | None = None) -> None:
+               dtype: torch.dtype | None = None, fold: bool = False, settings: dict | None = None,
+               scores: list[dict] = []) -> None:
     """Write a self-contained model folder.
 
     changed: parameters that differ from those in `source`, the weights that the model was made from. Everything else
     (other parameters, the vision layers after the one that is read, the tokenizer) is copied from there.
-    dtype: None keeps each tensor's own, and is not possible for functions. In a training folder, config.json keeps the
-    run's settings under "training".
+    dtype: None keeps each tensor's own, and is not possible for functions. fold: see lib/head_bias.py. settings and
+    scores: for the model's card. In a training folder, config.json keeps the run's settings under "training".
     """
     model = collect(changed, config, source, dtype)
+    if fold:
+        model = model._replace(tensors=model.tensors | fold_head_bias(model.load, model.dtypes))
     if lacks_image_row(model.tokenizer, config.llm):
         model = with_image_row(model)
     with replacing_model(out) as made:
         write_tensors(made, model)
         write_model_texts(made, model)
+        card = hub_card(config, settings or run_settings(out), scores, folded=not model.load(HEAD_BIAS).any())
+        (made / "README.md").write_text(card, encoding="utf-8")
         write_checksums(made)
+
+
+def run_settings(folder: Path) -> dict | None:
+    """The settings of the run that trained the model in a folder, if it says so."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return subconfig(config, "training", {}, folder / "config.json") or None
 
 
 def save_phi(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
@@ -80,9 +99,10 @@ def save_phi(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source
         write_phi(made, phi)
 
 
-def save_parts(out: Path, source: Weights, dtype: torch.dtype | None = None) -> None:
-    """Write a plain Phi folder, a tower's, and LLaVA's mm_projector, for llama.cpp's converters and LLaVA."""
-    model = collect({}, source.config, source, dtype)
+def save_parts(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
+               dtype: torch.dtype | None = None) -> None:
+    """Write a plain Phi folder, a tower's, and LLaVA's mm_projector, for programs that take one of them."""
+    model = collect(changed, config, source, dtype)
     with replacing_model(out) as made:
         write_phi(made / "phi-2", model.part("llm"))
         shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
@@ -165,11 +185,9 @@ def write_tensors(folder: Path, model: ToSave, renamed: dict[str, str] = {}, fil
     for number, names in enumerate(shards, 1):
         shard = {}
         for name in names:
-            tensor = model.tensors[name]
-            if callable(tensor):
-                tensor = tensor()
+            tensor = model.load(name)
             assert tensor.shape == model.shapes[name], f"{name}: {tuple(tensor.shape)} is not {model.shapes[name]}"
-            tensor = tensor.detach().to("cpu", model.dtypes[name]).contiguous()
+            tensor = tensor.to("cpu", model.dtypes[name]).contiguous()
             shard |= saved_pieces(name, tensor, renamed)
             total += tensor.nbytes
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -238,9 +256,8 @@ def replacing_model(out: Path) -> Iterator[Path]:
             made.mkdir()
             yield made
         return
-    config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
-    settings = {"training": config["training"]} if "training" in config else {}
-    if not settings and not any((out / name).exists() for name in ("load_hf.py", "mm_projector.safetensors")):
+    settings = {"training": run_settings(out)} if run_settings(out) else {}
+    if not settings and not any((out / name).exists() for name in (CHECKSUMS, "mm_projector.safetensors")):
         raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
     made = out / ".writing_model"
     with replacing(made) as part:
@@ -269,15 +286,13 @@ def move_into(out: Path, made: Path, settings: dict) -> None:
     sync_folder(out)
 
 
-CHECKSUMS = "SHA256SUMS"        # the usual name and format: `sha256sum -c SHA256SUMS` reads it too
-
-
 def write_checksums(folder: Path) -> None:
     """Write the checksums of a folder's tensor files, so that `inspect` can later detect a changed bit.
 
     Text files are left out, since people may edit a config.json.
     """
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".gguf")]
+    lines = [f"{sha256(path)}  {path.name}\n" for path in files]
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
@@ -353,7 +368,7 @@ def tower_json(config: VisionConfig) -> dict:
                "projection_dim": config.n_embd * 3 // 4}
     else:
         own = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model",
-               "hidden_act": "gelu_pytorch_tanh", "vision_use_head": True}
+               "hidden_act": "gelu_pytorch_tanh", "vision_use_head": False}
     return own | named_as_published(config, VISION_KEYS) | {"num_channels": 3, "attention_dropout": 0.0}
 
 
@@ -429,5 +444,4 @@ def write_model_texts(folder: Path, model: ToSave) -> None:
         "num_additional_image_tokens": vision.n_positions - vision.n_patches,
         "vision_feature_select_strategy": strategy,
     })
-    for file in ("chat_template.jinja", "load_hf.py", "README.md"):
-        shutil.copyfile(SAVED_MODEL / file, folder / file)
+    shutil.copyfile(SAVED_MODEL / "chat_template.jinja", folder / "chat_template.jinja")

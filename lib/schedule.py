@@ -3,9 +3,13 @@
 Every process computes all of it from just the seed, the step and the lengths. So no communication is needed, and a
 resumed run goes on with exactly the samples that come next.
 """
+import hashlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,9 +64,15 @@ def deal(run: np.ndarray, lengths: np.ndarray, world: int) -> list[int]:
     return [*chain.from_iterable(hands)]
 
 
-def epoch_order(seed: int, lengths: np.ndarray, has_image: np.ndarray, global_batch: int, group: str,
-                epoch: int) -> np.ndarray:
-    """Every sample once. group "modality_length": the samples of a step all have an image, or all have none."""
+def epoch_order(seed: int, lengths: np.ndarray, has_image: np.ndarray, global_batch: int, group: str, epoch: int,
+                shares: Sequence["Share"] = ()) -> np.ndarray:
+    """Every sample once, or as often as `shares` say.
+
+    group "modality_length": the samples of a step all have an image, or all have none.
+    """
+    if shares:
+        chosen = np.concatenate([samples_of_share(seed, epoch, share) for share in shares])
+        return chosen[epoch_order(seed, lengths[chosen], has_image[chosen], global_batch, group, epoch)]
     assert group in ("none", "modality_length"), f"group {group!r} is neither none nor modality_length"
     epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     if group == "none":
@@ -113,3 +123,86 @@ def pack_greedily(order: list[int], lengths: list[int], costs: list[float], n: i
         tokens[cheapest] += lengths[i]
         sums[cheapest] += costs[i]
     return [sorted(micro) for micro in micro_batches]
+
+# ---------------------------------------------------------------------------------------------------
+# Mixtures of several files
+
+
+class Share(NamedTuple):
+    """A file's part of a mixture."""
+    name: str
+    first: int                      # number of its first record in the mixture
+    n: int                          # records
+    per_epoch: int                  # samples that it gives to an epoch
+
+
+def samples_of_share(seed: int, epoch: int, share: Share) -> np.ndarray:
+    """Which samples a file gives to an epoch: the next ones of an endless row of permutations of the file."""
+    positions = np.arange(epoch * share.per_epoch, (epoch + 1) * share.per_epoch)
+    passes = positions // share.n
+    chosen = []
+    for i in np.unique(passes).tolist():
+        order = np.random.default_rng([seed, share.first, i]).permutation(share.n)
+        chosen.append(np.sort(order[positions[passes == i] % share.n]))
+    return share.first + np.concatenate(chosen)
+
+
+def split_by_file(batch, sample_ids: list[int], shares: Sequence[Share]):
+    """A data.Batch of these samples, in ascending order, with its `split`."""
+    if not shares:
+        return batch
+    sample_of_token = np.searchsorted(batch.lengths.numpy().cumsum(), batch.loss_positions.numpy(), side="right")
+    file_of_token = files_of(sample_ids, shares)[sample_of_token]
+    return batch._replace(split=np.bincount(file_of_token, minlength=len(shares)).tolist())
+
+
+def files_of(sample_ids: list[int], shares: Sequence[Share]) -> np.ndarray:
+    """The number of each sample's file."""
+    return np.searchsorted([share.first for share in shares], sample_ids, side="right") - 1
+
+
+def joint_checksum(checksums: Sequence[str], weights: Sequence[float]) -> str:
+    """Of several data files and how much of each is taken; that of one whole file is its own."""
+    if tuple(weights) == (1.0,):
+        return checksums[0]
+    return hashlib.sha256(json.dumps(list(zip(checksums, weights))).encode()).hexdigest()
+
+
+class Mixture:
+    """Several data.Datasets as one, whose records are numbered through. An epoch has `weight` epochs of each."""
+
+    def __init__(self, parts: list, weights: Sequence[float]):
+        self.parts, self.weights = parts, weights
+        first = parts[0]
+        self.tok, self.image_config, self.on_bad_sample = first.tok, first.image_config, first.on_bad_sample
+        self.cache_dir = first.cache_dir
+        self.path = " ".join(str(part.path) for part in parts)
+        self.checksum = joint_checksum([part.checksum for part in parts], weights)
+
+    @cached_property
+    def shares(self) -> list[Share]:
+        starts = np.cumsum([0, *map(len, self.parts)]).tolist()
+        return [Share(str(part.path), start, len(part), max(1, round(len(part) * weight)))
+                for part, weight, start in zip(self.parts, self.weights, starts)]
+
+    @cached_property
+    def index(self):
+        return self.parts[0].index._make(map(np.concatenate, zip(*(part.index for part in self.parts))))
+
+    @cached_property
+    def pictures(self):
+        for part in self.parts[1:]:                         # one index of each archive is enough
+            part.pictures = self.parts[0].pictures
+        return self.parts[0].pictures
+
+    def __len__(self) -> int:
+        return sum(share.per_epoch for share in self.shares)
+
+    def sample(self, i: int):
+        [file] = files_of([i], self.shares)
+        return self.parts[file].sample(i - self.shares[file].first)
+
+    def summary(self) -> str:
+        return "\n".join([f"{len(self):,} samples an epoch", *(
+            f"{share.name}: {share.per_epoch:,} of them ({share.per_epoch / len(self):.1%}), of {part.summary()}"
+            for part, share in zip(self.parts, self.shares))])

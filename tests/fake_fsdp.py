@@ -324,7 +324,7 @@ def make_micro_batches(config: LLaVAConfig, pictures: bool, tokens: int) -> list
     groups = [[text] * max(1, tokens // len(words)), []]
     if pictures:
         groups.insert(0, [picture] * max(1, tokens // (P + 1 + len(words))))
-    return [Batch(*[pin_memory(x) for x in collate(samples, size)]) for samples in groups]
+    return [Batch(*[pin_memory(x) for x in collate(samples, size)[:6]]) for samples in groups]
 
 
 def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -> types.SimpleNamespace:
@@ -367,7 +367,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
             notes.reset()
             train.validate(model, [Step(0, [], batches)], device)
             if cfg.base_bits == 16:                             # what lies under 4 bits would come from the folders
-                train.save_final(cfg, config, None, model)
+                train.save_final(cfg, None, model, Path(cfg.out))
         planned = max(plan_for(batch, cfg, model, mesh.size(-1)) for batch in batches)
         print(f"  rank {rank}: gather {model.gather}, recompute {model.llm.recompute}; peak {peak / 1e9:.2f} GB at "
               f"{peak_at}, planned without workspace {planned / 1e9:.2f} GB ({planned / peak:.3f})", file=sys.stderr)

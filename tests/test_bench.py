@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import pytest
 from bench import gpu
+from forks import run_forked
 
 from lib import plan
 from model import LLaVAConfig
@@ -61,10 +62,10 @@ def test_several_processes_measure_training_only(monkeypatch):
         gpu.parse([])
 
 
-def test_two_processes_measure_training_with_each_gather(run_script, tmp_path):
+def test_two_processes_measure_training_with_each_gather(tmp_path):
     """On GPUs the same lines run FSDP over NCCL. Process 0 alone writes."""
     flags = ["--dry", "--parts", "a", "--runs", "pretrain", "--out", tmp_path]
-    done = run_script("tests/bench/gpu.py", *flags, processes=2)
+    done = run_forked("tests/bench/gpu.py", *flags, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
     rows = found["parts"]["a"]
@@ -74,8 +75,8 @@ def test_two_processes_measure_training_with_each_gather(run_script, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_campaign_walks_through_every_part_on_a_cpu(run_script, tmp_path):
-    done = run_script("tests/bench/gpu.py", "--dry", "--out", tmp_path, timeout=400)
+def test_the_campaign_walks_through_every_part_on_a_cpu(tmp_path):
+    done = run_forked("tests/bench/gpu.py", "--dry", "--out", tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     table = (tmp_path / "gpu.md").read_text()
     assert "failed" not in table and "left out" not in table

@@ -490,6 +490,32 @@ def test_shapes_say_how_many_questions_were_asked_twice(tmp_path, capsys):
         assert "asked again" in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name != "shapes"])
+def test_every_benchmark_can_be_asked_again_about_blank_pictures(name, tmp_path, capsys):
+    """The same answers without a picture give the same score, as a row with an interval, and the same submission."""
+    case, (flags, data) = CASES[name], prepare(name, tmp_path / "eval")
+    again = ev.load_data(data.name, ev.parse([*flags, "--blank"]))
+    pictures = sum(example.image is not None for example in data.examples)
+    assert len(again.examples) == len(data.examples) + pictures
+    given, answers = iter(case.answers), []
+    for example in again.examples:
+        answers.append(answers[-1] if example.image == scoring.BLANK else next(given))
+    for out, asked, texts, more in (("once", data, case.answers, []), ("twice", again, answers, ["--blank"])):
+        path = llava_file(tmp_path / f"{out}.jsonl", asked, texts)
+        evaluate([*flags, *more, "--score", str(path), "--out", str(tmp_path / out)])
+    result, once = (json.loads((tmp_path / out / "result.json").read_text()) for out in ("twice", "once"))
+    assert (result["n"], result["blank"]) == (len(data.examples), pictures) and result["notes"] == once["notes"]
+    if case.submission:
+        assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == sorted(
+            path.name for path in (tmp_path / "once").iterdir())
+        if not case.submission.endswith("xlsx"):                    # which carries the time
+            assert (tmp_path / "twice" / case.submission).read_text() == (tmp_path / "once" / case.submission).read_text()
+    if case.value is not None:
+        assert result["value"] == once["value"] == pytest.approx(result["numbers"]["blank image"])
+        row = capsys.readouterr().out.rpartition("blank image")[2].partition("\n")[0]
+        assert " to ".join(f"{end:.2f}" for end in result["intervals"]["blank image"]) in row
+
+
 def test_nothing_is_submitted_for_a_part(tmp_path):
     flags, data = prepare("vizwiz", tmp_path / "eval")
     path = llava_file(tmp_path / "a.jsonl", data, ["x"])

@@ -12,7 +12,7 @@ from zoo import open_dataset, write_data, zoo
 
 import data
 from data import IMAGE
-from lib.recipes import parse_check
+from lib.recipes import parse_data
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def tiny(tiny_tokenizer):
 
 
 def check(flags: list) -> int:
-    return data.main(parse_check([str(flag) for flag in flags]))
+    return data.main(parse_data([str(flag) for flag in flags]))
 
 
 def run_check(capsys, path: Path, images: Path, *more: str) -> tuple[int, str]:

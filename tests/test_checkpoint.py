@@ -266,6 +266,15 @@ def test_a_finished_run_notices_other_data_and_other_pictures(chat_json, tmp_pat
         train_here(train_flags(out, tmp_path / "moved.json", *more, "--images", str(tmp_path)))
 
 
+def test_a_finished_run_on_two_files_notices_how_much_of_each(chat_json, tmp_path, capfd):
+    out, more = tmp_path / "out", ["--max-steps", "2", "--data", str(chat_json)]
+    for _ in range(2):
+        train_here(train_flags(out, chat_json, *more, f"{chat_json}:2"))
+    assert capfd.readouterr().out.count("already finished") == 1
+    with pytest.raises(ValueError, match="finished model made with other settings(.|\n)*data checksum: '.*' then, '"):
+        train_here(train_flags(out, chat_json, *more, f"{chat_json}:3"))
+
+
 def test_folders_that_are_not_this_runs_stay_as_they_are(chat_json, tmp_path):
     """Protects other people's files, the model a run starts from, and a finished model whose run is asked for more."""
     def contents() -> dict:

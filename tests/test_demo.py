@@ -168,7 +168,7 @@ def finished(tmp_path, monkeypatch):
     for stage in ("pretrain", "finetune"):
         (tmp_path / stage).mkdir()
         lines = [{"step": 0, "val_loss": 2.0}, {"step": 0, "loss": 2.0, "skipped": False},
-                 {"step": 1, "loss": 1.0, "skipped": False}, {"step": 2, "val_loss": 1.0}]
+                 {"step": 1, "loss": 1.0, "skipped": False}, {"step": 2, "val_loss": 1.0, "val_loss_blank": 1.5}]
         (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "eval").mkdir()
     result = {"value": 50.0, "numbers": {"chance": 30.0, "blank image": 31.0, "place": 70.0}}
@@ -185,6 +185,7 @@ def test_the_report_shows_text_as_text(finished):
     """Protects against a model's answer becoming markup; wrong answers are marked, the chats and both stages shown."""
     page = run.report().read_text()
     assert "<script" not in page and page.count('<b class="wrong">&lt;script&gt;') > 5
+    assert page.count('<polygon class="band"') == page.count("the reference's band") == page.count(">blank pictures<") == 2
     assert page.count("<svg") == 2 and "✗ (really " in page and page.count(" ✓</b>") > 5
     assert 'class="cards chat"' in page
 

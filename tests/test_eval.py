@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, TINY_MODEL, contents, run_script, start_script
+from forks import Fork, run_forked
+from helpers import GOLDEN, TINY_MIPHA, TINY_MODEL, contents, run_script
 from tiny_benchmarks import CASES, evaluate, llava_file, make_pope, make_scienceqa, make_shapes, picture, prepare, write
 
 import eval as ev
@@ -186,7 +187,7 @@ def test_own_questions(tmp_path, capsys):
             ({"text": 5}, "line 3: text is 5, expected a text"),
             ({"text": "x", "answer": {}}, "line 3: answer is {}"), ({"text": "x", "answer": [["x"]]}, "line 3: 0 is"),
             ({"text": "x", "question_id": [1]}, "line 3: question_id is"),
-            ({"text": "x", "image": "a\\b.png"}, "line 3: .*write /"),
+            ({"text": "x", "image": "a\\b.png"}, "line 3: .*expected a path with /"),
             ({"text": "x", "answer": True}, "line 3: answer is True"), ([], "line 3: not a json object")]:
         (tmp_path / "q.jsonl").write_text('{"text": "What?"}\n\n' + json.dumps(line))
         with pytest.raises(ValueError, match=message):
@@ -299,7 +300,7 @@ def many_shapes(root: Path, pictures: int = 5, questions: int = 3) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_generate_each_task(name, tmp_path, short):
+def test_generate_each_task(name, tmp_path, short, capsys):
     """From official files to answers, result and report; its own answers file scores the same again."""
     flags, data = prepare(name, tmp_path / "eval")
     out = tmp_path / "out"
@@ -310,6 +311,7 @@ def test_generate_each_task(name, tmp_path, short):
     assert all({"prompt", "text", "truncated"} <= line.keys() for line in lines)
     result = json.loads((out / "result.json").read_text())
     assert result["truncated"] == sum(line["truncated"] for line in lines) > 0
+    assert (f"--scores {out}" in capsys.readouterr().out) == (result["value"] is not None)
     settings = result["settings"]
     assert (result["run"]["batch"], settings["dtype"], settings["image_mode"]) == (16, "fp32", "pad")
     # settings.json in the same folder says which task it is
@@ -352,7 +354,7 @@ def test_batch_size_and_processes_change_nothing(tmp_path, short):
     (tmp_path / "two.py").write_text("import dataclasses, eval\n"
         "eval.TASKS['shapes'] = dataclasses.replace(eval.TASKS['shapes'], max_new_tokens=12)\n"
         f"eval.main(eval.parse({[*flags, '--out', str(outs['two'])]}))")
-    done = run_script(tmp_path / "two.py", processes=2, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = run_forked(tmp_path / "two.py", processes=2)
     assert done.returncode == 0, done.stderr
     files = {name: (out / "answers.jsonl").read_bytes() for name, out in outs.items()}
     assert len(files["b16"].splitlines()) == 30 and len(set(files.values())) == 1
@@ -397,7 +399,7 @@ def test_kill_9(tmp_path):
     """A real kill in the middle of a real run."""
     flags = [*many_shapes(tmp_path), "--batch", "2"]
     out = tmp_path / "out"
-    process = start_script("eval.py", *flags, "--out", out)
+    process = Fork("eval.py", *flags, "--out", out)
     while process.poll() is None and not ((out / "answers.jsonl").exists()
                                           and (out / "answers.jsonl").read_bytes().count(b"\n") > 3):
         threading.Event().wait(0.01)
@@ -412,12 +414,12 @@ def test_one_run_per_folder(tmp_path):
     """A second run in the folder ends at once, in one line that names the first; after a kill the folder is free."""
     flags = [*many_shapes(tmp_path), "--batch", "1"]
     out = tmp_path / "out"
-    first = start_script("eval.py", *flags, "--out", out)
+    first = Fork("eval.py", *flags, "--out", out)
     while first.poll() is None and not (out / "answers.jsonl").exists():
         threading.Event().wait(0.01)
-    first.send_signal(signal.SIGSTOP)                   # it must not end before the second has tried
-    second = run_script("eval.py", *flags, "--out", out)
-    scored = run_script("eval.py", *flags, "--score", out / "answers.jsonl", "--allow-missing")
+    os.kill(first.pid, signal.SIGSTOP)                  # it must not end before the second has tried
+    second = run_forked("eval.py", *flags, "--out", out)
+    scored = run_forked("eval.py", *flags, "--score", out / "answers.jsonl", "--allow-missing")
     first.kill()
     first.wait()
     for done in (second, scored):
@@ -592,7 +594,7 @@ def test_padding_and_blank_pictures_have_the_towers_colour(tmp_path):
 def test_mipha_is_asked_like_llava_phi(tmp_path, short, capsys):
     """End to end with a tiny SigLIP tower, a question about a blank picture included; batches change nothing."""
     flags = many_shapes(tmp_path, pictures=2)
-    flags[flags.index(str(TINY_MODEL))] = str(ROOT / "tests/golden-mipha/tiny-mipha")
+    flags[flags.index(str(TINY_MODEL))] = str(TINY_MIPHA)
     for batch in ("1", "16"):
         evaluate([*flags, "--out", str(tmp_path / batch), "--batch", batch])
     settings = json.loads((tmp_path / "1/settings.json").read_text())

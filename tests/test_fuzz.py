@@ -35,9 +35,11 @@ import load_weights
 import serve.server
 from data import Dataset, ImageConfig, Loader, load_image, load_tokenizer
 from lib.archives import Pictures
-from lib.common import run_command
+from lib.common import remove, run_command
 from lib.generate import Session
-from lib.recipes import parse_check
+from lib.pictures import open_rgb
+from lib.recipes import parse_data
+from lib.records import parse_record
 from serve.server import Server
 
 GOLDEN = ROOT / "tests/golden"
@@ -316,7 +318,7 @@ def test_data_files(tmp_path, tok, capsys):
 
         def case() -> None:
             path.write_bytes(content)
-            args = parse_check(["check", "--data", str(path), "--images", str(GOLDEN / "images"), "--tokenizer",
+            args = parse_data(["check", "--data", str(path), "--images", str(GOLDEN / "images"), "--tokenizer",
                                 str(TINY), "--workers", "0", "--decode", "header"])
             assert data.main(args) in (0, 1)
             dataset = Dataset(path, GOLDEN / "images", tok, "v0", ImageConfig(28, "pad", (122, 116, 104), 4), 128,
@@ -366,6 +368,42 @@ def test_archives(tmp_path, capsys):
 
     counts = campaign("archives", 4000, 700_000_000, make_case, capsys)
     assert min(counts["fine"], counts["refused"]) > 300
+
+
+def test_parquet_rows(tmp_path, capsys):
+    """Changed rows: each is converted into a record that can be read, or listed as bad."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    picture = {"bytes": (GOLDEN / "images/tiny.png").read_bytes(), "path": "a.png"}
+    question = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"images": [picture, picture], "texts": [{"user": "q", "assistant": "a"}, {"user": "r", "assistant": "b"}]},
+        {"id": "1", "image": picture} | talk("<image>\nq", "a", "r", "b"),
+        {"images": [picture], "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": [
+            {"type": "text", "text": "That."}]}]},
+    ]
+    path, out = tmp_path / "a.parquet", tmp_path / "out"
+
+    def make_case(rng: random.Random) -> Callable:
+        row = mutate_json(rng.choice(rows), rng)
+
+        def case() -> None:
+            try:
+                parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+            except Exception as e:          # not a row that parquet can hold
+                raise ValueError(str(e)) from e
+            remove(out)
+            bad = data.main(parse_data(["convert", "--data", str(path), "--out", str(out)]))
+            lines = [(out / name).read_bytes().splitlines() for name in ("records.jsonl", "bad_rows.jsonl")]
+            assert [len(found) for found in lines] == [1 - bad, bad]
+            pictures = Pictures([out / "images.zip"])
+            for line in lines[0]:
+                for name in data.conversation_of(parse_record(line)).images:
+                    open_rgb(pictures.open(name), 28, "pad", decode=False)
+        return case
+
+    counts = campaign("parquet rows", 1500, 500_000_000, make_case, capsys)
+    assert counts["fine"] > 500
 
 # ---------------------------------------------------------------------------------------------------
 # Benchmarks

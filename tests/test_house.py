@@ -32,7 +32,7 @@ MAY_IMPORT = {                          # file or room -> files and rooms; a fil
 }
 # What may be imported inside a function, where it is needed by one command out of several.
 DOORS = {
-    "data": {"lib.check_data"},
+    "data": {"lib.check_data", "lib.convert", "lib.show"},
     "sample": {"serve.server"},
     "train": {"lib.plot"},
     "eval": {"lib.asking", "load_weights"},     # so that scoring needs no torch

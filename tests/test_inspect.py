@@ -42,7 +42,7 @@ PAGES = {           # folder -> words that a person wants to see there
     TINY_MODEL: ("a LLaVA-Phi model", "fused query_key_value", "pad: the whole picture, padded",
                  "projector  4 tensors", "sample.py --model"),
     TINY_MIPHA: ("a Mipha model", "split q, k, v", "33 x 33 pixels make 4 patches, 2 of 3 layers are used, of width 36",
-                 "pad: the whole picture, padded", "11 tensors: attention-pooling head", "sample.py --model"),
+                 "pad: the whole picture, padded", "11 tensors: SigLIP's attention-pooling head", "sample.py --model"),
 }
 
 
@@ -58,9 +58,15 @@ def test_a_whole_siglip(tmp_path, capsys):
     code, page = inspect(siglip_folder("whole", tmp_path / "siglip"), capsys)
     assert code == 0
     for words in ("a SigLIP vision tower", "18 tensors: layers and LayerNorm after the hidden state",
-                  "images     squash", "11 tensors: attention-pooling head", "4 tensors: the text tower",
+                  "images     squash", "11 tensors: SigLIP's attention-pooling head", "4 tensors: the text tower",
                   "merge --vision"):
         assert words in page, words
+
+
+def test_a_folded_head_bias_is_seen(tmp_path, capsys):
+    export(TINY_MODEL, tmp_path / "folded", None)
+    assert "head bias folded" in inspect(tmp_path / "folded", capsys)[1]
+    assert "head bias folded" not in inspect(TINY_MODEL, capsys)[1]
 
 
 def test_parts_that_wait_for_the_others(tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forks import run_forked
 from helpers import (GOLDEN, ROOT, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, load_weights_command, model_from,
                      rewrite, same, tensors_of)
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import lib.tensor_files
+import load_weights
 import model as model_file
 import sample
 from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
@@ -69,10 +71,10 @@ def test_mipha_golden():
     assert [column[0] for column in columns] == golden["generate.ids"].tolist()
 
 
-def test_mipha_through_sample(photo, run_script):
+def test_mipha_through_sample(photo):
     """The command of a user gives the original's greedy text."""
     golden = load_file(GOLDEN_MIPHA / "forward.safetensors")
-    done = run_script("sample.py", "--model", TINY_MIPHA, "--image", photo, "--prompt", "What is this?",
+    done = run_forked("sample.py", "--model", TINY_MIPHA, "--image", photo, "--prompt", "What is this?",
                       "--temperature", "0", "--max-new-tokens", "24")
     assert done.returncode == 0, done.stderr
     text = load_tokenizer(TINY_MIPHA).decode(golden["generate.ids"].tolist())
@@ -246,7 +248,7 @@ def test_export_of_a_training_checkpoint(lora, tmp_path, tiny_model):
     step = tmp_path / "step_000007"
     write_checkpoint(step, weights, TINY_MODEL, dropout=0.2, image_mode="crop", dtype="fp32", stage="finetune",
                      lora_alpha=8.0)
-    export(step, tmp_path / "out", None)
+    export(step, tmp_path / "out", None, fold=False)
     there = load_model(tmp_path / "out")
     assert there.config.image_mode == "crop" and there.config.llm.dropout == 0.2
     for name, p in there.named_parameters():
@@ -289,6 +291,14 @@ def test_a_damaged_checkpoint_json_is_not_exported(tmp_path, change):
 # The command line
 
 
+@pytest.mark.parametrize(("to", "flag"), [("model", "--type q8_0"), ("parts", "--type f16"), ("gguf", "--dtype bf16"),
+                                          ("gguf", "--head-bias keep"), ("parts", "--scores out/eval")])
+def test_a_flag_that_would_change_nothing_is_refused(to, flag):
+    """Each form that `export` writes has flags of its own."""
+    with pytest.raises(ValueError, match=f"{flag.split()[0]} is for --to .*, found --to {to}; see"):
+        load_weights.parse(["export", "--out", "x", "--to", to, *flag.split()])
+
+
 def test_commands(tmp_path, capsys):
     """merge and export end with a page about what they wrote."""
     base = str(tmp_path / "base")
@@ -306,8 +316,8 @@ def test_commands(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_an_error_is_one_line_and_exit_code_2(run_script):
-    done = run_script("load_weights.py", "merge", "--llm", "nowhere")
+def test_an_error_is_one_line_and_exit_code_2():
+    done = run_forked("load_weights.py", "merge", "--llm", "nowhere")
     hint = "get it with: hf download microsoft/phi-2 --local-dir nowhere"
     assert done.returncode == 2 and done.stderr == f"error: nowhere: no such folder; {hint}\n"
 

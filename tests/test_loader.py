@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import run_forked
 from helpers import ROOT, talk
 from zoo import open_dataset, write_data, zoo
 
@@ -105,7 +106,7 @@ def loader(dataset: Dataset, **more) -> Loader:
 
 def same(a: list, b: list) -> bool:
     return all(x[:2] == y[:2] and len(x.batches) == len(y.batches)
-               and all(torch.equal(t, u) for s, r in zip(x.batches, y.batches) for t, u in zip(s, r))
+               and all(torch.equal(t, u) for s, r in zip(x.batches, y.batches) for t, u in zip(s[:6], r[:6]))
                for x, y in zip(a, b, strict=True))
 
 
@@ -227,16 +228,14 @@ def test_a_dying_worker_ends_the_run(tmp_path, tiny, monkeypatch):
 
 def test_workers_outlive_the_signals_of_the_launcher(tmp_path, tiny):
     """torchrun sends SIGTERM to the whole group. Workers that died of it took the last checkpoint with them."""
-    program = f"""if True:
-        import sys, os, signal; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        from pathlib import Path; from data import load_tokenizer
+    (tmp_path / "program.py").write_text("""if True:
+        import os, signal, sys; from pathlib import Path; from data import load_tokenizer
         from helpers import TINY_MODEL; from test_loader import loader; from zoo import open_dataset
         signal.signal(signal.SIGTERM, lambda *a: print("asked", flush=True))
-        dataset = open_dataset(Path({str(write_data(tmp_path))!r}), load_tokenizer(TINY_MODEL))
+        dataset = open_dataset(Path(sys.argv[1]), load_tokenizer(TINY_MODEL))
         steps = iter(loader(dataset, workers=2, steps=40))
-        next(steps); os.killpg(0, signal.SIGTERM); print(len(list(steps)), flush=True)"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
-                          start_new_session=True)
+        next(steps); os.killpg(0, signal.SIGTERM); print(len(list(steps)), flush=True)""")
+    done = run_forked(tmp_path / "program.py", write_data(tmp_path), timeout=60)
     assert done.stdout.split() == ["asked", "39"], done.stderr
 
 
@@ -263,7 +262,7 @@ def test_strict_training_stops_at_it_and_skipping_survives_it(name, tmp_path, zo
     nothing = Sample("", [eot_id(tiny)], [IGNORE], None)
     for step in steps:
         want = collate([nothing if i == 7 else skipping.sample(i) for i in step.sample_ids], 28)
-        assert all(torch.equal(a, b) for a, b in zip(step.batches[0], want))
+        assert all(torch.equal(a, b) for a, b in zip(step.batches[0][:6], want))
 
 
 def test_skipping_gives_up_when_too_much_is_bad(tmp_path, tiny):
@@ -295,11 +294,11 @@ def test_links_out_of_the_folder_can_be_allowed(tmp_path, zoo_images, tiny):
 
 def test_a_windows_path_is_called_one(tmp_path, tiny, zoo_images):
     """It is not outside the folder: what is wrong with it is the separator."""
-    dataset = open_dataset(write_data(tmp_path), tiny, images=zoo_images)
+    pictures = open_dataset(write_data(tmp_path), tiny, images=zoo_images).pictures
     with pytest.raises(ValueError, match="image path has backslashes: .*expected a path with /"):
-        dataset.image_path({"image": "sub\\x.jpg"})
+        pictures.find("sub\\x.jpg")
     with pytest.raises(ValueError, match="image outside the folder"):
-        dataset.image_path({"image": "C:\\x.jpg"})
+        pictures.find("C:\\x.jpg")
 
 
 def test_an_error_outside_the_workers_ends_the_process():

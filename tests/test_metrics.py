@@ -84,7 +84,7 @@ def test_the_processes_of_a_machine_without_gpus_share_its_memory(monkeypatch):
 def write_run(folder: Path, losses: list[float], **more) -> Path:
     """An --out folder with the metrics of a run; its third step was skipped, and it was killed while writing."""
     folder.mkdir()
-    rows = [{"step": 0, "val_loss": losses[0] + 0.5}]
+    rows = [{"step": 0, "val_loss": losses[0] + 0.5, "val_loss_blank": losses[0] + 0.6}]
     rows += [{"step": i, "loss": loss, "grad_norm": 2 * loss, "lr": 1e-3 / (i + 1), "skipped": i == 2} | more
              for i, loss in enumerate(losses)]
     rows += [{"step": len(losses), "val_loss": losses[-1] + 0.5}]
@@ -102,6 +102,7 @@ def test_each_run_has_its_column_of_curves(tmp_path, capsys):
                   "step"):
         assert page.count(f">{title}</text>") == 2
     assert read_curves(runs[0]) == {"loss": [(1, 3.0), (2, 2.0), (4, 1.0)], "val_loss": [(0, 3.5), (4, 1.5)],
+                                    "val_loss_blank": [(0, 3.6)],
                                     "grad_norm": [(1, 6.0), (2, 4.0), (4, 2.0)],
                                     "lr": [(1, 1e-3), (2, 5e-4), (4, 2.5e-4)]}
     with pytest.raises(FileNotFoundError, match="metrics.jsonl: not there; --plot takes the --out folders of runs"):
@@ -110,7 +111,7 @@ def test_each_run_has_its_column_of_curves(tmp_path, capsys):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 47, 188, 1000, 5198, 123_456])
 def test_steps_are_marked_at_round_numbers_within_the_picture(n):
-    svg = figure({"loss": [(1, 2.0), (n, 1.0)], "val_loss": [], "grad_norm": [], "lr": []})
+    svg = figure({"loss": [(1, 2.0), (n, 1.0)], "val_loss": [], "val_loss_blank": [], "grad_norm": [], "lr": []})
     labels = re.findall(r'<text x="([\d.]+)" y="460.0" text-anchor="middle">([\d,]+)</text>', svg)
     steps = [int(label.replace(",", "")) for _, label in labels]
     assert steps[0] == 0 and 2 <= len(steps) <= 7 and 2 * steps[-1] >= n
@@ -124,7 +125,7 @@ def test_one_spike_does_not_flatten_the_rest():
     assert max(scale([losses], 6)) == 2.0
     losses[50] = 1000.0
     assert max(scale([losses], 6)) == 2.0
-    svg = figure({"loss": [*enumerate(losses, 1)], "val_loss": [], "grad_norm": [], "lr": []})
+    svg = figure({"loss": [*enumerate(losses, 1)], "val_loss": [], "val_loss_blank": [], "grad_norm": [], "lr": []})
     assert svg.count("\u25b4") == 1 and ">1000</text>" in svg
     for path in re.findall(r'points="([^"]*)"', svg):
         assert all(0 < float(point.split(",")[1]) < 500 for point in path.split())

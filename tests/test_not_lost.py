@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, TINY_MODEL, load_weights_command, metrics, rewrite, train_flags
+from forks import start_ranks
+from helpers import GOLDEN, TINY_MODEL, load_weights_command, metrics, rewrite, start_script, train_flags
 from safetensors import SafetensorError
-from training import assert_same_run, start_train, train_here
+from training import assert_same_run, train_here
 
 import lib.checkpoint as checkpoint
 import lib.common as common
@@ -216,11 +217,11 @@ def test_a_validation_that_fails_after_the_last_step_leaves_a_checkpoint(chat_js
     more = ["--max-steps", "3", "--val-data", str(chat_json), "--images", str(pictures), "--dtype", "bf16"]
     real, calls = train.validate, []
 
-    def validate(model, loader, device):
+    def validate(*args):
         calls.append(1)
         if len(calls) == 2:
             (pictures / "odd.png").rename(tmp_path / "odd.png")
-        return real(model, loader, device)
+        return real(*args)
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", validate)
         with pytest.raises(ValueError, match="image missing.*step_000003 has it"):
@@ -273,17 +274,17 @@ def test_an_error_of_the_data_saves_what_was_learned(fault, words, chat_json, tm
 
 
 def test_two_processes_save_together_when_one_of_them_cannot_read(chat_json, tmp_path):
-    """Only one of them sees the picture that has gone; torchrun, gloo, and a real end of the run."""
+    """Only one of them sees the picture that has gone; gloo, and a real end of the run."""
     pictures, out = shutil.copytree(GOLDEN / "images", tmp_path / "pictures"), tmp_path / "out"
     flags = train_flags(out, chat_json, "--epochs", "400", "--images", str(pictures))
-    process = start_train(flags, processes=2)
+    first, last = start_ranks("train.py", *flags, processes=2)
     try:
         while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 3:
-            assert process.poll() is None, process.communicate()[1]
+            assert first.poll() is None, first.communicate()[1]
         (pictures / "odd.png").unlink()
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = first.communicate(timeout=120)
     finally:
-        process.kill()
+        last.kill()                                         # it leaves the message to the first process
     [newest] = out.glob("step_*")
     assert f"image missing: {pictures / 'odd.png'}" in stderr and f"{newest} has it" in stderr, stderr[-3000:]
     steps = json.loads((newest / "checkpoint.json").read_text())["step"]
@@ -326,11 +327,11 @@ def test_a_full_disk_at_a_line_of_the_log_does_not_end_a_run(chat_json, tmp_path
 
 def test_a_reader_that_goes_does_not_end_a_training(chat_json, tmp_path):
     """`train.py | head -1` stopped it after 49 steps, with exit code 0. A process, for its exit."""
-    process = start_train(train_flags(tmp_path / "out", chat_json, "--max-steps", "3"))
+    process = start_script("train.py", *train_flags(tmp_path / "out", chat_json, "--max-steps", "3"))
     process.stdout.close()
     assert process.wait(timeout=120) == 0
     said = process.stderr.read()
-    assert said.count("\n") == 1 and "nothing can be printed any more" in said
+    assert said.count("\n") == 1 and "nothing can be printed (Broken pipe); the run goes on" in said
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

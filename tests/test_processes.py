@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forks import TORCHRUN, Fork, run_forked, start_ranks
 from helpers import ROOT, metrics, run_script, start_script, train_flags
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -195,9 +196,9 @@ def test_uneven_nodes_end_with_one_line(sizes, chat_json, tmp_path):
     """Two torchruns. A mesh over their processes would end in an abort, or in ten minutes of silence."""
     port = free_port()
     flags = train_flags(tmp_path / "out", chat_json)
-    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
-    nodes = [start_script(*torchrun, f"--rdzv-conf=is_host={int(i == 0)}", f"--nproc_per_node={size}", "train.py",
-                          *flags) for i, size in enumerate(sizes)]
+    torchrun = [TORCHRUN, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+    nodes = [Fork(*torchrun, f"--rdzv-conf=is_host={int(i == 0)}", f"--nproc_per_node={size}", "train.py", *flags)
+             for i, size in enumerate(sizes)]
     said = [node.communicate(timeout=120)[1] for node in nodes]
     assert all(node.returncode for node in nodes)
     # The other node's torchrun may first notice that the first one's is gone.
@@ -235,9 +236,9 @@ os._exit(exit_code)
 ])
 def test_nodes_without_a_shared_folder_are_refused(folders, code, words, tmp_path):
     """Each would write its part of every checkpoint into a folder of its own, and none could be read."""
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2",
-                        "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    nodes = [start_script("-c", JOIN_AND_LOCK, tmp_path / folder, env=env | {"RANK": str(rank)})
+    (tmp_path / "node.py").write_text(JOIN_AND_LOCK)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
+    nodes = [Fork(tmp_path / "node.py", tmp_path / folder, **group, RANK=rank, LOCAL_RANK=0)
              for rank, folder in enumerate(folders)]
     for node in nodes:
         stdout, stderr = node.communicate(timeout=120)
@@ -305,13 +306,11 @@ os._exit(0)
 """
 
 
-def test_the_others_wait_as_long_as_process_0_needs_for_its_files():
+def test_the_others_wait_as_long_as_process_0_needs_for_its_files(tmp_path):
     """Checking a checkpoint or writing a model on a slow disk takes longer than a collective of the training may."""
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [start_script("-c", PATIENT, env=env | {"RANK": str(rank)}) for rank in range(2)]
-    for process in processes:
-        stdout, stderr = process.communicate(timeout=120)
-        assert stdout == "read\n", stderr
+    (tmp_path / "rank.py").write_text(PATIENT)
+    done = run_forked(tmp_path / "rank.py", processes=2)
+    assert done.stdout == "read\n" * 2, done.stderr
 
 
 NCCL = "NCCL error in: NCCLUtils.cpp:77, {}, NCCL version 2.27.5\n{}\nLast error:\n{}"
@@ -369,13 +368,14 @@ def test_an_exception_in_a_worker_is_no_death_unless_shared_memory_was_short(mon
 def test_a_data_worker_that_dies_ends_all_processes_and_names_the_flag(chat_json, tmp_path):
     """In a container with little shared memory a worker dies of SIGBUS, and only its own process would know."""
     out = tmp_path / "out"
-    process = start_train(train_flags(out, chat_json, "--epochs", "1000", "--workers", "1"), processes=2)
+    flags = train_flags(out, chat_json, "--epochs", "1000", "--workers", "1")
+    first, last = start_ranks("train.py", *flags, processes=2)
     wait_for(out / "metrics.jsonl")
-    worker = children(children(process.pid)[-1])[-1]
-    os.kill(worker, signal.SIGBUS)
-    _, stderr = process.communicate(timeout=120)
-    assert said_once("error: a data worker", stderr), stderr[-3000:]
-    assert "--ipc=host or --shm-size" in stderr and "--workers 0" in stderr and "RuntimeError" not in stderr
+    os.kill(children(last.pid)[-1], signal.SIGBUS)
+    _, stderr = first.communicate(timeout=120)
+    last.kill()                                 # it leaves the message to the first process
+    assert stderr.count("error: a data worker of process 1") == 1 and "Traceback" not in stderr, stderr
+    assert "--ipc=host or --shm-size" in stderr and "--workers 0" in stderr
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(chat_json, tmp_path):
@@ -386,10 +386,10 @@ def test_a_second_run_in_the_same_folder_is_refused_and_kill_9_frees_it(chat_jso
     out, more = tmp_path / "out", ["--epochs", "1000", "--workers", "1"]
     first = start_train(train_flags(out, chat_json, *more))
     wait_for(out / "metrics.jsonl")
-    second = start_train(train_flags(out, chat_json, *more), processes=2)
-    _, stderr = second.communicate(timeout=120)
-    assert second.returncode != 0
-    assert said_once(f"error: {out} is in use by process {first.pid} on {socket.gethostname()} since 20", stderr)
+    second = run_forked("train.py", *train_flags(out, chat_json, *more), processes=2)
+    assert second.returncode == 2
+    line = f"error: {out} is in use by process {first.pid} on {socket.gethostname()} since 20"
+    assert second.stderr.startswith(line) and second.stderr.count("\n") == 1
     first.kill()
     first.wait()
     train_here(train_flags(out, chat_json, *more[:-2], "--resume", "never"), stop_after=1)
@@ -485,7 +485,7 @@ def test_data_that_one_process_cannot_read_ends_all_with_its_name(chat_json, tmp
     process = start_train(train_flags(tmp_path / "out", tmp_path / "bad.json"), processes=2)
     start = time.time()
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode != 0 and time.time() - start < 30
+    assert process.returncode != 0 and time.time() - start < 60
     assert said_once("error: sample r13", stderr) and "missing.png" in stderr
 
 
@@ -520,6 +520,7 @@ def kill_and_resume(kills: int, processes: int, chat_json: Path, tmp_path: Path,
             assert process.poll() is None and time.time_ns() < began + 120e9, process.communicate()[1][-9000:]
             if path.exists() and path.stat().st_mtime_ns > began and path.read_bytes() != last:
                 last, wait = path.read_bytes(), wait - 1
+            time.sleep(0.002)                               # leaves the processor to the run
         ranks = children(process.pid) if processes > 1 else []
         doomed = [rng.choice(ranks)] if ranks and rng.random() < 0.5 else [process.pid, *ranks]
         for pid in doomed:
@@ -543,7 +544,8 @@ def test_twenty_kills_leave_no_trace(processes, chat_json, tmp_path):
 
 
 @pytest.mark.parametrize("processes, workers, to",
-                         [(1, 1, "launcher"), (2, 0, "launcher"), (2, 1, "one"), (2, 1, "group")])
+                         [(1, 1, "launcher"), pytest.param(2, 0, "launcher", marks=pytest.mark.slow),
+                          (2, 1, "one"), (2, 1, "group")])
 def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_json, tmp_path):
     """Protects against losing work to a scheduler, whomever it signals: a group includes the data workers."""
     more, path = ["--epochs", "100", "--workers", str(workers)], tmp_path / "out" / "metrics.jsonl"
@@ -570,7 +572,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_j
 def test_other_signals_save_as_well_and_a_closed_output_does_not_prevent_it(number, name, chat_json, tmp_path):
     """A dropped connection closes the terminal, and Ctrl-C ends a `tee` behind the run, before the next line."""
     out = tmp_path / "out"
-    process = start_train(train_flags(out, chat_json, "--epochs", "1000"))
+    process = start_script("train.py", *train_flags(out, chat_json, "--epochs", "1000"),
+                           preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))        # nohup or & ignores it
     wait_for(out / "metrics.jsonl", lines=2)
     process.stdout.close()
     os.kill(process.pid, number)
@@ -600,7 +603,8 @@ def test_a_signal_that_is_ignored_on_entry_stays_ignored():
 def test_processes_whose_torchrun_was_killed_save_and_end(chat_json, tmp_path):
     """By kill -9, or by SIGUSR1, which torchrun does not handle unless told to. The processes trained on, unnoticed."""
     out = tmp_path / "out"
-    process = start_train(train_flags(out, chat_json, "--epochs", "1000"), processes=2)
+    process = start_script("train.py", *train_flags(out, chat_json, "--epochs", "1000"), processes=2,
+                           start_new_session=True)
     wait_for(out / "metrics.jsonl", lines=2)
     process.kill()
     stdout, _ = process.communicate(timeout=60)             # they hold its other end
@@ -651,8 +655,8 @@ def kill_under_restarts(kills: int, chat_json: Path, tmp_path: Path, seed: int) 
     """
     rng, out = random.Random(seed), tmp_path / "killed"
     path, more = out / "metrics.jsonl", ["--epochs", "1000", "--max-steps", str(10 + 12 * kills), "--save-every", "2"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={kills}"]
-    process = start_script(*torchrun, "train.py", *train_flags(out, chat_json, *more), start_new_session=True)
+    torchrun = [TORCHRUN, "--standalone", "--nproc_per_node=2", f"--max-restarts={kills}"]
+    process = Fork(*torchrun, "train.py", *train_flags(out, chat_json, *more))
     try:
         killed: set[int] = set()
         for _ in range(kills):

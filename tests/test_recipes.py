@@ -40,7 +40,7 @@ def test_every_flag_has_a_default_in_every_stage():
     for recipe, stages in RECIPES.items():
         for stage in stages:
             cfg = parse(["--recipe", recipe, "--stage", stage])
-            assert [name for name, value in vars(cfg).items() if value is None] == ["plot"]
+            assert [name for name, value in vars(cfg).items() if value is None] == ["track", "plot", "against"]
 
 
 def test_help_shows_the_defaults_of_the_stage_and_recipe_it_is_asked_for(capsys):

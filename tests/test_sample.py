@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from forks import run_forked
 from helpers import GOLDEN, GOLDEN_ANSWER, ROOT, TINY_MODEL, run_script
 
 import lib.device
@@ -37,7 +38,7 @@ def chat(monkeypatch, capsys, lines: list[str], *args) -> tuple[list[str], str]:
 
 def test_the_golden_answer_on_the_command_line():
     ask = ("--prompt", "What is this?", "--temperature", 0, "--max-new-tokens", 24)
-    done = run_script("sample.py", "--model", TINY_MODEL, "--image", PHOTO, *ask)
+    done = run_forked("sample.py", "--model", TINY_MODEL, "--image", PHOTO, *ask)
     assert (done.stdout, done.returncode) == (GOLDEN_ANSWER + "\n", 0)
     assert done.stderr.count("\n") == 1 and "cpu" in done.stderr and "fp32" in done.stderr
 

@@ -5,7 +5,6 @@ Skipped where transformers is not installed:
 $ python -m venv .hf && .hf/bin/pip install -r requirements.txt transformers jinja2
 $ .hf/bin/python -m pytest tests/test_transformers.py
 """
-import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from data import IMAGE_ID, ImageConfig, encode_prompt, expand, load_image, load_tokenizer
-from lib.folders import open_weights, saved_shapes
+from lib.folders import saved_shapes
 from lib.generate import Session
-from lib.save_weights import phi_json, save_parts, saved_pieces, tower_json, write_json, write_tokenizer
+from lib.save_weights import phi_json, saved_pieces, tower_json, write_json, write_tokenizer
 from load_weights import export, load_model, merge
 from model import LLaVAConfig, LLaVAPhi, Packed, PhiConfig, init_weights
 from vision import SIGLIP_SO400M_384, normalize
@@ -47,15 +46,12 @@ def ours(folder: Path) -> LLaVAPhi:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path):
-    return load_with_their_help(folder)
+    return load_theirs(folder)
 
 
-def load_with_their_help(folder: Path):
-    """As a user of transformers would: by the load_hf.py in the folder."""
-    spec = importlib.util.spec_from_file_location("load_hf", folder / "load_hf.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load(torch_dtype=torch.float32).eval()
+def load_theirs(folder: Path):
+    """As a user of transformers would."""
+    return transformers.AutoModelForImageTextToText.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +112,56 @@ def test_everything_equals_ours(folder, ours, theirs, processor, turns, name):
     assert processor.decode(made, skip_special_tokens=True) == tokenizer.decode(answer)
 
 
-def test_the_head_bias_is_what_load_hf_is_for(folder, ours, theirs):
-    assert theirs.get_output_embeddings().bias.abs().max() > 0
-    assert torch.equal(theirs.get_output_embeddings().bias, ours.llm.lm_head.bias)
+@torch.no_grad()
+def test_the_head_bias_is_folded_without_loss(folder, ours, theirs, tmp_path):
+    """transformers' logits are those of the model with its bias, which are far from those without one."""
+    export(folder_before(ours), tmp_path / "kept", None, fold=False)
+    kept = load_model(tmp_path / "kept")
+    bias = kept.llm.lm_head.bias
+    assert bias.abs().max() > 0.1 and not ours.llm.lm_head.bias.any()
+    picture, prompt = pixels_of(kept, "photo.jpg")[None], prompt_of(kept, TURNS[1], load_tokenizer(folder))
+    expected = logits(kept, prompt, picture)
+    ids = torch.tensor([theirs.config.image_token_index if i == IMAGE_ID else i for i in prompt])
+    pixels = normalize(picture, kept.config.vision.mean, kept.config.vision.std)
+    made = theirs(input_ids=ids[None], pixel_values=pixels, attention_mask=torch.ones_like(ids)[None]).logits[0]
+    torch.testing.assert_close(made, expected, atol=2e-5, rtol=0)
+    assert (made - (expected - bias)).abs().max() > 0.1
+
+
+def folder_before(model: LLaVAPhi) -> Path:
+    return TINY_MODEL if model.config.vision.class_token else TINY_MIPHA
+
+
+@pytest.mark.parametrize("turns", TURNS)
+def test_the_chat_template_takes_content_in_every_form(processor, turns):
+    """A string or a list, a system message in either, pictures before or behind the text, with and without a prompt."""
+    def render(chat: list[dict]) -> str:
+        return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+    as_lists = messages(turns)
+    as_strings = [{"role": message["role"], "content": text} for message, text in zip(as_lists, turns, strict=True)]
+    as_strings[0]["content"] = "<image>\n" + turns[0]
+    assert render(as_strings) == render(as_lists)
+    as_lists[0]["content"].reverse()
+    assert render(as_strings) == render(as_lists)
+    system = {"role": "system", "content": "Be brief."}
+    system_list = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    assert render([system, *as_strings]) == render([system_list, *as_lists])
+    assert render([system, *as_strings]).startswith("Be brief. USER: <image>\n" + turns[0])
+    # llama.cpp's form of a picture. Its server makes one text of both, llama-cpp-python two; the name is random.
+    marker, text = "<__media_Xy1__>", {"type": "text", "text": turns[0]}
+    for content in (marker + turns[0], [{"type": "text", "text": marker}, text]):
+        as_strings[0]["content"] = content
+        assert render(as_strings).replace(marker, "<image>") == render(as_lists)
+
+
+def test_vllm_sees_that_content_may_be_a_list(processor):
+    """It looks for a loop over message['content'] inside a loop over messages."""
+    jinja2 = pytest.importorskip("jinja2")
+    loops = list(jinja2.Environment().parse(processor.chat_template).find_all(jinja2.nodes.For))
+    parts = [loop for loop in loops if isinstance(loop.iter, jinja2.nodes.Getitem) and loop.iter.node.name == "message"
+             and loop.iter.arg.value == "content"]
+    assert parts and any(getattr(loop.iter, "name", "") == "messages" for loop in loops)
 
 
 def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
@@ -129,7 +172,7 @@ def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
 
 def test_pixels_of_two_bases(tmp_path):
     """Before stage 1 a model sees pictures as its tower's own processor makes them: CLIP's crops, SigLIP's squashes."""
-    save_parts(tmp_path / "parts", open_weights(TINY_MIPHA))
+    export(TINY_MIPHA, tmp_path / "parts", None, "parts")
     for vision, mode in ((TINY_CLIP, "crop"), (tmp_path / "parts" / "siglip", "squash")):
         out = tmp_path / mode
         merge(TINY_PHI, vision, out, 0, None)
@@ -143,7 +186,7 @@ def test_pixels_of_two_bases(tmp_path):
 
 def test_parts_are_plain_folders(tmp_path):
     ours = load_model(TINY_MODEL)
-    save_parts(tmp_path / "parts", open_weights(TINY_MODEL))
+    export(TINY_MODEL, tmp_path / "parts", None, "parts")
     phi = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "phi-2")
     clip, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -156,8 +199,8 @@ def test_parts_are_plain_folders(tmp_path):
 
 
 def test_siglip_as_a_plain_folder(tmp_path):
-    """What export --to parts writes, transformers reads as SiglipVisionModel, its pooling head included."""
-    save_parts(tmp_path / "parts", open_weights(TINY_MIPHA))
+    """What export --to parts writes, transformers reads as SiglipVisionModel, without its pooling head."""
+    export(TINY_MIPHA, tmp_path / "parts", None, "parts")
     folder = tmp_path / "parts" / "siglip"
     theirs, info = transformers.SiglipVisionModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -201,7 +244,7 @@ def test_mipha_at_full_width(tmp_path):
             torch.nn.init.normal_(parameter, std=0.02)      # zeros would hide a bias that is dropped
     save_at_full_width(tmp_path / "source", model, tokenizer)
     export(tmp_path / "source", tmp_path / "model", None)
-    ours, theirs = load_model(tmp_path / "model"), load_with_their_help(tmp_path / "model").eval()
+    ours, theirs = load_model(tmp_path / "model"), load_theirs(tmp_path / "model")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
     picture = pixels_of(ours, "photo.jpg")
     turns = ["What is this?"]

@@ -5,7 +5,6 @@ As a program (`training.py STOP_AFTER FLAGS`) it trains like train.py, and stops
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from helpers import ROOT, metrics, run_script, start_script
+from forks import TORCHRUN, Fork, run_forked
+from helpers import metrics
 from safetensors.torch import load_file
 
 import train
@@ -44,15 +44,16 @@ def train_here(flags: list[str], stop_after: int = 0) -> None:
             signal.signal(number, handler)
 
 
-def start_train(flags: list[str], processes: int = 1) -> subprocess.Popen:
-    """Start train.py as a user would, in a process group of its own."""
-    return start_script("train.py", *flags, processes=processes, start_new_session=True)
+def start_train(flags: list[str], processes: int = 1) -> Fork:
+    """Start train.py, with torchrun for several processes."""
+    torchrun = [TORCHRUN, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return Fork(*torchrun, "train.py", *flags)
 
 
 def run_train(flags: list[str], processes: int = 1, stop_after: int = 0) -> None:
-    """Train with torchrun, to a successful end."""
+    """Train in other processes, to a successful end."""
     program = ["tests/training.py", stop_after] if stop_after else ["train.py"]
-    done = run_script(*program, *flags, processes=processes, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_forked(*program, *flags, processes=processes)
     assert done.returncode == 0, done.stderr[-9000:]
 
 

@@ -1,21 +1,25 @@
-"""Generation speed side by side with transformers, in one process, on the same random weights. CPU.
+"""Generation speed side by side with transformers and llama.cpp, on the same random weights, on a CPU.
 
 $ python tests/bench/generate.py                 # needs transformers 5 beside requirements.txt; about ten minutes
 $ python tests/bench/generate.py --only C1 --threads 1
 
 C1: tiny (decoder 4 x 128, tower 4 x 64), 76-token prompt. C2: full width, 2 decoder and 3 tower layers, 636 tokens.
-C3: 32 questions on 4 pictures, 8 a batch, the C2 model. First the logits must agree; then both sides take turns.
-C4: the C2 model's decoder alone, 640 tokens read and 32 written; beside llama.cpp too where `pip install gguf
-llama-cpp-python` was run.
+C3: 32 questions on 4 pictures, 8 a batch, the C2 model. C4: the C2 model's decoder alone, 640 tokens read and 32
+written; beside llama.cpp too where `pip install llama-cpp-python` was run.
+
+Each engine is a process of its own, since llama.cpp built for one processor may crash on another, and so that none
+suffers from another's threads or allocator. They take turns, so a busy moment of the machine hits all of them; in fp32
+their answers must agree.
 """
 import argparse
+import json
 import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from copy import deepcopy
-from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -109,72 +113,6 @@ def ask_theirs(model: nn.Module, prompts: list[list[int]], images: list[Tensor],
     return out[:, ids.size(1):].tolist()
 
 
-def take_turns(sides: dict[str, Callable[[], object]], repeats: int, warmups: int = 3) -> dict[str, list[float]]:
-    """Seconds of every repetition; side after side, so that a busy moment of the machine hits all of them."""
-    times = {name: [] for name in sides}
-    for i in range(warmups + repeats):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            times[name] += [time.perf_counter() - start] if i >= warmups else []
-    return times
-
-
-def report(title: str, times: dict[str, list[float]], unit: float = 1e3, label: str = "ms") -> None:
-    print(f"\n{title}, {label}: median, minimum, quartiles; speed-up over transformers' best (medians, minima)")
-    peers = [t for name, t in times.items() if name.startswith("transformers")]
-    usual, best = min(map(statistics.median, peers)), min(map(min, peers))
-    for name, t in times.items():
-        low, middle, high = statistics.quantiles(t, n=4)
-        print(f"  {name:20}{middle * unit:10.2f}{min(t) * unit:10.2f}   {low * unit:.2f} .. {high * unit:.2f}   "
-              f"x{usual / middle:.2f}  x{best / min(t):.2f}", flush=True)
-
-
-def make_models(config: LLaVAConfig) -> dict[str, nn.Module]:
-    """The same weights on both sides, in every type; in fp32 they must say the same."""
-    ours = make_ours(config)
-    theirs = make_theirs(ours)
-    prompts, images = prompts_of(config, 1, 1)
-    assert ask_ours(ours, prompts, images, 4) == ask_theirs(theirs, prompts, images, 4), "they differ in fp32"
-    models = {"ours fp32": ours, "transformers fp32": theirs, "ours bf16": deepcopy(ours).bfloat16(),
-              "transformers bf16": deepcopy(theirs).bfloat16(), "ours int8": deepcopy(ours)}
-    quantize_linears(models["ours int8"], 8)
-    if all(width % 32 == 0 for width in (config.llm.n_embd, config.llm.n_inner)):
-        # The same arithmetic around the packed products as sample.py chooses on this machine.
-        base = models[f"ours {choose_dtype(None, 'cpu')}"]
-        models["ours 4 bits"] = deepcopy(base)
-        quantize_linears(models["ours 4 bits"], 4)
-    for name, model in models.items():
-        if name.startswith("ours"):
-            prepack_linears(model)                             # as load_model does
-    return models
-
-
-def asker(name: str) -> Callable[..., list[list[int]]]:
-    return ask_theirs if name.startswith("transformers") else ask_ours
-
-
-def one_prompt(title: str, config: LLaVAConfig, repeats: int) -> None:
-    """Time to the first token, and time per further token (17 tokens less 1, by 16)."""
-    models, (prompts, images) = make_models(config), prompts_of(config, 1, 1)
-    first = take_turns({k: lambda k=k, m=m: asker(k)(m, prompts, images, 1) for k, m in models.items()}, repeats)
-    report(f"{title}, first token", first)
-    many = take_turns({k: lambda k=k, m=m: asker(k)(m, prompts, images, 17) for k, m in models.items()}, repeats)
-    usual = {name: statistics.median(times) for name, times in first.items()}
-    report(f"{title}, each further token", {name: [(t - usual[name]) / 16 for t in many[name]] for name in models})
-
-
-def many_questions(repeats: int) -> None:
-    models, (prompts, images) = make_models(WIDE), prompts_of(WIDE, 32, 4)
-
-    def all_of(name: str) -> None:
-        for i in range(0, 32, 8):
-            asker(name)(models[name], prompts[i:i + 8], images[i:i + 8], 8)
-
-    times = take_turns({name: lambda name=name: all_of(name) for name in models}, repeats, warmups=1)
-    report("C3, a question of 32 on 4 pictures, 8 tokens each", times, 1e3 / 32)
-
-
 def time_ours(model: LLaVAPhi, prompt: list[int], n_tokens: int) -> tuple[float, float]:
     """Seconds that the prompt takes, and those of n_tokens greedy tokens behind it."""
     size = model.config.vision.image_size
@@ -201,57 +139,185 @@ def time_theirs(model: nn.Module, prompt: list[int], n_tokens: int) -> tuple[flo
     return first - start, time.perf_counter() - first
 
 
-def other_engines(threads: int, repeats: int) -> None:
-    """Tokens a second, read and written, of every dtype here and elsewhere."""
-    models = make_models(WIDE)
-    ours = make_ours(WIDE)                                  # once more: prepacked weights cannot be written to a file
-    prompt = torch.randint(1, WIDE.llm.vocab_size - 1, (640,), generator=torch.Generator().manual_seed(1)).tolist()
-    sides = {}
-    for name, model in models.items():
-        timer = time_theirs if name.startswith("transformers") else time_ours
-        sides[name] = partial(timer, model)
-    try:
-        from tests.bench.llama import LlamaCpp
-    except ImportError as e:
-        print(f"no rows of llama.cpp: {e}")
-    else:
-        for kind in ("F16", "BF16", "Q8_0", "Q4_0"):
-            engine = LlamaCpp(ours.llm, kind, threads)
-            sides[f"llama.cpp {kind}"] = partial(engine.time, False)
-            sides[f"llama.cpp {kind} flash"] = partial(engine.time, True)
+# ---------------------------------------------------------------------------------------------------
+# One engine, in a process of its own: it makes its model, then runs the case once for each line that it reads
 
-    reading = {name: [] for name in sides}
-    writing = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, side in sides.items():
-            seconds = side(prompt, 32)
-            if repeat > 0:                                  # the first round warms up
-                reading[name].append(seconds[0])
-                writing[name].append(seconds[1])
-    print("\nC4, tokens a second: read, written (by medians); the same by minima")
-    for name in sides:
-        medians = (640 / statistics.median(reading[name]), 32 / statistics.median(writing[name]))
-        minima = (640 / min(reading[name]), 32 / min(writing[name]))
-        print(f"  {name:24}{medians[0]:10.0f}{medians[1]:10.1f}{minima[0]:12.0f}{minima[1]:10.1f}", flush=True)
+
+def make_engine(name: str, config: LLaVAConfig) -> nn.Module:
+    """One of ENGINES but llama.cpp's."""
+    whose, kind = name.split(" ", 1)
+    ours = make_ours(config)
+    if whose == "transformers":
+        return make_theirs(ours).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+    if kind == "bf16" or kind == "4 bits" and choose_dtype(None, "cpu") == torch.bfloat16:
+        ours = ours.bfloat16()                              # around 4 bits, what sample.py chooses on this machine
+    if kind.endswith("bits"):
+        quantize_linears(ours, int(kind[0]))
+    prepack_linears(ours)                                   # as load_model does
+    return ours
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def one_prompt(name: str, config: LLaVAConfig) -> tuple[list, Callable[[], list[float]]]:
+    """The first ids, for comparison, and a function -> seconds of the first token, and of 17."""
+    model, (prompts, images) = make_engine(name, config), prompts_of(config, 1, 1)
+    ask = ask_theirs if name.startswith("transformers") else ask_ours
+
+    def first_and_seventeen() -> list[float]:
+        return [seconds_of(lambda n=n: ask(model, prompts, images, n)) for n in (1, 17)]
+
+    return ask(model, prompts, images, 4), first_and_seventeen
+
+
+def many_questions(name: str, config: LLaVAConfig) -> tuple[list, Callable[[], list[float]]]:
+    """The first ids, and a function -> seconds of a question."""
+    model, (prompts, images) = make_engine(name, config), prompts_of(config, 32, 4)
+    ask = ask_theirs if name.startswith("transformers") else ask_ours
+
+    def all_of_them() -> None:
+        for i in range(0, 32, 8):
+            ask(model, prompts[i:i + 8], images[i:i + 8], 8)
+
+    return ask(model, prompts[:1], images[:1], 4), lambda: [seconds_of(all_of_them) / 32]
+
+
+def decoder_alone(name: str, config: LLaVAConfig, flash: bool = False) -> tuple[list, Callable[[], list[float]]]:
+    """Nothing to compare, and a function -> seconds of 640 tokens read, and of 32 written behind them."""
+    prompt = torch.randint(1, config.llm.vocab_size - 1, (640,), generator=torch.Generator().manual_seed(1)).tolist()
+    if name.startswith("llama.cpp"):
+        from tests.bench.llama import LlamaCpp
+
+        engine = LlamaCpp(make_ours(config).llm, name.split()[1], torch.get_num_threads())
+        return [], lambda: [*map(min, zip(*(engine.time(flash, prompt, 32) for flash in (False, True))))]
+    model = make_engine(name, config)
+    timer = time_theirs if name.startswith("transformers") else time_ours
+    return [], lambda: list(timer(model, prompt, 32))
+
+
+CASES = {       # name -> its title, the model, what runs it, and the numbers that it prints
+    "C1": ("tiny model, one picture and question", TINY, one_prompt, ("first token, ms", "further token, ms")),
+    "C2": ("full width, one picture and question", WIDE, one_prompt, ("first token, ms", "further token, ms")),
+    "C3": ("32 questions on 4 pictures, 8 tokens each", WIDE, many_questions, ("a question, ms",)),
+    "C4": ("full width, decoder alone", WIDE, decoder_alone, ("read, tokens/s", "written, tokens/s")),
+}
+ENGINES = ("ours fp32", "ours bf16", "ours 8 bits", "ours 4 bits", "transformers fp32", "transformers bf16",
+           "llama.cpp F16", "llama.cpp BF16", "llama.cpp Q8_0", "llama.cpp Q4_0")
+
+
+def be_an_engine(case: str, name: str) -> None:
+    torch.set_grad_enabled(False)
+    _, config, make, _ = CASES[case]
+    ids, run = make(name, config)
+    print(json.dumps(ids), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(run()), flush=True)
+
+# ---------------------------------------------------------------------------------------------------
+# All engines in turn
+
+
+class Engine:
+    """A process that runs one case. `problem` says how it ended, if it did."""
+
+    def __init__(self, case: str, name: str, threads: int):
+        command = [sys.executable, __file__, "--only", case, "--engine", name, "--threads", str(threads)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True)
+        self.name = name
+        self.problem = ""
+        self.times: list[list[float]] = []
+        self.ids = self.answer()
+
+    def answer(self) -> list | None:
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self.process.wait()
+        last = self.process.stderr.read().strip().splitlines()[-1:]
+        self.problem = f"ended by signal {-code}" if code < 0 else " ".join(last)
+        return None
+
+    def run(self) -> None:
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        times = self.answer()
+        if times:
+            self.times.append(times)
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(case: str, threads: int, rounds: int) -> None:
+    """One table: medians, and the best of all rounds."""
+    title, _, _, columns = CASES[case]
+    names = [name for name in ENGINES if (case == "C4" or not name.startswith("llama"))
+             and not (case == "C1" and name == "ours 4 bits" and TINY.llm.n_embd % 32)]
+    engines = [Engine(case, name, threads) for name in names]
+    fp32 = [engine.ids for engine in engines if engine.name.endswith("fp32") and not engine.problem]
+    assert all(ids == fp32[0] for ids in fp32), f"{case}: the answers differ in fp32"
+    for number in range(rounds + 1):
+        for engine in engines:
+            if not engine.problem:
+                engine.run()
+            if number == 0:
+                engine.times.clear()                        # the first round warms up
+    print(f"\n{case}: {title}; median, best of {rounds} rounds\n  {'':20}" + "".join(f"{c:>26}" for c in columns))
+    for engine in engines:
+        cells = [f"{engine.problem:>26}"] if engine.problem else [
+            f"{statistics.median(values):>16,.2f}{best:>10,.2f}" for values, best in shown(case, engine.times)]
+        print(f"  {engine.name:20}" + "".join(cells), flush=True)
+        engine.stop()
+
+
+def shown(case: str, times: list[list[float]]) -> list[tuple[list[float], float]]:
+    """Per column all rounds in its unit, and the best of them."""
+    columns = [list(column) for column in zip(*times)]
+    if case == "C4":
+        rates = [[tokens / t for t in column] for tokens, column in zip((640, 32), columns)]
+        return [(rate, max(rate)) for rate in rates]
+    if case != "C3":                                        # 17 tokens less the first, by 16
+        columns[1] = [(many - first) / 16 for first, many in zip(*columns)]
+    in_ms = [[1e3 * t for t in column] for column in columns]
+    return [(column, min(column)) for column in in_ms]
+
+
+def processor() -> str:
+    """The processor's name and the instructions that decide the speed of bf16 and 8 bits."""
+    path = Path("/proc/cpuinfo")
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line) if path.exists() else {}
+    lines = {key.strip(): value.strip() for key, value in lines.items()}
+    marks = [flag for flag in ("amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx2")
+             if flag in lines.get("flags", "").split()]
+    return f"{lines.get('model name', platform.processor())} ({', '.join(marks)})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("C1", "C2", "C3", "C4"))
+    parser.add_argument("--only", choices=tuple(CASES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--engine", choices=ENGINES, help="used by the program itself: be one engine")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads, sdpa, "
-          f"load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}")
-    if args.only in (None, "C1"):
-        one_prompt("C1", TINY, 4 * args.repeats)
-    if args.only in (None, "C2"):
-        one_prompt("C2", WIDE, args.repeats)
-    if args.only in (None, "C3"):
-        many_questions(max(3, args.repeats // 3))
-    if args.only in (None, "C4"):
-        other_engines(args.threads, max(3, args.repeats // 3))
+    if args.engine:
+        be_an_engine(args.only, args.engine)
+        return
+    try:
+        from importlib.metadata import version
+        llama = version("llama-cpp-python")
+    except ImportError:
+        llama = "not installed"
+    print(f"{processor()}, {args.threads} threads, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}\n"
+          f"torch {torch.__version__}, transformers {transformers.__version__} (sdpa), llama-cpp-python {llama}")
+    for case in [args.only] if args.only else CASES:
+        compare(case, args.threads, 4 * args.rounds if case == "C1" else args.rounds)
     print(f"load {os.getloadavg()[0]:.1f}")
 
 

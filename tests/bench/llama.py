@@ -1,6 +1,6 @@
 """llama.cpp as one more side of tests/bench/generate.py: our decoder as a GGUF file, and two ways to run it.
 
-Needs `pip install gguf llama-cpp-python`. See docs/other-engines.md for models that are to be used, and not only timed.
+Needs `pip install llama-cpp-python`. See docs/other-engines.md for models that are to be used, and not only timed.
 """
 import tempfile
 import time
@@ -8,50 +8,19 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
 
-from model import Phi
-
-TENSORS = {         # our module -> llama.cpp's; {} is the layer
-    "wte": "token_embd",
-    "h.{}.ln": "blk.{}.attn_norm",
-    "h.{}.attn.qkv": "blk.{}.attn_qkv",
-    "h.{}.attn.proj": "blk.{}.attn_output",
-    "h.{}.mlp.fc": "blk.{}.ffn_up",
-    "h.{}.mlp.proj": "blk.{}.ffn_down",
-    "ln_f": "output_norm",
-    "lm_head": "output",
-}
+from lib.gguf import decoder_entries, decoder_fields, write_gguf
+from lib.save_weights import ToSave
+from model import LLaVAConfig, Phi
 
 
-def write_gguf(llm: Phi, path: Path, kind: str) -> None:
-    """The decoder in fp32 -> a GGUF file. kind: how its matrices are stored: F16, BF16, Q8_0 or Q4_0."""
-    config = llm.config
-    writer = GGUFWriter(path, "phi2")
-    writer.add_tokenizer_model("no_vocab")      # ids in, ids out: there is no text in this measurement
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.n_inner)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_head)
-    writer.add_layer_norm_eps(config.eps)
-    writer.add_rope_dimension_count(config.rotary_dim)
-    for name, parameter in llm.named_parameters():
-        module, leaf = name.rsplit(".", 1)
-        layer = next((part for part in module.split(".") if part.isdigit()), "")
-        pattern = module.replace(f".{layer}.", ".{}.") if layer else module
-        values = parameter.detach().numpy()
-        stored_as = GGMLQuantizationType.F32    # biases and norms, as llama.cpp wants them
-        if values.ndim > 1:
-            stored_as = GGMLQuantizationType[kind]
-        writer.add_tensor(f"{TENSORS[pattern].format(layer)}.{leaf}", quantize(values, stored_as), raw_dtype=stored_as)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write_decoder(llm: Phi, path: Path, kind: str) -> None:
+    """The decoder in fp32 -> a GGUF file without a tokenizer: ids in, ids out. kind: one of lib/gguf.py's types."""
+    tensors = {f"llm.{name}": parameter.detach() for name, parameter in llm.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    model = ToSave(LLaVAConfig(llm=llm.config), None, tensors, shapes, {})
+    no_text = {"tokenizer.ggml.model": "no_vocab", "phi2.vocab_size": llm.config.vocab_size}
+    write_gguf(path, decoder_fields(llm.config, kind) | no_text, decoder_entries(model, kind))
 
 
 @llama_cpp.llama_log_callback
@@ -66,7 +35,7 @@ class LlamaCpp:
         llama_cpp.llama_log_set(say_nothing, None)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "decoder.gguf"
-            write_gguf(llm, path, kind)
+            write_decoder(llm, path, kind.lower())
             settings = llama_cpp.llama_model_default_params()
             settings.use_mmap = False           # the file is gone when the model is used
             self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)

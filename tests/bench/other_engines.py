@@ -1,105 +1,70 @@
 """Does llama.cpp compute what we compute? One exported model, both engines, in one process; see docs/other-engines.md.
 
-$ python tests/bench/other_engines.py --model out/base --gguf phi-2.gguf
-$ python tests/bench/other_engines.py --model out/base --gguf phi-2.gguf --mmproj mmproj.gguf --image x.png
+$ python load_weights.py export --model out/demo/finetune --out out/gguf --to gguf
+$ python tests/bench/other_engines.py --model out/demo/finetune --gguf out/gguf --root out/demo/data
 
-Needs `pip install gguf llama-cpp-python` beside requirements.txt. Three things are compared, each where it arises, so
-that a difference names its cause: the decoder's tensors in the GGUF file, the logits and greedy ids of a question
-without a picture, and what the tower and the projector make of a picture, which is what the decoder then reads.
+Needs `pip install llama-cpp-python` beside requirements.txt. Three things are compared, each where it arises, so that a
+difference names its cause: the logits and greedy ids of a question without a picture, what the tower and the projector
+make of a picture, and greedy answers to the demo's questions, with the prompt from the chat template in the file.
+
+llama-cpp-python takes its vision half from the folder that the environment variable MTMD_CPP_LIB names, if it is set.
 """
+import base64
 import ctypes
+import io
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import llama_cpp
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from llama_cpp import Llama, mtmd_cpp
+from llama_cpp.llama_chat_format import MTMDChatHandler
+from PIL import Image
 
+from benchmarks.scoring import BLANK, grade_plain
+from benchmarks.shapes import read
 from data import ImageConfig, encode_prompt, load_image, load_tokenizer
+from lib.chat import ask
 from lib.common import Parser, run_command
 from lib.generate import KVCache, Session, prefill
 from load_weights import load_model
 from model import LLaVAPhi
 
-TENSORS = {         # llama.cpp's name of a tensor -> ours; {} is the layer
-    "token_embd": "llm.wte",
-    "output_norm": "llm.ln_f",
-    "output": "llm.lm_head",
-    "blk.{}.attn_norm": "llm.h.{}.ln",
-    "blk.{}.attn_q": "llm.h.{}.attn.qkv",
-    "blk.{}.attn_k": "llm.h.{}.attn.qkv",
-    "blk.{}.attn_v": "llm.h.{}.attn.qkv",
-    "blk.{}.attn_output": "llm.h.{}.attn.proj",
-    "blk.{}.ffn_up": "llm.h.{}.mlp.fc",
-    "blk.{}.ffn_down": "llm.h.{}.mlp.proj",
-}
 QUESTION = "What is in this picture, and what is it for?"
+GGML_TYPE_F32 = 0
 
 
-def our_tensor(model: LLaVAPhi, name: str) -> torch.Tensor:
-    """The tensor of our model that llama.cpp calls `name`. Queries, keys and values are thirds of one matrix here."""
-    stem, leaf = name.rsplit(".", 1)
-    layer = next((part for part in stem.split(".") if part.isdigit()), "")
-    pattern = stem.replace(f".{layer}.", ".{}.") if layer else stem
-    tensor = model.get_parameter(f"{TENSORS[pattern].format(layer)}.{leaf}").to_dense()           # also if prepacked
-    for third, ending in enumerate(("attn_q", "attn_k", "attn_v")):
-        if stem.endswith(ending):
-            return tensor.chunk(3)[third]
-    return tensor
-
-
-def compare_tensors(model: LLaVAPhi, path: Path) -> None:
-    """Every tensor of the decoder's GGUF file against ours. A file in four or eight bits differs by its rounding."""
-    tensors = GGUFReader(path).tensors
-    largest = 0.0
-    values = 0
-    for tensor in tensors:
-        ours = our_tensor(model, tensor.name).float().numpy()
-        theirs = dequantize(tensor.data, tensor.tensor_type).reshape(ours.shape)
-        largest = max(largest, float(np.abs(ours - theirs).max()))
-        values += ours.size
-    expected = sum(parameter.numel() for parameter in model.llm.parameters())
-    bias = any(tensor.name == "output.bias" for tensor in tensors)
-    print(f"decoder   {values:,} of {expected:,} values in {len(tensors)} tensors, largest difference {largest:.2g}; "
-          f"head bias {'kept' if bias else 'LOST'}")
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).norm() / ours.norm())
 
 
 def compare_text(model: LLaVAPhi, llm: Llama, ids: list[int], n_tokens: int) -> None:
     """Logits behind a question without a picture, then n_tokens greedy ids. The end token does not end them."""
     size = model.config.vision.image_size
     no_image = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    logits = prefill(model, [ids], [no_image], KVCache(model.llm, [ids], len(ids)))[0].numpy()
+    logits = prefill(model, [ids], [no_image], KVCache(model.llm, [ids], len(ids)))[0]
     columns = Session(model).generate([ids], [no_image], max_new_tokens=n_tokens, eos_id=-1)
     ours = [column[0] for column in columns]
 
     llm.reset()
     llm.eval(ids)
     theirs = [int(llm.scores[llm.n_tokens - 1].argmax())]
-    difference = np.abs(llm.scores[llm.n_tokens - 1] - logits).max()
-    without_bias = np.abs(model.llm.lm_head.bias.detach().float().numpy()).max()
+    found = torch.from_numpy(llm.scores[llm.n_tokens - 1].copy())
     while len(theirs) < n_tokens:
         llm.eval(theirs[-1:])
         theirs.append(int(llm.scores[llm.n_tokens - 1].argmax()))
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), n_tokens)
-    print(f"text      first {same} of {n_tokens} greedy ids the same; logits: largest difference {difference:.2g} "
-          f"(the head bias alone is up to {without_bias:.2g})")
+    print(f"text       first {same} of {n_tokens} greedy ids the same; logits: relative error "
+          f"{relative_error(logits, found):.2g}, largest difference {(logits - found).abs().max():.2g} "
+          f"(the head bias alone is up to {model.llm.lm_head.bias.abs().max():.2g})")
 
 
-def encode_picture(llm: Llama, mmproj: Path, pixels: torch.Tensor) -> np.ndarray:
-    """pixels (3, S, S) uint8, of the tower's own size so that nothing is resized -> patches (P, C) as the decoder's.
-
-    Raises ValueError: llama.cpp cannot load the file.
-    """
-    settings = mtmd_cpp.mtmd_context_params_default()
-    settings.use_gpu = False
-    settings.warmup = False
-    context = mtmd_cpp.mtmd_init_from_file(str(mmproj).encode(), llm.model, settings)
-    if context is None:
-        raise ValueError(f"{mmproj}: llama.cpp cannot load this as the vision half of {llm.model_path}")
+def encode_picture(llm: Llama, context: mtmd_cpp.mtmd_context_p, pixels: torch.Tensor) -> torch.Tensor:
+    """pixels (3, S, S) uint8, of the tower's own size so that nothing is resized -> patches (P, C) as the decoder's."""
     size = pixels.size(-1)
     rgb = pixels.permute(1, 2, 0).contiguous().numpy()                              # (S, S, 3), as a bitmap's bytes
     bitmap = mtmd_cpp.mtmd_bitmap_init(size, size, rgb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
@@ -112,48 +77,77 @@ def encode_picture(llm: Llama, mmproj: Path, pixels: torch.Tensor) -> np.ndarray
     chunk = mtmd_cpp.mtmd_input_chunks_get(chunks, 0)                               # the picture is all there is
     failed = mtmd_cpp.mtmd_encode_chunk(context, chunk)
     assert not failed, f"mtmd_encode_chunk returned {failed}"
-    n_patches = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk)
-    found = mtmd_cpp.mtmd_get_output_embd(context)
-    patches = np.ctypeslib.as_array(found, (n_patches, llm.n_embd())).copy()
+    shape = mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk), llm.n_embd()
+    patches = np.ctypeslib.as_array(mtmd_cpp.mtmd_get_output_embd(context), shape).copy()
     mtmd_cpp.mtmd_input_chunks_free(chunks)
     mtmd_cpp.mtmd_bitmap_free(bitmap)
-    mtmd_cpp.mtmd_free(context)
-    return patches
+    return torch.from_numpy(patches)
 
 
-def compare_picture(model: LLaVAPhi, llm: Llama, mmproj: Path, image: torch.Tensor) -> None:
+def compare_picture(model: LLaVAPhi, llm: Llama, context: mtmd_cpp.mtmd_context_p, image: torch.Tensor) -> None:
     """Patches behind the projector. An order or a layer of the tower that differs shows as a cosine far from 1."""
-    theirs = torch.from_numpy(encode_picture(llm, mmproj, image))                   # (P, C)
+    theirs = encode_picture(llm, context, image)                                    # (P, C)
     ours = model.projector(model.vision(image[None]))[0].float()                    # (P, C)
     if ours.shape != theirs.shape:
-        raise ValueError(f"{mmproj} makes {tuple(theirs.shape)} of a picture, the model {tuple(ours.shape)}")
+        raise ValueError(f"llama.cpp makes {tuple(theirs.shape)} of a picture, the model {tuple(ours.shape)}")
     cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=-1)            # (P,)
-    error = (ours - theirs).norm() / ours.norm()
-    print(f"picture   {len(ours)} patches: relative error {error:.3%}; cosine {cosine.mean():.5f} on average, "
-          f"{cosine.min():.5f} at worst")
+    print(f"picture    {len(ours)} patches: relative error {relative_error(ours, theirs):.2g}; cosine "
+          f"{cosine.mean():.5f} on average, {cosine.min():.5f} at worst")
+
+
+def their_answer(llm: Llama, question: str, pixels: torch.Tensor) -> str:
+    """As docs/other-engines.md asks, with the picture sized beforehand."""
+    png = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": question}]
+    reply = llm.create_chat_completion([{"role": "user", "content": content}], temperature=0, max_tokens=32)
+    return reply["choices"][0]["message"]["content"].strip()
+
+
+def compare_answers(model: LLaVAPhi, folder: Path, llm: Llama, root: Path, n: int) -> None:
+    """The demo's first n questions about a picture."""
+    tokenizer = load_tokenizer(folder)
+    examples = [example for example in read(root / "shapes", Namespace()) if example.image != BLANK][:n]
+    same = ours_right = theirs_right = 0
+    for example in examples:
+        pixels = load_image(example.image, ImageConfig.of(model.config.vision, model.config.image_mode))
+        [ours] = ask(model, tokenizer, example.prompt, [pixels[None]], max_new_tokens=32)
+        theirs = their_answer(llm, example.prompt, pixels)
+        if ours != theirs:
+            print(f"{example.question_id}: {example.prompt!r}: ours {ours!r}, llama.cpp's {theirs!r}")
+        same += ours == theirs
+        ours_right += grade_plain(example, ours).score
+        theirs_right += grade_plain(example, theirs).score
+    print(f"questions  {same} of {len(examples)} answers the same; "
+          f"right: ours {ours_right:g}, llama.cpp's {theirs_right:g}")
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model that was exported")
-    parser.add_argument("--gguf", type=Path, required=True, help="its decoder, converted")
-    parser.add_argument("--mmproj", type=Path, help="its tower and projector, converted")
-    parser.add_argument("--image", type=Path, help="a picture to look at; with --mmproj")
+    parser.add_argument("--gguf", type=Path, required=True, help="folder of `export --to gguf`")
+    parser.add_argument("--image", type=Path, default=Path("tests/golden/images/photo.jpg"), help="one to look at")
+    parser.add_argument("--root", type=Path, help="the demo's data, for questions about pictures")
+    parser.add_argument("--questions", type=int, default=100, help="how many of them")
     parser.add_argument("--tokens", type=int, default=32, help="how many greedy ids to compare")
     args = parser.parse_args()
-    if bool(args.mmproj) != bool(args.image):
-        raise ValueError("--mmproj and --image belong together: give both or neither")
+    [decoder] = args.gguf.glob("model-*.gguf")
 
     model = load_model(args.model)
     ids = encode_prompt([QUESTION], load_tokenizer(args.model), image=False)
-    compare_tensors(model, args.gguf)
-    llm = Llama(str(args.gguf), n_ctx=model.config.llm.block_size, logits_all=True, verbose=False)
+    # Keys and values in fp32, because in llama.cpp's usual fp16 they would be most of the difference in an f32 file.
+    tower = MTMDChatHandler(str(args.gguf / "mmproj-f16.gguf"), use_gpu=False)
+    llm = Llama(str(decoder), n_ctx=model.config.llm.block_size, logits_all=True, verbose=False, chat_handler=tower,
+                type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+    print(f"{decoder.name}, llama-cpp-python {llama_cpp.__version__}")
     compare_text(model, llm, ids, args.tokens)
-    if args.mmproj:
-        vision = model.config.vision
-        image = load_image(args.image, ImageConfig.of(vision, model.config.image_mode))
-        compare_picture(model, llm, args.mmproj, image)
+    tower._init_mtmd_context(llm)
+    image = load_image(args.image, ImageConfig.of(model.config.vision, model.config.image_mode))
+    compare_picture(model, llm, tower.mtmd_ctx, image)
+    if args.root:
+        compare_answers(model, args.model, llm, args.root, args.questions)
 
 
 if __name__ == "__main__":
