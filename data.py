@@ -419,7 +419,7 @@ class Dataset:
     def __post_init__(self):
         assert self.on_bad_sample in ("stop", "skip"), f"{self.on_bad_sample!r} is neither stop nor skip"
         if not self.path.is_file():
-            raise FileNotFoundError(f"no data at {self.path}: expected LLaVA's json, a list of records")
+            raise FileNotFoundError(f"no data at {self.path}: expected a json or jsonl file of records")
         first = next(find_records(self.path), None)
         if first is None or not any(key in self.read(first) for key in (b'"conversations"', b'"messages"')):
             found = f"found {self.read(first)[:80]!r}" if first else "it has no records"
@@ -520,8 +520,9 @@ class Dataset:
             where = f"sample {id_of(self.read(span))}, line {line} of {self.path}"
         except OSError:                                     # it is the file itself that has gone
             where = f"a sample of {self.path}"
+        places = " ".join(map(str, self.pictures.places)) or "."
         return ValueError(f"{where}: {problem}; "
-                          f"to see every bad sample: python data.py check --data {self.path} --images {self.pictures}")
+                          f"to see every bad sample: python data.py check --data {self.path} --images {places}")
 
     def summary(self) -> str:
         """A line for the log, with counts of truncated samples and of those without a supervised token, then notes."""

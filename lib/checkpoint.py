@@ -41,8 +41,8 @@ from lib.schedule import joint_checksum
 # its values are compared one by one.
 MAY_CHANGE = {
     "recipe", "out", "data", "images", "follow_links", "val_data", "val_every", "save_every", "save_minutes", "keep",
-    "keep_best", "patience", "recheck_every", "track", "log_every", "resume", "workers", "micro_tokens", "recompute", "gather",
-    "compile", "device",
+    "keep_best", "patience", "recheck_every", "track", "log_every", "resume", "workers", "micro_tokens", "recompute",
+    "gather", "compile", "device",
 }
 
 

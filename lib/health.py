@@ -184,8 +184,8 @@ def rate_problems(model: nn.Module, rates: dict[str, float]) -> list[str]:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         size = float(norm) / math.sqrt(sum(p.numel() for p in matrices))
         if rates[name] > size > 0:
-            found.append(f"the rate {rates[name]:g} is too high for the {name}: its weights are {size:.2g} in the mean, "
-                         f"and AdamW moves each by about the rate in a step; try {size / 20:.1g}")
+            found.append(f"the rate {rates[name]:g} is too high for the {name}: its weights are {size:.2g} in the "
+                         f"mean, and AdamW moves each by about the rate in a step; try {size / 20:.1g}")
     return found
 
 

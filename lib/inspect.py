@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
 from lib.chat import ask
 from lib.common import plural
-from lib.device import choose_device
+from lib.device import choose_device, to_device
 from lib.folders import (Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, read_tensor,
                          saved_shapes)
 from lib.head_bias import HEAD_BIAS
@@ -199,8 +199,7 @@ def page_loss(model: LLaVAPhi, tok: Tokenizer, page: Page) -> float:
         ids = (before + tok.encode(predicted).ids)[:model.config.llm.block_size]
         labels = [IGNORE] * len(before) + ids[len(before):]
         samples.append(Sample("", ids, labels, None))
-    ids, lengths, *others, _ = collate(samples, model.config.vision.image_size)
-    total = model(ids.to(model.device), lengths, *(x.to(model.device) for x in others))
+    total = model(*to_device(collate(samples, model.config.vision.image_size), model.device))
     return total.item() / sum(label != IGNORE for sample in samples for label in sample.labels)
 
 

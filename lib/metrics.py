@@ -73,8 +73,8 @@ class Metrics:
             return work(*args)
         except Exception as e:
             self.tracker = None
-            warn_once(f"nothing more is tracked ({type(e).__name__}: {str(e)[:200]}); training goes on, and metrics.jsonl "
-                      "has all of it")
+            warn_once(f"nothing more is tracked ({type(e).__name__}: {str(e)[:200]}); training goes on, and "
+                      "metrics.jsonl has all of it")
 
     def add_step(self, step: Step, data: Dataset | Mixture, config: LLaVAConfig, n_supervised: int, loss: float,
                  norm: float, lr: float, skipped: bool, of_files: Sequence[tuple[float, float]] = ()) -> dict:
@@ -123,8 +123,8 @@ class Metrics:
         best = losses.index(min(losses)) if losses else 0
         if not patience or len(losses) - 1 - best < patience:
             return ""
-        return (f"the validation loss was lowest after step {self.val_losses[best][0]}, {losses[best]:.4f}, and not in the "
-                f"{patience} validations since: the run ends")
+        return (f"the validation loss was lowest after step {self.val_losses[best][0]}, {losses[best]:.4f}, and not in "
+                f"the {patience} validations since: the run ends")
 
     def rise(self, warmup: int) -> str:
         """What lib/health.py says about a loss that has risen, the first time that it does."""

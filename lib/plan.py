@@ -14,7 +14,7 @@ from lib.checkpoint import host_memory_to_save
 from lib.common import plural, torchrun_env
 from lib.device import USABLE, planned_card, torch_dtype
 from lib.flops import PUBLISHED, mean_sample, recomputed_flops, step_flops
-from lib.recipes import RECIPES, parse, replace
+from lib.recipes import RECIPES, parse, replace, weighted
 from lib.schedule import run_length
 from lib.workers import AHEAD
 from model import LLaVAConfig, LLaVAPhi, trained_parts
@@ -216,9 +216,11 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     for title in columns[0]:
         print(f"{title:40}" + "".join(f"{column[title]:>11}" for column in columns))
     print_choice(cfg, model, build, shards, memory)
+    lengths = f"of {' '.join(cfg.data)}" if index else "as published"
+    if index is None and all(Path(file).is_file() for file, _ in map(weighted, cfg.data)):
+        lengths += ", since the model's folder is not here"
     print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {tokens:.0f} tokens: "
-          f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths "
-          + ("as published" if index is None else f"of {' '.join(cfg.data)}")
+          f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths {lengths}"
           + ("" if peak else "; --gpu or --tflops gives hours"))
 
 

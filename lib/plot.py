@@ -54,7 +54,10 @@ def plot(runs: list[Path], to: Path, against: str = "") -> None:
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """The curves of a run (its --out folder, or its metrics.jsonl), by field. Skipped steps are left out, and so is every value that is not finite."""
+    """The curves of a run (its --out folder, or its metrics.jsonl), by field.
+
+    Skipped steps are left out, and so is every value that is not finite.
+    """
     curves = {field: [] for _, _, fields in PANELS for field in fields}
     path = run / "metrics.jsonl" if run.suffix != ".jsonl" else run
     if not path.is_file():

@@ -211,14 +211,14 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("logging and checkpoints").add_argument
     add("--log-every", type=at_least(1), default=1, help="steps between lines on the screen; metrics.jsonl has all")
     add("--val-every", type=at_least(0), default=0, help="steps between validations; 0: before and after only")
-    add("--track", choices=("tensorboard", "wandb", "trackio"), default="", help="send the rows of metrics.jsonl to this "
-        "tracker, too, which you have installed")
+    add("--track", choices=("tensorboard", "wandb", "trackio"), default="", help="send the rows of metrics.jsonl to "
+        "this tracker, too, which you have installed")
     add("--keep-best", action=on_or_off, default=False, help="also write the model with the lowest validation loss so "
         "far, to out/best")
     add("--patience", type=at_least(0), default=0, help="validations without a lower loss after which the run ends; 0: "
         "never")
-    add("--recheck-every", type=at_least(0), default=0, help="steps between checks for a device that computes nonsense: a "
-        "micro-batch is computed twice, and another gradient ends the run, with exit code 3; 0: never")
+    add("--recheck-every", type=at_least(0), default=0, help="steps between checks for a device that computes nonsense: "
+        "a micro-batch is computed twice, and another gradient ends the run, with exit code 3; 0: never")
     add("--save-minutes", type=at_least(0.0), default=30.0, help="minutes between checkpoints; 0: by --save-every only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: by --save-minutes only")
     add("--keep", type=at_least(1), default=2, help="number of checkpoints to keep")
@@ -227,8 +227,8 @@ def add_flags(parser: Parser) -> None:
     add = parser.add_argument_group("instead of training").add_argument
     add("--plot", nargs="+", type=Path, metavar="OUT", help="draw the curves of these runs: loss, gradient norm, rate")
     add("--plot-to", default="", metavar="FILE", help="page to draw them into; default: loss.html in the first of them")
-    add("--against", default="", metavar="OUT", help="with --plot: hold the runs against this one, the --out folder or the "
-        "metrics.jsonl of a run that went well")
+    add("--against", default="", metavar="OUT", help="with --plot: hold the runs against this one, the --out folder or "
+        "the metrics.jsonl of a run that went well")
     add("--plan", action=on_or_off, default=False, help="print what fits into memory, computed from shapes, and exit")
     add("--gpus", type=at_least(1), default=8, help="for --plan")
     add("--gpus-per-node", type=at_least(1), default=8, help="for --plan")

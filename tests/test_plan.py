@@ -255,6 +255,8 @@ def test_own_data_is_planned_with_its_own_lengths(chat_json, tmp_path, capsys):
     assert f"{steps} steps of 4 samples of {lengths.mean():.0f} tokens: " in said and f"lengths of {chat_json}" in said
     train_here([*flags, "--data", str(tmp_path / "none.json")])
     assert "lengths as published\n" in capsys.readouterr().out
+    train_here([*flags, "--model", str(tmp_path / "not downloaded")])
+    assert "lengths as published, since the model's folder is not here\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("memory, flags, said_so", [

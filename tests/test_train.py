@@ -314,6 +314,8 @@ def test_sft_makes_a_phi_folder_that_merge_and_pretrain_take(chat_json, tmp_path
     train_here(train_flags(tmp_path / "out", captions, *parts, "--max-steps", "2", stage="pretrain"))
     with pytest.raises(ValueError, match="18 samples with an image"):
         train_here(train_flags(tmp_path / "no", chat_json, stage="sft"))
+    with pytest.raises(ValueError, match=f"python data.py check --data {chat_json} --images .$"):      # can be typed
+        train_here(train_flags(tmp_path / "no", chat_json, "--max-length", "8", stage="sft"))
 
 
 def test_mipha_trains_from_phi_and_siglip_and_is_exported(chat_json, tmp_path):

@@ -346,7 +346,7 @@ class Training:
         bench = self.bench
         batches = [collate([samples[i] for i in micro], bench.config.vision.image_size) for micro in ranks[bench.rank]]
         if bench.device.type == "cuda":                     # as the loader hands them over
-            batches = [type(batch)(*(x.pin_memory() for x in batch)) for batch in batches]
+            batches = [type(batch)(*(x.pin_memory() for x in batch[:6])) for batch in batches]
         lengths = np.array([len(sample.ids) for sample in samples], dtype=float)
         supervised = sum(len(sample.labels) - sample.labels.count(IGNORE) for sample in samples)
         images = sum(sample.image is not None for sample in samples)
