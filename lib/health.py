@@ -164,8 +164,8 @@ def doubts(held: HeldOut, step: int, steps: int) -> list[str]:
                          f"{with_patches:.2f}, by more than its small weights can: look at the patches and where "
                          "they go")
     if others and step * 10 >= steps and others[0] - loss <= held.error:
-        found.append(f"blank pictures do as well as the right ones ({others[0] - loss:.3f} nats a token, standard error "
-                     f"{held.error:.3f}): the model does not look at them. Are they the right pictures, and is the "
+        found.append(f"blank pictures do as well as the right ones ({others[0] - loss:.3f} nats a token, standard "
+                     f"error {held.error:.3f}): the model does not look at them. Are they the right pictures, and is the "
                      "projector among what is trained?")
     return found
 
@@ -218,7 +218,7 @@ class Corrupted(Exception):
 
 
 class Recheck:
-    """--recheck-every N: in every N-th step the first micro-batch is computed twice, with the same gradients both times.
+    """--recheck-every N: in every N-th step the first micro-batch is computed twice, and the gradients must be equal.
 
     They are compared bit for bit, by a checksum in which no flipped bit cancels out, and before the processes add them
     up: afterwards a wrong bit is everywhere, and nobody knows where it came from. The hooks sit on FSDP's unsharded
@@ -271,8 +271,8 @@ class Recheck:
         for names, where in found:
             for name in names:
                 if name not in self.unsteady:
-                    raise Corrupted(f"{where}: the gradient of {name} was not the same when it was computed again, so the "
-                                    "hardware cannot be trusted. Nothing was saved since; take that device out and run "
+                    raise Corrupted(f"{where}: the gradient of {name} was not the same when it was computed again, so "
+                                    "the hardware cannot be trusted. Nothing was saved since; take that device out and run "
                                     "the same command, which goes on from the newest checkpoint")
 
 

@@ -112,7 +112,8 @@ class Metrics:
 
     def add_validation(self, step: int, record: dict) -> bool:
         """Write a validation's record -> whether its loss is the lowest so far."""
-        lowest = math.isfinite(record["val_loss"]) and not any(loss <= record["val_loss"] for _, loss in self.val_losses)
+        new = record["val_loss"]
+        lowest = math.isfinite(new) and not any(loss <= new for _, loss in self.val_losses)
         self.val_losses.append((step, record["val_loss"]))
         self.add({"step": step, **record})
         return lowest

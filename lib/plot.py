@@ -137,7 +137,8 @@ def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_ma
         svg += f'<path class="grid" d="M{LEFT} {y_of(mark):.1f}H{RIGHT}"/>'
         svg += text(LEFT - 6, y_of(mark) + 4, number(mark, marks[1] - low), "end")
     edge = [(x, max(end, low)) for x, end, _ in around] + [(x, max(end, low)) for x, _, end in reversed(around)]
-    svg += f'<polygon class="band" points="{" ".join(f"{x:.1f},{y_of(value):.1f}" for x, value in edge)}"/>' if edge else ""
+    if edge:
+        svg += f'<polygon class="band" points="{" ".join(f"{x:.1f},{y_of(value):.1f}" for x, value in edge)}"/>'
     for i, (field, curve) in enumerate(curves.items()):
         if field in NOISY:
             svg += polyline([(x, y_of(value)) for x, value in curve], i, 1, opacity=0.35)

@@ -40,7 +40,7 @@ class PrepackedLinear(nn.Linear):
         self.bias = base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:             # oneDNN's operator has no gradient; the plain weight exists for one product only
+        if x.requires_grad:             # oneDNN's operator has no gradient; the plain weight lives for one product
             return checkpoint(lambda x: F.linear(x, self.weight.to_dense(), self.bias), x, use_reentrant=False)
         n = len(x)
         if x.dim() == 2 and 0 < n < MIN_ROWS:

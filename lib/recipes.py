@@ -146,8 +146,8 @@ def add_flags(parser: Parser) -> None:
     add("--vision", help="CLIP or SigLIP folder (pretrain)")
     add("--projector", default="", metavar="FILE", help="trained projector for --llm and --vision, as LLaVA's stage 1 "
         "writes it (mm_projector.bin); default: a new one")
-    add("--data", nargs="+", type=lambda name: weighted(name) and name, metavar="FILE[:EPOCHS]", help="records: json or "
-        "jsonl, LLaVA's, ShareGPT's or OpenAI's messages; FILE:0.1 gives another tenth of a file to each epoch of the "
+    add("--data", nargs="+", type=lambda name: weighted(name) and name, metavar="FILE[:EPOCHS]", help="records: json "
+        "or jsonl, LLaVA's, ShareGPT's or OpenAI's messages; FILE:0.1 gives another tenth of a file to each epoch of the "
         "run, FILE:2 all of it twice")
     add("--images", nargs="+", help="folder that image paths in the data are relative to, or .zip or .tar archives")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
@@ -217,8 +217,8 @@ def add_flags(parser: Parser) -> None:
         "far, to out/best")
     add("--patience", type=at_least(0), default=0, help="validations without a lower loss after which the run ends; 0: "
         "never")
-    add("--recheck-every", type=at_least(0), default=0, help="steps between checks for a device that computes nonsense: "
-        "a micro-batch is computed twice, and another gradient ends the run, with exit code 3; 0: never")
+    add("--recheck-every", type=at_least(0), default=0, help="steps between checks for a device that computes "
+        "nonsense: a micro-batch is computed twice, and another gradient ends the run, with exit code 3; 0: never")
     add("--save-minutes", type=at_least(0.0), default=30.0, help="minutes between checkpoints; 0: by --save-every only")
     add("--save-every", type=at_least(0), default=0, help="steps between checkpoints; 0: by --save-minutes only")
     add("--keep", type=at_least(1), default=2, help="number of checkpoints to keep")

@@ -93,7 +93,8 @@ def test_the_decoder(kind, tmp_path):
     decoder, _ = files_of(TINY_MODEL, tmp_path / "gguf", kind)
     llm = load_model(TINY_MODEL).llm
     expected = {"token_embd.weight": llm.wte.weight, "output.bias": llm.lm_head.bias,
-                "output.weight": llm.lm_head.weight, "output_norm.weight": llm.ln_f.weight, "blk.1.attn_qkv.weight": llm.h[1].attn.qkv.weight,
+                "output.weight": llm.lm_head.weight, "output_norm.weight": llm.ln_f.weight,
+                "blk.1.attn_qkv.weight": llm.h[1].attn.qkv.weight,
                 "blk.1.attn_output.weight": llm.h[1].attn.proj.weight, "blk.0.attn_norm.bias": llm.h[0].ln.bias,
                 "blk.0.ffn_up.weight": llm.h[0].mlp.fc.weight, "blk.1.ffn_down.weight": llm.h[1].mlp.proj.weight}
     assert len(decoder.tensors) == sum(1 for _ in llm.parameters())

@@ -117,7 +117,8 @@ def test_patches_that_overwrite_the_caption_are_noticed_before_stage_one(shapes,
 
 
 def test_stage_two_with_an_untrained_projector_is_warned_of(shapes, tmp_path, capsys):
-    chats = ["--stage", "finetune", "--model", "", "--data", f"{shapes}/finetune.json", "--val-data", "", "--max-steps", "1"]
+    chats = ["--stage", "finetune", "--model", "", "--data", f"{shapes}/finetune.json", "--val-data", "",
+             "--max-steps", "1"]
     train_here(demo_flags(shapes, tmp_path / "out", *chats))
     assert "stage 1 (--stage pretrain) comes first" in warnings_of(capsys.readouterr().out)[0]
 
@@ -320,7 +321,8 @@ def test_a_tracker_gets_the_rows_of_the_metrics(name, chat_json, tmp_path, monke
 
 def test_tensorboard_gets_them_too(chat_json, tmp_path, monkeypatch):
     seen = []
-    writer = SimpleNamespace(add_scalar=lambda *row: seen.append(row), flush=lambda: None, close=lambda: seen.append("end"))
+    writer = SimpleNamespace(add_scalar=lambda *row: seen.append(row), flush=lambda: None,
+                             close=lambda: seen.append("end"))
     fake = SimpleNamespace(SummaryWriter=lambda folder: seen.append(folder) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     train_here(train_flags(tmp_path / "out", chat_json, "--track", "tensorboard", "--max-steps", "1"))
@@ -328,8 +330,10 @@ def test_tensorboard_gets_them_too(chat_json, tmp_path, monkeypatch):
     assert ("loss", metrics(tmp_path / "out")[0]["loss"], 0) in seen
 
 
-@pytest.mark.parametrize("tracker, words", [(None, "ModuleNotFoundError"), (Recorder(1), "ConnectionError: no network")])
-def test_a_tracker_that_fails_or_is_missing_does_not_end_the_run(tracker, words, chat_json, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("tracker, words", [
+    (None, "ModuleNotFoundError"), (Recorder(1), "ConnectionError: no network")])
+def test_a_tracker_that_fails_or_is_missing_does_not_end_the_run(tracker, words, chat_json, tmp_path, monkeypatch,
+                                                                 capfd):
     monkeypatch.setattr("lib.common.WARNED", set())
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     train_here(train_flags(tmp_path / "out", chat_json, "--track", "wandb", "--max-steps", "3"))

@@ -330,7 +330,8 @@ def test_mipha_trains_from_phi_and_siglip_and_is_exported(chat_json, tmp_path):
                 str(tmp_path / "two"), *where], stop_after=1)
     settings = json.loads((tmp_path / "two" / "config.json").read_text())["training"]
     assert [settings[k] for k in ("epochs", "beta2", "eps", "image_mode")] == [2, 0.999, 1e-8, "pad"]
-    load_weights_command(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early"), "--head-bias", "keep"])
+    load_weights_command(["export", "--model", str(tmp_path / "two" / "step_000001"), "--out", str(tmp_path / "early"),
+                          "--head-bias", "keep"])
     train_here(["--stage", "finetune", "--model", str(tmp_path / "one"), "--data", str(chat_json), "--out",
                 str(tmp_path / "two"), *where])
     first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
