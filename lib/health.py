@@ -165,8 +165,8 @@ def doubts(held: HeldOut, step: int, steps: int) -> list[str]:
                          "they go")
     if others and step * 10 >= steps and others[0] - loss <= held.error:
         found.append(f"blank pictures do as well as the right ones ({others[0] - loss:.3f} nats a token, standard "
-                     f"error {held.error:.3f}): the model does not look at them. Are they the right pictures, and is the "
-                     "projector among what is trained?")
+                     f"error {held.error:.3f}): the model does not look at them. Are they the right pictures, and is "
+                     "the projector among what is trained?")
     return found
 
 
@@ -272,8 +272,8 @@ class Recheck:
             for name in names:
                 if name not in self.unsteady:
                     raise Corrupted(f"{where}: the gradient of {name} was not the same when it was computed again, so "
-                                    "the hardware cannot be trusted. Nothing was saved since; take that device out and run "
-                                    "the same command, which goes on from the newest checkpoint")
+                                    "the hardware cannot be trusted. Nothing was saved since; take that device out and "
+                                    "run the same command, which goes on from the newest checkpoint")
 
 
 def checksum_of_bits(x: Tensor, chunk: int = 1 << 22) -> Tensor:
