@@ -532,8 +532,8 @@ def test_every_benchmark_can_be_asked_again_about_blank_pictures(name, tmp_path,
         assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == sorted(
             path.name for path in (tmp_path / "once").iterdir())
         if not case.submission.endswith("xlsx"):                    # which carries the time
-            once, twice = (tmp_path / folder / case.submission for folder in ("once", "twice"))
-            assert twice.read_text() == once.read_text()
+            files = [tmp_path / folder / case.submission for folder in ("once", "twice")]
+            assert files[0].read_text() == files[1].read_text()
     if case.value is not None:
         assert result["value"] == once["value"] == pytest.approx(result["numbers"]["blank image"])
         row = capsys.readouterr().out.rpartition("blank image")[2].partition("\n")[0]
