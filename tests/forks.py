@@ -33,6 +33,8 @@ class Fork:
     def __init__(self, *args: object, **env: object):
         self.args = list(map(str, args))
         self.output = tempfile.TemporaryDirectory()
+        for name in ("stdout", "stderr"):       # which a process that is killed at once would not make
+            Path(self.output.name, name).touch()
         variables = dict(os.environ) | {name: str(value) for name, value in env.items()}
         self.process = SERVER.Process(target=run_as_main, args=(self.args, variables, self.output.name))
         self.process.start()

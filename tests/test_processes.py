@@ -502,6 +502,14 @@ def test_a_bad_sample_can_be_skipped_and_is_listed(chat_json, tmp_path, capsys):
     assert capsys.readouterr().out.count("\nbad samples skipped: 1; ") == 2
 
 
+def last_save(out: Path) -> int:
+    """When the save that is being written was begun, in ns; 0 if there is none."""
+    try:
+        return max((part.stat().st_mtime_ns for part in out.glob(".writing_*")), default=0)
+    except FileNotFoundError:                               # it has just been renamed
+        return 0
+
+
 def kill_and_resume(kills: int, processes: int, chat_json: Path, tmp_path: Path, seed: int) -> None:
     """Kill a run `kills` times, every second time inside a save; in the end it is as if nothing had been.
 
@@ -516,7 +524,7 @@ def kill_and_resume(kills: int, processes: int, chat_json: Path, tmp_path: Path,
         began, path = time.time_ns(), out / "metrics.jsonl"
         wait = rng.randrange(1, 8)                          # steps
         last = b""
-        while wait if i % 2 else not any(out.glob(".writing_*")):
+        while wait if i % 2 else last_save(out) < began:    # what the kill before left is still there for a while
             assert process.poll() is None and time.time_ns() < began + 120e9, process.communicate()[1][-9000:]
             if path.exists() and path.stat().st_mtime_ns > began and path.read_bytes() != last:
                 last, wait = path.read_bytes(), wait - 1
