@@ -27,7 +27,7 @@ model = AutoModelForImageTextToText.from_pretrained(".", dtype="bfloat16")    # 
 processor = AutoProcessor.from_pretrained(".")      # with the chat template
 ```
 
-    vllm serve . --model-impl transformers --max-model-len 2048 --limit-mm-per-prompt '{{"image": 1}}' \\
+    vllm serve . --model-impl transformers --max-model-len {positions} --limit-mm-per-prompt '{{"image": 1}}' \\
         --override-generation-config '{{"temperature": 0}}'
     python sample.py --model . --image x.jpg        # in the project that trained it
 
@@ -45,9 +45,10 @@ with `load_weights.py export`, which folds the bias into the head's weight."""
 def hub_card(config: LLaVAConfig, settings: dict | None, scores: list[dict], folded: bool) -> str:
     """settings: those of the run that trained the model, if it is known. scores: contents of eval.py's result.json."""
     siglip = not config.vision.class_token
-    return CARD.format(header=header(config, settings), name="Mipha" if siglip else "LLaVA-Phi",
-                       tower="SigLIP" if siglip else "CLIP", training=training_section(settings),
-                       scores=scores_section(scores), bias=FOLDED if folded else NOT_FOLDED)
+    return CARD.format(
+        header=header(config, settings), name="Mipha" if siglip else "LLaVA-Phi", tower="SigLIP" if siglip else "CLIP",
+        training=training_section(settings), scores=scores_section(scores), positions=config.llm.block_size,
+        bias=FOLDED if folded else NOT_FOLDED)
 
 
 def header(config: LLaVAConfig, settings: dict | None) -> str:
@@ -80,7 +81,10 @@ def data_names(settings: dict) -> list[str]:
 def training_section(settings: dict | None) -> str:
     if settings is None:
         return ""
-    rows = [f"| {name} | {settings[name]} |" for name in SHOWN if name in settings]
+    # These values leave a setting alone: no limit, no adapters, the dropout of the language model's own config.json.
+    unused = {"max_steps": 0, "lora_r": 0, "dropout": -1}
+    shown = [name for name in SHOWN if name in settings and settings[name] != unused.get(name)]
+    rows = [f"| {name} | {settings[name]} |" for name in shown]
     data = f"| data | {', '.join(data_names(settings)) or 'unknown'} |"
     return "\n".join(["\n## How it was trained\n", "| | |", "|---|---|", data, *rows, ""])
 

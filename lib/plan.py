@@ -221,7 +221,7 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
         lengths += ", since the model's folder is not here"
     print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {tokens:.0f} tokens: "
           f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths {lengths}"
-          + ("" if peak else "; --gpu or --tflops gives hours"))
+          + ("" if peak else "; --tflops gives hours" if cfg.gpu else "; --gpu or --tflops gives hours"))
 
 
 def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], LLaVAPhi], shards: int,

@@ -74,11 +74,17 @@ BAND = 5, 95                                    # percentiles
 
 
 def band(reference: Curve) -> list[tuple[int, float, float]]:
-    """(step, low, high): between which a run's losses have lain over the last twentieth of its length."""
+    """(step, low, high): between which a run's losses have lain over the last twentieth of its length.
+
+    Its own running mean is always inside, also in a short run, whose mean is that of a step or two.
+    """
     values = [value for _, value in reference]
     window = max(5, len(values) // 20)
-    return [(step, *map(float, np.percentile(values[max(0, i - window):i], BAND)))
-            for i, (step, _) in enumerate(reference, 1)]
+    edges = []
+    for i, (step, mean) in enumerate(running_mean(reference), 1):
+        low, high = map(float, np.percentile(values[max(0, i - window):i], BAND))
+        edges.append((step, min(low, mean), max(high, mean)))
+    return edges
 
 
 def verdict(curve: Curve, reference: Curve) -> str:
