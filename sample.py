@@ -92,7 +92,7 @@ from lib.chat import (Clock, answer, check_choices, describe_logprobs, encode_ch
 from lib.device import choose_device, choose_dtype, free_memory, torch_dtype, use_device
 from lib.folders import open_weights, projector_warning
 from lib.generate import Session
-from lib.look import look_back, look_page
+from lib.look import check_look, look_back, look_page
 from lib.pictures import open_rgb
 from load_weights import load_model
 
@@ -354,6 +354,8 @@ def main(args: Namespace) -> None:
     if warning:
         print_note(f"warning: {warning}")
     model = load_model(source, torch_dtype(dtype), device, bits=args.bits)
+    if args.look:
+        check_look(model, images[0], args.look_layer)
     session = Session(model, args.cuda_graph)
     sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
                 "top_p": args.top_p}

@@ -3,9 +3,7 @@
 attention: of one layer, averaged over its heads; what is read, not what changes the answer. gradient: how strongly the
 choice of the token reacts to each patch, by gradient times input.
 """
-import base64
 import html
-import io
 import math
 
 import torch
@@ -17,6 +15,7 @@ from data import IMAGE_ID, eot_id
 from lib.chat import Picture, answer, encode_chat, open_image, token_text
 from lib.common import html_page, visible
 from lib.generate import Session
+from lib.pictures import png_address
 from lib.quant import Int4Linear, Int8Linear
 from model import LLaVAConfig, LLaVAPhi, Packed
 
@@ -49,19 +48,24 @@ def look(model: LLaVAPhi, tok: Tokenizer, question: str, image: Tensor | Picture
     """
     session = Session(model)
     images = open_image(image, model.config)
+    check_look(model, images, layer)            # rather than after the answer
     for _ in answer(session, tok, [[question]], [images], logprobs=0, **options):
         pass
     return look_back(session, tok, question, images, layer)
 
 
-def look_back(session: Session, tok: Tokenizer, question: str, images: Tensor, layer: int) -> list[dict]:
-    """`look` at the answer that the session has just given, with logprobs."""
-    model = session.model
+def check_look(model: LLaVAPhi, images: Tensor, layer: int) -> None:
+    """ValueError where there are no maps to make."""
     n_layer = model.config.llm.n_layer
     quantized = any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules())
     if quantized or len(images) != 1 or not 0 <= layer < n_layer:
         raise ValueError(f"looking needs one picture, a layer from 0 to {n_layer - 1} and weights in 16 or 32 bits, "
                          f"found {len(images)} pictures, layer {layer}{', and fewer bits' * quantized}")
+
+
+def look_back(session: Session, tok: Tokenizer, question: str, images: Tensor, layer: int) -> list[dict]:
+    """`look` at the answer that the session has just given, with logprobs. See check_look for what it can look at."""
+    model = session.model
     scored = [each for each in session.scored[0] if each.token != eot_id(tok)]
     prompt = encode_chat(model.config, tok, [question], images)
     maps = shares(model, prompt, images, [each.token for each in scored], layer) if scored else []
@@ -98,12 +102,6 @@ def seen_box(w: int, h: int, size: int, mode: str) -> tuple[float, float, float,
     return int((W - square) / 2) / W, int((H - square) / 2) / H, square / W, square / H
 
 
-def data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def look_page(picture: Image.Image, question: str, looks: list[dict], config: LLaVAConfig, layer: int) -> str:
     """A self-contained page. picture: as the user gave it, upright and RGB."""
     box = seen_box(*picture.size, config.vision.image_size, config.image_mode)
@@ -115,7 +113,7 @@ def look_page(picture: Image.Image, question: str, looks: list[dict], config: LL
             most = max(map(max, each[kind])) or 1.0
             heat = Image.new("RGBA", (len(each[kind][0]), len(each[kind])))        # a pixel for each patch
             heat.putdata([(*HEAT, round(216 * share / most)) for row in each[kind] for share in row])
-            figures += (f'<div><div class="picture"><img style="{place}" src="{data_url(heat)}" alt="{kind}"></div>'
+            figures += (f'<div><div class="picture"><img style="{place}" src="{png_address(heat)}" alt="{kind}"></div>'
                         f"{kind}, {sum(map(sum, each[kind])):.0%} on the picture</div>\n")
         figures += "</figure>\n"
     small = picture.copy()
@@ -125,4 +123,4 @@ def look_page(picture: Image.Image, question: str, looks: list[dict], config: LL
 <div class="picture"></div><p>For each token its probability and the shares of the patches, in the attention of layer
 {layer} and by gradient times input. The strongest patch of each map has the full color.</p>
 <div class="maps">{figures}</div>""", LOOK_STYLE + f"""
-.picture {{ aspect-ratio: {picture.width} / {picture.height}; background-image: url({data_url(small)}) }}""")
+.picture {{ aspect-ratio: {picture.width} / {picture.height}; background-image: url({png_address(small)}) }}""")

@@ -1,4 +1,6 @@
 """Opening picture files of unknown origin: check the size first, then decode, turn upright, convert to RGB."""
+import base64
+import io
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -89,3 +91,10 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         white = next((white for white in whites if largest <= white), largest)
     return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
+
+
+def png_address(image: Image.Image) -> str:
+    """A data: address of a picture, for pages that need no other file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

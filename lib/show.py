@@ -2,10 +2,8 @@
 
 The page shows what the functions that training calls return: Dataset.prepare, load_image, collate.
 """
-import base64
 import dataclasses
 import html
-import io
 from argparse import Namespace
 
 import numpy as np
@@ -16,6 +14,7 @@ from tokenizers import Tokenizer
 from data import IGNORE, IMAGE_ID, SYSTEM, Dataset, Sample, collate, eot_id, load_image, load_tokenizer
 from lib.check_data import sizes_to_check
 from lib.common import html_page, visible, write_whole
+from lib.pictures import png_address
 from lib.recipes import RECIPES
 from lib.records import NOTES, id_of, lines_of, notes_on
 
@@ -91,8 +90,9 @@ def sample_html(dataset: Dataset, span: tuple[int, int]) -> str:
     for i, token in enumerate(all_ids):
         kind = "image" if token == IMAGE_ID else "learned" if i in learned else "template" if i in words else ""
         kinds.append("cut" if i >= len(ids) else kind)
-    pictures = "".join(f'<img src="{data_uri(pixels)}" alt="{html.escape(visible(name[:80]))}">'
-                       for name, pixels in zip(names, batch.images))
+    seen = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in batch.images]
+    pictures = "".join(f'<img src="{png_address(image)}" alt="{html.escape(visible(name[:80]))}">'
+                       for name, image in zip(names, seen))
     n_image = len(batch.image_positions)
     about = (f"{len(ids):,} positions: {n_image:,} of images, {len(ids) - n_image - len(learned):,} read, "
              f"{len(learned):,} learned; {cut:,} cut off")
@@ -145,9 +145,3 @@ def tokens_html(ids: list[int], kinds: list[str], tok: Tokenizer, n_patches: int
         spans.append(f'<span class="{kinds[start]}" title="token {token}">{text}</span>')
         start = end
     return "".join(spans)
-
-
-def data_uri(pixels: torch.Tensor) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
