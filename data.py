@@ -21,8 +21,6 @@ from lib.recipes import IMAGE_MODES, parse_data
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse_data)    # --help and mistakes are answered before the imports below take seconds
 
-import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -453,9 +451,7 @@ class Dataset:
             return self.make_index()
         key = ["2", self.checksum, self.tok.to_str(), self.template, self.image_config.n_patches, self.block_size,
                self.on_bad_sample]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        path = self.cache_dir / f"index_{name}.npz"
-        return Index(**cached_arrays(path, Index._fields, lambda: self.make_index()._asdict()))
+        return Index(**cached_arrays(self.cache_dir, "index", key, Index._fields, lambda: self.make_index()._asdict()))
 
     def make_index(self) -> Index:
         ranges = self.find_ranges()

@@ -6,7 +6,6 @@ and shared by all data workers. From then on an archive is as fast as a folder.
 import base64
 import hashlib
 import io
-import json
 import re
 import struct
 import zlib
@@ -211,9 +210,8 @@ def load_index(path: Path, cache_dir: Path | None) -> dict[str, np.ndarray]:
     if cache_dir is None:
         return index_archive(path)
     status = path.stat()
-    key = json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns]).encode()
-    path_of_index = cache_dir / f"pictures_{hashlib.sha256(key).hexdigest()[:16]}.npz"
-    return cached_arrays(path_of_index, ("hash", "offset", "size", "packed"), lambda: index_archive(path))
+    key = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    return cached_arrays(cache_dir, "pictures", key, ("hash", "offset", "size", "packed"), lambda: index_archive(path))
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures by name

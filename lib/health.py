@@ -201,7 +201,7 @@ def projector_problem(cfg: Namespace, source: Weights) -> str:
 def rise(losses: Sequence[float], warmup: int) -> str:
     """A sentence if each of the last five steps has a loss far above that of the first ones; else ""."""
     first = max(1, min(warmup, 5))
-    start, last = max(losses[:first]), losses[first:][-5:]
+    start, last = max(losses[:first]), losses[max(first, len(losses) - 5):]
     if len(last) < 5 or min(last) < max(1.5 * start, start + 0.5):
         return ""
     return (f"the loss began at {start:.2f} and has been above {min(last):.2f} for five steps: the rate is too high; "

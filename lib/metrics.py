@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data import Dataset, Step
-from lib.common import append_line, read_jsonl, warn_once, write_whole
+from lib.common import append_line, warn_once, write_whole
 from lib.device import peak_flops, peak_memory
 from lib.flops import step_flops
 from lib.health import rise
@@ -33,9 +33,8 @@ class Metrics:
         self.device = device
         self.steps = 0                          # taken by this process since start_clock
         self.tracker: Tracker | None = None
-        on_process_0(lambda: forget_later_steps(self.path, done, again))
+        rows = on_process_0(lambda: forget_later_steps(self.path, done, again))
         on_process_0(lambda: forget_later_steps(self.skipped_path, done))
-        rows = on_process_0(lambda: read_jsonl(self.path) if self.path.exists() else [])
         self.losses = [row["loss"] for row in rows if "loss" in row and not row.get("skipped")]
         self.has_risen = False                  # which is said once
         self.val_losses = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
@@ -134,14 +133,14 @@ class Metrics:
         return problem
 
 
-def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
-    """Drop the lines that a killed run wrote after the checkpoint that this one resumes from, at step `done`.
+def forget_later_steps(path: Path, done: int, again: bool = False) -> list[dict]:
+    """Drop the lines that a killed run wrote after the checkpoint that this one resumes from, at step `done` -> others.
 
     A validation loss measured after k steps carries step k, and the next training step, from 0, carries k as well.
     Lines that a power failure or a full disk broke are dropped, too: a log must not keep a run from going on.
     """
     if not path.exists():
-        return
+        return []
     kept = []
     *lines, _ = path.read_bytes().split(b"\n")             # a kill may have torn what follows the last line
     for line in lines:
@@ -149,10 +148,11 @@ def forget_later_steps(path: Path, done: int, again: bool = False) -> None:
             record = json.loads(line)
             limit = done + 1 if "val_loss" in record and not again else done
             if done and record["step"] < limit:
-                kept.append(json.dumps(record) + "\n")
+                kept.append(record)
         except (ValueError, TypeError, KeyError):
             warn_once(f"{path} has broken lines, which are dropped")
-    write_whole(path, "".join(kept))
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 class Tracker(NamedTuple):

@@ -3,6 +3,7 @@
 LLaVA's stage 2 is a single list of one gigabyte, and every process of a run needs it. So only the byte ranges of its
 records are kept in memory, and a record is read when it is needed.
 """
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -130,8 +131,10 @@ def id_of(record: bytes) -> str:
 # What has been measured of all records
 
 
-def cached_arrays(path: Path, names: Sequence[str], make: Callable[[], dict]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, which is made if it is not there or cannot be read."""
+def cached_arrays(folder: Path, kind: str, key: list, names: Sequence[str],
+                  make: Callable[[], dict]) -> dict[str, np.ndarray]:
+    """The arrays that a folder holds for this key; made, and kept there, if there are none or they cannot be read."""
+    path = folder / f"{kind}_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npz"
     if path.exists():
         try:
             with np.load(path) as arrays:
