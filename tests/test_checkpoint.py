@@ -98,7 +98,8 @@ def test_going_back_to_an_older_checkpoint_drops_the_later_ones_when_it_saves(ch
 
 
 @pytest.mark.parametrize("moment", ["while the old one is deleted", "before the new one is renamed"])
-def test_a_kill_while_a_step_is_saved_again_loses_neither_the_old_nor_the_new(moment, chat_json, tmp_path, monkeypatch):
+def test_a_kill_while_a_step_is_saved_again_loses_neither_the_old_nor_the_new(moment, chat_json, tmp_path, monkeypatch,
+                                                                              capsys):
     """After going back with --resume, the step is there already: it was deleted, and only then the new one renamed."""
     more, out = ["--epochs", "2", "--save-every", "2", "--keep", "3"], tmp_path / "out"
     train_here(train_flags(out, chat_json, *more), stop_after=4)
@@ -117,6 +118,7 @@ def test_a_kill_while_a_step_is_saved_again_loses_neither_the_old_nor_the_new(mo
         with pytest.raises(KeyboardInterrupt):
             train_here(train_flags(out, chat_json, *more, "--resume", str(out / "step_000002")))
     train_here(train_flags(out, chat_json, *more), stop_after=5)
+    assert f"going on from {out / 'step_000004'}" in capsys.readouterr().out       # rather than again from step 2
     assert [m["step"] for m in metrics(out)] == list(range(5))
     assert sorted(p.name for p in out.glob("*step_*")) == ["step_000002", "step_000004", "step_000005"]
 
