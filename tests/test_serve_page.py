@@ -323,11 +323,7 @@ def test_the_page_has_the_models_name(page):
 def test_text_is_never_markup(page, server, tmp_path, monkeypatch):
     """Neither a question, nor an answer, nor a file's name, nor the server's words."""
     markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-    from serve import api
-    monkeypatch.setattr(api.Reply, "chunk", lambda self, delta, finish=None: {
-        "object": "chat.completion.chunk",
-        "choices": [{"index": 0, "delta": delta | ({"content": markup} if delta.get("content") else {}),
-                     "finish_reason": finish}]})
+    monkeypatch.setattr("serve.server.until_stop", lambda pieces, stops: ((markup, 0, False) for _ in pieces))
     path = tmp_path / "<b>bold<img src=x>.jpg"
     path.write_bytes(PHOTO.read_bytes())
     page.drop(path)
