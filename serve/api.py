@@ -207,8 +207,8 @@ def read_part(part: Any) -> tuple[str | bytes, str | None]:
 
 
 def until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[tuple[str, int, bool]]:
-    """An answer up to the first stop string: text that is final, how many tokens begin in the answer so far, and whether
-    a stop string has come. The last characters, in which one may have begun, are held back.
+    """An answer up to the first stop string: text that is final, how many tokens begin in the answer so far, and
+    whether a stop string has come. The last characters, in which one may have begun, are held back.
 
     pieces: one for each token, and what is left at the end.
     """

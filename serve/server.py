@@ -232,7 +232,8 @@ class Handler(BaseHTTPRequestHandler):
         """Why this request is refused before its body is read, None if it is not."""
         is_question = self.command == "POST" and path == "/v1/chat/completions"
         is_page = self.command != "POST" and path in self.server.pages
-        lengths = [", ".join(self.headers.get_all(name, [])).strip() for name in ("Content-Length", "Transfer-Encoding")]
+        lengths = [", ".join(self.headers.get_all(name, [])).strip()
+                   for name in ("Content-Length", "Transfer-Encoding")]
         if threading.active_count() > MAX_CONNECTIONS + 1:          # this one included
             return RequestError(503, "too many connections: try again later")
         if problem := self.find_stranger(path):
@@ -263,7 +264,8 @@ class Handler(BaseHTTPRequestHandler):
             if not re.fullmatch(rf"(?i)(localhost|{own_name}|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?", host):
                 return RequestError(403, f"Host {visible(host[:60])}: use the address that the server has printed; "
                                          "another name or a proxy needs a server that was started with --api-key")
-            if not re.fullmatch(f"(?i)https?://{re.escape(host)}", self.headers.get("Origin", f"http://{host}").strip()):
+            origin = self.headers.get("Origin", f"http://{host}").strip()
+            if not re.fullmatch(f"(?i)https?://{re.escape(host)}", origin):
                 return RequestError(403, "this request comes from another web site, or through a proxy, which needs a "
                                          "server that was started with --api-key")
         elif path.startswith("/v1/"):           # the page itself asks its user for the key

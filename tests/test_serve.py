@@ -277,7 +277,8 @@ def test_half_a_stop_string_at_the_end_is_text(server):
 
 def test_the_first_of_several_stop_strings_counts():
     """The third token, which holds the stop string, is not of the text."""
-    assert list(until_stop(["", "a", "bcd", "e"], ["cd", "bcd", "x"])) == [("", 0, False), ("", 0, False), ("a", 2, True)]
+    pieces = list(until_stop(["", "a", "bcd", "e"], ["cd", "bcd", "x"]))
+    assert pieces == [("", 0, False), ("", 0, False), ("a", 2, True)]
     assert list(until_stop(["ab", "cd"], ["x"])) == [("ab", 1, False), ("cd", 2, False), ("", 2, False)]
     assert list(until_stop([""], [])) == [("", 0, False), ("", 1, False)]
 
