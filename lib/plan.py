@@ -108,9 +108,8 @@ def fits(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute:
 
 def choose_recompute(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float) -> str:
     """The fastest --recompute with which a micro-batch fits into `memory` bytes, or "full" if none does."""
-    for mode in ("none", "selective"):
-        refused = mode == "selective" and cfg.compile
-        if not refused and fits(cfg, model, shards, memory, mode, "off"):
+    for mode in ("none",) if cfg.compile else ("none", "selective"):        # --compile refuses selective
+        if fits(cfg, model, shards, memory, mode, "off"):
             return mode
     return "full"
 
@@ -121,11 +120,6 @@ def choose_gather(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, r
     Recomputation costs more than communication, which FSDP overlaps with compute within a node.
     """
     return "on" if fits(cfg, model, shards, memory, recompute, "on") else "off"
-
-
-def shards_of(gpus: int, per_node: int) -> int:
-    """The number of GPUs that a weight is sharded over: a node's, or all of them if each node has only one."""
-    return gpus if per_node == 1 else min(gpus, per_node)
 
 
 def most_tokens(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute: str, gather: str) -> int:
@@ -191,14 +185,15 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     """
     model = build(cfg)
     parts = trained_parts(model)
-    shards = shards_of(cfg.gpus, cfg.gpus_per_node)
+    # A weight is sharded over a node's GPUs, or over all of them if each node has only one.
+    shards = cfg.gpus if cfg.gpus_per_node == 1 else min(cfg.gpus, cfg.gpus_per_node)
     card_memory, peak = planned_card(cfg.gpu, cfg.gpu_memory, cfg.tflops, cfg.dtype)
     memory = USABLE * card_memory
     samples = PUBLISHED[cfg.stage][0] if index is None else len(index.length)
     steps = run_length(samples, cfg.global_batch, cfg.epochs, cfg.max_steps)
     seen = min(cfg.epochs * samples, steps * cfg.global_batch)      # an epoch's last step may be smaller
-    tokens, squares, images, supervised = mean_sample(cfg.stage, config, index)
-    flops = step_flops(config, parts, tokens, squares, images, supervised)
+    mean = tokens, squares, images, _ = mean_sample(cfg.stage, config, index)
+    flops = step_flops(config, parts, *mean)
 
     columns = []
     for mode, gather in product(RECOMPUTE_MODES, ("on", "off")):
@@ -221,7 +216,7 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
         lengths += ", since the model's folder is not here"
     print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {tokens:.0f} tokens: "
           f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths {lengths}"
-          + ("" if peak else "; --tflops gives hours" if cfg.gpu else "; --gpu or --tflops gives hours"))
+          + ("" if peak else "; --tflops gives hours, and so does --gpu in bf16"))
 
 
 def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], LLaVAPhi], shards: int,

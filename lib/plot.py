@@ -59,10 +59,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Skipped steps are left out, and so is every value that is not finite.
     """
     curves = {field: [] for _, _, fields in PANELS for field in fields}
-    path = run / "metrics.jsonl" if run.suffix != ".jsonl" else run
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; --plot takes the --out folders of runs")
-    for row in read_jsonl(path, torn=True):
+    for row in read_jsonl(run if run.suffix == ".jsonl" else run / "metrics.jsonl", torn=True):
         done = row["step"] + ("loss" in row)    # training steps are counted from 0, validations carry the steps done
         for field in curves.keys() & row.keys():
             if math.isfinite(row[field]) and not row.get("skipped"):
@@ -89,19 +86,19 @@ def band(reference: Curve) -> list[tuple[int, float, float]]:
 
 def verdict(curve: Curve, reference: Curve) -> str:
     """Where the running mean of a run's loss lies in the end, and since when, against the band of another run."""
-    lows_and_highs = {step: (low, high) for step, low, high in band(reference)}
-    sides = []                                  # of each step that both runs have: -1 below, 0 inside, 1 above
+    edges = {step: (low, high) for step, low, high in band(reference)}
+    side, since, last = "", 0, 0
     for step, value in running_mean(curve):
-        if step in lows_and_highs:
-            low, high = lows_and_highs[step]
-            sides.append((step, int(value > high) - int(value < low)))
-    if not sides:
+        if step not in edges:
+            continue
+        low, high = edges[step]
+        now = "above" if value > high else "below" if value < low else "inside"
+        if now != side:
+            side, since = now, step
+        last = step
+    if not side:
         return "it has no step in common with the reference"
-    last, side = sides[-1]
-    if side == 0:
-        return f"inside the reference's band at step {last:,}"
-    since = next(step for i, (step, _) in enumerate(sides) if all(other == side for _, other in sides[i:]))
-    return f"{'above' if side > 0 else 'below'} the reference's band from step {since:,} on"
+    return f"{side} the reference's band " + (f"at step {last:,}" if side == "inside" else f"from step {since:,} on")
 
 
 def figure(curves: dict[str, Curve], reference: Curve = ()) -> str:
@@ -109,19 +106,23 @@ def figure(curves: dict[str, Curve], reference: Curve = ()) -> str:
     last = max((step for curve in curves.values() for step, _ in curve), default=0)
     if not last:
         return "<p>no steps yet</p>"
-    marks = {step: LEFT + (RIGHT - LEFT) * step / last for step in range(0, last + 1, max(1, int(round_step(last, 6))))}
+
+    def x_of(step: float) -> float:
+        return LEFT + (RIGHT - LEFT) * step / last
+
+    marks = range(0, last + 1, max(1, int(round_step(last, 6))))
     svg, x, y = "", LEFT, TOP
     for i, (field, name) in enumerate(PANELS[0][2].items()):
         if curves[field]:
             svg += draw_curve([(x, 12), (x + 9, 12), (x + 18, 12)], field, i) + text(x + 25, 16, name, "start")
             x += 40 + 7 * len(name)
     for title, height, fields in PANELS:
-        shown = {field: [(LEFT + (RIGHT - LEFT) * step / last, value) for step, value in curves[field]]
-                 for field in fields}
-        around = [(LEFT + (RIGHT - LEFT) * step / last, *ends) for step, *ends in band(reference) if step <= last]
-        svg += draw_panel(title, shown, marks.values(), y, y + height, around if "loss" in fields else [])
+        shown = {field: [(x_of(step), value) for step, value in curves[field]] for field in fields}
+        around = band(reference) if "loss" in fields else []
+        around = [(x_of(step), low, high) for step, low, high in around if step <= last]
+        svg += draw_panel(title, shown, [*map(x_of, marks)], y, y + height, around)
         y += height + GAP
-    svg += "".join(text(x, y, f"{step:,}", "middle") for step, x in marks.items())
+    svg += "".join(text(x_of(step), y, f"{step:,}", "middle") for step in marks)
     svg += text((LEFT + RIGHT) / 2, y + 20, "step", "middle")
     return f'<svg viewBox="0 0 470 {y + 26}" width="100%" role="img" aria-label="training curves">{svg}</svg>'
 
@@ -133,7 +134,7 @@ def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_ma
     low, high = marks[0], marks[-1]
 
     def y_of(value: float) -> float:
-        return lower - (lower - upper) * (min(value, high) - low) / (high - low)
+        return lower - (lower - upper) * (min(max(value, low), high) - low) / (high - low)
 
     svg = f'<path d="M{LEFT} {upper}V{lower}H{RIGHT}"/>'
     svg += "".join(f'<path d="M{x:.1f} {lower}v4"/>' for x in step_marks)
@@ -141,10 +142,10 @@ def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_ma
     svg += f'<g transform="rotate(-90 14 {middle})">{text(14, middle, title, "middle")}</g>'
     for mark in marks:
         svg += f'<path class="grid" d="M{LEFT} {y_of(mark):.1f}H{RIGHT}"/>'
-        svg += text(LEFT - 6, y_of(mark) + 4, number(mark, marks[1] - low), "end")
-    edge = [(x, max(end, low)) for x, end, _ in around] + [(x, max(end, low)) for x, _, end in reversed(around)]
+        svg += text(LEFT - 6, y_of(mark) + 4, f"{mark:.4g}", "end")
+    edge = [(x, y_of(end)) for x, end, _ in around] + [(x, y_of(end)) for x, _, end in reversed(around)]
     if edge:
-        svg += f'<polygon class="band" points="{" ".join(f"{x:.1f},{y_of(value):.1f}" for x, value in edge)}"/>'
+        svg += f'<polygon class="band" points="{points(edge)}"/>'
     for i, (field, curve) in enumerate(curves.items()):
         if field in NOISY:
             svg += polyline([(x, y_of(value)) for x, value in curve], i, 1, opacity=0.35)
@@ -158,18 +159,21 @@ def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_ma
     return svg
 
 
-def draw_curve(points: list[tuple[float, float]], field: str, color: int) -> str:
+def draw_curve(curve: list[tuple[float, float]], field: str, color: int) -> str:
     if field not in DOTTED:
-        return polyline(points, color, 2)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--c{color})"/>' for x, y in points)
+        return polyline(curve, color, 2)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--c{color})"/>' for x, y in curve)
     # Measured only before and after, it may have fallen in any way: no line between the two.
-    return dots + (polyline(points, color, 2) if len(points) > 2 else "")
+    return dots + (polyline(curve, color, 2) if len(curve) > 2 else "")
 
 
-def polyline(points: list[tuple[float, float]], color: int, width: int, opacity: float = 1) -> str:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+def polyline(curve: list[tuple[float, float]], color: int, width: int, opacity: float = 1) -> str:
     return (f'<polyline fill="none" stroke="var(--c{color})" stroke-width="{width}" opacity="{opacity}" '
-            f'points="{places}"/>')
+            f'points="{points(curve)}"/>')
+
+
+def points(curve: list[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in curve)
 
 
 def text(x: float, y: float, content: str, anchor: str) -> str:
@@ -196,9 +200,3 @@ def scale(curves: list[list[float]], n: int) -> list[float]:
     step = round_step(high - low or high or 1.0, n)
     first = math.floor(low / step)
     return [i * step for i in range(first, max(math.ceil(high / step - 1e-3), first + 1) + 1)]
-
-
-def number(value: float, step: float) -> str:
-    decimals = max(0, -math.floor(math.log10(step)))
-    small = f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"               # 5e-4, 1.5e-3
-    return f"{value:,.{decimals}f}" if decimals < 3 else small

@@ -372,5 +372,5 @@ def test_plot_draws_the_band_and_says_the_verdict(tmp_path, capsys):
     assert page.count('<polygon class="band"') == 1 and "above the reference" in page
     with pytest.raises(ValueError, match="--against x needs --plot"):
         parse(["--against", "x"])
-    with pytest.raises(FileNotFoundError, match="nothing/metrics.jsonl: not there"):
+    with pytest.raises(FileNotFoundError, match="nothing/metrics.jsonl"):
         train.main(parse(["--plot", str(tmp_path / "mine"), "--against", str(tmp_path / "nothing")]))

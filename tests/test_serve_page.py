@@ -344,7 +344,8 @@ def test_a_key_is_asked_for(browser, tiny_model, tiny_tokenizer):
     assert browser.js("document.activeElement.id") == "key"
     browser.type("k")
     browser.enter()
-    browser.until("document.querySelector('#model').textContent === 'tiny' && document.querySelector('#wrong').textContent === ''")
+    browser.until("document.querySelector('#model').textContent === 'tiny'")
+    browser.until("document.querySelector('#wrong').textContent === ''")
     server.stop()
     browser.js("document.querySelector('#question').focus()")
     browser.type("Still there?")
