@@ -6,6 +6,7 @@ import shutil
 import socket
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -148,19 +149,18 @@ def too_small(cfg: Namespace, build: Callable[[Namespace], LLaVAPhi], shards: in
     advice = "take larger GPUs or more of them"
     for change in changes:
         other = replace(cfg, **change)
-        try:
-            other_fits = fits(other, build(other), shards, memory, "full", "off")
-        except ValueError:                      # a model too narrow for 4 bits
-            continue
-        if other_fits:
-            advice = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items()) + " would fit"
-            break
+        with suppress(ValueError):              # a model too narrow for 4 bits
+            if fits(other, build(other), shards, memory, "full", "off"):
+                flags = [f"--{name.replace('_', '-')} {value}" for name, value in change.items()]
+                advice = f"{' '.join(flags)} would fit"
+                break
     return (f"planned {need / 1e9:.0f} GB on each GPU even with --recompute full, and {memory / 1e9:.0f} GB can be "
             f"used: {advice}")
 
 
-def check_shared_memory(cfg: Namespace, data: Dataset, where: Path = Path("/dev/shm")) -> None:
+def check_shared_memory(cfg: Namespace, data: Dataset) -> None:
     """OSError if this machine's data workers may run out of shared memory, where a worker dies or waits for ever."""
+    where = Path("/dev/shm")
     here = torchrun_env()
     pixels = 3 * data.image_config.size ** 2 * bool(data.index.image.any())
     pictures = min(cfg.global_batch, math.ceil(cfg.micro_tokens / data.image_config.n_patches))

@@ -46,6 +46,7 @@ MAX_WAITING = 32                    # questions; the next one is told to come ba
 HEADER_SECONDS = 10                 # for a request's head to arrive
 BODY_SECONDS = 60                   # and for its body
 SEND_SECONDS = 30                   # for a client to take what it is sent
+REFUSED_SECONDS = 2                 # for a refused client to stop sending
 STOP_SECONDS = 8                    # for the running answer after Ctrl-C
 LOOPBACK = r"localhost|127(\.[0-9]+){3}|::1"
 PAGE = Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
@@ -197,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.log()
             if self.status >= 400:
                 self.connection.shutdown(socket.SHUT_WR)
-                self.reader.deadline = time.monotonic() + 2
+                self.reader.deadline = time.monotonic() + REFUSED_SECONDS
                 while self.rfile.read1(65536):
                     pass                        # until the client closes its side, or TimeoutError
 
@@ -238,11 +239,10 @@ class Handler(BaseHTTPRequestHandler):
             return RequestError(503, "too many connections: try again later")
         if problem := self.find_stranger(path):
             return problem
-        if path.startswith("/v1/models/") and not is_page:
-            return RequestError(404, f"the only model here is {self.server.name}", "model", "model_not_found")
         if not is_question and not is_page:
-            return RequestError(404, "there are only GET /, GET /health, GET /v1/models, GET /v1/models/NAME, "
-                                     "POST /v1/chat/completions")
+            known = ", ".join(f"GET {page}" for page in self.server.pages)
+            about_model = ("model", "model_not_found") if path.startswith("/v1/models/") else ()
+            return RequestError(404, f"there are only {known}, POST /v1/chat/completions", *about_model)
         if is_question and not re.fullmatch("(?i)[0-9]{1,20};|;chunked", ";".join(lengths)):
             return RequestError(411, "expected either one Content-Length with a number, or Transfer-Encoding: chunked")
         if is_question and len(self.server.line) > MAX_WAITING:

@@ -774,6 +774,7 @@ def test_curl_may_ask_before_it_sends(server):
 
 def test_slow_and_half_sent_requests_end(server, monkeypatch):
     """A byte now and then must not keep a connection open for ever."""
+    monkeypatch.setattr(serve.server, "REFUSED_SECONDS", 0.3)
     monkeypatch.setattr(serve.server, "HEADER_SECONDS", 0.4)
     monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.4)
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n"
@@ -803,6 +804,7 @@ def test_slow_and_half_sent_requests_end(server, monkeypatch):
     b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n",      # what is thrown away after a refusal
 ])
 def test_who_sends_without_end_is_cut_off(server, monkeypatch, start):
+    monkeypatch.setattr(serve.server, "REFUSED_SECONDS", 0.3)
     monkeypatch.setattr(serve.server, "BODY_SECONDS", 0.3)
     began = time.monotonic()
     with socket.create_connection(server.server_address[:2], timeout=20) as connection:
