@@ -51,7 +51,7 @@ STOP_SECONDS = 8                    # for the running answer after Ctrl-C
 LOOPBACK = r"localhost|127(\.[0-9]+){3}|::1"
 PAGE = Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
 PAGE_CHECKSUMS = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-             for text in re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)]
+                  for text in re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)]
 HEADERS = {
     "Connection": "close", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
@@ -237,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
                    for name in ("Content-Length", "Transfer-Encoding")]
         if threading.active_count() > MAX_CONNECTIONS + 1:          # this one included
             return RequestError(503, "too many connections: try again later")
-        if problem := self.find_stranger(path):
+        if problem := self.sender_problem(path):
             return problem
         if not is_question and not is_page:
             known = ", ".join(f"GET {page}" for page in self.server.pages)
@@ -245,11 +245,12 @@ class Handler(BaseHTTPRequestHandler):
             return RequestError(404, f"there are only {known}, POST /v1/chat/completions", *about_model)
         if is_question and not re.fullmatch("(?i)[0-9]{1,20};|;chunked", ";".join(lengths)):
             return RequestError(411, "expected either one Content-Length with a number, or Transfer-Encoding: chunked")
+        # Clients that come together may pass this together; MAX_CONNECTIONS bounds them, too.
         if is_question and len(self.server.line) > MAX_WAITING:
             return RequestError(429, f"{MAX_WAITING} questions are waiting already: try again later")
         return None
 
-    def find_stranger(self, path: str) -> RequestError | None:
+    def sender_problem(self, path: str) -> RequestError | None:
         """Why whoever sends this request is not answered, None if he is.
 
         Without a key, a foreign web page could make a browser on this machine send requests. Against DNS rebinding: an
