@@ -1,6 +1,7 @@
 """`python train.py --plot OUT...`: the curves of one or several runs as a web page, drawn as for a paper."""
 import html
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,48 +111,44 @@ def figure(curves: dict[str, Curve], reference: Curve = ()) -> str:
     def x_of(step: float) -> float:
         return LEFT + (RIGHT - LEFT) * step / last
 
-    marks = range(0, last + 1, max(1, int(round_step(last, 6))))
     svg, x, y = "", LEFT, TOP
     for i, (field, name) in enumerate(PANELS[0][2].items()):
         if curves[field]:
             svg += draw_curve([(x, 12), (x + 9, 12), (x + 18, 12)], field, i) + text(x + 25, 16, name, "start")
             x += 40 + 7 * len(name)
+    marks = range(0, last + 1, max(1, int(round_step(last, 6))))
     for title, height, fields in PANELS:
-        shown = {field: [(x_of(step), value) for step, value in curves[field]] for field in fields}
-        around = band(reference) if "loss" in fields else []
-        around = [(x_of(step), low, high) for step, low, high in around if step <= last]
-        svg += draw_panel(title, shown, [*map(x_of, marks)], y, y + height, around)
+        svg += "".join(f'<path d="M{x_of(step):.1f} {y + height}v4"/>' for step in marks)
+        edges = [edge for edge in band(reference) if "loss" in fields and edge[0] <= last]
+        svg += draw_panel(title, {field: curves[field] for field in fields}, edges, x_of, y, y + height)
         y += height + GAP
     svg += "".join(text(x_of(step), y, f"{step:,}", "middle") for step in marks)
     svg += text((LEFT + RIGHT) / 2, y + 20, "step", "middle")
     return f'<svg viewBox="0 0 470 {y + 26}" width="100%" role="img" aria-label="training curves">{svg}</svg>'
 
 
-def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_marks: list[float], upper: int,
-               lower: int, around: list[tuple[float, float, float]]) -> str:
-    """Axes, grid and curves between two heights. curves: field -> (x, value); around: (x, low, high) of a band."""
+def draw_panel(title: str, curves: dict[str, Curve], edges: list[tuple[int, float, float]],
+               x_of: Callable[[float], float], upper: int, lower: int) -> str:
+    """The vertical axis, grid and curves between two heights. edges: (step, low, high) of a band."""
     marks = scale([[value for _, value in curve] for curve in curves.values()], (lower - upper) // 30)
     low, high = marks[0], marks[-1]
 
-    def y_of(value: float) -> float:
-        return lower - (lower - upper) * (min(max(value, low), high) - low) / (high - low)
+    def place(step: float, value: float) -> tuple[float, float]:
+        return x_of(step), lower - (lower - upper) * (min(max(value, low), high) - low) / (high - low)
 
     svg = f'<path d="M{LEFT} {upper}V{lower}H{RIGHT}"/>'
-    svg += "".join(f'<path d="M{x:.1f} {lower}v4"/>' for x in step_marks)
     middle = (upper + lower) / 2
     svg += f'<g transform="rotate(-90 14 {middle})">{text(14, middle, title, "middle")}</g>'
     for mark in marks:
-        svg += f'<path class="grid" d="M{LEFT} {y_of(mark):.1f}H{RIGHT}"/>'
-        svg += text(LEFT - 6, y_of(mark) + 4, f"{mark:.4g}", "end")
-    edge = [(x, y_of(end)) for x, end, _ in around] + [(x, y_of(end)) for x, _, end in reversed(around)]
-    if edge:
-        svg += f'<polygon class="band" points="{points(edge)}"/>'
+        _, y = place(0, mark)
+        svg += f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>' + text(LEFT - 6, y + 4, f"{mark:.4g}", "end")
+    if edges:
+        outline = [place(step, bottom) for step, bottom, _ in edges]
+        outline += [place(step, top) for step, _, top in reversed(edges)]
+        svg += f'<polygon class="band" points="{points(outline)}"/>'
     for i, (field, curve) in enumerate(curves.items()):
-        if field in NOISY:
-            svg += polyline([(x, y_of(value)) for x, value in curve], i, 1, opacity=0.35)
-            curve = running_mean([(x, min(value, high)) for x, value in curve])
-        svg += draw_curve([(x, y_of(value)) for x, value in curve], field, i)
-    above = sorted((value, x) for curve in curves.values() for x, value in curve if value > high)
+        svg += draw_curve([place(*point) for point in curve], field, i)
+    above = sorted((value, x_of(step)) for curve in curves.values() for step, value in curve if value > high)
     svg += "".join(text(x, upper - 1, "\u25b4", "middle") for _, x in above)
     for value, x in above[-1:]:                                 # the highest with its value, on the roomier side
         right = 2 * x > LEFT + RIGHT
@@ -160,11 +157,15 @@ def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_ma
 
 
 def draw_curve(curve: list[tuple[float, float]], field: str, color: int) -> str:
-    if field not in DOTTED:
-        return polyline(curve, color, 2)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--c{color})"/>' for x, y in curve)
-    # Measured only before and after, it may have fallen in any way: no line between the two.
-    return dots + (polyline(curve, color, 2) if len(curve) > 2 else "")
+    svg = ""
+    if field in NOISY:
+        svg += polyline(curve, color, 1, opacity=0.35)
+        curve = running_mean(curve)
+    if field in DOTTED:
+        svg += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--c{color})"/>' for x, y in curve)
+        if len(curve) < 3:                  # measured only before and after, it may have fallen in any way
+            return svg
+    return svg + polyline(curve, color, 2)
 
 
 def polyline(curve: list[tuple[float, float]], color: int, width: int, opacity: float = 1) -> str:
