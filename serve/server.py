@@ -209,6 +209,9 @@ class Handler(BaseHTTPRequestHandler):
                 f"{time.monotonic() - self.began:.2f} s {self.note}")
         print(visible(line.strip()), file=sys.stderr, flush=True)
 
+    def log_message(self, *args) -> None:
+        """Nothing of http.server's own: browsers open connections that they do not use."""
+
     def do_GET(self) -> None:
         path = unquote(self.path.split("?")[0])
         try:
@@ -383,7 +386,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int, content: dict | str | None) -> None:
         """A whole reply, json or the page; None: only the head of a stream, which its events follow."""
         self.status = status
-        self.send_response_only(status)         # send_response would also log the client's whole first line
+        self.send_response_only(status)         # without the versions of Python and http.server
         headers = HEADERS | ERROR_HEADERS.get(status, {}) | {"Date": self.date_time_string()}
         if content is None:
             headers["Content-Type"] = "text/event-stream; charset=utf-8"
