@@ -13,7 +13,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import threading
 import time
 from argparse import Namespace
@@ -22,7 +21,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, GOLDEN_ANSWER, TINY_MODEL, all_logits, plain_answer, start_script
+from forks import Fork
+from helpers import GOLDEN, GOLDEN_ANSWER, TINY_MODEL, all_logits, plain_answer
 from PIL import Image
 
 import sample
@@ -897,10 +897,11 @@ def test_the_log_has_no_prompts(tiny_model, tiny_tokenizer, capfd):
 # Start and end
 
 
-def start_process(*args, **environment) -> tuple[subprocess.Popen, str]:
-    process = start_script("sample.py", "--model", TINY_MODEL, "--serve", "--port", "0", *args,
-                           env=os.environ | environment)
-    return process, process.stdout.readline().strip()
+def start_process(**environment) -> tuple[Fork, str]:
+    process = Fork("sample.py", "--model", TINY_MODEL, "--serve", "--port", "0", **environment)
+    printed = Path(process.output.name, "stdout")
+    wait_until(lambda: printed.read_text().endswith("\n"), seconds=60)
+    return process, printed.read_text().strip()
 
 
 def post_process(connection: http.client.HTTPConnection, key: str, **fields) -> http.client.HTTPResponse:
@@ -919,12 +920,12 @@ def test_a_signal_ends_it_after_the_running_answer(number):
         assert post_process(connection, "wrong").status == 401
         response = post_process(connection, "k", stream=True, max_tokens=400, stream_options={"include_usage": True})
         response.read(1)
-        process.send_signal(number)
+        os.kill(process.pid, number)
         began = time.monotonic()
         chunks = events(b"d" + response.read())
         assert chunks[-1]["usage"]["completion_tokens"] == 400
         assert process.wait(20) == 0 and time.monotonic() - began < 10
-        assert "Traceback" not in process.stderr.read()
+        assert "Traceback" not in process.communicate()[1]
     finally:
         process.kill()
 
