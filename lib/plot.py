@@ -117,10 +117,11 @@ def figure(curves: dict[str, Curve], reference: Curve = ()) -> str:
             svg += draw_curve([(x, 12), (x + 9, 12), (x + 18, 12)], field, i) + text(x + 25, 16, name, "start")
             x += 40 + 7 * len(name)
     marks = range(0, last + 1, max(1, int(round_step(last, 6))))
+    edges = [(step, low, high) for step, low, high in band(reference) if step <= last]
     for title, height, fields in PANELS:
         svg += "".join(f'<path d="M{x_of(step):.1f} {y + height}v4"/>' for step in marks)
-        edges = [edge for edge in band(reference) if "loss" in fields and edge[0] <= last]
-        svg += draw_panel(title, {field: curves[field] for field in fields}, edges, x_of, y, y + height)
+        around = edges if "loss" in fields else []
+        svg += draw_panel(title, {field: curves[field] for field in fields}, around, x_of, y, y + height)
         y += height + GAP
     svg += "".join(text(x_of(step), y, f"{step:,}", "middle") for step in marks)
     svg += text((LEFT + RIGHT) / 2, y + 20, "step", "middle")

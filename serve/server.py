@@ -254,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def sender_problem(self, path: str) -> RequestError | None:
-        """Why whoever sends this request is not answered, None if he is.
+        """Why the sender of this request gets no answer, None if nothing speaks against it.
 
         Without a key, a foreign web page could make a browser on this machine send requests. Against DNS rebinding: an
         attacker's name that was turned to this address is still his name in the Host header, so apart from our own name
