@@ -130,42 +130,26 @@ def read_messages(messages: list, max_pictures: int) -> tuple[list[list[str]], l
     an answer that comes first stands an empty question. A turn is a list of pieces, with a picture between any two.
     Clients repeat a picture in every turn about it: it stays where it came first.
     """
-    turns: list[list[str]] = []
+    turns: list[list[list[str]]] = []       # of each piece its parts, to be joined at the end: there may be many
     pictures: list[bytes] = []
     for i, message in enumerate(messages):
         name, problem = message_problem(message)
+        if not problem:
+            is_answer = message["role"] == "assistant"
+            if is_answer and not turns:
+                turns.append([[]])
+            if len(turns) % 2 == is_answer:         # it is the other side's turn
+                turns.append([[]])
+            name, problem = add_content(message, turns[-1], pictures, max_pictures)
         if problem:
-            return turns, pictures, f"messages[{i}]{name}", problem
-        is_answer = message["role"] == "assistant"
-        if is_answer and not turns:
-            turns.append([""])
-        if len(turns) % 2 == is_answer:             # it is the other side's turn
-            turns.append([""])
-        turn = turns[-1]
-        content = message.get("content") or []
-        for j, part in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
-            piece, problem = read_part(part)
-            if isinstance(piece, bytes) and is_answer:
-                problem = "a picture in an assistant's message; expected it in a user's"
-            if problem:
-                return turns, pictures, f"messages[{i}].content[{j}]", problem
-            if piece == "" or piece in pictures:
-                continue
-            if turn != [""]:
-                turn[-1] += "\n"
-            if isinstance(piece, str):
-                turn[-1] += piece
-            else:
-                pictures.append(piece)
-                turn.append("")
+            return [], [], f"messages[{i}]{name}", problem
+    joined = [["".join(piece) for piece in turn] for turn in turns]
     problem = None
     if len(turns) % 2 == 0:
         problem = "the last one must be the user's, with the question to answer"
-    elif not "".join(turns[-1]).strip() and not pictures:
+    elif not "".join(joined[-1]).strip() and not pictures:
         problem = "the question is empty"
-    elif len(pictures) > max_pictures:              # said before they are decoded
-        problem = f"{len(pictures)} pictures, expected at most {max_pictures}"
-    return turns, pictures, "messages", problem
+    return joined, pictures, "messages", problem
 
 
 def message_problem(message: Any) -> tuple[str, str | None]:
@@ -181,6 +165,32 @@ def message_problem(message: Any) -> tuple[str, str | None]:
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             return f".{name}", "this model has no tools"
+    return "", None
+
+
+def add_content(message: dict, turn: list[list[str]], pictures: list[bytes],
+                max_pictures: int) -> tuple[str, str | None]:
+    """Append a message's texts and new pictures. -> which part is wrong, and what is wrong with it, None if nothing."""
+    content = message.get("content") or []
+    for j, part in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
+        piece, problem = read_part(part)
+        is_picture = isinstance(piece, bytes)
+        is_known = piece in pictures
+        if is_picture and message["role"] == "assistant":
+            problem = "a picture in an assistant's message; expected it in a user's"
+        elif is_picture and not is_known and len(pictures) == max_pictures:
+            problem = f"one picture too many, expected at most {max_pictures}"
+        if problem:
+            return f".content[{j}]", problem
+        if piece == "" or is_known:
+            continue
+        if turn != [[]]:
+            turn[-1].append("\n")
+        if is_picture:
+            pictures.append(piece)
+            turn.append([])
+        else:
+            turn[-1].append(piece)
     return "", None
 
 

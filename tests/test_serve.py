@@ -211,7 +211,7 @@ def test_more_pictures_than_positions_are_refused_before_they_are_decoded(server
     monkeypatch.setattr("serve.server.open_image", None)
     pictures = [{"type": "image_url", "image_url": data_url(bytes([i % 256, i // 256]))} for i in range(600)]
     status, reply = ask(server, [{"role": "user", "content": pictures}])
-    assert status == 400 and "600 pictures, expected at most" in reply["error"]["message"]
+    assert status == 400 and "one picture too many, expected at most" in reply["error"]["message"]
 
 
 def test_sixteen_clients_at_once_get_what_they_get_alone(server):
