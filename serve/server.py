@@ -248,9 +248,6 @@ class Handler(BaseHTTPRequestHandler):
             return RequestError(404, f"there are only {known}, POST /v1/chat/completions", *about_model)
         if is_question and not re.fullmatch("(?i)[0-9]{1,20};|;chunked", ";".join(lengths)):
             return RequestError(411, "expected either one Content-Length with a number, or Transfer-Encoding: chunked")
-        # Clients that come together may pass this together; MAX_CONNECTIONS bounds them, too.
-        if is_question and len(self.server.line) > MAX_WAITING:
-            return RequestError(429, f"{MAX_WAITING} questions are waiting already: try again later")
         return None
 
     def sender_problem(self, path: str) -> RequestError | None:
@@ -319,10 +316,12 @@ class Handler(BaseHTTPRequestHandler):
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for the model. Questions take turns in the order in which they came; a client that leaves gives up its
-        place. RequestError: the server stops."""
+        place. RequestError: too many wait already, or the server stops."""
         server = self.server
         place = object()
         with server.changed:
+            if len(server.line) > MAX_WAITING:
+                raise RequestError(429, f"{MAX_WAITING} questions are waiting already: try again later")
             server.line.append(place)
         try:
             with server.changed:
