@@ -5,38 +5,42 @@ What we call "llm.h.3.attn.qkv.weight" has had several names in published files.
 concatenated in ours.
 """
 import re
+from collections import defaultdict
 from collections.abc import Iterable
+from itertools import product
 
 from lib.tensor_files import MERGE_ADAPTERS
 from model import PhiConfig
 from vision import VisionConfig
 
-SAVED = {       # our name -> its name in the folders we save, after PREFIX; these are transformers' names
-    "llm.wte": "model.embed_tokens",
-    "llm.h.{layer}.ln": "model.layers.{layer}.input_layernorm",
-    "llm.h.{layer}.attn.qkv": "model.layers.{layer}.self_attn.{qkv}_proj",
-    "llm.h.{layer}.attn.proj": "model.layers.{layer}.self_attn.dense",
-    "llm.h.{layer}.mlp.fc": "model.layers.{layer}.mlp.fc1",
-    "llm.h.{layer}.mlp.proj": "model.layers.{layer}.mlp.fc2",
-    "llm.ln_f": "model.final_layernorm",
-    "llm.lm_head": "lm_head",
-    "vision.cls": "embeddings.class_embedding",
-    "vision.patch": "embeddings.patch_embedding",
-    "vision.pos": "embeddings.position_embedding.weight",
-    "vision.ln_pre": "pre_layrnorm",                                # [sic], in every CLIP
-    "vision.h.{layer}.ln_1": "encoder.layers.{layer}.layer_norm1",
-    "vision.h.{layer}.attn.qkv": "encoder.layers.{layer}.self_attn.{qkv}_proj",
-    "vision.h.{layer}.attn.proj": "encoder.layers.{layer}.self_attn.out_proj",
-    "vision.h.{layer}.ln_2": "encoder.layers.{layer}.layer_norm2",
-    "vision.h.{layer}.mlp.fc": "encoder.layers.{layer}.mlp.fc1",
-    "vision.h.{layer}.mlp.proj": "encoder.layers.{layer}.mlp.fc2",
-    "vision.ln_post": "post_layernorm",                             # not in our model, only copied when it is saved
-    "projector.fc": "linear_1",
-    "projector.proj": "linear_2",
+NAMES = {       # our name -> the one it has in the folders we save, after PREFIX, which is transformers'; then all others
+    "llm.wte": ("model.embed_tokens", "transformer.embd.wte"),
+    "llm.h.{layer}.ln": ("model.layers.{layer}.input_layernorm", "transformer.h.{layer}.ln"),
+    "llm.h.{layer}.attn.qkv": ("model.layers.{layer}.self_attn.{qkv}_proj",
+                               "model.layers.{layer}.self_attn.query_key_value",    # transformers 4.36, LLaVA-Phi
+                               "transformer.h.{layer}.mixer.Wqkv"),
+    "llm.h.{layer}.attn.proj": ("model.layers.{layer}.self_attn.dense", "transformer.h.{layer}.mixer.out_proj"),
+    "llm.h.{layer}.mlp.fc": ("model.layers.{layer}.mlp.fc1", "transformer.h.{layer}.mlp.fc1"),
+    "llm.h.{layer}.mlp.proj": ("model.layers.{layer}.mlp.fc2", "transformer.h.{layer}.mlp.fc2"),
+    "llm.ln_f": ("model.final_layernorm", "lm_head.ln"),
+    "llm.lm_head": ("lm_head", "lm_head.linear"),
+    "vision.cls": ("embeddings.class_embedding",),
+    "vision.patch": ("embeddings.patch_embedding",),
+    "vision.pos": ("embeddings.position_embedding.weight",),
+    "vision.ln_pre": ("pre_layrnorm",),                             # [sic], in every CLIP
+    "vision.h.{layer}.ln_1": ("encoder.layers.{layer}.layer_norm1",),
+    "vision.h.{layer}.attn.qkv": ("encoder.layers.{layer}.self_attn.{qkv}_proj",),
+    "vision.h.{layer}.attn.proj": ("encoder.layers.{layer}.self_attn.out_proj",),
+    "vision.h.{layer}.ln_2": ("encoder.layers.{layer}.layer_norm2",),
+    "vision.h.{layer}.mlp.fc": ("encoder.layers.{layer}.mlp.fc1",),
+    "vision.h.{layer}.mlp.proj": ("encoder.layers.{layer}.mlp.fc2",),
+    "vision.ln_post": ("post_layernorm",),                          # not in our model, only copied when it is saved
+    "projector.fc": ("linear_1", "0"),
+    "projector.proj": ("linear_2", "2"),
 }
 PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
 
-BEGINNINGS = (  # prefix of a published name, the part of the model it belongs to, the prefix in SAVED or OTHER
+BEGINNINGS = (  # prefix of a published name, the part of the model it belongs to, the prefix in NAMES
     ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
     ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi, Mipha
     ("model.vision_tower.vision_tower.", "vision", ""),
@@ -60,19 +64,6 @@ BEGINNINGS = (  # prefix of a published name, the part of the model it belongs t
     ("lm_head.", "llm", "lm_head."),
     ("transformer.", "llm", "transformer."),                                # Phi-2 as Microsoft first released it
 )
-OTHER = {       # other published names -> ours
-    "model.layers.{layer}.self_attn.query_key_value": "llm.h.{layer}.attn.qkv",     # transformers 4.36, LLaVA-Phi
-    "transformer.embd.wte": "llm.wte",
-    "transformer.h.{layer}.ln": "llm.h.{layer}.ln",
-    "transformer.h.{layer}.mixer.Wqkv": "llm.h.{layer}.attn.qkv",
-    "transformer.h.{layer}.mixer.out_proj": "llm.h.{layer}.attn.proj",
-    "transformer.h.{layer}.mlp.fc1": "llm.h.{layer}.mlp.fc",
-    "transformer.h.{layer}.mlp.fc2": "llm.h.{layer}.mlp.proj",
-    "lm_head.ln": "llm.ln_f",
-    "lm_head.linear": "llm.lm_head",
-    "0": "projector.fc",
-    "2": "projector.proj",
-}
 # The rows of Wqkv are (3, head, size), as ours are; those of query_key_value are (head, 3, size). Both matrices have
 # the same shape, so only the name tells them apart.
 PACKED_BY_HEAD = "query_key_value"
@@ -112,45 +103,35 @@ FOREIGN = (     # part of a tensor's name -> the model that it gives away, and w
 )
 
 
-def known_names() -> dict[tuple[str, str], tuple[str, str]]:
-    """(part, published name) -> (our name, piece), from the tables. For the pieces see `to_ours`."""
-    names = {}
-    for ours, theirs in SAVED.items():
+def name_tables() -> tuple[dict[str, list[str]], dict[tuple[str, str], tuple[str, str]]]:
+    """Our name -> its saved ones; (part, published name without its beginning) -> (our name, piece), see `to_ours`."""
+    saved, ours_of = defaultdict(list), {}
+    for ours, names in NAMES.items():
         part = ours.split(".")[0]
-        if "{qkv}" in theirs:
-            for letter in "qkv":
-                names[part, theirs.replace("{qkv}", letter)] = (ours, letter)
-        else:
-            names[part, theirs] = (ours, "whole")
-    for theirs, ours in OTHER.items():
-        part = ours.split(".")[0]
-        names[part, theirs] = (ours, "by head" if theirs.endswith(PACKED_BY_HEAD) else "whole")
-    return names
+        for theirs in names:
+            pieces = "qkv" if "{qkv}" in theirs else ["by head" if theirs.endswith(PACKED_BY_HEAD) else "whole"]
+            for piece, leaf in product(pieces, ("", ".weight", ".bias")):
+                name = theirs.replace("{qkv}", piece) + leaf
+                ours_of[part, name] = (ours + leaf, piece)
+                if theirs == names[0]:
+                    saved[ours + leaf].append(PREFIX[part] + name)
+    return saved, ours_of
 
 
-KNOWN_NAMES = known_names()
+SAVED_NAMES, OUR_NAMES = name_tables()
 LAYER = re.compile(r"\.(\d+)\.")
 
 
 def without_layer(name: str) -> tuple[str, str]:
     """"h.3.mlp.fc" -> ("h.{layer}.mlp.fc", "3"). A name outside the layers is unchanged, with an empty number."""
     match = LAYER.search(name)
-    if match is None:
-        return name, ""
-    return LAYER.sub(".{layer}.", name, count=1), match[1]
+    return (LAYER.sub(".{layer}.", name, count=1), match[1]) if match else (name, "")
 
 
 def to_saved(name: str) -> list[str]:
     """Our name -> the names it is saved under: one, or those of q, k and v."""
     template, layer = without_layer(name)
-    leaf = ""
-    if template not in SAVED:
-        template, _, leaf = template.rpartition(".")
-        leaf = "." + leaf
-    saved = PREFIX[name.split(".")[0]] + SAVED[template].replace("{layer}", layer) + leaf
-    if "{qkv}" in saved:
-        return [saved.replace("{qkv}", letter) for letter in "qkv"]
-    return [saved]
+    return [saved.replace("{layer}", layer) for saved in SAVED_NAMES[template]]
 
 
 def to_ours(name: str) -> tuple[str, str] | None:
@@ -160,37 +141,23 @@ def to_ours(name: str) -> tuple[str, str] | None:
     """
     for beginning, part, standard in BEGINNINGS:
         if name.startswith(beginning):
-            break
-    else:
-        return None
-    template, layer = without_layer(standard + name.removeprefix(beginning))
-    leaf = ""
-    if (part, template) not in KNOWN_NAMES:
-        template, _, leaf = template.rpartition(".")
-        leaf = "." + leaf
-    if (part, template) not in KNOWN_NAMES:
-        return None
-    ours, piece = KNOWN_NAMES[part, template]
-    return ours.replace("{layer}", layer) + leaf, piece
+            template, layer = without_layer(standard + name.removeprefix(beginning))
+            ours, piece = OUR_NAMES.get((part, template), ("", ""))
+            return (ours.replace("{layer}", layer), piece) if ours else None
+    return None
 
 
 def rename_sequential(names: Iterable[str]) -> dict[str, str]:
     """The earliest Phi files are one nn.Sequential: layers.0 is the embedding, the last one the head -> later names."""
-    numbers = {}
-    for name in names:
-        match = re.match(r"layers\.(\d+)\.", name)
-        if match:
-            numbers[name] = int(match[1])
-    last = max(numbers.values(), default=0)
+    matches = [re.fullmatch(r"layers\.(\d+)(\..*)", name) for name in names]
+    numbers = {match[0]: (int(match[1]), match[2]) for match in matches if match}
+    last = max(numbers.values(), default=(0, ""))[0]
     renamed = {}
-    for name, number in numbers.items():
-        rest = name.removeprefix(f"layers.{number}.")
-        if number == 0:
-            renamed[name] = f"transformer.embd.{rest}"
-        elif number == last:
-            renamed[name] = f"lm_head.{rest}"
-        else:
-            renamed[name] = f"transformer.h.{number - 1}.{rest}"
+    for name, (number, rest) in numbers.items():
+        module = f"transformer.h.{number - 1}"
+        if number in (0, last):
+            module = "lm_head" if number else "transformer.embd"
+        renamed[name] = module + rest
     return renamed
 
 # ---------------------------------------------------------------------------------------------------
@@ -221,9 +188,8 @@ VISION_KEYS = {
 SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
 
 
-def feature_strategy(siglip: bool) -> str:
-    """transformers' name for taking just the patches: CLIP has a class token in front of them, SigLIP does not."""
-    return "full" if siglip else "default"
+# transformers' name for taking just the patches: CLIP has a class token in front of them, SigLIP (True) does not.
+FEATURE_STRATEGY = {False: "default", True: "full"}
 
 
 def named_as_published(config: PhiConfig | VisionConfig, keys: dict) -> dict:
