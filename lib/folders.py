@@ -35,14 +35,10 @@ class Kind(StrEnum):
 
 
 MODELS = (Kind.LLAVA, Kind.MIPHA)
-KIND_OF_PARTS = {                       # the parts in a folder -> its kind with CLIP as the tower, and with SigLIP
-    ("llm",): (Kind.PHI, Kind.PHI),
-    ("vision",): (Kind.CLIP, Kind.SIGLIP),
-    ("projector",): (Kind.PROJECTOR, Kind.PROJECTOR),
-    ("llm", "projector"): (Kind.NO_TOWER, Kind.NO_TOWER),
-    ("llm", "vision"): (Kind.NO_PROJECTOR, Kind.NO_PROJECTOR),
-    ("llm", "vision", "projector"): (Kind.LLAVA, Kind.MIPHA),
-}
+KIND_OF_PARTS = {("llm",): Kind.PHI, ("vision",): Kind.CLIP, ("projector",): Kind.PROJECTOR,
+                 ("llm", "projector"): Kind.NO_TOWER, ("llm", "vision"): Kind.NO_PROJECTOR,
+                 ("llm", "vision", "projector"): Kind.LLAVA}
+WITH_SIGLIP = {Kind.CLIP: Kind.SIGLIP, Kind.LLAVA: Kind.MIPHA}      # what they are if SigLIP is the tower
 GET_A_TOWER = ("get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {0} "
                "(or google/siglip-so400m-patch14-384)")
 GET_A_MODEL = ("train one (python train.py --stage pretrain) or get a published one with: "
@@ -83,7 +79,8 @@ class Weights:
     def kind(self) -> Kind:
         """That of the folder, or of the model that several make, perhaps with a new projector."""
         parts = self.parts if len(self.paths) == 1 else tuple(PREFIX)
-        return KIND_OF_PARTS.get(parts, (Kind.OTHER, Kind.OTHER))[self.has_siglip]
+        kind = KIND_OF_PARTS.get(parts, Kind.OTHER)
+        return WITH_SIGLIP.get(kind, kind) if self.has_siglip else kind
 
     @property
     def has_siglip(self) -> bool:
@@ -158,7 +155,7 @@ def sort_tensors(folder: Weights, tensors: list[Stored]) -> str:
     for stored in tensors:
         name = stored.name
         dropped = [reason for pattern, reason in DROPPED if re.match(pattern, name)]
-        foreign = [f"{model}; {advice}" for mark, model, advice in FOREIGN if mark in name]
+        foreign = [f"{model}; {advice}" for pattern, model, advice in FOREIGN if re.search(pattern, name)]
         place = to_ours(renamed.get(name, name))
         if dropped:
             folder.dropped[name] = dropped[0]

@@ -40,29 +40,13 @@ NAMES = {       # our name -> the one it has in the folders we save, after PREFI
 }
 PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
 
-BEGINNINGS = (  # prefix of a published name, the part of the model it belongs to, the prefix in NAMES
-    ("model.vision_tower.vision_tower.vision_model.", "vision", ""),        # LLaVA
-    ("model.vision_tower.vision_model.", "vision", ""),                     # LLaVA-Phi, Mipha
-    ("model.vision_tower.vision_tower.", "vision", ""),
-    ("model.vision_tower.", "vision", ""),                                  # transformers 5, in memory
-    ("vision_tower.vision_tower.vision_model.", "vision", ""),
-    ("vision_tower.vision_model.", "vision", ""),                           # what we save
-    ("vision_tower.", "vision", ""),                                        # transformers 5, saved
-    ("vision_model.", "vision", ""),                                        # CLIP, SigLIP
-    ("embeddings.", "vision", "embeddings."),                               # a vision tower without a prefix
-    ("encoder.", "vision", "encoder."),
-    ("pre_layrnorm.", "vision", "pre_layrnorm."),
-    ("post_layernorm.", "vision", "post_layernorm."),
-    ("head.", "vision", "head."),
-    ("model.mm_projector.", "projector", ""),                               # LLaVA, LLaVA-Phi, Mipha
-    ("mm_projector.", "projector", ""),
-    ("model.multi_modal_projector.", "projector", ""),                      # transformers 5, in memory
-    ("multi_modal_projector.", "projector", ""),                            # what we save
-    ("model.language_model.", "llm", "model."),                             # transformers 5, in memory
-    ("language_model.", "llm", ""),                                         # what we save
-    ("model.", "llm", "model."),                                            # Phi-2
-    ("lm_head.", "llm", "lm_head."),
-    ("transformer.", "llm", "transformer."),                                # Phi-2 as Microsoft first released it
+BEGINNINGS = (  # how a published name begins, the part of the model it belongs to, how it begins in NAMES
+    # LLaVA and transformers have a tower inside one or two vision_tower, CLIP and SigLIP in a vision_model, or bare.
+    (r"(model\.)?(vision_tower\.)*(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)",
+     "vision", ""),
+    (r"(model\.)?(mm_projector|multi_modal_projector)\.", "projector", ""),    # LLaVA's name, and transformers'
+    (r"model\.language_model\.", "llm", "model."),                             # transformers 5, in memory
+    (r"(language_model\.)?", "llm", ""),                                       # what we save; Phi-2 by itself
 )
 # The rows of Wqkv are (3, head, size), as ours are; those of query_key_value are (head, 3, size). Both matrices have
 # the same shape, so only the name tells them apart.
@@ -79,27 +63,21 @@ DROPPED = (     # published tensors that are ignored on purpose: a pattern, and 
 
 ONLY_PHI = "only Phi-2 is implemented here as the language model, and CLIP and SigLIP as vision towers"
 UNQUANTIZED = "give the folder that it was made from: --bits 8 or 4 quantizes a model while it is loaded"
-FOREIGN = (     # part of a tensor's name -> the model that it gives away, and what to do
-    ("lora_A.", "PEFT adapters", MERGE_ADAPTERS),
-    ("lora_B.", "PEFT adapters", MERGE_ADAPTERS),
-    (".absmax", "a model quantized by bitsandbytes", UNQUANTIZED),
-    (".quant_map", "a model quantized by bitsandbytes", UNQUANTIZED),
-    (".quant_state", "a model quantized by bitsandbytes", UNQUANTIZED),
-    (".SCB", "a model quantized by bitsandbytes", UNQUANTIZED),
-    (".qweight", "a model quantized by GPTQ or AWQ", UNQUANTIZED),
-    (".qzeros", "a model quantized by GPTQ or AWQ", UNQUANTIZED),
-    (".weight_packed", "a model quantized by compressed-tensors", UNQUANTIZED),
-    (".weight_scale", "a model quantized to 8 bits", UNQUANTIZED),
-    ("_vision_tower.", "TinyLLaVA, which leaves out SigLIP's first patch", "run it with TinyLLaVA_Factory"),
-    ("connector.", "TinyLLaVA, which leaves out SigLIP's first patch", "run it with TinyLLaVA_Factory"),
-    ("image_newline", "LLaVA-NeXT, which cuts a picture into tiles", "give a LLaVA-1.5 style model"),
-    ("mm_projector.weight", "a LLaVA with a linear projector", "only mlp2x_gelu is implemented here"),
-    ("mm_projector.4.", "a LLaVA with a projector of three or more layers", "only mlp2x_gelu is implemented here"),
-    ("mlp.gate_up_proj", "Phi-3", ONLY_PHI),
-    ("mlp.gate_proj", "Gemma, or another Llama-style language model", ONLY_PHI),
-    ("layer_scale1.", "DINOv2", ONLY_PHI),
-    ("embeddings.patch_embeddings.", "DINOv2, or another vision tower in the format of transformers' ViT", ONLY_PHI),
-    ("vision_tower.blocks.", "EVA-CLIP", ONLY_PHI),
+FOREIGN = (     # part of a tensor's name, the model that it gives away, and what to do
+    (r"lora_[AB]\.", "PEFT adapters", MERGE_ADAPTERS),
+    (r"\.absmax|\.quant_map|\.quant_state|\.SCB", "a model quantized by bitsandbytes", UNQUANTIZED),
+    (r"\.qweight|\.qzeros", "a model quantized by GPTQ or AWQ", UNQUANTIZED),
+    (r"\.weight_packed", "a model quantized by compressed-tensors", UNQUANTIZED),
+    (r"\.weight_scale", "a model quantized to 8 bits", UNQUANTIZED),
+    (r"_vision_tower\.|connector\.", "TinyLLaVA, which leaves out SigLIP's first patch", "run it with TinyLLaVA_Factory"),
+    (r"image_newline", "LLaVA-NeXT, which cuts a picture into tiles", "give a LLaVA-1.5 style model"),
+    (r"mm_projector\.weight", "a LLaVA with a linear projector", "only mlp2x_gelu is implemented here"),
+    (r"mm_projector\.4\.", "a LLaVA with a projector of three or more layers", "only mlp2x_gelu is implemented here"),
+    (r"mlp\.gate_up_proj", "Phi-3", ONLY_PHI),
+    (r"mlp\.gate_proj", "Gemma, or another Llama-style language model", ONLY_PHI),
+    (r"layer_scale1\.", "DINOv2", ONLY_PHI),
+    (r"embeddings\.patch_embeddings\.", "DINOv2, or another vision tower in the format of transformers' ViT", ONLY_PHI),
+    (r"vision_tower\.blocks\.", "EVA-CLIP", ONLY_PHI),
 )
 
 
@@ -140,11 +118,14 @@ def to_ours(name: str) -> tuple[str, str] | None:
     The piece is "whole"; "q", "k" or "v", a third of the rows each; or "by head", all rows, but packed head by head.
     """
     for beginning, part, standard in BEGINNINGS:
-        if name.startswith(beginning):
-            template, layer = without_layer(standard + name.removeprefix(beginning))
-            ours, piece = OUR_NAMES.get((part, template), ("", ""))
-            return (ours.replace("{layer}", layer), piece) if ours else None
-    return None
+        match = re.match(beginning, name)
+        if match:
+            break
+    template, layer = without_layer(standard + name[match.end():])
+    if (part, template) not in OUR_NAMES:
+        return None
+    ours, piece = OUR_NAMES[part, template]
+    return ours.replace("{layer}", layer), piece
 
 
 def rename_sequential(names: Iterable[str]) -> dict[str, str]:

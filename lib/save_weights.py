@@ -229,20 +229,19 @@ def replacing_model(out: Path) -> Iterator[Path]:
     `out` holds anything else.
     """
     out = out.resolve()                 # the folder itself, where `out` is a link
-    if not out.exists() or not any(out.iterdir()):
-        with replacing(out) as made:
-            made.mkdir()
-            yield made
-        return
-    settings = {"training": run_settings(out)} if run_settings(out) else {}
-    if not settings and not (out / CHECKSUMS).exists():
+    is_new = not out.exists() or not any(out.iterdir())
+    training = run_settings(out)
+    if not (is_new or training or (out / CHECKSUMS).exists()):
         raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
-    made = out / ".writing_model"
+    settings = {"training": training} if training else {}
+    made = out if is_new else out / ".writing_model"
     with replacing(made) as part:
         part.mkdir()
         yield part
-        if (part / "config.json").exists():
+        if settings and (part / "config.json").exists():
             write_json(part / "config.json", read_json(part / "config.json") | settings)
+    if is_new:
+        return
     # A crash from here on cannot leave a mixture of both models that would load: config.json does not describe a model
     # until the new one arrives, as the last file.
     if (made / "config.json").exists():

@@ -125,8 +125,8 @@ def shard_files(index: Path) -> list[Path]:
 
 def first_line(error: Exception) -> str:
     """A library's error in one line, for the end of ours. It is cut, because it may quote a name of any length."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def read_tensors(path: Path) -> list[Stored]:
