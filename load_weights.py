@@ -139,16 +139,15 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
           projector: Path | None = None) -> None:
     """Write one model from a Phi-2 folder, a CLIP or SigLIP folder, and a projector: the given one, else a new one."""
     bases = open_weights(llm, vision, *([projector] if projector else []))
-    if "projector" in bases.parts:
-        save_model(out, {}, bases.config, bases, dtype)
-        return
-    model = meta_model(bases.config)
-    shapes = saved_shapes(model)
-    check_tensors(bases, shapes, [name for name in shapes if not name.startswith("projector.")])
-    fresh = model.projector.to_empty(device="cpu")
-    init_weights(fresh, torch.Generator().manual_seed(seed))
-    fresh.to(dtype or bases.dtype("llm.wte.weight"))
-    tensors = {f"projector.{name}": parameter for name, parameter in fresh.named_parameters()}
+    tensors = {}
+    if "projector" not in bases.parts:
+        model = meta_model(bases.config)
+        shapes = saved_shapes(model)            # checked before a new projector of their width takes memory
+        check_tensors(bases, shapes, [name for name in shapes if not name.startswith("projector.")])
+        fresh = model.projector.to_empty(device="cpu")
+        init_weights(fresh, torch.Generator().manual_seed(seed))
+        fresh.to(dtype or bases.dtype("llm.wte.weight"))
+        tensors = {f"projector.{name}": parameter for name, parameter in fresh.named_parameters()}
     save_model(out, tensors, bases.config, bases, dtype)
 
 

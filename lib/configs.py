@@ -181,7 +181,7 @@ def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path)
 def config_fields(config: dict, keys: dict, path: Path) -> dict:
     """Our config fields from a config.json of any generation. null counts as a missing key."""
     fields = {}
-    for field, (spellings, default) in keys.items():
+    for field, (*spellings, default) in keys.items():
         key = next((key for key in spellings if config.get(key) is not None), None)
         value = config[key] if key else default
         types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)

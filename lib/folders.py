@@ -80,7 +80,7 @@ class Weights:
         """That of the folder, or of the model that several make, perhaps with a new projector."""
         parts = self.parts if len(self.paths) == 1 else tuple(PREFIX)
         kind = KIND_OF_PARTS.get(parts, Kind.OTHER)
-        return WITH_SIGLIP.get(kind, kind) if self.has_siglip else kind
+        return WITH_SIGLIP.get(kind, kind) if has_siglip(self.found) else kind
 
     @property
     def has_siglip(self) -> bool:
@@ -111,8 +111,8 @@ def open_weights(*paths: Path, expect: tuple[Kind, ...] = MODELS) -> Weights:
     expect: the kinds allowed for a single folder. ValueError if it is of another kind, or has no weights.
     """
     llm = (Kind.PHI,) if len(paths) == 3 else (Kind.PHI, Kind.NO_TOWER)         # which brings a projector of its own
-    kinds = [llm, (Kind.CLIP, Kind.SIGLIP), (Kind.PROJECTOR,)][:len(paths)] if len(paths) > 1 else [expect]
-    weights, *others = [open_folder(Path(path), *allowed) for path, allowed in zip(paths, kinds, strict=True)]
+    kinds = [llm, (Kind.CLIP, Kind.SIGLIP), (Kind.PROJECTOR,)] if len(paths) > 1 else [expect]
+    weights, *others = [open_folder(Path(path), *allowed) for path, allowed in zip(paths, kinds)]
     for other in others:
         weights.paths += other.paths
         weights.found |= other.found
@@ -202,24 +202,27 @@ def check_tensors(weights: Weights, shapes: dict[str, tuple[int, ...]], needed: 
 
     ValueError lists everything that is missing, unexpected or misshapen at once, up to `limit` names of each.
     """
-    missing, misshapen = [], []
-    unexpected = [describe(stored.name, stored.shape) for stored in weights.unexpected]
+    missing, unexpected, misshapen = [], [*weights.unexpected], []
     for name in needed:
         pieces = weights.found.get(name, {})
         saved = [] if pieces.keys() & {"whole", "by head"} else to_saved(name)         # one name, or q's, k's and v's
         for piece, theirs in zip(QKV, saved):
             if piece not in pieces:
-                missing.append(describe(theirs, rows_of(shapes[name], len(saved))))
+                rows, *others = shapes[name]
+                missing.append(describe(theirs, [rows // len(saved), *others]))
     for name, pieces in weights.found.items():
+        dtypes = {stored.dtype for stored in pieces.values()}
         for piece, stored in pieces.items():
-            here = describe(stored.name, stored.shape)
             if name not in shapes:
-                unexpected.append(here)
+                unexpected.append(stored)
                 continue
-            expected = rows_of(shapes[name], 3 if piece in QKV else 1)
-            if stored.shape != expected or not stored.dtype.is_floating_point or stored.dtype != weights.dtype(name):
+            rows, *others = shapes[name]
+            expected = (rows // 3 if piece in QKV else rows, *others)
+            if stored.shape != expected or len(dtypes) > 1 or not stored.dtype.is_floating_point:
                 dtype = str(stored.dtype).removeprefix("torch.")
-                misshapen.append(f"{here} {dtype}, expected{describe('', expected)} of floats")
+                found = describe(stored.name, stored.shape)
+                misshapen.append(f"{found} {dtype}, expected{describe('', expected)} of floats")
+    unexpected = [describe(stored.name, stored.shape) for stored in unexpected]
     complaints = []
     for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
         if names:
@@ -229,11 +232,6 @@ def check_tensors(weights: Weights, shapes: dict[str, tuple[int, ...]], needed: 
         where = " and ".join(map(str, weights.paths))
         raise ValueError(f"{where}: {'; '.join(complaints)} "
                          f"(all of them: python load_weights.py inspect {weights.paths[0]})")
-
-
-def rows_of(shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-    """The shape of one of n equal pieces of a tensor."""
-    return (shape[0] // n, *shape[1:])
 
 
 def describe(name: str, shape: Iterable[int]) -> str:

@@ -146,33 +146,31 @@ def rename_sequential(names: Iterable[str]) -> dict[str, str]:
 
 # Our field -> its spellings in config.json over the years, and transformers' default if none is present.
 PHI_KEYS = {
-    "vocab_size": (("vocab_size",), 51200),
-    "block_size": (("max_position_embeddings", "n_positions"), 2048),
-    "n_layer": (("num_hidden_layers", "n_layer"), 24),
-    "n_head": (("num_attention_heads", "n_head"), 32),
-    "n_embd": (("hidden_size", "n_embd"), 2048),
-    "n_inner": (("intermediate_size", "n_inner"), None),
-    "rope_base": (("rope_theta",), 10000.0),
-    "eps": (("layer_norm_eps", "layer_norm_epsilon"), 1e-5),
-    "dropout": (("resid_pdrop",), 0.0),
+    "vocab_size": ("vocab_size", 51200),
+    "block_size": ("max_position_embeddings", "n_positions", 2048),
+    "n_layer": ("num_hidden_layers", "n_layer", 24),
+    "n_head": ("num_attention_heads", "n_head", 32),
+    "n_embd": ("hidden_size", "n_embd", 2048),
+    "n_inner": ("intermediate_size", "n_inner", None),
+    "rope_base": ("rope_theta", 10000.0),
+    "eps": ("layer_norm_eps", "layer_norm_epsilon", 1e-5),
+    "dropout": ("resid_pdrop", 0.0),
 }
-ROTARY_KEYS = {"rotary_dim": (("rotary_dim",), None), "rotary_factor": (("partial_rotary_factor",), 0.5)}
+ROTARY_KEYS = {"rotary_dim": ("rotary_dim", None), "rotary_factor": ("partial_rotary_factor", 0.5)}
 VISION_KEYS = {
-    "image_size": (("image_size",), 224),
-    "patch_size": (("patch_size",), 32),
-    "n_layer": (("num_hidden_layers",), 12),
-    "n_head": (("num_attention_heads",), 12),
-    "n_embd": (("hidden_size",), 768),
-    "n_inner": (("intermediate_size",), 3072),
-    "eps": (("layer_norm_eps",), 1e-5),
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 32),
+    "n_layer": ("num_hidden_layers", 12),
+    "n_head": ("num_attention_heads", 12),
+    "n_embd": ("hidden_size", 768),
+    "n_inner": ("intermediate_size", 3072),
+    "eps": ("layer_norm_eps", 1e-5),
 }
-SIGLIP_KEYS = VISION_KEYS | {"patch_size": (("patch_size",), 16), "eps": (("layer_norm_eps",), 1e-6)}
-
-
+SIGLIP_KEYS = VISION_KEYS | {"patch_size": ("patch_size", 16), "eps": ("layer_norm_eps", 1e-6)}
 # transformers' name for taking just the patches: CLIP has a class token in front of them, SigLIP (True) does not.
 FEATURE_STRATEGY = {False: "default", True: "full"}
 
 
 def named_as_published(config: PhiConfig | VisionConfig, keys: dict) -> dict:
     """Our fields under the newest of their spellings in config.json."""
-    return {spellings[0]: getattr(config, field) for field, (spellings, default) in keys.items()}
+    return {spellings[0]: getattr(config, field) for field, spellings in keys.items()}

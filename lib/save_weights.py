@@ -1,6 +1,5 @@
 """The one format that models are saved in, which transformers' LlavaForConditionalGeneration and vLLM read too."""
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -271,15 +270,13 @@ def verify_checksums(folder: Path) -> tuple[int, str]:
 
     (0, "") if the folder has no checksums.
     """
-    path, problems, intact = folder / CHECKSUMS, [], 0
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
-        if match is None:
-            problems.append(f"{line[:80]!r} is not a checksum and the name of a file here")
-        elif not (folder / match[2]).is_file():
-            problems.append(f"{match[2]} is not there")
-        elif sha256(folder / match[2]) != match[1]:
-            problems.append(f"{match[2]} is not what was written")
+    sums, problems, intact = folder / CHECKSUMS, [], 0
+    for line in sums.read_text(errors="replace").splitlines() if sums.is_file() else []:
+        digest, name = line[:64], line[66:]
+        if (folder / name).parent != folder or not (folder / name).is_file():
+            problems.append(f"{(name or line)[:80]!r} names no file here")
+        elif sha256(folder / name) != digest:
+            problems.append(f"{name} is not what was written")
         else:
             intact += 1
     if problems:
@@ -380,15 +377,11 @@ def write_tower(folder: Path, model: ToSave) -> None:
     folder.mkdir()
     vision = model.config.vision
     write_tensors(folder, model, "vision")
-    # transformers ignores the last three. Without vision_feature_layer, llama.cpp's converter drops one layer too many;
-    # image_aspect_ratio is for whoever merges these parts again, as the projector was trained with it.
-    write_json(folder / "config.json", tower_json(vision) | {
-        "vision_feature_layer": vision.feature_layer, "image_aspect_ratio": model.config.image_mode,
-        "torch_dtype": model.dtype_name("vision")})
-    own_processor = image_processor(replace(model.config, image_mode="crop" if vision.class_token else "squash"))
-    if vision.class_token:
-        own_processor["image_processor_type"] = "CLIPImageProcessor"
-    write_json(folder / "preprocessor_config.json", own_processor)
+    # transformers ignores vision_feature_layer; without it, llama.cpp's converter drops one layer too many.
+    write_json(folder / "config.json", tower_json(vision) | {"vision_feature_layer": vision.feature_layer,
+                                                             "torch_dtype": model.dtype_name("vision")})
+    # Not the published tower's own way, but the one that tower and projector were trained with.
+    write_json(folder / "preprocessor_config.json", image_processor(model.config))
     write_checksums(folder)
 
 

@@ -152,16 +152,16 @@ def file_problem(path: Path, size: int) -> str:
         begin = file.read(100)
         file.seek(max(0, size - 66_000))            # the length of a zip's table is within the last 66 kB
         tail = file.read()
-    if pointer_problem(begin):
-        return pointer_problem(begin)
-    if path.suffix != ".bin":
+    if path.suffix == ".bin":
+        end = tail.rfind(b"PK\5\6")
+        length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
+    else:
         length = int.from_bytes(begin[:8], "little")            # of the json header that follows
-        too_long = length > min(HEADER_LIMIT, size - 8)
-        return f"file is {size} bytes, its header alone claims {length}: incomplete download?" if too_long else ""
-    end = tail.rfind(b"PK\5\6")
-    length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
-    if length > HEADER_LIMIT:
-        return f"its table of contents says it has {length} bytes, far more than a model needs"
+    if pointer_problem(begin) or length > min(HEADER_LIMIT, size - 8):
+        return pointer_problem(begin) or (f"file is {size} bytes, its table of tensors alone claims {length}: "
+                                          "incomplete download?")
+    if path.suffix != ".bin":
+        return ""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
     for record in records:
