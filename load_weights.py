@@ -202,7 +202,7 @@ def main(args: argparse.Namespace) -> int:
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, dtype, args.projector)
     else:
-        scores = read_scores(args.scores) if args.scores else []
+        scores = read_scores(args.scores, args.model) if args.scores else []
         export(args.model, args.out, dtype, args.to, args.head_bias != "keep", args.type or "f16", scores)
         if args.to != "model":
             print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")

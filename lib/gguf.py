@@ -121,11 +121,11 @@ def entries_of(model: ToSave, names: dict[str, str], kind: str) -> list[GGUFTens
         shape = (shape[0] // len(letters), *shape[1:])
         for number, letter in enumerate(letters):
             load = partial(load_piece, model, name, number, len(letters))
-            entries.append(GGUFTensor(theirs.replace("{qkv}", letter), shape, kind_of(module, shape, kind), load))
+            entries.append(GGUFTensor(theirs.replace("{qkv}", letter), shape, tensor_kind(module, shape, kind), load))
     return entries
 
 
-def kind_of(module: str, shape: tuple[int, ...], kind: str) -> str:
+def tensor_kind(module: str, shape: tuple[int, ...], kind: str) -> str:
     """The kind a tensor is stored in: vectors and positions in fp32, and f16 where a row does not fill its blocks."""
     if len(shape) == 1 or module == "vision.pos":
         return "f32"

@@ -13,7 +13,7 @@ from lib.tensor_files import MERGE_ADAPTERS
 from model import PhiConfig
 from vision import VisionConfig
 
-NAMES = {       # our name -> the one it has in the folders we save, after PREFIX, which is transformers'; then all others
+PUBLISHED_NAMES = {       # our name -> the one it has in the folders we save, after PREFIX, which is transformers'; then all others
     "llm.wte": ("model.embed_tokens", "transformer.embd.wte"),
     "llm.h.{layer}.ln": ("model.layers.{layer}.input_layernorm", "transformer.h.{layer}.ln"),
     "llm.h.{layer}.attn.qkv": ("model.layers.{layer}.self_attn.{qkv}_proj",
@@ -40,7 +40,7 @@ NAMES = {       # our name -> the one it has in the folders we save, after PREFI
 }
 PREFIX = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
 
-BEGINNINGS = (  # how a published name begins, the part of the model it belongs to, how it begins in NAMES
+BEGINNINGS = (  # how a published name begins, the part of the model it belongs to, how it begins in PUBLISHED_NAMES
     # LLaVA and transformers have a tower inside one or two vision_tower, CLIP and SigLIP in a vision_model, or bare.
     (r"(model\.)?(vision_tower\.)*(vision_model\.)?(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)",
      "vision", ""),
@@ -84,7 +84,7 @@ FOREIGN = (     # part of a tensor's name, the model that it gives away, and wha
 def name_tables() -> tuple[dict[str, list[str]], dict[tuple[str, str], tuple[str, str]]]:
     """Our name -> its saved ones; (part, published name without its beginning) -> (our name, piece), see `to_ours`."""
     saved, ours_of = defaultdict(list), {}
-    for ours, names in NAMES.items():
+    for ours, names in PUBLISHED_NAMES.items():
         part = ours.split(".")[0]
         for theirs in names:
             pieces = "qkv" if "{qkv}" in theirs else ["by head" if theirs.endswith(PACKED_BY_HEAD) else "whole"]
