@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder,
-                        model_fingerprint, parse_or_exit, plural, read_json, read_jsonl, run_command, visible, write_whole)
+                        model_fingerprint, parse_or_exit, plural, read_json, read_jsonl, run_command, visible,
+                        write_whole)
 
 import numpy as np
 from tqdm import tqdm

@@ -13,7 +13,7 @@ from lib.tensor_files import MERGE_ADAPTERS
 from model import PhiConfig
 from vision import VisionConfig
 
-PUBLISHED_NAMES = {       # our name -> the one it has in the folders we save, after PREFIX, which is transformers'; then all others
+PUBLISHED_NAMES = {     # our name -> that in the folders we save, after PREFIX, which is transformers'; then all others
     "llm.wte": ("model.embed_tokens", "transformer.embd.wte"),
     "llm.h.{layer}.ln": ("model.layers.{layer}.input_layernorm", "transformer.h.{layer}.ln"),
     "llm.h.{layer}.attn.qkv": ("model.layers.{layer}.self_attn.{qkv}_proj",
@@ -69,7 +69,8 @@ FOREIGN = (     # part of a tensor's name, the model that it gives away, and wha
     (r"\.qweight|\.qzeros", "a model quantized by GPTQ or AWQ", UNQUANTIZED),
     (r"\.weight_packed", "a model quantized by compressed-tensors", UNQUANTIZED),
     (r"\.weight_scale", "a model quantized to 8 bits", UNQUANTIZED),
-    (r"_vision_tower\.|connector\.", "TinyLLaVA, which leaves out SigLIP's first patch", "run it with TinyLLaVA_Factory"),
+    (r"_vision_tower\.|connector\.", "TinyLLaVA, which leaves out SigLIP's first patch",
+     "run it with TinyLLaVA_Factory"),
     (r"image_newline", "LLaVA-NeXT, which cuts a picture into tiles", "give a LLaVA-1.5 style model"),
     (r"mm_projector\.weight", "a LLaVA with a linear projector", "only mlp2x_gelu is implemented here"),
     (r"mm_projector\.4\.", "a LLaVA with a projector of three or more layers", "only mlp2x_gelu is implemented here"),

@@ -61,7 +61,8 @@ def test_export_writes_the_card(tmp_path):
 @pytest.mark.parametrize("folders, words", [
     ({}, "no result.json"), ({"a": {}, "b": {"value": 3.0}}, "two results of pope .all., one in .*b"),
     ({"a": {"settings": {"model": "0" * 16}}}, "was not scored with --model .*tiny-llava-phi: do it with python eval"),
-    ({"a": {"settings": {"scored": "x.jsonl"}}}, "was not scored with"), ({"a": {"settings": 3}}, "was not scored with"),
+    ({"a": {"settings": {"scored": "x.jsonl"}}}, "was not scored with"),
+    ({"a": {"settings": 3}}, "was not scored with"),
 ])
 def test_scores_of_another_model_and_doubled_ones_are_refused(folders, words, tmp_path):
     for name, change in folders.items():
