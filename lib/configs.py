@@ -128,7 +128,8 @@ def processor_mode(folder: Path, vision: VisionConfig) -> str:
         for key, numbers in (("image_mean", vision.mean), ("image_std", vision.std)):
             value = processor.get(key)
             require_only(file, {} if is_near(value, numbers) else processor, {key: (list(numbers),)})
-        mode = mode or ("pad" if processor.get("do_pad") else "squash" if squashed else "")
+        ways = {"pad": processor.get("do_pad"), "squash": squashed, "crop": processor.get("do_center_crop")}
+        mode = mode or next((way for way in ways if ways[way]), "")
     return mode
 
 

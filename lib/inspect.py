@@ -203,10 +203,9 @@ def page_loss(model: LLaVAPhi, tok: Tokenizer, page: Page) -> float:
     return total.item() / sum(label != IGNORE for sample in samples for label in sample.labels)
 
 
-def draw_circle(size: int = 336) -> tuple[Image.Image, Image.Image]:
+def draw_circle() -> tuple[Image.Image, Image.Image]:
     """A red circle in the top right quarter of a dark background, and just the background."""
-    blank = Image.new("RGB", (size, size), (40, 40, 48))
+    blank = Image.new("RGB", (336, 336), (40, 40, 48))
     drawn = blank.copy()
-    x, y, r = size * 3 // 4, size // 4, size // 6
-    ImageDraw.Draw(drawn).ellipse((x - r, y - r, x + r, y + r), (214, 48, 49))
+    ImageDraw.Draw(drawn).ellipse((196, 28, 308, 140), (214, 48, 49))
     return drawn, blank

@@ -93,7 +93,7 @@ def save_parts(out: Path, model: ToSave) -> None:
         write_phi(made / "phi-2", model)
         shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
         write_tower(made / ("clip" if model.config.vision.class_token else "siglip"), model)
-        write_tensors(made, model, "projector", "mm_projector")
+        write_tensors(made, model, "projector")
         write_checksums(made)
 
 
@@ -153,11 +153,9 @@ def with_image_row(model: ToSave) -> ToSave:
 # Tensors
 
 
-def write_tensors(folder: Path, model: ToSave, part: str = "", file: str = "model") -> None:
-    """Write a model's tensors, or those of "llm", "vision" or "projector", as safetensors, sharded if they are large.
-
-    file: the file name without its suffix.
-    """
+def write_tensors(folder: Path, model: ToSave, part: str = "") -> None:
+    """Write a model's tensors, or those of "llm", "vision" or "projector", as safetensors, sharded if they are large."""
+    file = "mm_projector" if part == "projector" else "model"           # LLaVA's name for it
     sizes = {name: prod(model.shapes[name]) * model.dtypes[name].itemsize
              for name in model.tensors if name.startswith(part)}
     shards = plan_shards(sizes)
@@ -310,7 +308,7 @@ def image_processor(config: LLaVAConfig) -> dict:
 
 
 def special_ids(eot: int) -> dict:
-    return {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
 
 
 def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
@@ -343,7 +341,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
     Only transformers needs that token. `load_tokenizer` removes it again: here, "<image>" in a text is text.
     """
     tokenizer = Tokenizer.from_str(tokenizer.to_str())      # a copy, to leave the caller's unchanged
-    roles = {"bos_token": EOT, "eos_token": EOT, "pad_token": EOT, "unk_token": EOT}
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT)
     special, image_role = {}, {}
     if image:
         tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
