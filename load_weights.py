@@ -184,15 +184,12 @@ def merged_tensors(checkpoint: Path, source: Weights, lora_alpha: float) -> dict
     check_tensors(source, saved_shapes(meta_model(source.config)), [stem + "weight" for stem in stems])
 
     def merged(stem: str) -> Tensor:
-        name = stem + "weight"
-        weight = {name: read_tensor(source, name).float()}
-        adapters = {stem + leaf: trained[stem + leaf]() for leaf in ("lora_a", "lora_b")}
-        return merge_lora(weight | adapters, lora_alpha)[name]
+        pair = {stem + leaf: trained[stem + leaf]() for leaf in ("lora_a", "lora_b")}
+        weight = read_tensor(source, stem + "weight").float()
+        return merge_lora(pair | {stem + "weight": weight}, lora_alpha)[stem + "weight"]
 
     tensors = {name: load for name, load in trained.items() if ".lora_" not in name}
-    for stem in stems:
-        tensors[stem + "weight"] = partial(merged, stem)
-    return tensors
+    return tensors | {stem + "weight": partial(merged, stem) for stem in stems}
 
 
 def main(args: argparse.Namespace) -> int:

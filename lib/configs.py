@@ -51,10 +51,10 @@ def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
     mode = own_mode = "squash" if siglip else "crop"        # the tower's own, which stage 1 uses
     if "llm" in parts:
         require_only(llm_file, llm_json, {"tie_word_embeddings": (False,)})
-        llm = phi_config(subconfig(llm_json, "text_config", llm_json, llm_file), llm_file)
+        llm = phi_config(subconfig(llm_json, "text_config", llm_file) or llm_json, llm_file)
     if "vision" in parts:
-        tower = subconfig(vision_json, "vision_config", vision_json, vision_file)
-        tower = subconfig(tower, "vision_tower", tower, vision_file)    # LLaVA-Phi has two configs in vision_config
+        tower = subconfig(vision_json, "vision_config", vision_file) or vision_json
+        tower = subconfig(tower, "vision_tower", vision_file) or tower  # LLaVA-Phi has two configs in vision_config
         if tower is llm_json and "llm" in parts:
             tower = published_tower(found, vision_file)                 # the numbers there are the language model's
         vision = vision_config(tower, siglip, tower.get("vision_feature_layer") or feature_layer, vision_file)
@@ -84,8 +84,8 @@ def check_pictures(jsons: dict[Path, dict], siglip: bool) -> object:
     only = ONLY | {"vision_feature_select_strategy": (FEATURE_STRATEGY[siglip],)}
     layers = []
     for file, json in jsons.items():
-        nested = subconfig(json, "vision_config", {}, file)
-        two = [subconfig(nested, name, {}, file) for name in ("vision_tower", "mm_projector")]
+        nested = subconfig(json, "vision_config", file)
+        two = [subconfig(nested, name, file) for name in ("vision_tower", "mm_projector")]
         for part in (json, nested, *two):
             require_only(file, part, only)
             for key in ("vision_feature_layer", "mm_vision_select_layer"):
@@ -122,7 +122,7 @@ def processor_mode(folder: Path, vision: VisionConfig) -> str:
     for name in ("processor_config.json", "preprocessor_config.json"):
         file = folder / name
         whole = read_json(file) if file.is_file() else {}
-        processor = subconfig(whole, "image_processor", whole, file)
+        processor = subconfig(whole, "image_processor", file) or whole
         squashed = processor.get("size") == square
         require_only(file, processor, only | ({} if squashed else {"do_center_crop": (True,)}))
         for key, numbers in (("image_mean", vision.mean), ("image_std", vision.std)):
@@ -153,7 +153,7 @@ def config_of_run(config: LLaVAConfig, dropout: float, image_mode: str) -> LLaVA
 
 
 def phi_config(config: dict, path: Path) -> PhiConfig:
-    config = config | subconfig(config, "rope_parameters", {}, path)        # where transformers 5 has rotary settings
+    config = config | subconfig(config, "rope_parameters", path)        # where transformers 5 has rotary settings
     fields = config_fields(config, PHI_KEYS | ROTARY_KEYS, path)
     heads, head_size = fields["n_head"], fields["n_embd"] // fields["n_head"]
     require_only(path, config, ONLY_LLM | {"num_key_value_heads": (heads,), "n_head_kv": (heads,),
@@ -194,14 +194,12 @@ def config_fields(config: dict, keys: dict, path: Path) -> dict:
     return fields
 
 
-def subconfig(config: dict, key: str, default: dict, path: Path) -> dict:
-    """A config inside a config."""
+def subconfig(config: dict, key: str, path: Path) -> dict:
+    """A config inside a config, empty if it is not there."""
     value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, dict):
+    if not isinstance(value, dict | None):
         raise ValueError(f"{path}: {key} is {repr(value)[:80]}, expected an object")
-    return value
+    return value or {}
 
 
 def require_only(path: Path, config: dict, only: dict[str, tuple]) -> None:

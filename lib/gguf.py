@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data import SYSTEM, eot_id
 from lib.layouts import without_layer
-from lib.save_weights import SAVED_MODEL, ToSave, replacing_model, write_checksums
+from lib.save_weights import SAVED_MODEL, ToSave, replacing_model
 from model import LLaVAConfig, PhiConfig
 
 ALIGNMENT = 32
@@ -87,7 +87,6 @@ def save_gguf(out: Path, model: ToSave, kind: str) -> None:
         write_gguf(made / decoder, fields, entries_of(model, DECODER, kind))
         write_gguf(made / tower, tower_fields(model.config), entries_of(model, TOWER, "f16"))
         (made / "Modelfile").write_text(MODELFILE.format(decoder=decoder, tower=tower, system=SYSTEM), encoding="utf-8")
-        write_checksums(made)
 
 
 MODELFILE = """\

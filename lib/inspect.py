@@ -36,11 +36,13 @@ IMAGE_WORDS = {
     "pad": "the whole picture, padded to a square",
     "squash": "the whole picture, squeezed into a square",
 }
-MERGE = "python load_weights.py merge {} {{}}    (with {})"
-NEXT = dict.fromkeys((Kind.LLAVA, Kind.MIPHA), "python sample.py --model {} --image x.jpg") | {
-    Kind.PROJECTOR: MERGE.format("--projector", "folders as --llm and --vision"),
-    **dict.fromkeys((Kind.PHI, Kind.NO_TOWER), MERGE.format("--llm", "a CLIP or SigLIP folder as --vision")),
-    **dict.fromkeys((Kind.CLIP, Kind.SIGLIP), MERGE.format("--vision", "a Phi-2 folder as --llm")),
+MERGE_LLM = "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)"
+MERGE_TOWER = "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)"
+ASK = "python sample.py --model {} --image x.jpg"
+NEXT = {
+    Kind.PHI: MERGE_LLM, Kind.NO_TOWER: MERGE_LLM, Kind.CLIP: MERGE_TOWER, Kind.SIGLIP: MERGE_TOWER,
+    Kind.PROJECTOR: "python load_weights.py merge --projector {}    (with folders as --llm and --vision)",
+    Kind.LLAVA: ASK, Kind.MIPHA: ASK,
 }
 UNUSED_LAYERS = "layers and LayerNorm after the hidden state that is read: not loaded, but kept when a model is saved"
 

@@ -46,7 +46,7 @@ BEGINNINGS = (  # how a published name begins, the part of the model it belongs 
      "vision", ""),
     (r"(model\.)?(mm_projector|multi_modal_projector)\.", "projector", ""),    # LLaVA's name, and transformers'
     (r"model\.language_model\.", "llm", "model."),                             # transformers 5, in memory
-    (r"(language_model\.)?", "llm", ""),                                       # what we save; Phi-2 by itself
+    (r"(language_model\.)?", "llm", ""),                  # what we save; Phi-2 by itself, so any name begins like this
 )
 # The rows of Wqkv are (3, head, size), as ours are; those of query_key_value are (head, 3, size). Both matrices have
 # the same shape, so only the name tells them apart.

@@ -78,13 +78,12 @@ def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, sour
         write_model_texts(made, model)
         card = hub_card(config, settings or run_settings(out), scores, folded=not model.load(HEAD_BIAS).any())
         (made / "README.md").write_text(card, encoding="utf-8")
-        write_checksums(made)
 
 
 def run_settings(folder: Path) -> dict | None:
     """The settings of the run that trained the model in a folder, if it says so."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return subconfig(config, "training", {}, folder / "config.json") or None
+    file = folder / "config.json"
+    return subconfig(read_json(file), "training", file) or None if file.is_file() else None
 
 
 def save_parts(out: Path, model: ToSave) -> None:
@@ -94,7 +93,6 @@ def save_parts(out: Path, model: ToSave) -> None:
         shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
         write_tower(made / ("clip" if model.config.vision.class_token else "siglip"), model)
         write_tensors(made, model, "projector")
-        write_checksums(made)
 
 
 def check_before_training(config: LLaVAConfig, source: Weights) -> None:
@@ -110,7 +108,8 @@ def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, d
     """The `changed` tensors, and from `source` all others that a saved folder has."""
     lacks_image_row(source.tokenizer, config.llm)
     shapes = saved_shapes(meta_model(config))
-    names = [name for name in shapes if source.has_tower or name.startswith("llm.")]
+    parts = "" if source.has_tower else "llm."          # all of them, or one
+    names = [name for name in shapes if name.startswith(parts)]
     assert changed.keys() <= set(names), f"not in the model: {changed.keys() - set(names)}"
     check_tensors(source, shapes, [name for name in names if name not in changed])
     tensors = {name: changed.get(name, partial(read_tensor, source, name)) for name in names}
@@ -235,6 +234,8 @@ def replacing_model(out: Path) -> Iterator[Path]:
     with replacing(made) as part:
         part.mkdir()
         yield part
+        for folder in [part, *filter(Path.is_dir, part.iterdir())]:
+            write_checksums(folder)
         if settings and (part / "config.json").exists():
             write_json(part / "config.json", read_json(part / "config.json") | settings)
     if is_new:
@@ -367,7 +368,6 @@ def write_phi(folder: Path, model: ToSave) -> None:
     eot = eot_id(model.tokenizer)
     write_json(folder / "generation_config.json", special_ids(eot))
     write_json(folder / "config.json", phi_json(model.config.llm, eot, model.dtype_name("llm")))
-    write_checksums(folder)
 
 
 def write_tower(folder: Path, model: ToSave) -> None:
@@ -380,7 +380,6 @@ def write_tower(folder: Path, model: ToSave) -> None:
                                                              "torch_dtype": model.dtype_name("vision")})
     # Not the published tower's own way, but the one that tower and projector were trained with.
     write_json(folder / "preprocessor_config.json", image_processor(model.config))
-    write_checksums(folder)
 
 
 def write_model_texts(folder: Path, model: ToSave) -> None:
