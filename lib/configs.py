@@ -88,10 +88,11 @@ def check_pictures(jsons: dict[Path, dict], siglip: bool) -> object:
         two = [subconfig(nested, name, file) for name in ("vision_tower", "mm_projector")]
         for part in (json, nested, *two):
             require_only(file, part, only)
-            for key in ("vision_feature_layer", "mm_vision_select_layer"):
-                layers += [part[key]] if part.get(key) is not None else []
-                key_here = f"{key} (elsewhere {layers[:1]})"
-                require_only(file, {key_here: part.get(key)}, {key_here: tuple(layers[:1])})
+            layers += [part[key] for key in ("vision_feature_layer", "mm_vision_select_layer")
+                       if part.get(key) is not None]
+        ensure(file, all(layer == layers[0] for layer in layers),
+               f"mm_vision_select_layer or vision_feature_layer is {' and '.join(map(str, layers))[:80]}, and only one "
+               "is implemented here")
     return layers[0] if layers else -2
 
 
@@ -118,16 +119,17 @@ def processor_mode(folder: Path, vision: VisionConfig) -> str:
     """How transformers' config of the processor makes images square; "" if it does not say."""
     mode, side = "", vision.image_size
     square = {"height": side, "width": side}
-    only = ONLY_PROCESSOR | {"size": (side, {"shortest_edge": side}, square), "crop_size": (side, square)}
+    only = ONLY_PROCESSOR | {"size": (side, {"shortest_edge": side}, square), "crop_size": (side, square),
+                             "image_mean": (vision.mean,), "image_std": (vision.std,)}
     for name in ("processor_config.json", "preprocessor_config.json"):
         file = folder / name
         whole = read_json(file) if file.is_file() else {}
         processor = subconfig(whole, "image_processor", file) or whole
         squashed = processor.get("size") == square
-        require_only(file, processor, only | ({} if squashed else {"do_center_crop": (True,)}))
-        for key, numbers in (("image_mean", vision.mean), ("image_std", vision.std)):
-            value = processor.get(key)
-            require_only(file, {} if is_near(value, numbers) else processor, {key: (list(numbers),)})
+        for key in ("image_mean", "image_std"):
+            if is_near(processor.get(key), only[key][0]):
+                processor = processor | {key: only[key][0]}
+        require_only(file, processor, only if squashed else only | {"do_center_crop": (True,)})
         ways = {"pad": processor.get("do_pad"), "squash": squashed, "crop": processor.get("do_center_crop")}
         mode = mode or next((way for way in ways if ways[way]), "")
     return mode

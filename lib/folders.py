@@ -56,8 +56,6 @@ COMPLETE = {                            # the kind that is there instead of a wh
     Kind.PROJECTOR: "give it as --projector, beside --llm and --vision, to train.py or `load_weights.py merge`",
     Kind.NO_PROJECTOR: "a part of it was lost; copy or download it again",
 }
-
-
 QKV = ("q", "k", "v")
 
 
@@ -77,9 +75,7 @@ class Weights:
 
     @property
     def kind(self) -> Kind:
-        """That of the folder, or of the model that several make, perhaps with a new projector."""
-        parts = self.parts if len(self.paths) == 1 else tuple(PREFIX)
-        kind = KIND_OF_PARTS.get(parts, Kind.OTHER)
+        kind = KIND_OF_PARTS.get(self.parts, Kind.OTHER)
         return WITH_SIGLIP.get(kind, kind) if has_siglip(self.found) else kind
 
     @property

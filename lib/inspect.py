@@ -96,11 +96,9 @@ def inspect_part(weights: Weights, part: str) -> None:
     parameters = sum(prod(stored.shape) for stored in tensors)
     size = sum(stored.nbytes for stored in tensors) / 1e6
     print_row(part, f"{plural(len(tensors), 'tensor')}, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
-    if part == "llm":
-        for mark, text in LAYOUTS:
-            if any(mark in stored.name for stored in tensors):
-                print_row("", text)
-                break
+    layouts = [text for mark, text in LAYOUTS if any(mark in stored.name for stored in tensors)]
+    if part == "llm" and layouts:
+        print_row("", layouts[0])
 
 
 def inspect_tokenizer(weights: Weights) -> str:

@@ -153,7 +153,7 @@ def with_image_row(model: ToSave) -> ToSave:
 
 
 def write_tensors(folder: Path, model: ToSave, part: str = "") -> None:
-    """Write a model's tensors, or those of "llm", "vision" or "projector", as safetensors, sharded if they are large."""
+    """Write a model's tensors, or those of one part, as safetensors, sharded if they are large."""
     file = "mm_projector" if part == "projector" else "model"           # LLaVA's name for it
     sizes = {name: prod(model.shapes[name]) * model.dtypes[name].itemsize
              for name in model.tensors if name.startswith(part)}

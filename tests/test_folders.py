@@ -40,7 +40,7 @@ def test_kinds(folder, kind):
 
 def test_two_bases_are_one_model():
     bases = open_weights(TINY_PHI, TINY_CLIP)
-    assert bases.kind == Kind.LLAVA and not bases.has_siglip and bases.paths == [TINY_PHI, TINY_CLIP]
+    assert bases.parts == ("llm", "vision") and not bases.has_siglip and bases.paths == [TINY_PHI, TINY_CLIP]
     assert bases.found.keys() == open_folder(TINY_PHI).found.keys() | open_folder(TINY_CLIP).found.keys()
 
 
