@@ -226,9 +226,8 @@ def write_gguf(path: Path, fields: dict[str, object], entries: list[GGUFTensor])
     offset = 0
     for entry in entries:
         # ggml counts dimensions from the innermost one.
-        header += [packed_string(entry.name), struct.pack("<I", len(entry.shape)),
-                   struct.pack(f"<{len(entry.shape)}Q", *reversed(entry.shape)),
-                   struct.pack("<IQ", TYPES[entry.kind].number, offset)]
+        n, number = len(entry.shape), TYPES[entry.kind].number
+        header.append(packed_string(entry.name) + struct.pack(f"<I{n}QIQ", n, *reversed(entry.shape), number, offset))
         offset += entry.nbytes + -entry.nbytes % ALIGNMENT
     with open(path, "wb") as file:
         file.writelines(header)
