@@ -18,7 +18,7 @@ ONLY = {                        # LLaVA's and transformers' keys, at the top of 
     "mm_projector_type": ("mlp2x_gelu",), "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
     "mm_resampler_type": (), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),
     "mm_use_im_start_end": (False,), "mm_use_im_patch_token": (False,), "use_s2": (False,), "s2": (False,),
-    "quantization_config": (),
+    "quantization_config": (), "image_aspect_ratio": ("square", *IMAGE_MODES),
 }
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 ONLY_LLM = {
@@ -63,8 +63,7 @@ def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
         stored = count_layers(part, found)              # before a mistyped number can build a model of that many layers
         ensure(file.parent, stored in (0, n_layer),
                f"config.json says {n_layer} {part} layers, the tensors are of {stored}")
-    for file, json in jsons.items():
-        require_only(file, json, {"image_aspect_ratio": ("square", *IMAGE_MODES)})
+    for json in jsons.values():
         aspect = json.get("image_aspect_ratio")
         mode = own_mode if aspect == "square" else aspect or mode       # LLaVA's "square" is the tower's processor
     return LLaVAConfig(llm, vision, mode)
