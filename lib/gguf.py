@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import SYSTEM, eot_id
-from lib.layouts import without_layer
+from lib.layouts import rename
 from lib.save_weights import SAVED_MODEL, ToSave, replacing_model
 from model import LLaVAConfig, PhiConfig
 
@@ -111,24 +111,22 @@ def entries_of(model: ToSave, names: dict[str, str], kind: str) -> list[GGUFTens
     """
     entries = []
     for name, shape in model.shapes.items():
-        template, layer = without_layer(name)
-        module = template.removesuffix(".weight").removesuffix(".bias")
-        if module not in names or (name.startswith("vision.h.") and int(layer) >= model.config.vision.n_used):
+        theirs = rename(name, names)
+        if not theirs or (name.startswith("vision.h.") and int(name.split(".")[2]) >= model.config.vision.n_used):
             continue
-        theirs = names[module].replace("{layer}", layer) + template.removeprefix(module)
-        letters = "qkv" if "{qkv}" in theirs else " "
+        letters = ["q", "k", "v"] if "{qkv}" in theirs else [""]
         shape = (shape[0] // len(letters), *shape[1:])
         for number, letter in enumerate(letters):
             load = partial(load_piece, model, name, number, len(letters))
-            entries.append(GGUFTensor(theirs.replace("{qkv}", letter), shape, tensor_kind(module, shape, kind), load))
+            entries.append(GGUFTensor(theirs.replace("{qkv}", letter), shape, tensor_kind(name, shape, kind), load))
     return entries
 
 
-def tensor_kind(module: str, shape: tuple[int, ...], kind: str) -> str:
+def tensor_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
     """The kind a tensor is stored in: vectors and positions in fp32, and f16 where a row does not fill its blocks."""
-    if len(shape) == 1 or module == "vision.pos":
+    if len(shape) == 1 or name == "vision.pos":
         return "f32"
-    if kind == "q4_0" and module == "llm.lm_head":
+    if kind == "q4_0" and name == "llm.lm_head.weight":
         kind = "q8_0"           # the one matrix that 4 bits hurt visibly; llama.cpp gives it more bits as well
     return kind if shape[-1] % TYPES[kind].block == 0 else "f16"
 

@@ -5,7 +5,6 @@ What we call "llm.h.3.attn.qkv.weight" has had several names in published files.
 concatenated in ours.
 """
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from itertools import product
 
@@ -82,22 +81,19 @@ FOREIGN = (     # part of a tensor's name, the model that it gives away, and wha
 )
 
 
-def name_tables() -> tuple[dict[str, list[str]], dict[tuple[str, str], tuple[str, str]]]:
-    """Our name -> its saved ones; (part, published name without its beginning) -> (our name, piece), see `to_ours`."""
-    saved, ours_of = defaultdict(list), {}
+def our_names() -> dict[tuple[str, str], tuple[str, str]]:
+    """(part, published name without its beginning) -> (our name, piece). For the pieces see `to_ours`."""
+    found = {}
     for ours, names in PUBLISHED_NAMES.items():
-        part = ours.split(".")[0]
         for theirs in names:
             pieces = "qkv" if "{qkv}" in theirs else ["by head" if theirs.endswith(PACKED_BY_HEAD) else "whole"]
             for piece, leaf in product(pieces, ("", ".weight", ".bias")):
-                name = theirs.replace("{qkv}", piece) + leaf
-                ours_of[part, name] = (ours + leaf, piece)
-                if theirs == names[0]:
-                    saved[ours + leaf].append(PREFIX[part] + name)
-    return saved, ours_of
+                found[ours.split(".")[0], theirs.replace("{qkv}", piece) + leaf] = (ours + leaf, piece)
+    return found
 
 
-SAVED_NAMES, OUR_NAMES = name_tables()
+OUR_NAMES = our_names()
+SAVED_NAMES = {ours: names[0] for ours, names in PUBLISHED_NAMES.items()}
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -107,10 +103,19 @@ def without_layer(name: str) -> tuple[str, str]:
     return (LAYER.sub(".{layer}.", name, count=1), match[1]) if match else (name, "")
 
 
+def rename(name: str, names: dict[str, str]) -> str:
+    """Our name -> that of another program, from a table of its modules' names; "" if they do not have it."""
+    template, layer = without_layer(name)
+    module = template.removesuffix(".weight").removesuffix(".bias")
+    if module not in names:
+        return ""
+    return names[module].replace("{layer}", layer) + template.removeprefix(module)
+
+
 def to_saved(name: str) -> list[str]:
     """Our name -> the names it is saved under: one, or those of q, k and v."""
-    template, layer = without_layer(name)
-    return [saved.replace("{layer}", layer) for saved in SAVED_NAMES[template]]
+    saved = PREFIX[name.split(".")[0]] + rename(name, SAVED_NAMES)
+    return [saved.replace("{qkv}", letter) for letter in "qkv"] if "{qkv}" in saved else [saved]
 
 
 def to_ours(name: str) -> tuple[str, str] | None:
@@ -131,15 +136,11 @@ def to_ours(name: str) -> tuple[str, str] | None:
 
 def rename_sequential(names: Iterable[str]) -> dict[str, str]:
     """The earliest Phi files are one nn.Sequential: layers.0 is the embedding, the last one the head -> later names."""
-    matches = [re.fullmatch(r"layers\.(\d+)(\..*)", name) for name in names]
-    numbers = {match[0]: (int(match[1]), match[2]) for match in matches if match}
-    last = max(numbers.values(), default=(0, ""))[0]
+    numbers = {name: int(name.split(".")[1]) for name in names if re.match(r"layers\.\d+\.", name)}
+    ends = {max(numbers.values(), default=0): "lm_head", 0: "transformer.embd"}
     renamed = {}
-    for name, (number, rest) in numbers.items():
-        module = f"transformer.h.{number - 1}"
-        if number in (0, last):
-            module = "lm_head" if number else "transformer.embd"
-        renamed[name] = module + rest
+    for name, number in numbers.items():
+        renamed[name] = name.replace(f"layers.{number}", ends.get(number, f"transformer.h.{number - 1}"), 1)
     return renamed
 
 # ---------------------------------------------------------------------------------------------------
