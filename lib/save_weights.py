@@ -293,19 +293,16 @@ def image_token_id(tokenizer: Tokenizer) -> int:
 
 def image_processor(config: LLaVAConfig) -> dict:
     """Settings with which transformers computes the same pixels as data.load_image and VisionTower."""
-    size = config.vision.image_size
-    processor = {
-        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_pad": config.image_mode == "pad",
-        "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+    size, squash = config.vision.image_size, config.image_mode == "squash"
+    square = {"height": size, "width": size}
+    return {
+        "image_processor_type": "SiglipImageProcessor" if squash else "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor", "do_convert_rgb": True, "do_pad": config.image_mode == "pad",
+        "do_resize": True, "size": square if squash else {"shortest_edge": size}, "resample": 3,
+        "do_center_crop": not squash, "crop_size": square,
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(config.vision.mean), "image_std": list(config.vision.std),
     }
-    if config.image_mode == "squash":
-        processor |= {"image_processor_type": "SiglipImageProcessor", "size": {"height": size, "width": size},
-                      "do_center_crop": False}
-    return processor
 
 
 def special_ids(eot: int) -> dict:

@@ -36,7 +36,7 @@ def test_a_card_claims_nothing_that_is_not_known(tiny_model):
     assert "transformers' Llava drops the bias" in page
 
 
-def test_a_stranger_s_settings_are_shown_as_text(tiny_model):
+def test_settings_from_elsewhere_are_shown_as_text(tiny_model):
     """config.json of a model from elsewhere can have anything under "training"."""
     for data in (["a:-1", "b.json:1e9", 3], "x.json:0.5", None, {"a": 1}):
         page = hub_card(tiny_model.config, {"data": data, "stage": "finetune\n## Scores"}, [], folded=True)
