@@ -131,7 +131,8 @@ def first_line(error: Exception) -> str:
 
 def read_tensors(path: Path) -> list[Stored]:
     """The tensors of a file in either format, none of them read yet. ValueError says what is wrong with the file."""
-    opened = path.stat()
+    with open(path, "rb") as file:          # OSError if it must not be read
+        opened = os.fstat(file.fileno())
     try:
         problem = file_problem(path, opened.st_size)
         if not problem:
