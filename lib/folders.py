@@ -150,22 +150,23 @@ def sort_tensors(folder: Weights, tensors: list[Stored]) -> str:
     renamed = rename_sequential(stored.name for stored in tensors)
     for stored in tensors:
         name = stored.name
-        dropped = [reason for pattern, reason in DROPPED if re.match(pattern, name)]
-        foreign = [f"{model}; {advice}" for pattern, model, advice in FOREIGN if re.search(pattern, name)]
         place = to_ours(renamed.get(name, name))
-        if dropped:
-            folder.dropped[name] = dropped[0]
-        elif foreign:
-            return f"{name[:80]} is a tensor of {foreign[0]}"
-        elif place is None:
-            folder.unexpected.append(stored)
-        else:
+        if place:
             ours, piece = place
             pieces = folder.found.setdefault(ours, {})
             if piece in pieces or (pieces and not {piece, *pieces} <= set(QKV)):
                 other = next(iter(pieces.values()))
                 return f"{other.name} in {other.path.name} and {name} in {stored.path.name} are the same tensor"
             pieces[piece] = stored
+            continue
+        dropped = [reason for pattern, reason in DROPPED if re.match(pattern, name)]
+        foreign = [f"{model}; {advice}" for pattern, model, advice in FOREIGN if re.search(pattern, name)]
+        if dropped:
+            folder.dropped[name] = dropped[0]
+        elif foreign:
+            return f"{name[:80]} is a tensor of {foreign[0]}"
+        else:
+            folder.unexpected.append(stored)
     return ""
 
 # ---------------------------------------------------------------------------------------------------
