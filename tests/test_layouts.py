@@ -259,7 +259,7 @@ def test_keys_of_llavas_family_are_refused_wherever_they_stand(key, tmp_path):
     for i, value in enumerate(LLAVA_KEYS[key]):
         for j, place in enumerate(places[:1] if key.endswith("_layer") else places):
             folder = rewrite(TINY_MODEL, tmp_path / f"{i} {j}", config=put(place, value))
-            words = f"config.json: ({key}|mm_vision_select_layer or vision_feature_layer) .*, and only .* is implemented here"
+            words = f"config.json: ({key}|mm_vision_select_layer or .*) .*, and only .* is implemented here"
             with pytest.raises(ValueError, match=words):
                 open_weights(folder)
     silent = rewrite(TINY_MODEL, tmp_path / "null", config=put((), None))
