@@ -56,7 +56,7 @@ def test_pieces_join_to_the_whole(tiny_tokenizer, seed):
     ids = [rng.randrange(300 if seed % 2 else 500) for _ in range(40)]
     ids += tiny_tokenizer.encode("a \u65e5\u672c\u8a9e \U0001f642\n\n x  ").ids + [0] * (seed % 3)
     text = TextStream(tiny_tokenizer)
-    pieces = [text.add(i) for i in ids] + [text.finish()]
+    pieces = [text.add(i) for i in [*ids, None]]
     assert "".join(pieces) == tiny_tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
