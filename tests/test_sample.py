@@ -1,5 +1,4 @@
 """sample.py as a person uses it: the golden answer, streaming, odd files, a chat, a pipe, errors of one line."""
-import argparse
 import io
 import json
 import os
@@ -162,6 +161,8 @@ def test_a_path_as_it_is_pasted(tmp_path, tiny_model, written):
     (["--prompt", "?", "--choices", "a"], "two or more choices"),
     (["--prompt", "?", "--choices", "a,b", "--look", "x.html"], "one at a time"),
     (["--prompt", "?", "--logprobs", "5"], "--logprobs with --json"),
+    (["--prompt", "?", "--choices", "a,b", "--top-k", "5", "--seed", "1"], "so it takes no top_k, seed"),
+    (["--prompt", "?", "--look-layer", "0"], "--look-layer is a layer for --look FILE"),
     (["--prompt", "?", "--look", "x.html"], "--look takes one picture"),
     (["--prompt", "?", "--look", "x.html", "--image", str(PHOTO), "--bits", "8"], "--bits 16"),
     (["--prompt", "?", "--look", "x.html", "--image", str(PHOTO), "--look-layer", "9"], "a layer from 0 to 1"),
@@ -236,7 +237,7 @@ def test_commands_and_mistakes_keep_the_chat_going(monkeypatch, capsys, tmp_path
     assert saved["turns"] == ["What is this?", lines[1]] and "photo.jpg" in saved["image"]
     for part in ("nowhere.jpg", "/nonsense is unknown; the commands are:\n/image ", "the model has 2048",
                  f"[about '{PHOTO}' from here on]", f"[saved to {tmp_path}/c.json]", "/image needs a path",
-                 "c.json is there already: give another name", f"[starting over, about '{PHOTO}']", "--max-new-tokens"):
+                 f"File exists: '{tmp_path}/c.json'", f"[starting over, about '{PHOTO}']", "--max-new-tokens"):
         assert part in err
 
 
@@ -269,9 +270,8 @@ def test_a_full_context_says_so(monkeypatch, capsys):
 
 
 def test_ctrl_c_stops_the_answer_and_twice_leaves(monkeypatch, capsys, tiny_model, tiny_tokenizer):
-    args = argparse.Namespace(image=None, verbose=False)
     no_image = open_image(None, tiny_model.config)
-    it = sample.Chat(Session(tiny_model), tiny_tokenizer, no_image, args, {"max_new_tokens": 20})
+    it = sample.Chat(Session(tiny_model), tiny_tokenizer, no_image, None, {"max_new_tokens": 20})
     shown, lines = [], iter(["Who?", "And?", KeyboardInterrupt, "Well?", KeyboardInterrupt, KeyboardInterrupt, "never"])
 
     def read_line():
