@@ -357,4 +357,4 @@ def test_a_small_model_says_the_same_on_every_machine(monkeypatch):
 def test_bits_are_refused_in_one_line(capsys):
     assert run_command(sample.main, sample.parse(["--model", str(TINY_MODEL), "--prompt", "Who?", "--bits", "4"])) == 2
     problem = capsys.readouterr().err.splitlines()[-1]
-    assert problem.startswith("error: 4 bits") and "take 8 bits" in problem
+    assert problem.startswith("error: 4 bits") and "take more bits" in problem
