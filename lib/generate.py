@@ -101,36 +101,43 @@ class Session:
         and answer. Where several agree up to the end of their last image, one runs first, and the others begin with
         what it has computed.
         """
-        n_patches = self.model.config.vision.n_patches
-        contents = [content_of(*pair, n_patches) for pair in zip(prompts, images, strict=True)]
-        last = self.take_last()
-        cache = self.cache = KVCache(self.model.llm, contents, slots)
+        config = self.model.config
+        device = self.model.device
+        contents = [content_of(*pair, config.vision.n_patches) for pair in zip(prompts, images, strict=True)]
         sources = first_with_same_images(contents)
-        alone = [row for row, source in enumerate(sources) if source == row]
-        others = [row for row, source in enumerate(sources) if source != row]
-        logits = torch.empty(len(prompts), self.model.config.llm.vocab_size, device=self.model.device)
-        for rows in (alone, others):
+        first = [row for row, source in enumerate(sources) if row == source]
+        others = [row for row, source in enumerate(sources) if row != source]
+        cache = self.start_cache(contents, slots, first)
+        logits = torch.empty(len(prompts), config.llm.vocab_size, device=device)
+        # A GPU takes all prompts at once. On a CPU one or two images at a time are faster: the activations between
+        # layers then stay in the processor's cache.
+        enough = CPU_PREFILL if device.type == "cpu" else math.inf
+        for rows in (first, others):
             for row in rows:
-                known = last if sources[row] == row else cache.prefix(sources[row])
-                if known:
-                    cache.reuse(row, known)
-            # A GPU takes all prompts at once. On a CPU one or two images at a time are faster: the activations between
-            # layers then stay in the processor's cache.
+                if sources[row] != row:
+                    cache.reuse(row, cache.prefix(sources[row]))
             n_new = [len(prompt) - past for prompt, past in zip(prompts, cache.lengths)]
-            for part in split_rows(rows, n_new, CPU_PREFILL if self.model.device.type == "cpu" else math.inf):
+            for part in split_rows(rows, n_new, enough):
                 logits[part] = prefill_rows(self.model, prompts, images, cache, part)
-        cache.pos = torch.tensor(cache.lengths, device=cache.pos.device)
+        cache.pos = torch.tensor(cache.lengths, device=device)
         return logits
 
-    def take_last(self) -> "Prefix | None":
-        """The last call's last prompt and answer. Frees the rest of its cache."""
-        if self.cache is None:
-            return None
-        last = self.cache.prefix(-1)
-        if len(self.cache.contents) > 1:        # a copy, since a view would keep the whole batch in memory
-            last = Prefix(last.content, last.k.clone(), last.v.clone())
-        self.cache = None
-        return last
+    def start_cache(self, contents: "list[Content]", slots: int, rows: list[int]) -> "KVCache":
+        """A new cache, in which these rows begin with what they share with the last call's last prompt and answer.
+
+        Frees that call's cache, a batch's before the new one is there.
+        """
+        last = None
+        if self.cache is not None:
+            last = self.cache.prefix(-1)
+            if len(self.cache.contents) > 1:    # a copy, since a view would keep the whole batch in memory
+                last = Prefix(last.content, last.k.clone(), last.v.clone())
+            self.cache = None
+        self.cache = KVCache(self.model.llm, contents, slots)
+        if last:
+            for row in rows:
+                self.cache.reuse(row, last)
+        return self.cache
 
     def decode(self, ids: Tensor, cache: "KVCache") -> Tensor:
         """Append one token (B,) to every sequence -> the next token's logits (B, V)."""
