@@ -22,7 +22,7 @@ from pathlib import Path
 from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, find_model, parse_or_exit, plural,
                         run_command, without_control, write_whole)
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")      # settings of an answer, for lib.chat.answer
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -63,10 +63,11 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--port", type=int, default=8000, help="with --serve: port to listen on; 0: any free one")
     add("--api-key", help="with --serve: key that clients must send; default: API_KEY in the environment")
     args = parser.parse_args(argv)
-    changed = [name for name in (*SAMPLING, "seed") if getattr(args, name) != parser.get_default(name)]
     problem = find_contradiction(args)
-    if args.choices is not None and changed:
-        problem = f"--choices generates nothing, so it takes no {', '.join(changed)}"
+    changed = [f"--{name.replace('_', '-')}" for name in (*SAMPLING, "seed")
+               if getattr(args, name) != parser.get_default(name)]
+    if not problem and args.choices is not None and changed:
+        problem = f"--choices generates nothing: leave out {', '.join(changed)}"
     if problem:
         parser.error(problem)
     return args
@@ -322,12 +323,12 @@ def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> t
     return dtype, f"cpu in {dtype}"
 
 
-def load(args: Namespace, source: Weights, device: str) -> Session:
-    """The model, with what the user should know about it on stderr."""
+def load(args: Namespace, folder: Path, source: Weights, device: str) -> Session:
+    """Load the model, after a line on stderr about where and in which arithmetic it runs."""
     n_parameters = sum(prod(stored.shape) for pieces in source.found.values() for stored in pieces.values())
     dtype, where = dtype_for(n_parameters, args.dtype, device, args.bits)
     weights = f", weights in int{args.bits}" if args.bits < 16 else ""
-    print_note(f"{find_model(args.model)} on {where}{weights}")
+    print_note(f"{folder} on {where}{weights}")
     warning = projector_warning(source)
     if warning:
         print_note(f"warning: {warning}")
@@ -362,7 +363,7 @@ def main(args: Namespace) -> None:
     if args.prompt is not None:
         encode_chat(config, tok, [args.prompt], images[0])
 
-    session = load(args, source, device)
+    session = load(args, folder, source, device)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     if args.serve:
         name = os.path.relpath(folder)                  # out/demo/finetune says more than finetune

@@ -121,7 +121,7 @@ def has_int8_product() -> bool:
 
 
 def hold_in_int8(layer: nn.Module, base: nn.Module) -> None:
-    """Give a layer int8 weights in place of base's, with a scale per row. On the meta device they are not filled yet."""
+    """Give a layer int8 weights in place of base's, with a scale per row. They stay empty on the meta device."""
     layer.weight = nn.Parameter(torch.empty_like(base.weight, dtype=torch.int8), requires_grad=False)
     layer.register_buffer("scale", torch.empty(len(base.weight), 1, device=base.weight.device))
     if not base.weight.is_meta:

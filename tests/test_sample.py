@@ -161,7 +161,7 @@ def test_a_path_as_it_is_pasted(tmp_path, tiny_model, written):
     (["--prompt", "?", "--choices", "a"], "two or more choices"),
     (["--prompt", "?", "--choices", "a,b", "--look", "x.html"], "one at a time"),
     (["--prompt", "?", "--logprobs", "5"], "--logprobs with --json"),
-    (["--prompt", "?", "--choices", "a,b", "--top-k", "5", "--seed", "1"], "so it takes no top_k, seed"),
+    (["--prompt", "?", "--choices", "a,b", "--top-k", "5", "--seed", "1"], "nothing: leave out --top-k, --seed"),
     (["--prompt", "?", "--look-layer", "0"], "--look-layer is a layer for --look FILE"),
     (["--prompt", "?", "--look", "x.html"], "--look takes one picture"),
     (["--prompt", "?", "--look", "x.html", "--image", str(PHOTO), "--bits", "8"], "--bits 16"),
