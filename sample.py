@@ -231,7 +231,10 @@ class Chat:
             print_note(f"[starting over, about {self.source or 'no picture'}]")
         elif command == "/save" and argument:
             path = pasted_path(argument)
-            with open(path, "x", encoding="utf-8") as file:         # a file that is there already is an error
+            if path.exists():
+                print_note(f"{path} is there already: give another name")
+                return
+            with open(path, "x", encoding="utf-8") as file:
                 json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
             print_note(f"[saved to {path}]")
         else:
@@ -265,10 +268,10 @@ class Chat:
 
 
 def read_line() -> str:
-    """Read a line, at its end "/quit": in a terminal with a prompt, history and arrow keys; from a pipe without a
-    prompt on stdout.
+    """Read a line: in a terminal with a prompt, history and arrow keys; from a pipe without a prompt on stdout.
 
-    Lines that are pasted together are one question: those after the first are waiting already.
+    The end of the input is "/quit". Lines that are pasted together are one question: those after the first are waiting
+    already.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return sys.stdin.readline() or "/quit"

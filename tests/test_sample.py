@@ -237,7 +237,7 @@ def test_commands_and_mistakes_keep_the_chat_going(monkeypatch, capsys, tmp_path
     assert saved["turns"] == ["What is this?", lines[1]] and "photo.jpg" in saved["image"]
     for part in ("nowhere.jpg", "/nonsense is unknown; the commands are:\n/image ", "the model has 2048",
                  f"[about '{PHOTO}' from here on]", f"[saved to {tmp_path}/c.json]", "/image needs a path",
-                 f"File exists: '{tmp_path}/c.json'", f"[starting over, about '{PHOTO}']", "--max-new-tokens"):
+                 "c.json is there already: give another name", f"[starting over, about '{PHOTO}']", "--max-new-tokens"):
         assert part in err
 
 
