@@ -101,6 +101,7 @@ if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -113,6 +114,7 @@ from lib.generate import Session
 from lib.look import check_look, look_back, look_page
 from lib.pictures import open_rgb
 from load_weights import load_model
+from model import LLaVAConfig
 
 try:
     import readline                     # importing it gives input() arrow keys and a history
@@ -326,6 +328,27 @@ def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> t
     return dtype, f"cpu in {dtype}"
 
 
+def open_pictures(args: Namespace, config: LLaVAConfig, tok: Tokenizer) -> tuple[list[Tensor], Image.Image | None]:
+    """The pictures as the model takes them, and the one to paint on as it was given. The question is checked with them.
+
+    This comes before the weights, which take a while to load.
+    """
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read()
+    if args.choices is not None:
+        args.choices = check_choices(args.choices)
+    sources = sources_of(args)
+    picture = None
+    if args.look:
+        picture = open_rgb(picture_file(args.image[0]), config.vision.image_size, config.image_mode)
+        picture.info = {}                               # or its EXIF data would turn it a second time
+        sources = [picture]
+    images = [open_image(source, config) for source in sources]
+    if args.prompt is not None:
+        encode_chat(config, tok, [args.prompt], images[0])
+    return images, picture
+
+
 def load(args: Namespace, folder: Path, source: Weights, device: str) -> Session:
     """Load the model, after a line on stderr about where and in which arithmetic it runs."""
     n_parameters = sum(prod(stored.shape) for pieces in source.found.values() for stored in pieces.values())
@@ -351,21 +374,7 @@ def main(args: Namespace) -> None:
     source = open_weights(folder)
     config = source.config
     tok = load_tokenizer(folder)
-
-    # Check the question and the pictures first: the weights take a while to load.
-    if args.prompt == "-":
-        args.prompt = sys.stdin.read()
-    if args.choices is not None:
-        args.choices = check_choices(args.choices)
-    sources = sources_of(args)
-    if args.look:
-        picture = open_rgb(picture_file(args.image[0]), config.vision.image_size, config.image_mode)
-        picture.info = {}                               # or its EXIF data would turn it a second time
-        sources = [picture]
-    images = [open_image(source, config) for source in sources]
-    if args.prompt is not None:
-        encode_chat(config, tok, [args.prompt], images[0])
-
+    images, picture = open_pictures(args, config, tok)
     session = load(args, folder, source, device)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     if args.serve:
