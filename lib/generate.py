@@ -81,14 +81,14 @@ class Session:
         """The log-probability of each token of several answers to one prompt, which runs once. See `generate`."""
         llm = self.model.llm
         self.prefill([prompt[:-1]], [images], len(prompt))
-        n_tokens = list(map(len, answers))
         scores = []
-        for rows in split_rows(range(len(answers)), n_tokens, CPU_PREFILL):
+        for rows in split_rows(range(len(answers)), list(map(len, answers)), CPU_PREFILL):
+            batch = [answers[row] for row in rows]
+            lengths = list(map(len, batch))
             # The prompt's last token begins each branch, since it predicts the first of the answer. An answer's last
             # token is not read.
-            ids = torch.tensor([token for row in rows for token in [prompt[-1], *answers[row][:-1]]])      # (T,)
-            targets = torch.tensor([token for row in rows for token in answers[row]])                      # (T,)
-            lengths = [n_tokens[row] for row in rows]
+            ids = torch.tensor([token for answer in batch for token in [prompt[-1], *answer[:-1]]])        # (T,)
+            targets = torch.tensor([token for answer in batch for token in answer])                        # (T,)
             h = llm(llm.wte(ids.to(self.model.device)).to(llm.dtype), Branches(self.cache, lengths))       # (T, C)
             losses = F.cross_entropy(llm.lm_head(h).float(), targets.to(h.device), reduction="none")       # (T,)
             scores += [(-part).tolist() for part in losses.split(lengths)]
@@ -104,17 +104,16 @@ class Session:
         config = self.model.config
         device = self.model.device
         contents = [content_of(*pair, config.vision.n_patches) for pair in zip(prompts, images, strict=True)]
-        sources = first_with_same_images(contents)
-        first = [row for row, source in enumerate(sources) if row == source]
-        others = [row for row, source in enumerate(sources) if row != source]
+        sources = find_sources(contents)
+        first = [row for row in range(len(prompts)) if row not in sources]
         cache = self.start_cache(contents, slots, first)
         logits = torch.empty(len(prompts), config.llm.vocab_size, device=device)
         # A GPU takes all prompts at once. On a CPU one or two images at a time are faster: the activations between
         # layers then stay in the processor's cache.
         enough = CPU_PREFILL if device.type == "cpu" else math.inf
-        for rows in (first, others):
+        for rows in (first, list(sources)):
             for row in rows:
-                if sources[row] != row:
+                if row in sources:
                     cache.reuse(row, cache.prefix(sources[row]))
             n_new = [len(prompt) - past for prompt, past in zip(prompts, cache.lengths)]
             for part in split_rows(rows, n_new, enough):
@@ -153,19 +152,17 @@ class Session:
     def accept(self, tokens: list[int], cache: "KVCache", finish: list[str], eos_id: int,
                is_last: bool) -> list[int | None]:
         """Append a step's tokens to the answers, and note in `finish` which end with them -> the column to yield."""
-        column: list[int | None] = []
+        column: list[int | None] = [None] * len(tokens)
         for row, token in enumerate(tokens):
             if not finish[row] and token == eos_id:
                 finish[row] = "stop"
-            if finish[row]:
-                column.append(None)
-                continue
-            column.append(token)
-            cache.contents[row].append(token)
-            if len(cache.contents[row]) == self.model.config.llm.block_size:
-                finish[row] = "context"
-            elif is_last:
-                finish[row] = "length"
+            if not finish[row]:
+                column[row] = token
+                cache.contents[row].append(token)
+                if len(cache.contents[row]) == self.model.config.llm.block_size:
+                    finish[row] = "context"
+                elif is_last:
+                    finish[row] = "length"
         return column
 
 
@@ -459,12 +456,17 @@ def content_of(prompt: list[int], images: Tensor, n_patches: int) -> Content:
     return content
 
 
-def first_with_same_images(contents: list[Content]) -> list[int]:
-    """For each prompt, the first row that agrees with it up to the end of its last image; without one, altogether."""
+def find_sources(contents: list[Content]) -> dict[int, int]:
+    """Row -> an earlier row that agrees with it up to the end of its last image, where there is one.
+
+    A prompt without an image must agree as a whole.
+    """
     first: dict[tuple, int] = {}
-    rows = []
+    sources = {}
     for row, content in enumerate(contents):
         patches = [i for i, item in enumerate(content) if isinstance(item, bytes)]
         end = patches[-1] + 1 if patches else len(content)
-        rows.append(first.setdefault(tuple(content[:end]), row))
-    return rows
+        source = first.setdefault(tuple(content[:end]), row)
+        if source != row:
+            sources[row] = source
+    return sources
