@@ -89,21 +89,16 @@ def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[Turn], images: 
     room: positions that the answer takes at least. Raises ValueError if there is neither a question nor a picture, or
     if the chat is too long.
     """
-    n_characters = sum(len("".join(turn)) for turn in turns)
-    problem = ""
     if not "".join(turns[-1]).strip() and not len(images):
-        problem = "the question is empty"
-    elif n_characters > MAX_CHARACTERS:
-        problem = f"the prompt has {n_characters:,} characters, expected at most {MAX_CHARACTERS:,}"
-    else:
-        ids = encode_prompt(turns, tok, image=len(images))
-        limit = config.llm.block_size
-        ids, _ = expand(ids, None, config.vision.n_patches, limit)
-        if len(ids) + room > limit:
-            problem = (f"the prompt takes {len(ids):,} of the model's {limit:,} positions, which leaves "
-                       f"{limit - len(ids):,} for an answer that takes at least {room:,}")
-    if problem:
-        raise ValueError(problem)
+        raise ValueError("the question is empty")
+    n_characters = sum(len("".join(turn)) for turn in turns)
+    if n_characters > MAX_CHARACTERS:
+        raise ValueError(f"the prompt has {n_characters:,} characters, expected at most {MAX_CHARACTERS:,}")
+    limit = config.llm.block_size
+    ids, _ = expand(encode_prompt(turns, tok, image=len(images)), None, config.vision.n_patches, limit)
+    if len(ids) + room > limit:
+        raise ValueError(f"the prompt takes {len(ids):,} of the model's {limit:,} positions, which leaves "
+                         f"{limit - len(ids):,} for an answer that takes at least {room:,}")
     return ids
 
 
