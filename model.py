@@ -88,8 +88,9 @@ class Packed:
         sizes = [length * count for length, count in runs]
         out = [q[:0]]               # so that zero sequences give zero rows, which still have a gradient
         for (length, _), q_run, k_run, v_run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes)):
-            q_run, k_run, v_run = (as_batch(x, length) for x in (q_run, k_run, v_run))
-            y = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True)             # (b, nh, length, hs)
+            # (b * length, nh, hs) -> (b, nh, length, hs)
+            q_run, k_run, v_run = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_run, k_run, v_run))
+            y = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True)
             out.append(y.transpose(1, 2).flatten(0, 1))                            # (b * length, nh, hs)
         return torch.cat(out)                                                      # (T, nh, hs)
 
@@ -98,9 +99,8 @@ class Packed:
 
         It needs 16-bit floats, a head size that is a multiple of 8, and Ampere or newer. It rejects an empty batch.
         """
-        if varlen_attn is None or not self.on_ampere:
-            return False
-        return q.dtype != torch.float32 and q.size(-1) % 8 == 0 and len(q) > 0
+        fits = q.dtype != torch.float32 and q.size(-1) % 8 == 0 and len(q) > 0
+        return fits and self.on_ampere and varlen_attn is not None
 
 
 def to_device_async(x: Tensor, device: torch.device) -> Tensor:
@@ -119,11 +119,6 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_s
     causal = (-1, 0)                # a query's window, left and right: all of the past, none of the future
     return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, window_size=causal)
 
-
-def as_batch(x: Tensor, length: int) -> Tensor:
-    """b packed sequences of one length (b * length, nh, hs) -> (b, nh, length, hs)."""
-    return x.unflatten(0, (-1, length)).transpose(1, 2)
-
 # ---------------------------------------------------------------------------------------------------
 # Phi-2
 
@@ -135,8 +130,7 @@ def rope(pos: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
     """
     exponent = -torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim
     freq = base ** exponent                                                        # (dim / 2,)
-    angle = pos[:, None].float() * freq                                            # (T, dim / 2)
-    angle = angle[:, None, None]                                                   # (T, 1, 1, dim / 2)
+    angle = pos[:, None, None, None].float() * freq                                # (T, 1, 1, dim / 2)
     return angle.cos(), angle.sin()
 
 
@@ -256,10 +250,8 @@ def cross_entropy_sum(h: Tensor, head: nn.Module, targets: Tensor, chunk: int = 
         return F.cross_entropy(head(h).float(), targets, reduction="sum")
     if targets.numel() <= chunk:
         return loss(h, targets)
-    losses = []
-    for h_chunk, targets_chunk in zip(h.split(chunk), targets.split(chunk)):
-        losses.append(checkpoint(loss, h_chunk, targets_chunk, use_reentrant=False))
-    return torch.stack(losses).sum()
+    chunks = zip(h.split(chunk), targets.split(chunk))
+    return torch.stack([checkpoint(loss, *each, use_reentrant=False) for each in chunks]).sum()
 
 # ---------------------------------------------------------------------------------------------------
 # LLaVA

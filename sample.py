@@ -15,11 +15,14 @@ import re
 import select
 import sys
 from argparse import BooleanOptionalAction, Namespace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, find_model, parse_or_exit, plural,
                         run_command, without_control, write_whole)
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")      # settings of an answer, for lib.chat.answer
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -49,7 +52,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--logprobs", type=at_least(0), metavar="N",
         help="with --json: each token's log-probability and the N likeliest tokens, in OpenAI's form")
     add("--look", metavar="FILE", help="with --prompt: write a page that shows where the model looks for each token")
-    add("--look-layer", type=at_least(0), default=0, help="layer whose attention --look shows")
+    add("--look-layer", type=at_least(0), help="layer whose attention --look shows; default: 0")
     add("--json", action=BooleanOptionalAction, default=False, help="with --prompt: print one json object per picture")
     add("--verbose", action=BooleanOptionalAction, default=False,
         help="print time to first token, tokens per second, memory; with --serve, log questions and answers")
@@ -60,29 +63,45 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--port", type=int, default=8000, help="with --serve: port to listen on; 0: any free one")
     add("--api-key", help="with --serve: key that clients must send; default: API_KEY in the environment")
     args = parser.parse_args(argv)
-    if args.serve and (args.prompt is not None or args.image or args.json):
-        parser.error("--serve takes its questions and pictures from the page and the API: leave out --prompt, --image "
-                     "and --json")
-    chatting = args.prompt is None and not args.serve
-    if chatting and (len(args.image or []) > 1 and not args.together or args.json):
-        parser.error("a chat is about one picture and prints text: --json needs --prompt, and several pictures that or "
-                     "--together")
-    if args.together and not args.image:
-        parser.error("--together is about the pictures of --image, and there is none")
-    extras = [f"--{name}" for name in ("choices", "logprobs", "look") if getattr(args, name) is not None]
-    if extras and (args.prompt is None or len(extras) > 1 or args.logprobs is not None and not args.json):
-        parser.error(f"{', '.join(extras)}: give one at a time, with --prompt, and --logprobs with --json, too")
-    if args.look and (len(args.image or []) != 1 or args.bits < 16):
-        parser.error("--look takes one picture of --image, and needs --bits 16, since fewer bits have no gradient")
-    if "-" in (args.image or []) and (chatting or args.prompt == "-"):
-        parser.error("stdin carries the picture, so the question must be given as --prompt TEXT")
+    problem = find_contradiction(args)
+    changed = [f"--{name.replace('_', '-')}" for name in (*SAMPLING, "seed")
+               if getattr(args, name) != parser.get_default(name)]
+    if not problem and args.choices is not None and changed:
+        problem = f"--choices generates nothing: leave out {', '.join(changed)}"
+    if problem:
+        parser.error(problem)
     return args
+
+
+def find_contradiction(args: Namespace) -> str:
+    """What is wrong with flags that are right on their own, or ""."""
+    pictures = args.image or []
+    chatting = args.prompt is None and not args.serve
+    extras = [f"--{name}" for name in ("choices", "logprobs", "look") if getattr(args, name) is not None]
+    if args.serve and (args.prompt is not None or pictures or args.json):
+        return ("--serve takes its questions and pictures from the page and the API: leave out --prompt, --image and "
+                "--json")
+    if chatting and (len(pictures) > 1 and not args.together or args.json):
+        return ("a chat is about one picture and prints text: --json needs --prompt, and several pictures that or "
+                "--together")
+    if args.together and not pictures:
+        return "--together is about the pictures of --image, and there is none"
+    if extras and (args.prompt is None or len(extras) > 1 or args.logprobs is not None and not args.json):
+        return f"{', '.join(extras)}: give one at a time, with --prompt, and --logprobs with --json, too"
+    if args.look and (len(pictures) != 1 or args.bits < 16):
+        return "--look takes one picture of --image, and needs --bits 16, since fewer bits have no gradient"
+    if args.look_layer is not None and not args.look:
+        return "--look-layer is a layer for --look FILE, which is not given"
+    if "-" in pictures and (chatting or args.prompt == "-"):
+        return "stdin carries the picture, so the question must be given as --prompt TEXT"
+    return ""
 
 
 if __name__ == "__main__":
     ARGS = parse_or_exit(parse)         # --help and mistakes are answered before the imports below take seconds
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -90,11 +109,12 @@ from data import load_tokenizer
 from lib.chat import (Clock, answer, check_choices, describe_logprobs, encode_chat, open_image, pasted_path,
                       picture_file, rank)
 from lib.device import choose_device, choose_dtype, free_memory, torch_dtype, use_device
-from lib.folders import open_weights, projector_warning
+from lib.folders import Weights, open_weights, projector_warning
 from lib.generate import Session
 from lib.look import check_look, look_back, look_page
 from lib.pictures import open_rgb
 from load_weights import load_model
+from model import LLaVAConfig
 
 try:
     import readline                     # importing it gives input() arrow keys and a history
@@ -130,13 +150,14 @@ def sources_of(args: Namespace) -> list[str | list[str] | None]:
 def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Namespace, sampling: dict) -> None:
     """Ask the same question about every picture. A single answer streams; several are printed when all are complete."""
     clock = Clock()
+    pieces = answer(session, tok, [[args.prompt]] * len(images), images, clock, **sampling)
     if len(images) == 1 and not args.json:
-        for [piece] in answer(session, tok, [[args.prompt]], images, clock, **sampling):
+        for [piece] in pieces:
             print_answer(piece)
         print()
     else:
-        pieces = answer(session, tok, [[args.prompt]] * len(images), images, clock, **sampling)
-        for source, text, scored in zip(sources_of(args), map("".join, zip(*pieces)), session.scored):
+        texts = ["".join(text) for text in zip(*pieces)]
+        for source, text, scored in zip(sources_of(args), texts, session.scored):
             if args.json:
                 row = {"image": source, "prompt": args.prompt, "answer": text}
                 if args.logprobs is not None:
@@ -154,26 +175,26 @@ def rank_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Name
         ranked = rank(session, tok, args.prompt, image, args.choices)
         if args.json:
             print(json.dumps({"image": source, "prompt": args.prompt, "choices": ranked}))
-        for row in ranked if not args.json else []:
-            print_answer(f"{f'{source}: ' * (len(images) > 1)}{row['p_sum']:7.2%}  {row['choice']}  (log-likelihood "
-                         f"{row['sum']:.3f}, {row['mean']:.3f} a token)", end="\n")
+            continue
+        name = f"{source}: " if len(images) > 1 else ""
+        for row in ranked:
+            print_answer(f"{name}{row['p_sum']:7.2%}  {row['choice']}  (log-likelihood {row['sum']:.3f}, "
+                         f"{row['mean']:.3f} a token)", end="\n")
 
 # ---------------------------------------------------------------------------------------------------
 # A chat
 
 
+@dataclass
 class Chat:
     """A conversation in the terminal about one picture, about several together, or about none."""
-
-    def __init__(self, session: Session, tok: Tokenizer, image: Tensor, args: Namespace, sampling: dict):
-        self.session = session              # keeps the KV cache: a turn computes only its new tokens
-        self.config = session.model.config
-        self.tok = tok
-        self.image = image
-        self.source = args.image[0] if len(args.image or []) == 1 else args.image
-        self.verbose = args.verbose
-        self.sampling = sampling
-        self.turns: list[str] = []          # question, answer, question, ...
+    session: Session                        # keeps the KV cache: a turn computes only its new tokens
+    tok: Tokenizer
+    image: Tensor
+    source: str | list[str] | None          # where the picture comes from
+    sampling: dict
+    verbose: bool = False
+    turns: list[str] = field(default_factory=list)      # question, answer, question, ...
 
     def ask(self, question: str) -> None:
         """Stream the answer to stdout. Ctrl-C keeps the text so far; an error leaves the chat as it was."""
@@ -189,62 +210,53 @@ class Chat:
         print(flush=True)
         if text:                            # a question without an answer would break the alternation of roles
             self.turns = [*turns, text]
-        self.explain_the_end(clock)
-
-    def explain_the_end(self, clock: Clock) -> None:
-        """An answer that stops in the middle of a sentence looks like a bug: say which limit it hit."""
+        # An answer that stops in the middle of a sentence looks like a bug: say which limit it hit.
         if self.session.finish == ["length"]:
             print_note(f"[stopped after {plural(clock.steps, 'token')}: --max-new-tokens allows more]")
         elif self.session.finish == ["context"]:
-            print_note(f"[the model's {self.config.llm.block_size} positions are full: /reset starts over]")
+            limit = self.session.model.config.llm.block_size
+            print_note(f"[the model's {limit} positions are full: /reset starts over]")
         if self.verbose and clock.steps:
             print_note(str(clock))
 
     def obey(self, line: str) -> None:
-        """Carry out a line that begins with a slash. Raises EOFError for /quit.
-
-        OSError and ValueError (a bad path) leave the chat as it was.
-        """
+        """Carry out a line that begins with a slash. OSError and ValueError (a bad path) leave the chat as it was."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if command == "/image" and argument:
-            self.image = open_image(argument, self.config)
+            self.image = open_image(argument, self.session.model.config)
             self.source = argument
             self.turns = []
             print_note(f"[about {argument} from here on]")
         elif command == "/reset":
             self.turns = []
             print_note(f"[starting over, about {self.source or 'no picture'}]")
-        elif command == "/quit":
-            raise EOFError
         elif command == "/save" and argument:
-            self.save(pasted_path(argument))
+            path = pasted_path(argument)
+            if path.exists():
+                print_note(f"{path} is there already: give another name")
+                return
+            with open(path, "x", encoding="utf-8") as file:
+                json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
+            print_note(f"[saved to {path}]")
         else:
             if command != "/help":
                 print_note(f"{command} {'needs a path' if command in TAKE_PATH else 'is unknown'}; the commands are:")
             print_note(COMMANDS)
 
-    def save(self, path: Path) -> None:
-        if path.exists():
-            print_note(f"{path} is there already: give another name")
-            return
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump({"image": self.source, "turns": self.turns}, file, indent=1, ensure_ascii=False)
-        print_note(f"[saved to {path}]")
-
     def run(self) -> None:
-        """Read questions and commands until the input ends, or Ctrl-C comes twice without a line in between."""
+        """Read questions and commands until /quit, or until Ctrl-C comes twice without a line in between."""
         interrupted = False
         while True:
             try:
                 line = read_line().strip()
                 interrupted = False
+                if line.split()[:1] == ["/quit"]:
+                    return
                 if re.match(r"/\w*(\s|$)", line):       # a command, but not /home/me/cat.jpg
                     self.obey(line)
                 elif line:
                     self.ask(line)
-            except EOFError:
-                return
             except KeyboardInterrupt:
                 if interrupted:
                     print_note("")
@@ -260,34 +272,32 @@ class Chat:
 def read_line() -> str:
     """Read a line: in a terminal with a prompt, history and arrow keys; from a pipe without a prompt on stdout.
 
-    Lines that are pasted together are one question: those after the first are waiting already.
+    The end of the input is "/quit". Lines that are pasted together are one question: those after the first are waiting
+    already.
     """
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        try:
-            text = input("> ")
-            while not text.startswith("/") and select.select([sys.stdin], [], [], 0.05)[0]:
-                text += "\n" + input()
-        except EOFError:
-            print()                     # the shell's prompt starts a line of its own
-            return "/quit"
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return sys.stdin.readline() or "/quit"
+    try:
+        text = input("> ")
+        while not text.startswith("/") and select.select([sys.stdin], [], [], 0.05)[0]:
+            text += "\n" + input()
         return text
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line
+    except EOFError:
+        print()                         # the shell's prompt starts a line of its own
+        return "/quit"
 
 
 def complete_line(line: str, state: int) -> str | None:
     """For the Tab key: the state-th way in which a command, or the path that it takes, can go on."""
     command, space, path = line.partition(" ")
-    if command in TAKE_PATH and space:
+    if not line.startswith("/"):
+        ways = [line + "\t"]            # of a text that is pasted
+    elif command in TAKE_PATH and space:
         found = sorted(glob.glob(glob.escape(os.path.expanduser(path)) + "*"))
         ways = [f"{command} {way}" + "/" * os.path.isdir(way) for way in found]
-    elif line.startswith("/"):
-        ways = [way for way in ("/image ", "/reset", "/save ", "/quit", "/help") if way.startswith(line)]
     else:
-        ways = [line + "\t"]            # of a text that is pasted
-    return ways[state] if state < len(ways) else None
+        ways = [way for way in ("/image ", "/reset", "/save ", "/quit", "/help") if way.startswith(line)]
+    return [*ways, None][state]
 
 
 def let_tab_complete() -> None:
@@ -318,6 +328,39 @@ def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> t
     return dtype, f"cpu in {dtype}"
 
 
+def open_pictures(args: Namespace, config: LLaVAConfig, tok: Tokenizer) -> tuple[list[Tensor], Image.Image | None]:
+    """The pictures as the model takes them, and the one to paint on as it was given. The question is checked with them.
+
+    This comes before the weights, which take a while to load.
+    """
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read()
+    if args.choices is not None:
+        args.choices = check_choices(args.choices)
+    sources = sources_of(args)
+    picture = None
+    if args.look:
+        picture = open_rgb(picture_file(args.image[0]), config.vision.image_size, config.image_mode)
+        picture.info = {}                               # or its EXIF data would turn it a second time
+        sources = [picture]
+    images = [open_image(source, config) for source in sources]
+    if args.prompt is not None:
+        encode_chat(config, tok, [args.prompt], images[0])
+    return images, picture
+
+
+def load(args: Namespace, folder: Path, source: Weights, device: str) -> Session:
+    """Load the model, after a line on stderr about where and in which arithmetic it runs."""
+    n_parameters = sum(prod(stored.shape) for pieces in source.found.values() for stored in pieces.values())
+    dtype, where = dtype_for(n_parameters, args.dtype, device, args.bits)
+    weights = f", weights in int{args.bits}" if args.bits < 16 else ""
+    print_note(f"{folder} on {where}{weights}")
+    warning = projector_warning(source)
+    if warning:
+        print_note(f"warning: {warning}")
+    return Session(load_model(source, torch_dtype(dtype), device, bits=args.bits), args.cuda_graph)
+
+
 def main(args: Namespace) -> None:
     folder = find_model(args.model)
     if args.serve:
@@ -331,53 +374,30 @@ def main(args: Namespace) -> None:
     source = open_weights(folder)
     config = source.config
     tok = load_tokenizer(folder)
-    n_parameters = sum(prod(stored.shape) for pieces in source.found.values() for stored in pieces.values())
-    dtype, where = dtype_for(n_parameters, args.dtype, device, args.bits)
-
-    # Check the question and the pictures first: the weights take a while to load.
-    if args.prompt == "-":
-        args.prompt = sys.stdin.read()
-    if args.choices is not None:
-        args.choices = check_choices(args.choices)
-    sources = sources_of(args)
-    if args.look:
-        picture = open_rgb(picture_file(args.image[0]), config.vision.image_size, config.image_mode)
-        picture.info = {}                               # or its EXIF data would turn it a second time
-        sources = [picture]
-    images = [open_image(source, config) for source in sources]
-    if args.prompt is not None:
-        encode_chat(config, tok, [args.prompt], images[0])
-
-    weights = f", weights in int{args.bits}" if args.bits < 16 else ""
-    print_note(f"{folder} on {where}{weights}")
-    warning = projector_warning(source)
-    if warning:
-        print_note(f"warning: {warning}")
-    model = load_model(source, torch_dtype(dtype), device, bits=args.bits)
-    if args.look:
-        check_look(model, images[0], args.look_layer)
-    session = Session(model, args.cuda_graph)
-    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k,
-                "top_p": args.top_p}
+    images, picture = open_pictures(args, config, tok)
+    session = load(args, folder, source, device)
+    sampling = {name: getattr(args, name) for name in SAMPLING}
     if args.serve:
         name = os.path.relpath(folder)                  # out/demo/finetune says more than finetune
         server.run(session, tok, folder.resolve().name if name.startswith(".") else name, sampling)
         return
     sampling["generator"] = torch.Generator(device).manual_seed(args.seed)
-    sampling["logprobs"] = 0 if args.look else args.logprobs
     if args.choices:
         rank_once(session, tok, images, args)
+    elif args.look:
+        layer = args.look_layer or 0
+        check_look(session.model, images[0], layer)     # rather than after the answer
+        ask_once(session, tok, images, args, sampling | {"logprobs": 0})
+        looks = look_back(session, tok, args.prompt, images[0], layer)
+        write_whole(Path(args.look), look_page(picture, args.prompt, looks, config, layer))
+        print_note(f"[written: {args.look}]")
     elif args.prompt is not None:
-        ask_once(session, tok, images, args, sampling)
-        if args.look:
-            looks = look_back(session, tok, args.prompt, images[0], args.look_layer)
-            write_whole(Path(args.look), look_page(picture, args.prompt, looks, config, args.look_layer))
-            print_note(f"[written: {args.look}]")
+        ask_once(session, tok, images, args, sampling | {"logprobs": args.logprobs})
     else:
         if sys.stdin.isatty():
             print_note(f"about {' and '.join(args.image or ['no picture'])}; /help lists the commands")
             let_tab_complete()
-        Chat(session, tok, images[0], args, sampling).run()
+        Chat(session, tok, images[0], sources_of(args)[0], sampling, args.verbose).run()
 
 
 if __name__ == "__main__":

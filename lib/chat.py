@@ -43,18 +43,16 @@ class TextStream:
         self.decoded = ""               # the decoder's output so far, not yet stripped
         self.n_shown = 0                # characters of `decoded.strip()` already returned
 
-    def add(self, token: int) -> str:
-        """Add the next token; return the text that it makes final, often none."""
-        self.ids.append(token)
-        self.decoded += self.decoder.step(self.tok, token) or ""
-        return self.release()
+    def add(self, token: int | None) -> str:
+        """Add the next token, or None at the end; return the text that it makes final, often none.
 
-    def finish(self) -> str:
-        """End the answer; return the rest of its text. Incomplete UTF-8 bytes become U+FFFD."""
-        self.decoded = self.tok.decode(self.ids, skip_special_tokens=True)
-        return self.release()
-
-    def release(self) -> str:
+        At the end, incomplete UTF-8 bytes become U+FFFD.
+        """
+        if token is None:
+            self.decoded = self.tok.decode(self.ids, skip_special_tokens=True)
+        else:
+            self.ids.append(token)
+            self.decoded += self.decoder.step(self.tok, token) or ""
         text = self.decoded.strip()
         piece = text[self.n_shown:]
         self.n_shown = len(text)
@@ -62,53 +60,45 @@ class TextStream:
 
 
 class Clock:
-    """Measures time to first token, tokens per second, and the number of tokens of each chat in the batch."""
+    """Measures time to first token and tokens per second."""
 
     def __init__(self):
         self.start = time.perf_counter()
         self.first = 0.0                # seconds from the start to the first token
         self.last = 0.0                 # seconds from the start to the latest one
         self.steps = 0
-        self.tokens: list[int] = []     # per chat
 
-    def tick(self, column: list[int | None]) -> None:
-        """Record one step of `Session.generate`: a token, or None, for every chat."""
+    def tick(self) -> None:
+        """Record one step of `Session.generate`: a token of every chat in the batch that has not ended."""
         self.last = time.perf_counter() - self.start
         self.steps += 1
         if self.steps == 1:
             self.first = self.last
-            self.tokens = [0] * len(column)
-        for i, token in enumerate(column):
-            if token is not None:
-                self.tokens[i] += 1
-
-    @property
-    def rate(self) -> float:
-        """Decode speed: tokens per second of one chat after the first token, which waits for the prefill."""
-        if self.steps < 2:
-            return 0.0
-        return (self.steps - 1) / (self.last - self.first)
 
     def __str__(self) -> str:
+        # Tokens per second of one chat after the first token, which waits for the prefill.
+        rate = (self.steps - 1) / (self.last - self.first) if self.steps > 1 else 0.0
         device = "cuda" if torch.cuda.is_available() else "cpu"         # the current GPU
-        return (f"first token {self.first:.2f} s | {self.steps} tokens | {self.rate:.1f} tokens/s | "
+        return (f"first token {self.first:.2f} s | {self.steps} tokens | {rate:.1f} tokens/s | "
                 f"peak memory {peak_memory(device) / 1e9:.1f} GB")
 
 
-def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[Turn], images: Tensor) -> list[int]:
+def encode_chat(config: LLaVAConfig, tok: Tokenizer, turns: list[Turn], images: Tensor, room: int = 1) -> list[int]:
     """Question, answer, ..., question about images (N, 3, S, S) -> prompt ids, image positions expanded.
 
-    Raises ValueError if there is neither a question nor a picture, or if the chat leaves no position for an answer.
+    room: positions that the answer takes at least. Raises ValueError if there is neither a question nor a picture, or
+    if the chat is too long.
     """
     if not "".join(turns[-1]).strip() and not len(images):
         raise ValueError("the question is empty")
-    if (n := sum(len("".join(turn)) for turn in turns)) > MAX_CHARACTERS:
-        raise ValueError(f"the prompt has {n:,} characters, expected at most {MAX_CHARACTERS:,}")
-    ids = encode_prompt(turns, tok, image=len(images))
+    n_characters = sum(len("".join(turn)) for turn in turns)
+    if n_characters > MAX_CHARACTERS:
+        raise ValueError(f"the prompt has {n_characters:,} characters, expected at most {MAX_CHARACTERS:,}")
     limit = config.llm.block_size
-    ids, _ = expand(ids, None, config.vision.n_patches, limit)
-    if len(ids) == limit:
-        raise ValueError(f"the prompt takes all of the model's {limit:,} positions, which leaves none for an answer")
+    ids, _ = expand(encode_prompt(turns, tok, image=len(images)), None, config.vision.n_patches, limit)
+    if len(ids) + room > limit:
+        raise ValueError(f"the prompt takes {len(ids):,} of the model's {limit:,} positions, which leaves "
+                         f"{limit - len(ids):,} for an answer that takes at least {room:,}")
     return ids
 
 
@@ -117,11 +107,11 @@ def answer(session: Session, tok: Tokenizer, chats: list[list[Turn]], images: li
     """Answer the last question of every chat, in one batch. Yields the new text of each answer after every step.
 
     chats: for each, question, answer, question, ..., question. images: for each chat one, or a list, in any form that
-    `open_image` accepts. Several are where the questions have "<image>", or between the pieces of a question that is a
-    list (`pieces_of` makes them from a message of OpenAI's form), or else in front. session: keeps the KV cache, so
-    that the next turn, or another question about the same picture, computes only its new tokens; its `finish` says why
-    each answer ended. clock: measures speed. sampling: temperature, top_k, top_p and generator (the seed) of
-    `Session.generate`.
+    `open_image` accepts; they are the whole chat's, so one that later questions are about again is given once. Several
+    are where the questions have "<image>", or between the pieces of a question that is a list (`pieces_of` makes them
+    from a message of OpenAI's form), or else in front. session: keeps the KV cache, so that the next turn, or another
+    question about the same picture, computes only its new tokens; its `finish` says why each answer ended. clock:
+    measures speed. sampling: temperature, top_k, top_p and generator (the seed) of `Session.generate`.
 
     A chat's answer is its pieces joined. The caller may stop iterating at any time.
     Raises ValueError if a question cannot be asked or leaves no room for an answer.
@@ -134,9 +124,9 @@ def answer(session: Session, tok: Tokenizer, chats: list[list[Turn]], images: li
     texts = [TextStream(tok) for _ in chats]
     for column in session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eot_id(tok), **sampling):
         if clock:
-            clock.tick(column)
-        yield [text.finish() if token is None else text.add(token) for text, token in zip(texts, column)]
-    yield [text.finish() for text in texts]
+            clock.tick()
+        yield [text.add(token) for text, token in zip(texts, column)]
+    yield [text.add(None) for text in texts]
 
 
 def ask(model: LLaVAPhi, tok: Tokenizer, question: str, images: list[Tensor | Picture], **options) -> list[str]:
@@ -162,17 +152,21 @@ def rank(model: LLaVAPhi | Session, tok: Tokenizer, question: str, image: Tensor
     short. Raises ValueError for choices that are empty, repeated or too long.
     """
     session = model if isinstance(model, Session) else Session(model)
+    config = session.model.config
     choices = check_choices(choices)
-    images = open_image(image, session.model.config)
-    prompt = encode_chat(session.model.config, tok, [question], images)
+    images = open_image(image, config)
     answers = [[*tokenize(f" {choice}", tok).ids, eot_id(tok)] for choice in choices]
-    scores = session.score(prompt, images, answers)
-    sums, means = list(map(math.fsum, scores)), list(map(fmean, scores))
-    texts = [[token_text(tok, token) for token in ids] for ids in answers]
-    odds = [torch.tensor(x, dtype=torch.float64).softmax(0).tolist() for x in (sums, means)]
-    columns = choices, texts, scores, sums, means, *odds
-    names = "choice", "tokens", "logprobs", "sum", "mean", "p_sum", "p_mean"
-    return sorted((dict(zip(names, row)) for row in zip(*columns)), key=lambda row: -row["sum"])
+    longest = max(map(len, answers))
+    prompt = encode_chat(config, tok, [question], images, room=longest - 1)     # an answer's last token is not read
+    ranked = []
+    for choice, ids, logprobs in zip(choices, answers, session.score(prompt, images, answers)):
+        ranked.append({"choice": choice, "tokens": [token_text(tok, token) for token in ids], "logprobs": logprobs,
+                       "sum": math.fsum(logprobs), "mean": fmean(logprobs)})
+    for kind in ("sum", "mean"):
+        odds = torch.tensor([row[kind] for row in ranked], dtype=torch.float64).softmax(0)
+        for row, p in zip(ranked, odds.tolist()):
+            row[f"p_{kind}"] = p
+    return sorted(ranked, key=lambda row: -row["sum"])
 
 
 def check_choices(choices: str | list[str]) -> list[str]:

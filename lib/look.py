@@ -6,6 +6,7 @@ choice of the token reacts to each patch, by gradient times input.
 import html
 import math
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
@@ -16,7 +17,6 @@ from lib.chat import Picture, answer, encode_chat, open_image, token_text
 from lib.common import html_page, visible
 from lib.generate import Session
 from lib.pictures import png_address
-from lib.quant import Int4Linear, Int8Linear
 from model import LLaVAConfig, LLaVAPhi, Packed
 
 HEAT = (255, 0, 140)                # a color that few pictures have
@@ -30,6 +30,11 @@ code { white-space: pre-wrap; border: 1px solid var(--line) }"""
 
 class Watched(Packed):
     """One sequence. The attention weights of one layer's queries from `first` on are computed a second time."""
+
+    def __init__(self, ids: Tensor, first: int, layer: int):
+        super().__init__([len(ids)], ids.device, len(ids))
+        self.first = first
+        self.layer = layer
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         if layer == self.layer:
@@ -49,15 +54,14 @@ def look(model: LLaVAPhi, tok: Tokenizer, question: str, image: Tensor | Picture
     session = Session(model)
     images = open_image(image, model.config)
     check_look(model, images, layer)            # rather than after the answer
-    for _ in answer(session, tok, [[question]], [images], logprobs=0, **options):
-        pass
+    list(answer(session, tok, [[question]], [images], logprobs=0, **options))
     return look_back(session, tok, question, images, layer)
 
 
 def check_look(model: LLaVAPhi, images: Tensor, layer: int) -> None:
     """ValueError where there are no maps to make."""
     n_layer = model.config.llm.n_layer
-    quantized = any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules())
+    quantized = not all(parameter.is_floating_point() for parameter in model.parameters())
     if quantized or len(images) != 1 or not 0 <= layer < n_layer:
         raise ValueError(f"looking needs one picture, a layer from 0 to {n_layer - 1} and weights in 16 or 32 bits, "
                          f"found {len(images)} pictures, layer {layer}{', and fewer bits' * quantized}")
@@ -65,10 +69,11 @@ def check_look(model: LLaVAPhi, images: Tensor, layer: int) -> None:
 
 def look_back(session: Session, tok: Tokenizer, question: str, images: Tensor, layer: int) -> list[dict]:
     """`look` at the answer that the session has just given, with logprobs. See check_look for what it can look at."""
-    model = session.model
     scored = [each for each in session.scored[0] if each.token != eot_id(tok)]
-    prompt = encode_chat(model.config, tok, [question], images)
-    maps = shares(model, prompt, images, [each.token for each in scored], layer) if scored else []
+    if not scored:
+        return []
+    prompt = encode_chat(session.model.config, tok, [question], images)
+    maps = shares(session.model, prompt, images, [each.token for each in scored], layer)
     return [{"token": token_text(tok, each.token), "logprob": each.logprob, "attention": read, "gradient": felt}
             for each, read, felt in zip(scored, *maps)]
 
@@ -79,15 +84,18 @@ def shares(model: LLaVAPhi, prompt: list[int], images: Tensor, answer: list[int]
     patches = (ids == IMAGE_ID).nonzero().flatten()
     with torch.no_grad():
         x = model.embed(ids.clamp_min(0), images.to(model.device), patches)        # (T, C)
-    seqs = Watched([len(ids)], model.device, model.config.llm.block_size)
-    seqs.first, seqs.layer = len(prompt) - 1, layer
-    h = model.llm(x.requires_grad_(), seqs)[seqs.first:]                           # (n, C)
+    first = len(prompt) - 1
+    seqs = Watched(ids, first, layer)
+    h = model.llm(x.requires_grad_(), seqs)[first:]                                # (n, C)
     logits = model.llm.lm_head(h).float()                                          # (n, V)
     # The lead over the runner-up: where a token is certain, its probability no longer reacts to anything.
     token = torch.tensor(answer, device=model.device)[:, None]
     lead = logits.gather(1, token) - logits.scatter(1, token, float("-inf")).amax(1, keepdim=True)     # (n, 1)
-    products = [torch.autograd.grad(each, x, retain_graph=True)[0] * x.detach() for each in lead]
-    effects = torch.stack([product.float().norm(dim=-1) for product in products])  # (n, T)
+    effects = []
+    for each in lead:
+        [gradient] = torch.autograd.grad(each, x, retain_graph=True)               # (T, C)
+        effects.append((gradient * x.detach()).float().norm(dim=-1))
+    effects = torch.stack(effects)                                                 # (n, T)
     effects /= effects.sum(1, keepdim=True).clamp_min(1e-30)
     side = math.isqrt(len(patches))
     return [each[:, patches].unflatten(1, (side, side)).tolist() for each in (seqs.weights, effects)]
@@ -98,23 +106,26 @@ def seen_box(w: int, h: int, size: int, mode: str) -> tuple[float, float, float,
     in parts of the picture's own."""
     if mode == "squash":
         return 0.0, 0.0, 1.0, 1.0
-    W, H, square = (w, h, max(w, h)) if mode == "pad" else (size * w // min(w, h), size * h // min(w, h), size)
-    return int((W - square) / 2) / W, int((H - square) / 2) / H, square / W, square / H
+    square = max(w, h)
+    if mode == "crop":                  # the shorter side becomes `size`, as data.load_image rounds it
+        w, h, square = size * w // min(w, h), size * h // min(w, h), size
+    return int((w - square) / 2) / w, int((h - square) / 2) / h, square / w, square / h
 
 
 def look_page(picture: Image.Image, question: str, looks: list[dict], config: LLaVAConfig, layer: int) -> str:
     """A self-contained page. picture: as the user gave it, upright and RGB."""
-    box = seen_box(*picture.size, config.vision.image_size, config.image_mode)
-    place = ";".join(f"{name}:{100 * part:.3f}%" for name, part in zip(("left", "top", "width", "height"), box))
+    left, top, width, height = seen_box(*picture.size, config.vision.image_size, config.image_mode)
+    place = f"left:{left:.3%};top:{top:.3%};width:{width:.3%};height:{height:.3%}"
     figures = ""
     for each in looks:
         figures += f"<figure><code>{html.escape(visible(each['token']))}</code> {math.exp(each['logprob']):.1%}<br>\n"
         for kind in ("attention", "gradient"):
-            most = max(map(max, each[kind])) or 1.0
-            heat = Image.new("RGBA", (len(each[kind][0]), len(each[kind])))        # a pixel for each patch
-            heat.putdata([(*HEAT, round(216 * share / most)) for row in each[kind] for share in row])
+            grid = np.array(each[kind])                                            # a pixel for each patch
+            strength = 216 * grid / (grid.max() or 1.0)
+            heat = Image.new("RGBA", grid.shape[::-1], HEAT)
+            heat.putalpha(Image.fromarray(strength.round().astype(np.uint8)))
             figures += (f'<div><div class="picture"><img style="{place}" src="{png_address(heat)}" alt="{kind}"></div>'
-                        f"{kind}, {sum(map(sum, each[kind])):.0%} on the picture</div>\n")
+                        f"{kind}, {grid.sum():.0%} on the picture</div>\n")
         figures += "</figure>\n"
     small = picture.copy()
     small.thumbnail((640, 640))

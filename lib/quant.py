@@ -120,6 +120,14 @@ def has_int8_product() -> bool:
     return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
 
 
+def hold_in_int8(layer: nn.Module, base: nn.Module) -> None:
+    """Give a layer int8 weights in place of base's, with a scale per row. They stay empty on the meta device."""
+    layer.weight = nn.Parameter(torch.empty_like(base.weight, dtype=torch.int8), requires_grad=False)
+    layer.register_buffer("scale", torch.empty(len(base.weight), 1, device=base.weight.device))
+    if not base.weight.is_meta:
+        layer.quantize(base.weight.detach())
+
+
 class Int8Linear(nn.Linear):
     """Weights in int8 with a scale per output channel.
 
@@ -128,11 +136,8 @@ class Int8Linear(nn.Linear):
 
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight = nn.Parameter(torch.empty_like(base.weight, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("scale", torch.empty(base.out_features, 1, device=base.weight.device))
         self.bias = base.bias
-        if not base.weight.is_meta:
-            self.quantize(base.weight.detach())
+        hold_in_int8(self, base)
 
     def quantize(self, weight: Tensor) -> None:
         """Quantize and store a weight (out, in) of any float dtype."""
@@ -156,10 +161,7 @@ class Int8Embedding(nn.Embedding):
 
     def __init__(self, base: nn.Embedding):
         super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
-        self.weight = nn.Parameter(torch.empty_like(base.weight, dtype=torch.int8), requires_grad=False)
-        self.register_buffer("scale", torch.empty(base.num_embeddings, 1, device=base.weight.device))
-        if not base.weight.is_meta:
-            self.quantize(base.weight.detach())
+        hold_in_int8(self, base)
 
     def quantize(self, weight: Tensor) -> None:
         quantize_into(self.weight, self.scale, weight)
@@ -183,7 +185,8 @@ def group_size(width: int) -> int:
     for size in (64, 32):
         if width % size == 0:
             return size
-    raise ValueError(f"4 bits: a layer's input is {width} wide, no multiple of a group of 32 weights; take 8 bits")
+    raise ValueError(f"4 bits: a layer's input is {width} wide, no multiple of a group of 32 weights; take "
+                     "more bits")
 
 
 def check_int4_product(device: torch.device) -> None:
@@ -212,10 +215,9 @@ def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
         q = ((w - zero) / scale).round_().clamp_(-8, 7)
         if fit < FITS:
             q_mean = q.mean(2, keepdim=True)
-            w_mean = w.mean(2, keepdim=True)
-            spread = (q - q_mean).square_().sum(2, keepdim=True).clamp_min(1e-8)
-            scale = ((q - q_mean) * w).sum(2, keepdim=True) / spread
-            zero = w_mean - scale * q_mean
+            spread = q - q_mean
+            scale = (spread * w).sum(2, keepdim=True) / spread.square().sum(2, keepdim=True).clamp_min(1e-8)
+            zero = w.mean(2, keepdim=True) - scale * q_mean
     scales = torch.cat([scale, zero], dim=2).transpose(0, 1).bfloat16()            # (K / group, n, 2)
     return q.add_(8).to(torch.uint8).flatten(1), scales
 
@@ -273,56 +275,64 @@ def int4_to_int8(packed: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return w.char().flatten(1, 2).transpose(0, 1).flatten(1).t(), row_scale
 
 
+# Two matmuls with packed 4-bit weights (N', K / 2) and their groups' scales. They take x (n, K) in any float dtype and
+# return (n, N').
+
+
+def int4_on_gpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    group = x.size(1) // len(scales)
+    tiled = packed.view(torch.int32).view(len(packed) // 8, x.size(1) // 32, 32, 1)
+    return torch._weight_int4pack_mm(x.bfloat16(), tiled, group, scales)
+
+
+def int4_on_cpu(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """torch's kernel for the few rows of decoding. The many of a prompt are faster in 8 bits, where the CPU has these.
+
+    Weights become 8 bits on the way, two million at a time to fit the CPU's cache. They are not prepacked as in
+    Int8Linear: that takes as long as multiplying 640 rows.
+    """
+    if len(x) < MANY_ROWS or not has_int8_product():
+        group = x.size(1) // len(scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group, scales)
+    q, x_scale = quantize_rows(x)
+    step = max(1, 2 ** 15 // x.size(1)) * TILE
+    y = torch.empty(len(x), len(packed))
+    for first in range(0, len(packed), step):
+        channels = slice(first, first + step)
+        weight, scale = int4_to_int8(packed[channels], scales[:, channels])
+        torch.mul(torch._int_mm(q, weight.t()), x_scale, out=y[:, channels]).mul_(scale)
+    return y
+
+
 class Int4Linear(nn.Linear):
     """Weights in 4 bits, in the layout of torch's matmul for their device, which takes activations in bf16.
 
-    On a CPU the many rows of a prompt are faster in 8 bits, to which the weights are converted on the fly. For
-    training, lib/lora.py has Int4LoRALinear, whose backward pass torch's layouts cannot serve.
+    For training, lib/lora.py has Int4LoRALinear, whose backward pass torch's layouts cannot serve.
     """
 
     def __init__(self, base: nn.Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
         device = base.weight.device
-        self.group = group_size(base.in_features)
         n = -(-base.out_features // TILE) * TILE                                   # N', whole tiles
         packed = torch.empty(n, base.in_features // 2, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        scales = torch.empty(base.in_features // self.group, n, 2, dtype=torch.bfloat16, device=device)
-        self.register_buffer("group_scales", scales)
+        n_groups = base.in_features // group_size(base.in_features)
+        self.register_buffer("group_scales", torch.empty(n_groups, n, 2, dtype=torch.bfloat16, device=device))
         self.bias = base.bias
         if not base.weight.is_meta:
             self.quantize(base.weight.detach())
 
     def quantize(self, weight: Tensor) -> None:
         """Quantize and store a weight (out, in) of any float dtype."""
-        layout = layout_for_cuda if self.weight.is_cuda else layout_for_cpu
+        on_cpu = self.weight.device.type == "cpu"
+        self.product = int4_on_cpu if on_cpu else int4_on_gpu
+        layout = layout_for_cpu if on_cpu else layout_for_cuda
         quantize_into_int4(self.weight, self.group_scales, weight, layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)                                     # (n, in)
-        if x.is_cuda:
-            tiled = self.weight.view(torch.int32).view(len(self.weight) // 8, self.in_features // 32, 32, 1)
-            y = torch._weight_int4pack_mm(rows.bfloat16(), tiled, self.group, self.group_scales)
-        elif len(rows) >= MANY_ROWS and has_int8_product():
-            y = self.multiply_in_int8(rows)
-        else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.bfloat16(), self.weight, self.group, self.group_scales)
+        y = self.product(x.reshape(-1, self.in_features), self.weight, self.group_scales)
         y = y[:, :self.out_features] + self.bias                            # without the padding of the last tile
         return y.type_as(x).view(*x.shape[:-1], self.out_features)
-
-    def multiply_in_int8(self, rows: Tensor) -> Tensor:
-        """rows (n, in) -> (n, N') in fp32, with weights in 8 bits, two million at a time to fit the CPU's cache.
-
-        They are not prepacked as in Int8Linear: that takes as long as multiplying 640 rows.
-        """
-        q, x_scale = quantize_rows(rows)
-        step = max(1, 2 ** 15 // self.in_features) * TILE
-        y = torch.empty(len(rows), len(self.weight))
-        for first in range(0, len(self.weight), step):
-            channels = slice(first, first + step)
-            weight, scale = int4_to_int8(self.weight[channels], self.group_scales[:, channels])
-            torch.mul(torch._int_mm(q, weight.t()), x_scale, out=y[:, channels]).mul_(scale)
-        return y
 
 # ---------------------------------------------------------------------------------------------------
 # A model's layers

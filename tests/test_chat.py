@@ -1,4 +1,5 @@
 """Asking a model through lib/chat.py: pieces that add up, pictures in any form, sessions that recognize them."""
+import copy
 import math
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ def test_an_answer_is_the_sum_of_its_pieces(tiny_model, tiny_tokenizer, photo):
     session, clock = Session(tiny_model), Clock()
     said = text_of(session, tiny_tokenizer, ["What is this?"], photo, clock=clock, max_new_tokens=24)
     assert said == GOLDEN_ANSWER
-    assert clock.tokens == [24] and session.finish == ["length"]
+    assert clock.steps == 24 and session.finish == ["length"]
 
 
 def test_a_picture_opened_again_is_recognized(tiny_model, tiny_tokenizer, photo, towers):
@@ -94,7 +95,7 @@ def test_a_prompt_that_fills_the_context_is_refused_before_any_generation(tiny_m
     n = len(encode_chat(config, tiny_tokenizer, ["Why?"], no_picture))
     one_left, none_left = (replace(config, llm=replace(config.llm, block_size=size)) for size in (n + 1, n))
     assert len(encode_chat(one_left, tiny_tokenizer, ["Why?"], no_picture)) == n
-    with pytest.raises(ValueError, match=f"all of the model's {n} positions"):
+    with pytest.raises(ValueError, match=f"{n} of the model's {n} positions, which leaves 0"):
         encode_chat(none_left, tiny_tokenizer, ["Why?"], no_picture)
 
 
@@ -138,6 +139,21 @@ def test_ranked_choices_are_training_losses(tiny_model, tiny_tokenizer, photo, p
 def test_choices_that_cannot_be_told_apart_are_refused(tiny_model, tiny_tokenizer, choices):
     with pytest.raises(ValueError, match="two or more choices, none empty and no two alike"):
         rank(tiny_model, tiny_tokenizer, "What is this?", None, choices)
+
+
+def test_a_choice_must_fit_behind_the_prompt(tiny_model, tiny_tokenizer):
+    """Its last token takes no position, since nothing is computed after it."""
+    n = len(encode_chat(tiny_model.config, tiny_tokenizer, ["Why?"], open_image(None, tiny_model.config)))
+    longest = len(tiny_tokenizer.encode(" none of them").ids)       # without the token that ends it
+    model = copy.copy(tiny_model)
+    for room in (longest, longest - 1):
+        model.config = replace(tiny_model.config, llm=replace(tiny_model.config.llm, block_size=n + room))
+        if room == longest:
+            expected = rank(tiny_model, tiny_tokenizer, "Why?", None, ["cat", "none of them"])
+            assert rank(model, tiny_tokenizer, "Why?", None, ["cat", "none of them"]) == expected
+        else:
+            with pytest.raises(ValueError, match=f"leaves {room} for an answer that takes at least {longest}"):
+                rank(model, tiny_tokenizer, "Why?", None, ["cat", "none of them"])
 
 
 def test_choices_come_from_a_list_or_a_file(tmp_path):

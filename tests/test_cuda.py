@@ -27,7 +27,7 @@ from training import train_here
 import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate
 from lib import plan
-from lib.generate import KVCache, Session, prefill
+from lib.generate import Session
 from lib.processes import explain_out_of_memory
 from lib.quant import quantize_linears
 from lib.recipes import parse
@@ -214,7 +214,7 @@ def test_quantized_weights_are_close_to_fp32_and_to_the_cpus(wide, device, dtype
 
     def logits(model: LLaVAPhi) -> Tensor:
         with torch.inference_mode():
-            return prefill(model, prompts, pictures, KVCache(model.llm, prompts, 64))
+            return Session(model).prefill(prompts, pictures, 64)
 
     def quantized(device: torch.device) -> LLaVAPhi:
         model = copy.deepcopy(wide).to(device, dtype)

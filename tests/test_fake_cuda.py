@@ -134,22 +134,25 @@ def numbers(n: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 def packed(length: int, batch: int) -> Packed:
     """Packed reads its lengths, which fake tensors do not have. So it is made without them and given the shapes."""
     seqs = Packed([], torch.device("cpu"))
+    give_shapes(seqs, length, batch)
+    return seqs
+
+
+def give_shapes(seqs: Packed, length: int, batch: int) -> None:
     seqs.lengths = [length] * batch
+    seqs.max_seqlen = 2048
     seqs.pos = numbers(batch * length)
     seqs.cu_seqlens = numbers(batch + 1, torch.int32)
     seqs.on_ampere = True
-    return seqs
 
 
 def prefill_of(cache: KVCache, length: int, batch: int, past: int = 0) -> Prefill:
     """The same for prompts whose beginnings may be in the cache."""
     seqs = Prefill.__new__(Prefill)
-    seqs.cache, seqs.rows, seqs.has_past = cache, range(batch), past > 0
-    seqs.lengths = [past + length] * batch
-    seqs.new = packed(length, batch)
-    seqs.pos = numbers(batch * length)
+    give_shapes(seqs, length, batch)
+    seqs.cache, seqs.rows, seqs.has_past, seqs.keys = cache, range(batch), past > 0, packed(past + length, batch)
     seqs.seq_ids = numbers(batch * length)
-    seqs.cu_seqlens_k = numbers(batch + 1, torch.int32)
+    seqs.key_seq_ids = numbers(batch * (past + length))
     return seqs
 
 

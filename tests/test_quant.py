@@ -15,6 +15,7 @@ import eval as ev
 import load_weights
 import sample
 from lib import quant
+from lib.lora import Int4LoRALinear
 from lib.quant import (Int4Linear, Int8Embedding, Int8Linear, PrepackedLinear, check_int4_product, copy_or_quantize,
                        group_size, has_int8_product, int4_to_int8, int8_times_int8, prepack_linears, prepacking_pays,
                        quantize_groups, quantize_linears, quantize_rows, widen_on_cpu, widen_on_gpu)
@@ -315,8 +316,10 @@ def test_an_int4_model():
 
 
 def test_int4_refuses_in_words(monkeypatch):
-    with pytest.raises(ValueError, match="40 wide, no multiple of a group of 32"):
+    with pytest.raises(ValueError, match="40 wide, no multiple of a group of 32 .* take more bits"):
         load_model(TINY_MODEL, bits=4)
+    with pytest.raises(ValueError, match="take more bits"):             # train.py --base-bits has no 8
+        Int4LoRALinear(torch.nn.Linear(40, 64), r=4, alpha=8)
     with pytest.raises(ValueError, match="4 bits need a CPU with AVX2 or .* take 8 bits"):
         check_int4_product(torch.device("mps"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")

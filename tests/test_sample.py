@@ -1,5 +1,4 @@
 """sample.py as a person uses it: the golden answer, streaming, odd files, a chat, a pipe, errors of one line."""
-import argparse
 import io
 import json
 import os
@@ -56,7 +55,7 @@ def test_pieces_join_to_the_whole(tiny_tokenizer, seed):
     ids = [rng.randrange(300 if seed % 2 else 500) for _ in range(40)]
     ids += tiny_tokenizer.encode("a \u65e5\u672c\u8a9e \U0001f642\n\n x  ").ids + [0] * (seed % 3)
     text = TextStream(tiny_tokenizer)
-    pieces = [text.add(i) for i in ids] + [text.finish()]
+    pieces = [text.add(i) for i in [*ids, None]]
     assert "".join(pieces) == tiny_tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
@@ -162,6 +161,8 @@ def test_a_path_as_it_is_pasted(tmp_path, tiny_model, written):
     (["--prompt", "?", "--choices", "a"], "two or more choices"),
     (["--prompt", "?", "--choices", "a,b", "--look", "x.html"], "one at a time"),
     (["--prompt", "?", "--logprobs", "5"], "--logprobs with --json"),
+    (["--prompt", "?", "--choices", "a,b", "--top-k", "5", "--seed", "1"], "nothing: leave out --top-k, --seed"),
+    (["--prompt", "?", "--look-layer", "0"], "--look-layer is a layer for --look FILE"),
     (["--prompt", "?", "--look", "x.html"], "--look takes one picture"),
     (["--prompt", "?", "--look", "x.html", "--image", str(PHOTO), "--bits", "8"], "--bits 16"),
     (["--prompt", "?", "--look", "x.html", "--image", str(PHOTO), "--look-layer", "9"], "a layer from 0 to 1"),
@@ -269,9 +270,8 @@ def test_a_full_context_says_so(monkeypatch, capsys):
 
 
 def test_ctrl_c_stops_the_answer_and_twice_leaves(monkeypatch, capsys, tiny_model, tiny_tokenizer):
-    args = argparse.Namespace(image=None, verbose=False)
     no_image = open_image(None, tiny_model.config)
-    it = sample.Chat(Session(tiny_model), tiny_tokenizer, no_image, args, {"max_new_tokens": 20})
+    it = sample.Chat(Session(tiny_model), tiny_tokenizer, no_image, None, {"max_new_tokens": 20})
     shown, lines = [], iter(["Who?", "And?", KeyboardInterrupt, "Well?", KeyboardInterrupt, KeyboardInterrupt, "never"])
 
     def read_line():
@@ -357,4 +357,4 @@ def test_a_small_model_says_the_same_on_every_machine(monkeypatch):
 def test_bits_are_refused_in_one_line(capsys):
     assert run_command(sample.main, sample.parse(["--model", str(TINY_MODEL), "--prompt", "Who?", "--bits", "4"])) == 2
     problem = capsys.readouterr().err.splitlines()[-1]
-    assert problem.startswith("error: 4 bits") and "take 8 bits" in problem
+    assert problem.startswith("error: 4 bits") and "take more bits" in problem

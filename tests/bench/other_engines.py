@@ -30,7 +30,7 @@ from benchmarks.shapes import read
 from data import ImageConfig, encode_prompt, load_image, load_tokenizer
 from lib.chat import ask
 from lib.common import Parser, run_command
-from lib.generate import KVCache, Session, prefill
+from lib.generate import Session
 from load_weights import load_model
 from model import LLaVAPhi
 
@@ -46,7 +46,7 @@ def compare_text(model: LLaVAPhi, llm: Llama, ids: list[int], n_tokens: int) -> 
     """Logits behind a question without a picture, then n_tokens greedy ids. The end token does not end them."""
     size = model.config.vision.image_size
     no_image = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    logits = prefill(model, [ids], [no_image], KVCache(model.llm, [ids], len(ids)))[0]
+    logits = Session(model).prefill([ids], [no_image], len(ids))[0]
     columns = Session(model).generate([ids], [no_image], max_new_tokens=n_tokens, eos_id=-1)
     ours = [column[0] for column in columns]
 
