@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
-                        plural, read_json, read_jsonl, run_command, visible, write_whole)
+                        plural, read_json, run_command, torchrun_env, visible, write_whole)
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
-from benchmarks.files import first_existing, read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
+from benchmarks.files import read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import (BLANK, Example, Grade, Score, Task, asked_again, calibration, mean, paired_test,
+from benchmarks.scoring import (BLANK, Example, Grade, Task, asked_again, calibration, mean, paired_test,
                                 published_columns, summarize_twice)
 from lib.archives import Member
 
@@ -46,10 +46,6 @@ def parse(argv: list[str] | None) -> Namespace:
     """Parse the command line. Raises ValueError for a flag that is wrong on its own."""
     parser = Parser(prog="eval.py", description=__doc__)
     on_or_off = BooleanOptionalAction
-    special = []
-    for name, task in TASKS.items():
-        if (task.paper_mode, task.mipha_mode) != ("pad", "pad"):
-            special.append(f"{name} {task.paper_mode} (Mipha {task.mipha_mode})")
     add = parser.add_argument
     add("--task", help=f"comma-separated: {', '.join(TASKS)}; paper stands for {', '.join(PAPER)}")
     add("--root", default="data/eval", help="folder of the benchmark data, laid out like LLaVA's playground/data/eval")
@@ -57,8 +53,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--model", help=f"model folder; default: the first of {', '.join(map(str, USUAL_MODELS))} that exists")
     add("--out", help="folder for answers and results, with a subfolder per task if several; default: out/eval/TASK")
     add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
-        help="model: as the model was trained; paper: as for the published scores, which is pad except for "
-             + ", ".join(special))
+        help="model: as the model was trained; paper: as for the published scores (docs/evaluation.md says how)")
     add("--bits", type=int, choices=(4, 8, 16), default=16,
         help="bits per weight; 16: unquantized, in --dtype; on a GPU, 8 bits save memory but no time")
     add("--dtype", type=dtype_name, help="fp32 or bf16; default: bf16 on a GPU that supports it, fp32 on a CPU")
@@ -82,14 +77,14 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def chosen_tasks(args: Namespace) -> list[str]:
-    """The names in --task, each once, with "paper" expanded. Raises ValueError for an unknown one."""
+    """The names in --task, each once, with "paper" expanded. Raises ValueError for an unknown one, or for several where
+    one answers file is given."""
     names = []
     for word in (args.task or "").split(","):
         names += PAPER if word.strip() == "paper" else [word.strip()]
-    for name in names:
-        if name not in TASKS:
-            problem = f"{name} is unknown" if name else "is missing"
-            raise ValueError(f"--task {problem}: expected one or more of {', '.join(TASKS)}, or paper")
+    number = "one" if args.score or args.compare else "one or more"
+    if not TASKS.keys() >= {*names} or number == "one" and len(names) > 1:
+        raise ValueError(f"--task {args.task or 'is missing'}: expected {number} of {', '.join(TASKS)}, or paper")
     return list(dict.fromkeys(names))
 
 # ---------------------------------------------------------------------------------------------------
@@ -110,28 +105,41 @@ class Data(NamedTuple):
         return self._replace(examples=self.examples[:starts[limit]] if limit and limit < len(starts) else self.examples)
 
 
-def load_data(name: str, args: Namespace) -> Data:
-    """Read a benchmark's questions. ValueError says what is missing or wrong, where it belongs, where to get it."""
+def load_data(name: str, args: Namespace, pictures: bool = False) -> Data:
+    """Read a benchmark's questions. ValueError says what is missing or wrong, where it belongs, where to get it.
+
+    pictures: their files must be there too, those of the first questions with --limit.
+    """
     task = TASKS[name]
     split = args.split or next(iter(task.splits))
-    if split not in task.splits:
-        raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
     folder = data_folder(name, task, Path(args.root))
     options = Namespace(**{**vars(args), "split": split})
-    problem = ""
-    try:
-        data = Data(name, task, split, folder, list(task.read(folder, options)))
-        if args.blank or task.blank:
-            data = data._replace(examples=list(asked_again(data.examples)))
-        problem = repeated_id(data)
-        rehearse(data)
-    except FileNotFoundError as e:
-        problem = f"{e}. Get it: {task.source}"
-    except ValueError as e:
-        problem = str(e)
+    problem = "" if split in task.splits else f"no split {split!r}, only {', '.join(task.splits)}"
+    if not problem:
+        try:
+            data = Data(name, task, split, folder, list(task.read(folder, options)))
+            if args.blank or task.blank:
+                data = data._replace(examples=list(asked_again(data.examples)))
+            rehearse(data)
+            problem = repeated_id(data)
+            if pictures:
+                problem = problem or missing_pictures(data.first(args.limit))
+        except FileNotFoundError as e:
+            problem = f"{e}. Get it: {task.source}"
+        except ValueError as e:
+            problem = str(e)
     if problem:
         raise ValueError(f"{name}: {problem}")
     return data
+
+
+def data_folder(name: str, task: Task, root: Path) -> Path:
+    """A benchmark's folder goes by several names: return the first that holds one of its files, else the first that
+    exists, else the first, for the message that says where the files are expected."""
+    def promise(folder: Path) -> tuple[bool, bool]:
+        return any((folder / file).exists() for file in task.files), folder.is_dir()
+
+    return max((root / folder for folder in task.folders or (name,)), key=promise)
 
 
 def repeated_id(data: Data) -> str:
@@ -146,38 +154,24 @@ def repeated_id(data: Data) -> str:
 def rehearse(data: Data) -> None:
     """Grade an empty answer to every question. Raises ValueError for data that a grader cannot use, which would
     otherwise end the run after the last answer."""
-    grades = []
+    graded = []
     for example in data.examples:
         with reading(f"{data.folder}, question {example.question_id!r}"):
             scored = data.task.grade and example.truth is not None
-            grades.append(data.task.grade(example, "") if scored else Grade(None))
+            graded.append((example, data.task.grade(example, "") if scored else Grade(None)))
     with reading(data.folder):
-        summarize_twice(data.task, data.examples, grades)
+        summarize_twice(data.task, graded)
 
 
-def data_folder(name: str, task: Task, root: Path) -> Path:
-    """A benchmark's folder goes by several names: return the one that holds its files, else one that exists.
-
-    Without either, return the first, for the message that says where the files are expected.
-    """
-    folders = [root / folder for folder in task.folders or (name,)]
-    for folder in folders:
-        if first_existing(folder, *task.files):
-            return folder
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    return folders[0]
-
-
-def check_images(data: Data) -> None:
-    """Raise FileNotFoundError if an image is missing. Nothing is decoded yet."""
+def missing_pictures(data: Data) -> str:
+    """Which pictures are not there, "" if all are. Nothing is decoded yet."""
     pictures = dict.fromkeys(picture for example in data.examples for picture in example.pictures)
     paths = [picture for picture in pictures if isinstance(picture, Path)]
     missing = [path for path in paths if not path.is_file()]
-    if missing:
-        problem = f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}"
-        raise FileNotFoundError(f"{data.name}: {problem}. Get them: {data.task.source}")
+    if not missing:
+        return ""
+    return (f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}. Get them: "
+            f"{data.task.source}")
 
 
 def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str]]:
@@ -205,14 +199,12 @@ def check_benchmarks(names: list[str], args: Namespace) -> None:
     bad = 0
     for name in names:
         try:
-            data = load_data(name, args)
-            check_images(data)
+            data = load_data(name, args, pictures=True)
             _, notes = data_versions(data, args)
             problems = [f"{name}: {note}. Get it: {data.task.source}" for note in notes]
-        except (ValueError, FileNotFoundError) as e:
+        except ValueError as e:
             problems = [str(e)]
-        if problems:
-            bad += 1
+        bad += bool(problems)
         for line in problems or [f"{name}: {plural(len(data.examples), 'question')} and all images are there"]:
             print(visible(line))
     if bad:
@@ -243,18 +235,14 @@ def question_settings(data: Data, args: Namespace) -> dict:
     return settings
 
 
-def reference_model(config) -> str:
-    """The published model (a key of PUBLISHED_MODELS) with this LLaVAConfig's tower: Mipha's has no class token."""
-    return "llava_phi" if config.vision.class_token else "mipha"
-
-
 def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -> dict:
     """Everything that an answer depends on. config: the model's LLaVAConfig.
 
     The number of processes and the batch size are left out: they change nothing in fp32, and one answer in a few
     hundred in bf16 or with 4-bit weights, whose matmul kernel depends on the number of rows.
     """
-    reference = reference_model(config)
+    # The published model with this tower, a key of PUBLISHED_MODELS: Mipha's has no class token.
+    reference = "llava_phi" if config.vision.class_token else "mipha"
     image_mode = args.image_mode
     if image_mode == "model":
         image_mode = config.image_mode
@@ -280,46 +268,40 @@ def begin(out: Path, settings: dict, limit: int | None = None) -> Iterator[None]
     Raises ValueError when another run holds it, or when it contains answers made with other settings, foreign files,
     or the result of more questions than --limit asks.
     """
-    path = out / "settings.json"
-    if out.exists() and not path.exists():
-        # A run that was killed early leaves its lock, and perhaps a file that was not renamed yet.
-        ours = {LOCK, f".writing_{path.name}"}
-        if not out.is_dir() or {file.name for file in out.iterdir()} - ours:
-            raise ValueError(f"{out} is not empty and was not made by eval.py: give another --out")
     with hold_folder(out):
-        if not path.exists():
-            write_whole(path, to_json(settings))
-        before = read_json(path)
-        changed = []
-        for key in {**before, **settings}:
-            if before.get(key) != settings.get(key):
-                changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
-        more = limit_before(out, limit)
-        if more:
-            changed.append(f"limit was {more}, now {limit}, which would replace the result")
-        if changed:
-            raise ValueError(f"{out} holds results of other settings: {'; '.join(changed)}; give another --out")
+        problem = folder_problem(out, settings, limit)
+        if problem:
+            raise ValueError(f"{out} {problem}; give another --out")
+        write_whole(out / "settings.json", to_json(settings))
         yield
 
 
-def limit_before(out: Path, limit: int | None) -> str:
-    """The --limit of the run whose result is in `out` if it asked more questions than `limit` allows; else ""."""
-    result = read_json(out / "result.json") if limit and (out / "result.json").exists() else {}
-    before = result.get("limit")
-    if "model" not in result.get("settings", {}) or (before and before <= limit):      # of a file: scored in no time
-        return ""
-    return str(before or "none")
+def folder_problem(out: Path, settings: dict, limit: int | None) -> str:
+    """Why these answers may not be written to this folder; "" if they may."""
+    path = out / "settings.json"
+    if not path.exists():
+        # A run that was killed early leaves its lock, and perhaps a file that was not renamed yet.
+        foreign = {file.name for file in out.iterdir()} - {LOCK, f".writing_{path.name}"}
+        return "is not empty and was not made by eval.py" if foreign else ""
+    before = read_json(path)
+    changed = []
+    for key in {**before, **settings}:
+        if before.get(key) != settings.get(key):
+            changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
+    if limit and "model" in before and (out / "result.json").exists():      # without a model: scored again in no time
+        asked = read_json(out / "result.json").get("limit")
+        if asked is None or asked > limit:
+            changed.append(f"limit was {asked or 'none'}, now {limit}, which would replace the result")
+    return f"holds results of other settings: {'; '.join(changed)}" if changed else ""
 
 
-def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
+def answers_so_far(out: Path, data: Data) -> dict[int, dict]:
     """Row -> answer, from every process of this run and of interrupted ones."""
     answers = {}
     for path in sorted(out.glob("answers*.jsonl")):
-        for line in read_jsonl(path, torn=True):
-            row, number = line.get("row"), line.get("question_id")
-            if not isinstance(row, int) or not 0 <= row < len(examples) or examples[row].question_id != number:
-                raise ValueError(f"{path} answers question {number!r} in row {row!r}, which is not this task's")
-            answers[row] = line
+        for row, answer in enumerate(read_answers(path, data.examples, data.task, allow_missing=True, torn=True)):
+            if answer:
+                answers[row] = answer
     return answers
 
 
@@ -346,35 +328,18 @@ def plan_batches(examples: list[Example], prompts: dict[int, list[int]], rank: i
     return [in_order[start:start + batch] for start in range(0, len(in_order), batch)]
 
 
-def write_answers(path: Path, answers: Iterator, examples: list[Example], progress: tqdm) -> None:
+def write_answers(path: Path, answers: Iterator[dict], progress: tqdm) -> None:
     """Append each answer to the file as it ends."""
     written = path.read_bytes() if path.exists() else b""
     with open(path, "ab") as file, progress:
         file.truncate(written.rfind(b"\n") + 1)                 # drop a line that a kill left unfinished
-        for answer in answers:
-            example = examples[answer.row]
-            line = {"row": answer.row, "question_id": example.question_id,
-                    "prompt": example.info.get("saved", example.prompt), "text": answer.text,
-                    "truncated": answer.truncated, "tokens": answer.n_tokens, "logprob": answer.logprob}
+        for line in answers:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             progress.update()
 
-
-def put_in_order(out: Path, data: Data) -> None:
-    """Merge all processes' answers into one file, in the order of the questions."""
-    answers = answers_so_far(out, data.examples)
-    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
-    for path in out.glob("answers.*.jsonl"):
-        path.unlink()
-
 # ---------------------------------------------------------------------------------------------------
 # Scoring
-
-
-def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
-    """The answer to each question of `data`; see read_answers."""
-    return read_answers(path, data.examples, data.task.repeated_ids, args.limit, args.allow_missing)
 
 
 def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Grade]:
@@ -382,8 +347,8 @@ def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: 
     if data.task.judge:
         if not args.grades and not args.judge_url:
             return [Grade(None)] * len(answers)
-        texts = [answer["text"] if answer else "" for answer in answers]
-        return data.task.judge(data.examples, texts, args, out)
+        answered = [(example, answer["text"] if answer else "") for example, answer in zip(data.examples, answers)]
+        return data.task.judge(answered, args, out)
     grades = []
     for example, answer in zip(data.examples, answers):
         if example.truth is None:
@@ -401,58 +366,50 @@ def asked_in_other_words(example: Example, answer: dict) -> bool:
     return words_asked(answer.get("prompt", example.prompt))[:2] != words_asked(example.prompt)[:2]
 
 
-def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | None:
-    """Where the grades come from; None where no judge was asked."""
-    if not data.task.judge or total is None:
-        return None
-    if args.grades:
-        return f"the grades in {Path(args.grades).name}"
-    return f"{args.judge_model}, with this project's prompt"
-
-
-def published_scores(task: Task, settings: dict) -> dict[str, float]:
-    """Name of a model -> its published score; the model to compare with comes first."""
-    scores = {}
-    for model, name in published_columns(settings.get("reference")).items():
-        if model in task.published:
-            scores[name] = task.published[model]
-    return scores
-
-
 def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
                run: dict | None = None) -> dict:
-    """Grade and summarize, then write the submission, report.html and result.json."""
+    """Grade and summarize, write the submission, report.html and result.json, and print the result.
+
+    run: when and how the answers were made; None: as the result that is there says.
+    """
     task = data.task
     grades = grade_answers(data, answers, args, out)
-    total = summarize_twice(data.task, data.examples, grades)
-    given = [answer for answer in answers if answer]
-    texts = [answer["text"] for answer in given]
-    others = [asked_in_other_words(e, answer) for e, answer in zip(data.examples, answers) if answer]
+    total = summarize_twice(task, list(zip(data.examples, grades)))
+    if run is None and "model" in settings and (out / "result.json").exists():
+        run = read_json(out / "result.json")["run"]
+    given = [(example, answer) for example, answer in zip(data.examples, answers) if answer]
+    texts = [answer["text"] for _, answer in given]
     checksums, notes = data_versions(data, args)
     blank = sum(example.image == BLANK for example in data.examples)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     if "torch" in sys.modules:              # scoring alone does not import it
         versions["torch"] = sys.modules["torch"].__version__
+    score = {"value": None, "interval": None, "interval_method": None, "numbers": {}, "intervals": {}}
+    judge = None
+    if total:
+        # "intervals" are those of some of the numbers.
+        score = {"value": total.value, "interval": [total.low, total.high], "interval_method": f"95 %, {total.interval}",
+                 "numbers": total.subscores, "intervals": total.intervals}
+        if task.judge:
+            asked = f"{args.judge_model}, with this project's prompt"
+            judge = f"the grades in {Path(args.grades).name}" if args.grades else asked
+    columns = published_columns(settings.get("reference"))
     result = {
         "task": data.name,
         "split": data.split,
         "metric": task.metric,
         "n": len(data.examples) - blank,
         "blank": blank,                     # of these, asked again about a blank picture
-        "value": total.value if total else None,
-        "interval": [total.low, total.high] if total else None,
-        "interval_method": f"95 %, {total.interval}" if total else None,
-        "numbers": total.subscores if total else {},
-        "intervals": total.intervals if total else {},          # of some of these numbers
-        "published": published_scores(task, settings),
+        **score,
+        "published": {name: task.published[model] for model, name in columns.items() if model in task.published},
         "unparsed": sum(grade.unparsed for grade in grades),
         "empty": texts.count(""),
-        "truncated": sum(bool(answer.get("truncated")) for answer in given),
+        "truncated": sum(bool(answer.get("truncated")) for _, answer in given),
         "missing": answers.count(None),
         "calibration": None if task.judge else calibration(data.examples, answers, grades),
-        "other_prompts": others.count(True),
+        "other_prompts": sum(asked_in_other_words(example, answer) for example, answer in given),
         "limit": args.limit,
-        "judge": describe_judge(data, total, args),
+        "judge": judge,
         "submission": None,
         "settings": settings,
         "first_prompt": data.examples[0].prompt,
@@ -463,14 +420,16 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     }
     # A submission is made only for the published split, and only when every question is answered.
     published_split = data.split == next(iter(task.splits))
-    if task.write_submission and (total is None or published_split) and None not in answers and not args.limit:
+    if task.submission and (total is None or published_split) and None not in answers and not args.limit:
         try:
-            asked = [(e, text) for e, text in zip(data.examples, texts) if e.image != BLANK]
-            result["submission"] = task.write_submission(*map(list, zip(*asked)), data.folder, out).name
+            answered = [(example, answer["text"]) for example, answer in given if example.image != BLANK]
+            write_whole(out / task.submission_name, task.submission(answered, data.folder))
+            result["submission"] = task.submission_name
         except (ValueError, OSError) as e:
             notes.append(f"submission file not written: {e}")
     write_whole(out / "report.html", report_page(data.examples, answers, grades, result))
     write_whole(out / "result.json", to_json(result))
+    print_result(result, out, data.examples, answers)
     return result
 
 # ---------------------------------------------------------------------------------------------------
@@ -479,9 +438,9 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
 
 def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float | None]]:
     """Print the score of an answers file; return the text and the score of each answer."""
-    answers = match_answers(path, data, args)
+    answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
     grades = [] if data.task.judge else grade_answers(data, answers, args, path.parent)
-    total = summarize_twice(data.task, data.examples, grades)
+    total = summarize_twice(data.task, list(zip(data.examples, grades)))
     if total is None:
         raise ValueError(f"{data.name}: nothing to compare: these answers are graded on a server or by a judge")
     print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
@@ -526,35 +485,30 @@ def score_file(args: Namespace) -> None:
         for name in ("task", "split", *QUESTION_FLAGS):
             setattr(args, name, settings.get(name))
         args.blank = settings.get("blank", False)
-    names = chosen_tasks(args)
-    if len(names) > 1:
-        raise ValueError(f"--score takes one task, these are {len(names)}")
-    data = load_data(names[0], args).first(args.limit)
-    if args.out:
-        out = Path(args.out)
-    else:
-        out = path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
-    answers = match_answers(path, data, args)
+    [name] = chosen_tasks(args)
+    data = load_data(name, args).first(args.limit)
+    usual = path.parent if settings else Path("out/eval", f"{name}-{path.stem}")
+    out = Path(args.out or usual)
+    answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
     # A folder of others' answers has no settings, and need not be ours; in any other, they must agree with these.
     foreign = out == path.parent and not settings
     settings = settings or {**question_settings(data, args), "scored": path.name}
     with hold_folder(out) if foreign else begin(out, settings, args.limit):
-        print_result(score_task(data, answers, args, out, settings), out, data.examples, answers)
+        score_task(data, answers, args, out, settings)
 
 
 def answer_and_score(args: Namespace) -> None:
     """Check all the data, then the model; answer the open questions; score task by task."""
     from lib import asking                  # imported here because both need torch, which scoring does without
     from load_weights import load_model
-    tasks = [load_data(name, args) for name in chosen_tasks(args)]
-    for data in tasks:
-        check_images(data.first(args.limit))
+    tasks = [load_data(name, args, pictures=True) for name in chosen_tasks(args)]
     folder = find_model(args.model)
     args.device = asking.own_device(args.device)
     args.dtype = asking.own_dtype(args.dtype, args.device)
     model = asking.Model(folder, load_model, args.dtype, args.device, args.bits)
     fingerprint = model_fingerprint(folder)
-    processes = asking.join_processes()
+    barrier = asking.join_processes()
+    here = torchrun_env()
     results = []
     for data in tasks:
         out = Path(args.out or "out/eval")
@@ -562,15 +516,15 @@ def answer_and_score(args: Namespace) -> None:
             out = out / data.name
         settings = generation_settings(data, fingerprint, model.config, args)
         # Rank 0 locks the folder on behalf of all processes.
-        with begin(out, settings, args.limit) if processes.rank == 0 else nullcontext():
-            processes.barrier()
+        with begin(out, settings, args.limit) if here.rank == 0 else nullcontext():
+            barrier()
             started = time.time()
-            n_asked = answer_missing(data, model, processes, settings, args, out)
-            processes.barrier()
-            if processes.rank == 0:
-                run = {"device": args.device, "processes": processes.world, "batch": args.batch, "exact": args.exact,
+            n_asked = answer_missing(data, model, settings, args, out)
+            barrier()
+            if here.rank == 0:
+                run = {"device": args.device, "processes": here.world, "batch": args.batch, "exact": args.exact,
                        "questions": n_asked, "seconds": round(time.time() - started, 1)}
-                results.append(score_run(data, run, settings, args, out))
+                results.append(score_run(data, run if n_asked else None, settings, args, out))
     if len(results) > 1:
         print_all(results)
     if not args.limit and any(result["value"] is not None for result in results):
@@ -578,33 +532,34 @@ def answer_and_score(args: Namespace) -> None:
               f"--scores {args.out or 'out/eval'}")
 
 
-def answer_missing(data: Data, model, processes, settings: dict, args: Namespace, out: Path) -> int:
+def answer_missing(data: Data, model, settings: dict, args: Namespace, out: Path) -> int:
     """Answer this process's share of the open questions; return how many are open over all processes.
 
-    model, processes: lib.asking.Model and Processes.
+    model: a lib.asking.Model.
     """
+    here = torchrun_env()
     asked = range(len(data.first(args.limit).examples))
-    todo = set(asked) - answers_so_far(out, data.examples).keys()
+    todo = set(asked) - answers_so_far(out, data).keys()
     if todo:                                # otherwise no model is loaded
         model.load()
         prompts = model.encode(data.examples, todo)
-        batches = plan_batches(data.examples, prompts, processes.rank, processes.world, args.batch)
+        batches = plan_batches(data.examples, prompts, here.rank, here.world, args.batch)
         answers = model.answers(data.examples, prompts, batches, settings["image_mode"], settings["max_new_tokens"],
                                 args.exact)
-        path = out / (f"answers.{processes.rank}.jsonl" if processes.rank else "answers.jsonl")
-        progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=processes.rank > 0)
-        write_answers(path, answers, data.examples, progress)
+        path = out / (f"answers.{here.rank}.jsonl" if here.rank else "answers.jsonl")
+        progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=here.rank > 0)
+        write_answers(path, answers, progress)
     return len(todo)
 
 
-def score_run(data: Data, run: dict, settings: dict, args: Namespace, out: Path) -> dict:
-    """Merge the answers of all processes and score them."""
-    put_in_order(out, data)
+def score_run(data: Data, run: dict | None, settings: dict, args: Namespace, out: Path) -> dict:
+    """Merge the answers of all processes into one file, in the order of the questions, and score them."""
+    answers = answers_so_far(out, data)
+    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
+    for path in out.glob("answers.*.jsonl"):
+        path.unlink()
     data = data.first(args.limit)
-    answers = match_answers(out / "answers.jsonl", data, args)
-    result = score_task(data, answers, args, out, settings, run)
-    print_result(result, out, data.examples, answers)
-    return result
+    return score_task(data, [answers[row] for row in range(len(data.examples))], args, out, settings, run)
 
 
 def main(args: Namespace) -> None:

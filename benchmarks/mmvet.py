@@ -12,8 +12,7 @@ import numpy as np
 
 from benchmarks.files import field, image_file, read_official_json, reading, required_files, texts_of, to_json
 from benchmarks.judge import ask_judge, collect_grades
-from benchmarks.scoring import Example, Grade, Score, Task, accuracy, mean
-from lib.common import write_whole
+from benchmarks.scoring import Answered, Example, Grade, Graded, Score, Task, accuracy, mean
 
 GRADING_INSTRUCTION = """Rate how correct a prediction is: 0.0 (all wrong), 0.1, 0.2 and so on to 1.0 (all right).
 <AND> in the ground truth: all of its parts must be there for 1.0. <OR>: any one of its parts is enough.
@@ -30,12 +29,12 @@ TRIES = 5
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """The bare question, no instruction. Sub-scores: each ability, and each set of abilities, as in the paper."""
-    [path] = required_files(folder, "mm-vet.json", images="images")
+    path, images = required_files(folder, "mm-vet.json", "images/")
     for key, row in read_official_json(path, dict).items():
         with reading(f"{path}, question {key}"):
             abilities = texts_of(row, "capability")
             categories = (*abilities, "set " + "+".join(sorted(abilities)))
-            image = image_file(folder / "images", field(row, "imagename"))
+            image = image_file(images, field(row, "imagename"))
             yield Example(int(key.removeprefix("v1_")), image, field(row, "question"), field(row, "answer"), categories)
 
 
@@ -63,15 +62,14 @@ def ask_for_grade(example: Example, text: str, options: Namespace) -> dict[str, 
     return {"model": [options.judge_model], "content": [reply], "score": [grade or 0.0]}
 
 
-def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Grade]:
+def judge(answered: Answered, options: Namespace, out: Path) -> list[Grade]:
     """Grades in the official *-grade-Nruns.json layout: {"v1_0": {"model": [], "content": [], "score": []}}.
 
     A file may hold several runs of the judge; an answer's score is their mean, and raw has the grade of each.
     """
-    keys = [f"v1_{example.question_id}" for example in examples]
-    grades = collect_grades("mm-vet-{}-grade-1runs.json", keys, ask_for_grade, examples, texts, options, out)
+    by_key = {f"v1_{example.question_id}": (example, text) for example, text in answered}
     scores = []
-    for key, grade in zip(keys, grades):
+    for key, grade in collect_grades("mm-vet-{}-grade-1runs.json", by_key, ask_for_grade, options, out):
         with reading(f"the grade of {key}"):
             scores.append(tuple(map(float, field(grade, "score", list))))
     runs = {len(of_runs) for of_runs in scores}
@@ -80,23 +78,19 @@ def judge(examples: list[Example], texts: list[str], options: Namespace, out: Pa
     return [Grade(mean(of_runs), raw=of_runs) for of_runs in scores]
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
+def summarize(graded: Graded) -> Score | None:
     """The mean; if the judge graded several times, the score of each run and their standard deviation as sub-scores."""
-    runs = []
-    for of_run in zip(*(grade.raw for grade in grades)):
-        runs.append(100 * mean(of_run))
+    runs = [100 * mean(of_run) for of_run in zip(*(grade.raw for _, grade in graded))]
     subscores = {}
     if len(runs) > 1:
-        for i, score in enumerate(runs, 1):
-            subscores[f"run {i}"] = score
+        subscores = {f"run {i}": score for i, score in enumerate(runs, 1)}
         subscores["std over runs"] = float(np.std(runs))
-    return accuracy(examples, grades, subscores)
+    return accuracy(graded, subscores)
 
 
-def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+def submission(answered: Answered, folder: Path) -> str:
     """{"v1_0": answer, ...}, as the official notebook and the space read it."""
-    answers = {f"v1_{example.question_id}": text for example, text in zip(examples, texts)}
-    return write_whole(out / "mm-vet.json", to_json(answers))
+    return to_json({f"v1_{example.question_id}": text for example, text in answered})
 
 
 TASK = Task(
@@ -104,7 +98,8 @@ TASK = Task(
     read=read,
     judge=judge,
     summarize=summarize,
-    write_submission=write_submission,
+    submission=submission,
+    submission_name="mm-vet.json",
     splits={"test": 218},
     source="https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip",
     folders=("mm-vet", "mmvet", "mmvet/mm-vet"),

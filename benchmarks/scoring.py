@@ -4,10 +4,8 @@ Everything is plain Python and numpy and works on text, so that answers can be s
 """
 import math
 import re
-from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +32,8 @@ PUBLISHED_MODELS = {
 
 def published_columns(reference: str | None) -> dict[str, str]:
     """PUBLISHED_MODELS, with the model to compare with (`reference`, if known) first."""
-    if reference is None:
-        return PUBLISHED_MODELS
-    return {reference: PUBLISHED_MODELS[reference]} | PUBLISHED_MODELS
+    first = {reference: PUBLISHED_MODELS[reference]} if reference else {}
+    return first | PUBLISHED_MODELS
 
 # ---------------------------------------------------------------------------------------------------
 # Types
@@ -78,35 +75,32 @@ class Score(NamedTuple):
     intervals: dict[str, tuple[float, float]] = {}      # those of some sub-scores
 
 
-Reader = Callable[[Path, Namespace], Iterable[Example]]
-Grader = Callable[[Example, str], Grade]
-Judge = Callable[[list[Example], list[str], Namespace, Path], list[Grade]]
-Summarizer = Callable[[list[Example], list[Grade]], Score | None]
-SubmissionWriter = Callable[[list[Example], list[str], Path, Path], Path]
+Answered = list[tuple[Example, str]]            # questions with the text of their answers
+Graded = list[tuple[Example, Grade]]            # and with their grades
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
-    metric: str                                         # name of the headline number
-    read: Reader                                        # (folder, options) -> questions, in the official order
-    summarize: Summarizer
-    splits: dict[str, int]                              # name -> official number of questions (0: any); default first
-    source: str                                         # where the data comes from
-    grade: Grader | None = None                         # None: a judge grades
-    judge: Judge | None = None                          # (questions, answers, options, folder of the results) -> grades
-    write_submission: SubmissionWriter | None = None    # (questions, answers, data folder, results) -> the file
-    folders: tuple[str, ...] = ()                       # names of its folder under --root; none: the task's name
-    files: dict[str, str] = field(default_factory=dict)         # file -> start of the official sha256 ("": not known)
-    published: dict[str, float] = field(default_factory=dict)   # key of PUBLISHED_MODELS -> score
+    metric: str                         # name of the headline number
+    read: Callable                      # (folder, options) -> iterable of Example, in the official order
+    summarize: Callable                 # (Graded) -> Score | None
+    splits: dict[str, int]              # name -> official number of questions (0: any); the default is the first
+    source: str                         # where the data comes from
+    grade: Callable | None = None       # (Example, text of the answer) -> Grade; None: a judge grades
+    judge: Callable | None = None       # (Answered, options, folder of the results) -> a Grade for each
+    submission: Callable | None = None  # (Answered, data folder) -> content of the file that the benchmark's server takes
+    submission_name: str = ""
+    folders: tuple[str, ...] = ()       # names of its folder under --root; none: the task's name
+    files: dict[str, str] = {}          # file -> start of the official sha256 ("": not known)
+    published: dict[str, float] = {}    # key of PUBLISHED_MODELS -> score
     max_new_tokens: int = 128
-    paper_mode: str = "pad"                             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
-    mipha_mode: str = "pad"                             # and behind Mipha's
-    repeated_ids: bool = False                          # question_id names the image, not the question
-    images_only: int = 0                                # official number of questions with --img-only
-    blank: bool = False                                 # asked again about a blank picture, also without --blank
-    prompt_note: Callable[[dict], str] | None = None    # settings -> a remark on the prompt, for the report
-    split_notes: dict[str, str] = field(default_factory=dict)   # split -> a remark on its score, for the report
+    paper_mode: str = "pad"             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
+    mipha_mode: str = "pad"             # and behind Mipha's
+    repeated_ids: bool = False          # question_id names the image, not the question
+    images_only: int = 0                # official number of questions with --img-only
+    blank: bool = False                 # asked again about a blank picture, also without --blank
+    prompt_note: Callable | None = None     # settings -> a remark on the prompt, for the report
+    split_notes: dict[str, str] = {}    # split -> a remark on its score, for the report
 
 # ---------------------------------------------------------------------------------------------------
 # Questions that are asked again about a blank picture
@@ -120,25 +114,26 @@ def asked_again(examples: list[Example]) -> Iterator[Example]:
             yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
 
 
-def summarize_twice(task: Task, examples: list[Example], grades: list[Grade]) -> Score | None:
+def summarize_twice(task: Task, graded: Graded) -> Score | None:
     """The benchmark's score over all graded answers; None if there are none.
 
     Where questions are asked again about a blank picture, that score is one of the sub-scores. It takes the answers to
     questions without a picture as they are.
     """
-    def score(pairs: list[tuple[Example, Grade]]) -> Score | None:
+    def score(pairs: Graded) -> Score | None:
         scored = [(example, grade) for example, grade in pairs if grade.score is not None]
-        return task.summarize(*map(list, zip(*scored))) if scored else None
+        return task.summarize(scored) if scored else None
 
-    seen, unseen = [], []
-    for example, grade in zip(examples, grades):
+    seen = []
+    unseen = []
+    for example, grade in graded:
         if example.image == BLANK:
             unseen[-1] = unseen[-1][0], grade
         else:
             seen.append((example, grade))
             unseen.append((example, grade))
     total = score(seen)
-    without = score(unseen) if len(grades) > len(seen) else None
+    without = score(unseen) if len(graded) > len(seen) else None
     if total is None or without is None:
         return total
     return total._replace(subscores={"blank image": without.value} | total.subscores,
@@ -279,27 +274,24 @@ def interval_of_mean(scores: list[float]) -> tuple[float, float, str]:
     return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half), method
 
 
-def accuracy(examples: list[Example], grades: list[Grade], subscores: dict[str, float] | None = None,
-             only: str | None = None) -> Score | None:
+def accuracy(graded: Graded, subscores: dict[str, float] = {}, only: str = "") -> Score | None:
     """Mean score in per cent, with the mean of each category as sub-scores.
 
     subscores: further ones, shown before those of the categories. only: the headline is on the questions of this
     category, and the mean over all of them becomes a sub-score. None where --limit leaves no question that counts.
     """
-    scores = [grade.score for grade in grades]
+    scores = [grade.score for _, grade in graded]
     by_category = defaultdict(list)
-    for example, grade in zip(examples, grades):
+    for example, grade in graded:
         for category in example.categories:
             by_category[category].append(grade.score)
-    subscores = dict(subscores or {})
     if only:
-        subscores["all"] = 100 * mean(scores)
+        subscores = subscores | {"all": 100 * mean(scores)}
         scores = by_category[only]
     if not scores:
         return None
-    for category, of_category in sorted(by_category.items()):
-        subscores[category] = 100 * mean(of_category)
-    return Score(100 * mean(scores), *interval_of_mean(scores), subscores)
+    of_categories = {category: 100 * mean(by_category[category]) for category in sorted(by_category)}
+    return Score(100 * mean(scores), *interval_of_mean(scores), subscores | of_categories)
 
 
 def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
@@ -316,10 +308,13 @@ def calibration(examples: list[Example], answers: list[dict | None], grades: lis
             continue
         confidence = math.exp(logprob * n)
         tenth = min(int(10 * confidence), 9)
-        for name in (f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}", *{"unanswerable"} & {*example.categories}):
-            rows[name].append((confidence, grade.score))
-    table = [dict(zip(("confidence", "n", "mean", "accuracy"), (name, len(pairs), *map(mean, zip(*pairs)))))
-             for name, pairs in sorted(rows.items())]
+        rows[f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}"].append((confidence, grade.score))
+        if "unanswerable" in example.categories:
+            rows["unanswerable"].append((confidence, grade.score))
+    table = []
+    for name, pairs in sorted(rows.items()):
+        confidences, scores = zip(*pairs)
+        table.append({"confidence": name, "n": len(pairs), "mean": mean(confidences), "accuracy": mean(scores)})
     tenths = [row for row in table if row["confidence"] != "unanswerable"]
     errors = [row["n"] * abs(row["mean"] - row["accuracy"]) for row in tenths]
     return {"error": sum(errors) / sum(row["n"] for row in tenths), "table": table} if table else None

@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.files import field, image_file, number_of, reading, required_files, rows_of
-from benchmarks.scoring import Example, Grade, Score, Task, accuracy, grade_plain, mean
+from benchmarks.scoring import Example, Graded, Score, Task, accuracy, grade_plain, mean
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    [path] = required_files(folder, "questions.jsonl", images="images")
+    path, images = required_files(folder, "questions.jsonl", "images/")
     for where, row in rows_of(path):
         with reading(where):
-            image = image_file(folder / "images", field(row, "image"))
+            image = image_file(images, field(row, "image"))
             example = Example(number_of(row), image, field(row, "text"), field(row, "answer"),
                               (field(row, "category"),), {"chance": field(row, "chance", int, float)})
         yield example
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    return accuracy(examples, grades, {"chance": 100 * mean([example.info["chance"] for example in examples])})
+def summarize(graded: Graded) -> Score | None:
+    return accuracy(graded, {"chance": 100 * mean([example.info["chance"] for example, _ in graded])})
 
 
 TASK = Task(

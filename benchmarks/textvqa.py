@@ -7,15 +7,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, parsed, reading, required_files, rows_of,
-                              texts_of)
+from benchmarks.files import (EVAL_ZIP, field, first_existing, found_in, image_file, parsed, reading, required_files,
+                              rows_of, texts_of)
 from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, evalai_accuracy, normalize_evalai
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     llava_file = first_existing(folder, "llava_textvqa_val_v051_ocr.jsonl")
     words = [] if llava_file or not options.ocr else ["TextVQA_Rosetta_OCR_v0.2_val.json"]
-    official, *words = required_files(folder, "TextVQA_0.5.1_val.json", *words, images="train_images")
+    official, images, *words = required_files(folder, "TextVQA_0.5.1_val.json", "train_images/", *words)
     questions = llavas_questions(llava_file) if llava_file else rebuilt_questions(official, words)
     # A question that occurs twice for one picture is scored on the later answers both times, because LLaVA's
     # eval_textvqa.py keeps them in a dictionary like this one.
@@ -23,11 +23,9 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         (field(row, "image_id"), field(row, "question").lower()), texts_of(row, "answers")), "data"))
     for where, image_id, lines in questions:
         with reading(where):
-            humans = humans_of.get((image_id, lines[0].lower()), [])
-            if len(humans) != 10:
-                raise ValueError(f"{official.name} lacks ten answers to the question {lines[0]!r} about {image_id}")
+            humans = found_in(humans_of, (image_id, lines[0].lower()), official)
             prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
-            yield Example(image_id, image_file(folder / "train_images", f"{image_id}.jpg"), prompt, humans)
+            yield Example(image_id, image_file(images, f"{image_id}.jpg"), prompt, humans)
 
 
 def llavas_questions(path: Path) -> Iterator[tuple[str, str, list[str]]]:
