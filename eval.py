@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
-                        plural, read_json, run_command, torchrun_env, visible, write_whole)
+                        plural, read_json, run_command, sha256, torchrun_env, visible, write_whole)
 
 import numpy as np
 from tqdm import tqdm
@@ -97,18 +97,14 @@ class Data(NamedTuple):
     task: Task
     split: str
     folder: Path
-    examples: list[Example]
-
-    def first(self, limit: int | None) -> "Data":
-        """The first questions; one that is asked again about a blank picture counts once."""
-        starts = [row for row, example in enumerate(self.examples) if example.image != BLANK]
-        return self._replace(examples=self.examples[:starts[limit]] if limit and limit < len(starts) else self.examples)
+    questions: list[Example]        # all that the split has
+    examples: list[Example]         # those that are asked now: all, or the first ones with --limit
 
 
 def load_data(name: str, args: Namespace, pictures: bool = False) -> Data:
     """Read a benchmark's questions. ValueError says what is missing or wrong, where it belongs, where to get it.
 
-    pictures: their files must be there too, those of the first questions with --limit.
+    pictures: the files of those that are asked must be there too.
     """
     task = TASKS[name]
     split = args.split or next(iter(task.splits))
@@ -117,13 +113,12 @@ def load_data(name: str, args: Namespace, pictures: bool = False) -> Data:
     problem = "" if split in task.splits else f"no split {split!r}, only {', '.join(task.splits)}"
     if not problem:
         try:
-            data = Data(name, task, split, folder, list(task.read(folder, options)))
+            questions = list(task.read(folder, options))
             if args.blank or task.blank:
-                data = data._replace(examples=list(asked_again(data.examples)))
+                questions = list(asked_again(questions))
+            data = Data(name, task, split, folder, questions, first_questions(questions, args.limit))
             rehearse(data)
-            problem = repeated_id(data)
-            if pictures:
-                problem = problem or missing_pictures(data.first(args.limit))
+            problem = repeated_id(data) or (missing_pictures(data) if pictures else "")
         except FileNotFoundError as e:
             problem = f"{e}. Get it: {task.source}"
         except ValueError as e:
@@ -131,6 +126,12 @@ def load_data(name: str, args: Namespace, pictures: bool = False) -> Data:
     if problem:
         raise ValueError(f"{name}: {problem}")
     return data
+
+
+def first_questions(questions: list[Example], limit: int | None) -> list[Example]:
+    """One that is asked again about a blank picture counts once."""
+    starts = [row for row, example in enumerate(questions) if example.image != BLANK]
+    return questions[:starts[limit]] if limit and limit < len(starts) else questions
 
 
 def data_folder(name: str, task: Task, root: Path) -> Path:
@@ -144,7 +145,7 @@ def data_folder(name: str, task: Task, root: Path) -> Path:
 
 def repeated_id(data: Data) -> str:
     """What is wrong with the ids of the questions as a whole; "" if nothing is."""
-    for number, times in Counter(example.question_id for example in data.examples).most_common(1):
+    for number, times in Counter(example.question_id for example in data.questions).most_common(1):
         if times == 1 or data.task.repeated_ids:
             return ""
         return f"question_id {number!r} occurs {times} times in {data.folder}, expected once"
@@ -154,13 +155,9 @@ def repeated_id(data: Data) -> str:
 def rehearse(data: Data) -> None:
     """Grade an empty answer to every question. Raises ValueError for data that a grader cannot use, which would
     otherwise end the run after the last answer."""
-    graded = []
-    for example in data.examples:
-        with reading(f"{data.folder}, question {example.question_id!r}"):
-            scored = data.task.grade and example.truth is not None
-            graded.append((example, data.task.grade(example, "") if scored else Grade(None)))
+    grades = grade_answers(data, [{"text": ""}] * len(data.examples))
     with reading(data.folder):
-        summarize_twice(data.task, graded)
+        summarize_twice(data.task, list(zip(data.examples, grades)))
 
 
 def missing_pictures(data: Data) -> str:
@@ -197,6 +194,7 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
 def check_benchmarks(names: list[str], args: Namespace) -> None:
     """Print whether each task's data is complete. Raises ValueError when something is missing or not official."""
     bad = 0
+    args.limit = None
     for name in names:
         try:
             data = load_data(name, args, pictures=True)
@@ -220,8 +218,7 @@ def model_fingerprint(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin", ".json", ".txt"):
-            with open(path, "rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            total.update(path.name.encode() + bytes.fromhex(sha256(path)))
     return total.hexdigest()[:16]
 
 
@@ -249,15 +246,13 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
     elif image_mode == "paper":
         image_mode = data.task.mipha_mode if reference == "mipha" else data.task.paper_mode
     questions = []
-    for example in data.examples:
+    for example in data.questions:
         names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True
                  for picture in example.pictures]
         questions.append([example.question_id, example.prompt, names if len(names) > 1 else (*names, False)[0]])
-    arithmetic = {"dtype": args.dtype}
-    if args.bits < 16:
-        arithmetic["bits"] = args.bits
+    bits = {"bits": args.bits} if args.bits < 16 else {}
     return {**question_settings(data, args), "model": fingerprint, "reference": reference, "image_mode": image_mode,
-            **arithmetic, "max_new_tokens": data.task.max_new_tokens,
+            "dtype": args.dtype, **bits, "max_new_tokens": data.task.max_new_tokens,
             "questions": short_sha256(to_json(questions).encode())}
 
 
@@ -299,7 +294,7 @@ def answers_so_far(out: Path, data: Data) -> dict[int, dict]:
     """Row -> answer, from every process of this run and of interrupted ones."""
     answers = {}
     for path in sorted(out.glob("answers*.jsonl")):
-        for row, answer in enumerate(read_answers(path, data.examples, data.task, allow_missing=True, torn=True)):
+        for row, answer in enumerate(read_answers(path, data.questions, data.task, allow_missing=True, torn=True)):
             if answer:
                 answers[row] = answer
     return answers
@@ -342,21 +337,16 @@ def write_answers(path: Path, answers: Iterator[dict], progress: tqdm) -> None:
 # Scoring
 
 
-def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Grade]:
-    """Grade each answer by the benchmark's rule or its judge; the score is None where neither is available."""
-    if data.task.judge:
-        if not args.grades and not args.judge_url:
-            return [Grade(None)] * len(answers)
-        answered = [(example, answer["text"] if answer else "") for example, answer in zip(data.examples, answers)]
-        return data.task.judge(answered, args, out)
+def grade_answers(data: Data, answers: list[dict | None]) -> list[Grade]:
+    """Grade each answer by the benchmark's rule; the score is None where there is none, or no truth to compare with."""
     grades = []
     for example, answer in zip(data.examples, answers):
-        if example.truth is None:
-            grades.append(Grade(None))
-        elif answer is None:        # wrong, as in those official scorers that do not crash on it
-            grades.append(Grade(0.0, unparsed=True, raw=(0.0,)))
-        else:
-            grades.append(data.task.grade(example, answer["text"]))
+        grade = Grade(None)
+        if data.task.grade and example.truth is not None:
+            with reading(f"{data.folder}, question {example.question_id!r}"):
+                # A missing one is wrong, as in those official scorers that do not crash on it.
+                grade = data.task.grade(example, answer["text"]) if answer else Grade(0.0, unparsed=True, raw=(0.0,))
+        grades.append(grade)
     return grades
 
 
@@ -366,48 +356,52 @@ def asked_in_other_words(example: Example, answer: dict) -> bool:
     return words_asked(answer.get("prompt", example.prompt))[:2] != words_asked(example.prompt)[:2]
 
 
+def describe_answers(data: Data, answers: list[dict | None], grades: list[Grade]) -> dict:
+    """The fields of result.json about the answers as such."""
+    given = [(example, answer) for example, answer in zip(data.examples, answers) if answer]
+    return {
+        "unparsed": sum(grade.unparsed for grade in grades),
+        "empty": sum(answer["text"] == "" for _, answer in given),
+        "truncated": sum(bool(answer.get("truncated")) for _, answer in given),
+        "missing": answers.count(None),
+        "calibration": None if data.task.judge else calibration(data.examples, answers, grades),
+        "other_prompts": sum(asked_in_other_words(example, answer) for example, answer in given),
+    }
+
+
 def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
                run: dict | None = None) -> dict:
     """Grade and summarize, write the submission, report.html and result.json, and print the result.
 
-    run: when and how the answers were made; None: as the result that is there says.
+    run: how the answers were made; None: as the result that is there says.
     """
     task = data.task
-    grades = grade_answers(data, answers, args, out)
-    total = summarize_twice(task, list(zip(data.examples, grades)))
+    grades = grade_answers(data, answers)
+    answered = [(example, answer["text"] if answer else "") for example, answer in zip(data.examples, answers)]
+    if task.judge and (args.grades or args.judge_url):
+        grades = task.judge(answered, args, out)
+    score = summarize_twice(task, list(zip(data.examples, grades)))
+    judge = None
+    if task.judge and score.value is not None:
+        asked = f"{args.judge_model}, with this project's prompt"
+        judge = f"the grades in {Path(args.grades).name}" if args.grades else asked
     if run is None and "model" in settings and (out / "result.json").exists():
         run = read_json(out / "result.json")["run"]
-    given = [(example, answer) for example, answer in zip(data.examples, answers) if answer]
-    texts = [answer["text"] for _, answer in given]
     checksums, notes = data_versions(data, args)
-    blank = sum(example.image == BLANK for example in data.examples)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     if "torch" in sys.modules:              # scoring alone does not import it
         versions["torch"] = sys.modules["torch"].__version__
-    score = {"value": None, "interval": None, "interval_method": None, "numbers": {}, "intervals": {}}
-    judge = None
-    if total:
-        # "intervals" are those of some of the numbers.
-        score = {"value": total.value, "interval": [total.low, total.high], "interval_method": f"95 %, {total.interval}",
-                 "numbers": total.subscores, "intervals": total.intervals}
-        if task.judge:
-            asked = f"{args.judge_model}, with this project's prompt"
-            judge = f"the grades in {Path(args.grades).name}" if args.grades else asked
     columns = published_columns(settings.get("reference"))
+    asked_once = [(example, text) for example, text in answered if example.image != BLANK]
     result = {
         "task": data.name,
         "split": data.split,
         "metric": task.metric,
-        "n": len(data.examples) - blank,
-        "blank": blank,                     # of these, asked again about a blank picture
-        **score,
+        "n": len(asked_once),
+        "blank": len(answered) - len(asked_once),       # of these, asked again about a blank picture
+        **score._asdict(),
         "published": {name: task.published[model] for model, name in columns.items() if model in task.published},
-        "unparsed": sum(grade.unparsed for grade in grades),
-        "empty": texts.count(""),
-        "truncated": sum(bool(answer.get("truncated")) for _, answer in given),
-        "missing": answers.count(None),
-        "calibration": None if task.judge else calibration(data.examples, answers, grades),
-        "other_prompts": sum(asked_in_other_words(example, answer) for example, answer in given),
+        **describe_answers(data, answers, grades),
         "limit": args.limit,
         "judge": judge,
         "submission": None,
@@ -420,10 +414,9 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     }
     # A submission is made only for the published split, and only when every question is answered.
     published_split = data.split == next(iter(task.splits))
-    if task.submission and (total is None or published_split) and None not in answers and not args.limit:
+    if task.submission and (score.value is None or published_split) and None not in answers and not args.limit:
         try:
-            answered = [(example, answer["text"]) for example, answer in given if example.image != BLANK]
-            write_whole(out / task.submission_name, task.submission(answered, data.folder))
+            write_whole(out / task.submission_name, task.submission(asked_once, data.folder))
             result["submission"] = task.submission_name
         except (ValueError, OSError) as e:
             notes.append(f"submission file not written: {e}")
@@ -439,11 +432,12 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
 def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float | None]]:
     """Print the score of an answers file; return the text and the score of each answer."""
     answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
-    grades = [] if data.task.judge else grade_answers(data, answers, args, path.parent)
-    total = summarize_twice(data.task, list(zip(data.examples, grades)))
-    if total is None:
+    grades = grade_answers(data, answers)
+    score = summarize_twice(data.task, list(zip(data.examples, grades)))
+    if score.value is None:
         raise ValueError(f"{data.name}: nothing to compare: these answers are graded on a server or by a judge")
-    print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
+    low, high = score.interval
+    print(f"{path}: {data.task.metric} {score.value:.2f} ({low:.2f} to {high:.2f})")
     return [(answer["text"] if answer else "", grade.score) for answer, grade in zip(answers, grades)]
 
 
@@ -462,11 +456,11 @@ def compare(data: Data, args: Namespace) -> None:
             word = "better" if new > old else "worse "
             flips.append(f"{word}  question {example.question_id}  {old_text!r} -> {new_text!r}  "
                          f"truth {example.truth!r}")
-    gained = sum(new > old for old, new in zip(before, after))
-    change = 100 * mean([new - old for old, new in zip(before, after)])
+    changes = [new - old for old, new in zip(before, after)]
+    gained = sum(change > 0 for change in changes)
     low, high, p, test = paired_test(before, after)
     print(f"the second is better on {gained:,} of {len(before):,} questions and worse on {len(flips) - gained:,}: "
-          f"{change:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g} ({test})")
+          f"{100 * mean(changes):+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g} ({test})")
     for line in flips:
         print(visible(line))
 
@@ -486,7 +480,7 @@ def score_file(args: Namespace) -> None:
             setattr(args, name, settings.get(name))
         args.blank = settings.get("blank", False)
     [name] = chosen_tasks(args)
-    data = load_data(name, args).first(args.limit)
+    data = load_data(name, args)
     usual = path.parent if settings else Path("out/eval", f"{name}-{path.stem}")
     out = Path(args.out or usual)
     answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
@@ -538,13 +532,12 @@ def answer_missing(data: Data, model, settings: dict, args: Namespace, out: Path
     model: a lib.asking.Model.
     """
     here = torchrun_env()
-    asked = range(len(data.first(args.limit).examples))
-    todo = set(asked) - answers_so_far(out, data).keys()
+    todo = set(range(len(data.examples))) - answers_so_far(out, data).keys()
     if todo:                                # otherwise no model is loaded
         model.load()
-        prompts = model.encode(data.examples, todo)
-        batches = plan_batches(data.examples, prompts, here.rank, here.world, args.batch)
-        answers = model.answers(data.examples, prompts, batches, settings["image_mode"], settings["max_new_tokens"],
+        prompts = model.encode(data.questions, todo)
+        batches = plan_batches(data.questions, prompts, here.rank, here.world, args.batch)
+        answers = model.answers(data.questions, prompts, batches, settings["image_mode"], settings["max_new_tokens"],
                                 args.exact)
         path = out / (f"answers.{here.rank}.jsonl" if here.rank else "answers.jsonl")
         progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=here.rank > 0)
@@ -558,7 +551,6 @@ def score_run(data: Data, run: dict | None, settings: dict, args: Namespace, out
     write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
     for path in out.glob("answers.*.jsonl"):
         path.unlink()
-    data = data.first(args.limit)
     return score_task(data, [answers[row] for row in range(len(data.examples))], args, out, settings, run)
 
 
@@ -567,7 +559,8 @@ def main(args: Namespace) -> None:
     if args.check_data:
         check_benchmarks(chosen_tasks(args), args)
     elif args.compare:
-        compare(load_data(chosen_tasks(args)[0], args).first(args.limit), args)
+        [name] = chosen_tasks(args)
+        compare(load_data(name, args), args)
     elif args.score:
         score_file(args)
     else:

@@ -90,14 +90,14 @@ def summarize(graded: Graded) -> Score:
     for example, grade in graded:
         for kind in (*example.categories, "all"):
             rows_of[kind].append((*grade.raw, 1.0))
-    subscores = {}
+    numbers = {}
     for kind in [*sorted(rows_of.keys() - {"all"}), "all"]:
         sums = np.sum(rows_of[kind], axis=0)                                    # (3,)
         reference, candidate = 10 * sums[:2] / sums[2]
-        subscores[kind] = float(relative_rating(sums))
-        subscores[f"{kind} reference"] = float(reference)
-        subscores[f"{kind} candidate"] = float(candidate)
-    return bootstrapped(rows_of["all"], relative_rating, "questions", subscores)
+        numbers[kind] = float(relative_rating(sums))
+        numbers[f"{kind} reference"] = float(reference)
+        numbers[f"{kind} candidate"] = float(candidate)
+    return bootstrapped(rows_of["all"], relative_rating, "questions", numbers)
 
 
 TASK = Task(

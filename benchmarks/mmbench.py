@@ -116,7 +116,7 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None, raw=(bare_letter,))
 
 
-def summarize(graded: Graded) -> Score | None:
+def summarize(graded: Graded) -> Score:
     rotations = defaultdict(list)               # question -> (example, grade) of each of its rotations
     for example, grade in graded:
         rotations[example.question_id % ROTATION].append((example, grade))
@@ -126,8 +126,8 @@ def summarize(graded: Graded) -> Score | None:
         circular.append((pairs[0][0], Grade(min(grade.score for _, grade in pairs))))
         circular_bare.append(min(grade.raw[0] for _, grade in pairs))
     single_pass = [grade.score for example, grade in graded if example.question_id < ROTATION]
-    subscores = {"circular, bare letters only": 100 * mean(circular_bare), "single pass": 100 * mean(single_pass)}
-    return accuracy(circular, subscores)
+    numbers = {"circular, bare letters only": 100 * mean(circular_bare), "single pass": 100 * mean(single_pass)}
+    return accuracy(circular, numbers)
 
 
 def submission(answered: Answered, folder: Path) -> bytes:

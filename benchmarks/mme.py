@@ -107,8 +107,8 @@ def summarize(graded: Graded) -> Score:
         counts[i, SUBTASKS.index(subtask)] = sum(right), len(right), all(right), 1
     scores = subtask_scores(counts.sum(0))                                      # (subtasks,)
     cognition = float(scores[len(PERCEPTION):].sum())
-    subscores = {"cognition": cognition} | dict(zip(SUBTASKS, scores.tolist()))
-    return bootstrapped(counts, perception, "images", subscores)
+    numbers = {"cognition": cognition} | dict(zip(SUBTASKS, scores.tolist()))
+    return bootstrapped(counts, perception, "images", numbers)
 
 
 TASK = Task(

@@ -152,7 +152,7 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(right), letter or "", unparsed=letter is None)
 
 
-def summarize(graded: Graded) -> Score | None:
+def summarize(graded: Graded) -> Score:
     """Where no choice can be read the official code draws one at random (seed 42, in file order)."""
     rng = random.Random(42)
     drawn = []

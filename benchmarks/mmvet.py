@@ -78,14 +78,14 @@ def judge(answered: Answered, options: Namespace, out: Path) -> list[Grade]:
     return [Grade(mean(of_runs), raw=of_runs) for of_runs in scores]
 
 
-def summarize(graded: Graded) -> Score | None:
+def summarize(graded: Graded) -> Score:
     """The mean; if the judge graded several times, the score of each run and their standard deviation as sub-scores."""
     runs = [100 * mean(of_run) for of_run in zip(*(grade.raw for _, grade in graded))]
-    subscores = {}
+    numbers = {}
     if len(runs) > 1:
-        subscores = {f"run {i}": score for i, score in enumerate(runs, 1)}
-        subscores["std over runs"] = float(np.std(runs))
-    return accuracy(graded, subscores)
+        numbers = {f"run {i}": score for i, score in enumerate(runs, 1)}
+        numbers["std over runs"] = float(np.std(runs))
+    return accuracy(graded, numbers)
 
 
 def submission(answered: Answered, folder: Path) -> str:

@@ -81,17 +81,17 @@ def summarize(graded: Graded) -> Score:
         kind = kinds.index(example.categories[0])
         counts_of_image[example.image][kind, int(example.truth == "yes"), int(grade.score)] += 1
     totals = sum(counts_of_image.values())                              # (kinds, 2, 2)
-    subscores = {"accuracy": 100 * mean([grade.score for _, grade in graded])}
+    numbers = {"accuracy": 100 * mean([grade.score for _, grade in graded])}
     for kind, kind_f1, ((false_yes, true_no), (false_no, true_yes)) in zip(kinds, f1(totals), totals):
         n = true_yes + false_yes + false_no + true_no
-        numbers = {"F1": kind_f1,
+        of_kind = {"F1": kind_f1,
                    "accuracy": (true_yes + true_no) / n,
                    "precision": true_yes / max(true_yes + false_yes, 1),
                    "recall": true_yes / max(true_yes + false_no, 1),
                    "yes ratio": (true_yes + false_yes) / n}
-        for name, value in numbers.items():
-            subscores[f"{kind} {name}"] = float(100 * value)
-    return bootstrapped(list(counts_of_image.values()), mean_f1, "images", subscores)
+        for name, value in of_kind.items():
+            numbers[f"{kind} {name}"] = float(100 * value)
+    return bootstrapped(list(counts_of_image.values()), mean_f1, "images", numbers)
 
 
 TASK = Task(

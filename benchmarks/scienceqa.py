@@ -70,7 +70,7 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None)
 
 
-def summarize(graded: Graded) -> Score | None:
+def summarize(graded: Graded) -> Score:
     """The headline counts the questions with an image; "all", the subjects, contexts and years are sub-scores."""
     return accuracy(graded, only="IMG")
 

@@ -66,13 +66,13 @@ class Grade(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A headline number with its 95 % interval, and the sub-scores."""
-    value: float
-    low: float
-    high: float
-    interval: str                       # the method
-    subscores: dict[str, float]
-    intervals: dict[str, tuple[float, float]] = {}      # those of some sub-scores
+    """A headline number with its 95 % interval, and the sub-scores; without a value where nothing is scored. The names
+    are those in result.json."""
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    interval_method: str | None = None
+    numbers: dict[str, float] = {}                      # the sub-scores
+    intervals: dict[str, tuple[float, float]] = {}      # those of some of them
 
 
 Answered = list[tuple[Example, str]]            # questions with the text of their answers
@@ -83,7 +83,7 @@ class Task(NamedTuple):
     """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
     metric: str                         # name of the headline number
     read: Callable                      # (folder, options) -> iterable of Example, in the official order
-    summarize: Callable                 # (Graded) -> Score | None
+    summarize: Callable                 # (Graded) -> Score
     splits: dict[str, int]              # name -> official number of questions (0: any); the default is the first
     source: str                         # where the data comes from
     grade: Callable | None = None       # (Example, text of the answer) -> Grade; None: a judge grades
@@ -114,16 +114,12 @@ def asked_again(examples: list[Example]) -> Iterator[Example]:
             yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
 
 
-def summarize_twice(task: Task, graded: Graded) -> Score | None:
-    """The benchmark's score over all graded answers; None if there are none.
+def summarize_twice(task: Task, graded: Graded) -> Score:
+    """The benchmark's score over all answers that are graded.
 
     Where questions are asked again about a blank picture, that score is one of the sub-scores. It takes the answers to
     questions without a picture as they are.
     """
-    def score(pairs: Graded) -> Score | None:
-        scored = [(example, grade) for example, grade in pairs if grade.score is not None]
-        return task.summarize(scored) if scored else None
-
     seen = []
     unseen = []
     for example, grade in graded:
@@ -132,12 +128,17 @@ def summarize_twice(task: Task, graded: Graded) -> Score | None:
         else:
             seen.append((example, grade))
             unseen.append((example, grade))
-    total = score(seen)
-    without = score(unseen) if len(graded) > len(seen) else None
-    if total is None or without is None:
-        return total
-    return total._replace(subscores={"blank image": without.value} | total.subscores,
-                          intervals={"blank image": (without.low, without.high)})
+    score = summarize_scored(task, seen)
+    blank = summarize_scored(task, unseen if len(graded) > len(seen) else [])
+    if score.value is None or blank.value is None:
+        return score
+    return score._replace(numbers={"blank image": blank.value} | score.numbers,
+                          intervals={"blank image": blank.interval})
+
+
+def summarize_scored(task: Task, graded: Graded) -> Score:
+    scored = [(example, grade) for example, grade in graded if grade.score is not None]
+    return task.summarize(scored) if scored else Score()
 
 # ---------------------------------------------------------------------------------------------------
 # The two VQA normalizers
@@ -252,7 +253,7 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def interval_of_mean(scores: list[float]) -> tuple[float, float, str]:
+def interval_of_mean(scores: list[float]) -> tuple[tuple[float, float], str]:
     """-> low and high in per cent, and the method.
 
     Wilson's interval where every answer is right or wrong (it stays inside 0 to 100 and is not empty when all are
@@ -265,20 +266,20 @@ def interval_of_mean(scores: list[float]) -> tuple[float, float, str]:
         scale = 1 + z * z / n
         middle = (p + z * z / (2 * n)) / scale
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-        method = "Wilson"
+        method = "95 %, Wilson"
     else:
         variance = mean([(x - p) ** 2 for x in scores])
         middle = p
         half = z * math.sqrt(variance / n)
-        method = "normal"
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half), method
+        method = "95 %, normal"
+    return (100 * max(0.0, middle - half), 100 * min(1.0, middle + half)), method
 
 
-def accuracy(graded: Graded, subscores: dict[str, float] = {}, only: str = "") -> Score | None:
+def accuracy(graded: Graded, numbers: dict[str, float] = {}, only: str = "") -> Score:
     """Mean score in per cent, with the mean of each category as sub-scores.
 
-    subscores: further ones, shown before those of the categories. only: the headline is on the questions of this
-    category, and the mean over all of them becomes a sub-score. None where --limit leaves no question that counts.
+    numbers: further ones, shown before those of the categories. only: the headline is on the questions of this
+    category, of which --limit may leave none, and the mean over all of them becomes a sub-score.
     """
     scores = [grade.score for _, grade in graded]
     by_category = defaultdict(list)
@@ -286,12 +287,12 @@ def accuracy(graded: Graded, subscores: dict[str, float] = {}, only: str = "") -
         for category in example.categories:
             by_category[category].append(grade.score)
     if only:
-        subscores = subscores | {"all": 100 * mean(scores)}
+        numbers = numbers | {"all": 100 * mean(scores)}
         scores = by_category[only]
     if not scores:
-        return None
+        return Score()
     of_categories = {category: 100 * mean(by_category[category]) for category in sorted(by_category)}
-    return Score(100 * mean(scores), *interval_of_mean(scores), subscores | of_categories)
+    return Score(100 * mean(scores), *interval_of_mean(scores), numbers | of_categories)
 
 
 def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
@@ -321,7 +322,7 @@ def calibration(examples: list[Example], answers: list[dict | None], grades: lis
 
 
 def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
-                 subscores: dict[str, float]) -> Score:
+                 numbers: dict[str, float]) -> Score:
     """Score of a metric that is computed from summed counts, such as F1, with a bootstrap interval.
 
     counts: (units, ...), what each unit adds to the sums. The units are resampled, so they must be independent: images,
@@ -334,9 +335,9 @@ def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.nd
     # How often each unit occurs in n draws with replacement is a multinomial sample.
     times_drawn = rng.multinomial(n, np.full(n, 1 / n), size=1000)                  # (draws, units)
     of_draws = metric(np.tensordot(times_drawn, counts, 1))                         # (draws,)
-    low, high = np.percentile(of_draws, [2.5, 97.5])
-    method = f"bootstrap over {unit}, 1000 draws, seed 0"
-    return Score(float(metric(counts.sum(0))), float(low), float(high), method, subscores)
+    interval = tuple(np.percentile(of_draws, [2.5, 97.5]).tolist())
+    method = f"95 %, bootstrap over {unit}, 1000 draws, seed 0"
+    return Score(float(metric(counts.sum(0))), interval, method, numbers)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -42,7 +42,7 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(text == example.truth), text, unparsed=text not in ("A", "B", "C", "D"))
 
 
-def summarize(graded: Graded) -> Score | None:
+def summarize(graded: Graded) -> Score:
     """The headline is the image part's, which papers call SEED-IMG, even if the videos were asked too."""
     return accuracy(graded, only="image")
 

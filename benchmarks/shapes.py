@@ -23,7 +23,7 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
         yield example
 
 
-def summarize(graded: Graded) -> Score | None:
+def summarize(graded: Graded) -> Score:
     return accuracy(graded, {"chance": 100 * mean([example.info["chance"] for example, _ in graded])})
 
 

@@ -41,7 +41,7 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(evalai_accuracy(text, example.truth), answer, raw=(vqa_accuracy(answer, example.truth),))
 
 
-def summarize(graded: Graded) -> Score | None:
+def summarize(graded: Graded) -> Score:
     """The two scorers differ by several points; both are shown, because papers use both."""
     official = 100 * mean([grade.raw[0] for _, grade in graded])
     return accuracy(graded, {"official VQA scorer": official})

@@ -80,7 +80,7 @@ def test_pope():
                     "yes ratio": v["yes_ratio"],
                     "accuracy": (v["TP"] + v["TN"]) / len(v["texts"])}
         for name, value in official.items():
-            assert score.subscores[f"random {name}"] == pytest.approx(100 * value), (name, v)
+            assert score.numbers[f"random {name}"] == pytest.approx(100 * value), (name, v)
         assert score.value == pytest.approx(100 * (v["f1"] or 0))
 
 
@@ -99,9 +99,9 @@ def test_mme():
         score = mme.summarize([(e, mme.grade_answer(e, row[-1])) for e, row in zip(examples, rows)])
         expected = v["expected"]
         assert score.value == pytest.approx(expected["Perception"]["total"], rel=1e-12)
-        assert score.subscores["cognition"] == pytest.approx(expected["Cognition"]["total"], rel=1e-12)
+        assert score.numbers["cognition"] == pytest.approx(expected["Cognition"]["total"], rel=1e-12)
         for subtask, value in (expected["Perception"]["tasks"] | expected["Cognition"]["tasks"]).items():
-            assert score.subscores[subtask] == pytest.approx(value, rel=1e-12)
+            assert score.numbers[subtask] == pytest.approx(value, rel=1e-12)
 
 
 def test_scienceqa():
@@ -136,9 +136,9 @@ def test_mmbench_circular():
     texts = ["A", "A.", "A", "B", "A"]
     score = mmbench.summarize([(e, mmbench.grade_answer(e, text)) for e, text in zip(examples, texts)])
     assert score.value == pytest.approx(200 / 3)            # 1 and 3; one round of 2 is wrong
-    assert score.subscores["circular, bare letters only"] == pytest.approx(100 / 3)        # "A." is not a bare letter
-    assert score.subscores["single pass"] == 100
-    assert (score.subscores["CP"], score.subscores["LR"]) == (100, 50)
+    assert score.numbers["circular, bare letters only"] == pytest.approx(100 / 3)        # "A." is not a bare letter
+    assert score.numbers["single pass"] == 100
+    assert (score.numbers["CP"], score.numbers["LR"]) == (100, 50)
 
 
 def test_seedbench():
@@ -167,7 +167,7 @@ def test_mmmu_draws_like_the_official_code():
     examples = [scoring.Example(i, None, "", letter, ("Science", "Math"), {"options": dict.fromkeys("ABCD", "?")})
                 for i, letter in enumerate(drawn)]
     score = mmmu.summarize([(e, mmmu.grade_answer(e, "no idea")) for e in examples])
-    assert (score.value, score.subscores["unparsed = wrong"]) == (100, 0)
+    assert (score.value, score.numbers["unparsed = wrong"]) == (100, 0)
 
 
 def test_judges_numbers():
@@ -211,9 +211,9 @@ def test_calibration_by_hand():
 
 def test_intervals():
     # Wilson, as tabulated
-    assert scoring.interval_of_mean([1.0] * 8 + [0.0] * 2)[:2] == pytest.approx((49.016, 94.332), abs=1e-3)
-    assert scoring.interval_of_mean([0.5, 0.6, 0.4, 0.5])[2] == "normal"
-    low, high, _ = scoring.interval_of_mean([1.0] * 4)
+    assert scoring.interval_of_mean([1.0] * 8 + [0.0] * 2)[0] == pytest.approx((49.016, 94.332), abs=1e-3)
+    assert scoring.interval_of_mean([0.5, 0.6, 0.4, 0.5])[1] == "95 %, normal"
+    (low, high), _ = scoring.interval_of_mean([1.0] * 4)
     assert 0 < low < high <= 100.0001
     assert scoring.mcnemar(1, 7) == pytest.approx(2 * 9 / 256)
     assert scoring.mcnemar(3, 3) == scoring.mcnemar(0, 0) == 1
