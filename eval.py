@@ -36,7 +36,6 @@ from benchmarks.files import read_answers, reading, short_sha256, to_json, to_js
 from benchmarks.report import print_all, print_result, report_page
 from benchmarks.scoring import (BLANK, Example, Grade, Task, asked_again, calibration, mean, paired_test,
                                 published_columns, summarize_twice)
-from lib.archives import Member
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -194,7 +193,7 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
 def check_benchmarks(names: list[str], args: Namespace) -> None:
     """Print whether each task's data is complete. Raises ValueError when something is missing or not official."""
     bad = 0
-    args.limit = None
+    args.limit = None                       # all of it
     for name in names:
         try:
             data = load_data(name, args, pictures=True)
@@ -247,8 +246,7 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
         image_mode = data.task.mipha_mode if reference == "mipha" else data.task.paper_mode
     questions = []
     for example in data.questions:
-        names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True
-                 for picture in example.pictures]
+        names = [Path(getattr(picture, "name", "")).name or True for picture in example.pictures]
         questions.append([example.question_id, example.prompt, names if len(names) > 1 else (*names, False)[0]])
     bits = {"bits": args.bits} if args.bits < 16 else {}
     return {**question_settings(data, args), "model": fingerprint, "reference": reference, "image_mode": image_mode,
@@ -307,12 +305,11 @@ def plan_batches(examples: list[Example], prompts: dict[int, list[int]], rank: i
     prompts: token ids of each row that is still to be answered. Pictures are assigned to processes round-robin, in task
     order and regardless of what is answered already, so that the assignment is the same after a restart.
     """
-    rows_of_picture: dict[object, list[int]] = defaultdict(list)
+    rows_of_picture = defaultdict(list)
     for row, example in enumerate(examples):
         # Questions without a picture, or with a blank one, share no prefix: they are assigned 64 rows at a time.
-        no_picture = example.image is None or example.image == BLANK
-        key = (example.image, row // 64) if no_picture else example.image
-        rows_of_picture[key].append(row)
+        no_picture = example.image in (None, BLANK)
+        rows_of_picture[example.image, row // 64 if no_picture else 0].append(row)
     groups = []
     for i, rows in enumerate(rows_of_picture.values()):
         open_rows = [row for row in rows if row in prompts]
@@ -537,8 +534,7 @@ def answer_missing(data: Data, model, settings: dict, args: Namespace, out: Path
         model.load()
         prompts = model.encode(data.questions, todo)
         batches = plan_batches(data.questions, prompts, here.rank, here.world, args.batch)
-        answers = model.answers(data.questions, prompts, batches, settings["image_mode"], settings["max_new_tokens"],
-                                args.exact)
+        answers = model.answers(data.questions, prompts, batches, settings, args.exact)
         path = out / (f"answers.{here.rank}.jsonl" if here.rank else "answers.jsonl")
         progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=here.rank > 0)
         write_answers(path, answers, progress)

@@ -12,7 +12,7 @@ import zipfile
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from PIL import Image
@@ -39,14 +39,12 @@ def read(names: str, instruction: str, folder: Path, options: Namespace) -> Iter
     [path] = required_files(folder, names.format(options.split, options.split.upper()))
     rows = list(table_rows(path))
     image_of = {row.get("index"): row.get("image") for _, row in rows}
-    decoded = {}                                # rotations share one bytes object, so the tower runs once
+    decode = cache(picture_in)                  # rotations share one bytes object, so the tower runs once
     for where, row in rows:
         with reading(where):
             image = field(row, "image")
             if len(image) < 64:                 # not a picture but the index of the row that has it
                 image = image_of[image]
-            if image not in decoded:
-                decoded[image] = picture_in(image)
             choices = {"A": field(row, "A")}
             for letter in "BCD":                # up to the first that is missing
                 if not row.get(letter):
@@ -57,7 +55,7 @@ def read(names: str, instruction: str, folder: Path, options: Namespace) -> Iter
             categories = filter(None, (ABBREVIATIONS.get(parent, parent), row.get("category")))
             truth = field(row, "answer", among=tuple("ABCD")) if row.get("answer") else None
             sheet = {name: row[name] for name in SHEET if name in row}
-            yield Example(int(float(row["index"])), decoded[image], "\n".join(filter(None, lines)), truth,
+            yield Example(int(float(row["index"])), decode(image), "\n".join(filter(None, lines)), truth,
                           tuple(categories), {"options": choices, "row": sheet})
 
 
@@ -216,6 +214,6 @@ TASK_CN = TASK._replace(
     read=partial(read, "mmbench_{0}_cn_20231003.tsv or MMBench_{1}_CN_legacy.tsv", LETTER_CN),
     splits={"dev": 0, "test": 0},
     folders=("mmbench", "mmbench_cn"),
-    files={"mmbench_dev_cn_20231003.tsv": ""},
+    files=dict.fromkeys(["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN_legacy.tsv"], ""),
     published={"llava": 58.3},
 )

@@ -21,8 +21,7 @@ SUBTASKS = PERCEPTION + COGNITION
 
 def read(folder: Path, options: Namespace) -> list[Example]:
     """Truths come from the release, order and wording from LLaVA's file if present."""
-    [release] = required_files(folder, "MME_Benchmark_release_version")
-    release = first_existing(release, "MME_Benchmark") or release
+    [release] = required_files(folder, "MME_Benchmark_release_version/MME_Benchmark or MME_Benchmark_release_version")
     official = {}                               # (subtask, image stem, question) -> example
     for subtask in SUBTASKS:
         for image, question, answer in read_subtask(release / subtask):
@@ -32,10 +31,9 @@ def read(folder: Path, options: Namespace) -> list[Example]:
     llava_file = first_existing(folder, "llava_mme.jsonl")
     if llava_file:
         examples = parsed(llava_file, lambda row: llavas_question(row, official, release))
-    per_image = Counter(f"{example.categories[0]}/{example.image.stem}" for example in examples)
-    odd = [image for image, n in per_image.items() if n != 2]
+    odd = [image for image, n in Counter(example.image for example in examples).items() if n != 2]
     if odd:
-        raise ValueError(f"{release}: {len(odd)} images do not have two questions each, the first is {odd[0]}")
+        raise ValueError(f"{len(odd)} images do not have two questions each, the first is {odd[0]}")
     return examples
 
 

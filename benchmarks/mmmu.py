@@ -29,10 +29,8 @@ DOMAINS = {
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     domain_of = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
-    answers = {}
-    answer_file = first_existing(folder, "answer_dict_val.json")
-    if options.split == "val" and answer_file:
-        answers = read_official_json(answer_file, dict)
+    answer_file = first_existing(folder, f"answer_dict_{options.split}.json")
+    answers = read_official_json(answer_file, dict) if answer_file else {}
     path, images = required_files(folder, f"{options.split}.jsonl", "images/")
     for where, row in rows_of(path):
         with reading(where):

@@ -6,13 +6,12 @@ appears with what the picture shows (adversarial). Papers report the mean of the
 import re
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import (COCO, EVAL_ZIP, field, first_existing, found_in, image_file, number_of, reading,
-                              required_files)
+from benchmarks.files import (COCO, EVAL_ZIP, field, first_existing, found_in, image_file, number_of, parsed,
+                              reading, required_files)
 from benchmarks.scoring import SHORT, Example, Grade, Graded, Score, Task, bootstrapped, mean
 from lib.common import jsonl_rows
 
@@ -20,33 +19,32 @@ from lib.common import jsonl_rows
 OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    """Labels are joined by image and question.
+def read(folder: Path, options: Namespace) -> list[Example]:
+    """LLaVA's rows are joined with the official ones by image and question.
 
     The official scorer joins by position, and silently misaligns the 3,000 random rows of POPE's HEAD.
     """
-    rows = []
-    label_of = {}
+    examples = []
+    official = {}
     *paths, images = required_files(folder, *(f"coco/coco_pope_{kind}.json" for kind in OFFSETS), "val2014/")
     for (kind, offset), path in zip(OFFSETS.items(), paths):
-        for where, official in jsonl_rows(path):
+        for where, row in jsonl_rows(path):
             with reading(where):
-                row = {"question_id": field(official, "question_id", int) + offset, "image": field(official, "image"),
-                       "text": f"{field(official, 'text')}\n{SHORT}", "category": kind}
-                rows.append((where, row))
-                label_of[question_key(row)] = field(official, "label", among=("yes", "no"))
+                image = image_file(images, field(row, "image"))
+                example = Example(field(row, "question_id", int) + offset, image, f"{field(row, 'text')}\n{SHORT}",
+                                  field(row, "label", among=("yes", "no")), (kind,))
+                examples.append(example)
+                official[question_key(row, kind)] = example
     llava_file = first_existing(folder, "llava_pope_test.jsonl")
-    for where, row in jsonl_rows(llava_file) if llava_file else rows:
-        with reading(where):
-            label = found_in(label_of, question_key(row), folder / "coco")
-            image = image_file(images, field(row, "image"))
-            yield Example(number_of(row), image, row["text"], label, (row["category"],))
+    if llava_file is None:
+        return examples
+    return parsed(llava_file, lambda row: found_in(official, question_key(row, row["category"]), folder / "coco")
+                  ._replace(question_id=number_of(row), prompt=row["text"]))
 
 
-def question_key(row: dict) -> tuple[str, str, str]:
+def question_key(row: dict, kind: str) -> tuple[str, str, str]:
     """Identifies a question across files. Early versions misspell "image" as "imange"."""
-    question = field(row, "text").split("\n")[0].replace("imange", "image")
-    return field(row, "category"), row["image"], question
+    return kind, row["image"], field(row, "text").split("\n")[0].replace("imange", "image")
 
 
 def grade_answer(example: Example, text: str) -> Grade:

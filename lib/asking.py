@@ -85,31 +85,29 @@ class Model:
 
     def encode(self, examples: list, rows: Iterable[int]) -> dict[int, list[int]]:
         """Row -> prompt ids, image positions expanded. Raises ValueError for a prompt too long to be answered."""
-        size = self.config.vision.image_size
         prompts = {}
         for row in rows:
             example = examples[row]
-            images = torch.empty(len(example.pictures), 3, size, size, dtype=torch.uint8)
-            try:
-                prompts[row] = encode_chat(self.config, self.tok, [example.prompt], images)
+            try:                                    # of the pictures only the number matters here
+                prompts[row] = encode_chat(self.config, self.tok, [example.prompt], example.pictures)
             except ValueError as e:
                 raise ValueError(f"question {example.question_id!r}: {e}") from None
         return prompts
 
-    def answers(self, examples: list, prompts: dict[int, list[int]], batches: list[list[int]], image_mode: str,
-                max_new_tokens: int, exact: bool) -> Iterator[dict]:
+    def answers(self, examples: list, prompts: dict[int, list[int]], batches: list[list[int]], settings: dict,
+                exact: bool) -> Iterator[dict]:
         """Yield greedy answers to the rows in `batches`, lines of answers.jsonl, each as it ends.
 
-        "truncated": cut at the token limit, or by a full context. "tokens": how many, the one that ended it included,
+        settings: image_mode and max_new_tokens. "truncated": cut at the token limit, or by a full context. "tokens": how many, the one that ended it included,
         over which "logprob" is the mean. exact: no prefix caching across batches.
         """
-        config = replace(self.config, image_mode=image_mode)
+        config = replace(self.config, image_mode=settings["image_mode"])
         session = self.session
         for rows, images in zip(batches, pictures_ahead(examples, batches, config)):
             if exact:
-                session = Session(session.model)
-            steps = session.generate([prompts[row] for row in rows], images, max_new_tokens=max_new_tokens,
-                                     eos_id=eot_id(self.tok), logprobs=0)
+                session.cache = None
+            steps = session.generate([prompts[row] for row in rows], images, eos_id=eot_id(self.tok), logprobs=0,
+                                     max_new_tokens=settings["max_new_tokens"])
             for i in ended(session, steps):
                 example = examples[rows[i]]
                 tokens, logprobs, _ = zip(*session.scored[i])

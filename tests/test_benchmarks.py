@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from helpers import ROOT
-from tiny_benchmarks import CASES, evaluate, llava_file, make_mme, make_textvqa, prepare, write
+from tiny_benchmarks import CASES, evaluate, llava_file, make_mme, make_textvqa, mmbench_rows, prepare, write
 
 import eval as ev
 from benchmarks import (gqa, llavabench, mmbench, mme, mmmu, mmvet, pope, scienceqa, scoring, seedbench, textvqa,
@@ -428,6 +428,18 @@ def test_mmbench_tables_of_other_systems(tmp_path):
     path.write_text(good.replace("\t", "    "))
     with pytest.raises(ValueError, match="tsv, row 1: .* is missing"):
         ev.load_data("mmbench", ev.parse(flags))
+
+
+def test_mmbench_cn_is_read_from_either_folder(tmp_path):
+    """Beside the English file, as docs/data.md says, or in a folder of its own; without it the message names the
+    documented one."""
+    flags = ["--root", str(tmp_path)]
+    with pytest.raises(ValueError, match=f"{tmp_path}/mmbench lacks mmbench_dev_cn_20231003.tsv or MMBench_DEV_CN"):
+        ev.load_data("mmbench_cn", ev.parse(flags))
+    for folder, name in (("mmbench_cn", "MMBench_DEV_CN_legacy.tsv"), ("mmbench", "mmbench_dev_cn_20231003.tsv")):
+        mmbench_rows(tmp_path / "mmbench", "mmbench_dev_20230712.tsv")
+        mmbench_rows(tmp_path / folder, name)
+        assert ev.load_data("mmbench_cn", ev.parse(flags)).folder == tmp_path / folder
 
 
 def test_mmmu_reads_lists_that_are_written_as_text(tmp_path):

@@ -212,6 +212,19 @@ def test_own_questions_from_a_table_and_without_answers(tmp_path, capsys):
     assert "Answers: 23, of which 23 are shown" in page and "text 22" in page
 
 
+def test_no_picture_of_an_own_question_is_lost(tmp_path, capsys):
+    """What is under image and under images is asked about together; a field that nobody reads is named, once."""
+    for name in ("x.png", "y.png"):
+        picture(tmp_path / "images" / name)
+    write(tmp_path / "q.jsonl", [{"text": "Same?", "image": "x.png", "images": ["y.png", "x.png"]},
+                                 {"text": "What?", "img": "x.png", "picture": None}, {"text": "Why?", "img": "y.png"}])
+    flags = ["--task", "jsonl", "--questions", str(tmp_path / "q.jsonl"), "--images", str(tmp_path / "images")]
+    first, second, _ = ev.load_data("jsonl", ev.parse(flags)).examples
+    assert [path.name for path in first.pictures] == ["x.png", "y.png", "x.png"] and second.image is None
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "q.jsonl: img, picture is not read; the fields are question_id, text, image" in err
+
+
 def test_another_programs_settings_beside_the_answers_are_not_ours(tmp_path):
     flags, data = prepare("textvqa", tmp_path / "eval")
     path = llava_file(tmp_path / "theirs/a.jsonl", data, ["x"] * 3)
@@ -316,7 +329,7 @@ def test_generate_each_task(name, tmp_path, short, capsys):
     # settings.json in the same folder says which task it is
     evaluate(["--root", str(tmp_path / "eval"), "--score", str(out / "answers.jsonl")])
     again = json.loads((out / "result.json").read_text())
-    assert {**again, "run": 0, "versions": 0} == {**result, "run": 0, "versions": 0}
+    assert {**again, "versions": 0} == {**result, "versions": 0}
     page = (out / "report.html").read_text()
     scored_here = result["value"] is not None and not data.task.judge
     assert bool(result["calibration"]) == ("Accuracy by confidence" in page) == scored_here
@@ -410,7 +423,10 @@ def test_killed_run_continues(tmp_path, short, monkeypatch):
         evaluate([*flags, "--out", str(out), "--batch", "16"])
         assert (out / "answers.jsonl").read_bytes() == whole and len(asked) == 18
     monkeypatch.setattr(load_weights, "load_model", lambda *args, **kind: pytest.fail("all is there, nothing to load"))
-    evaluate([*flags, "--out", str(out)])
+    run = json.loads((out / "result.json").read_text())["run"]
+    for again in (["--out", str(out)], ["--score", str(out / "answers.jsonl")]):
+        evaluate([*flags, *again])              # how the answers were made stays in the result
+        assert json.loads((out / "result.json").read_text())["run"] == run and run["questions"] == 1
 
 
 def test_kill_9(tmp_path):
