@@ -13,8 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
-from benchmarks.files import number_of, parsed, short_sha256, to_json, to_jsonl
-from benchmarks.scoring import Example
+from benchmarks.files import number_of, parsed, reading, short_sha256, to_json, to_jsonl
+from benchmarks.scoring import Answered, Example, Grade
 from lib.common import read_json, visible, write_whole
 
 MAX_REPLY = 1 << 24         # bytes
@@ -87,32 +87,33 @@ class SameOriginRedirects(HTTPRedirectHandler):
         return Request(newurl, req.data, dict(req.header_items()), method="POST")
 
 
-def collect_grades(file_name: str, answered: dict[int | str, tuple[Example, str]],
-                   ask: Callable[[Example, str, Namespace], dict], options: Namespace,
-                   out: Path) -> list[tuple[int | str, dict]]:
-    """The judge's grade of each answer, with its key: read from --grades, or requested with `ask` and saved in `out`.
+def collect_grades(file_name: str, prefix: str, ask: Callable[[Example, str, Namespace], dict],
+                   read_grade: Callable[[dict], Grade], answered: Answered, options: Namespace, out: Path) -> list[Grade]:
+    """The judge's grade of each answer: read from --grades, or requested with `ask` and saved in `out`.
 
-    file_name: where they are saved, as one json object, or with a line for each question_id if it ends in .jsonl; {}
-    becomes the judge's name and a checksum of the answers, which keeps the grades of one set of answers from being
-    taken for another's. answered: questions and answers by their key in that file.
+    file_name: where they are saved, by question_id behind this prefix as one json object, or as a line for each if it
+    ends in .jsonl; {} becomes the judge's name and a checksum of the answers, which keeps the grades of one set of
+    answers from being taken for another's.
     """
     as_rows = file_name.endswith(".jsonl")
     judge = re.sub(r"[^\w.-]", "_", options.judge_model or "")
-    texts = [text for _, text in answered.values()]
-    name = file_name.format(f"{judge}-{short_sha256(to_json(texts).encode())}")
-    path = Path(options.grades or out / name)
-    grades = {}
+    answers = to_json([text for _, text in answered])
+    path = Path(options.grades or out / file_name.format(f"{judge}-{short_sha256(answers.encode())}"))
+    saved = {}
     if options.grades or path.exists():
-        grades = read_json(path, limit=1 << 32) if not as_rows else dict(
-            parsed(path, lambda row: (number_of(row), row)))
-    for key, (example, text) in answered.items():
-        if key in grades:
-            continue
-        problem = f"{path} has no grade for {key}: expected one for each of the {len(answered)} answers"
-        if options.judge_url:
-            problem = judge_problem(options)
-        if problem:
-            raise ValueError(problem)
-        grades[key] = ask(example, text, options)
-        write_whole(path, to_jsonl(grades.values()) if as_rows else to_json(grades))
-    return [(key, grades[key]) for key in answered]
+        saved = read_json(path, limit=1 << 32) if not as_rows else dict(
+            parsed(path, lambda row: (str(number_of(row)), row)))
+    grades = []
+    for example, text in answered:
+        key = f"{prefix}{example.question_id}"
+        if key not in saved:
+            problem = f"{path} has no grade for {key}: expected one for each of the {len(answered)} answers"
+            if options.judge_url:
+                problem = judge_problem(options)
+            if problem:
+                raise ValueError(problem)
+            saved[key] = ask(example, text, options)
+            write_whole(path, to_jsonl(saved.values()) if as_rows else to_json(saved))
+        with reading(f"{path}, the grade of {key}"):
+            grades.append(read_grade(saved[key]))
+    return grades

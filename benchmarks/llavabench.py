@@ -5,13 +5,14 @@ a judge with this project's prompt.
 """
 from argparse import Namespace
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import field, found_in, image_file, number_of, parsed, reading, required_files
+from benchmarks.files import field, found_in, image_file, number_of, parsed, required_files
 from benchmarks.judge import ask_judge, collect_grades
-from benchmarks.scoring import Answered, Example, Grade, Graded, Score, Task, bootstrapped
+from benchmarks.scoring import Example, Grade, Graded, Score, Task, bootstrapped
 
 JUDGE_ROLE = "You are a helpful and precise assistant for checking the quality of the answer."
 RATING_INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
@@ -58,21 +59,13 @@ def ask_for_review(example: Example, text: str, options: Namespace) -> dict:
             "tuple": llavabench_pair(content), "judge": options.judge_model}
 
 
-def judge(answered: Answered, options: Namespace, out: Path) -> list[Grade]:
-    """Reviews in LLaVA's jsonl, one line per answer: question_id, category, content, tuple.
+def read_review(review: dict) -> Grade:
+    """Of LLaVA's jsonl, one line per answer: question_id, category, content, tuple.
 
     raw: the ratings of reference and candidate. A failed review is not scored; upstream averages its -1 in.
     """
-    by_key = {example.question_id: (example, text) for example, text in answered}
-    grades = []
-    for key, review in collect_grades("llavabench-{}-review.jsonl", by_key, ask_for_review, options, out):
-        with reading(f"the review of question {key}"):
-            reference, candidate = llavabench_pair(field(review, "content", blank=True))
-        if reference > 0:
-            grades.append(Grade(candidate / 10, raw=(reference, candidate)))
-        else:
-            grades.append(Grade(None, unparsed=True))
-    return grades
+    reference, candidate = llavabench_pair(field(review, "content", blank=True))
+    return Grade(candidate / 10, raw=(reference, candidate)) if reference > 0 else Grade(None, unparsed=True)
 
 
 def relative_rating(sums: np.ndarray) -> np.ndarray:
@@ -103,7 +96,7 @@ def summarize(graded: Graded) -> Score:
 TASK = Task(
     metric="rating relative to GPT-4's answers",
     read=read,
-    judge=judge,
+    judge=partial(collect_grades, "llavabench-{}-review.jsonl", "", ask_for_review, read_review),
     summarize=summarize,
     splits={"all": 60},
     source="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",

@@ -190,9 +190,8 @@ def xlsx(table: list[list[int | str]]) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, xml in {**WORKBOOK_PARTS, "xl/worksheets/sheet1.xml": sheet}.items():
-            # A fixed date makes the file reproducible.
-            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            archive.writestr(entry, XML_HEAD + xml, zipfile.ZIP_DEFLATED)
+            # An entry is of 1980 unless told otherwise, which makes the file reproducible.
+            archive.writestr(zipfile.ZipInfo(name), XML_HEAD + xml, zipfile.ZIP_DEFLATED)
     return packed.getvalue()
 
 

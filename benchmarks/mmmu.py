@@ -8,11 +8,10 @@ import ast
 import random
 import re
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import (each, field, first_existing, image_file, read_official_json, reading, required_files,
-                              rows_of, to_json)
+from benchmarks.files import (each, field, first_existing, image_file, parsed, read_official_json, required_files,
+                              to_json)
 from benchmarks.scoring import (LETTER, LETTERS, SHORT, Answered, Example, Grade, Graded, Score, Task, accuracy, mean)
 
 DOMAINS = {
@@ -25,32 +24,35 @@ DOMAINS = {
     "Tech & Engineering": """Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power
                              Materials Mechanical_Engineering""",
 }
+DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    domain_of = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
+def read(folder: Path, options: Namespace) -> list[Example]:
     answer_file = first_existing(folder, f"answer_dict_{options.split}.json")
     answers = read_official_json(answer_file, dict) if answer_file else {}
     path, images = required_files(folder, f"{options.split}.jsonl", "images/")
-    for where, row in rows_of(path):
-        with reading(where):
-            number = field(row, "id")
-            choices = {}
-            prompt = f"{field(row, 'question')}\n{SHORT}"
-            if row["question_type"] == "multiple-choice":
-                choices = dict(zip(LETTERS, listed("options", row["options"])))
-                lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
-                prompt = f"{row['question']}\n{lines}\n{LETTER}"
-            truth = answers[number]["ground_truth"] if number in answers else row["answer"]
-            if not isinstance(truth, str) or re.fullmatch(r"\[['\"].*['\"]\]", truth):
-                truth = listed("answer", truth)                         # but "[1, 2]" is an interval
-            if truth in ("", "?"):                                      # test has no answers
-                truth = None
-            elif choices:
-                truth = each("answer", truth if isinstance(truth, list) else [truth], among=list(choices))
-            subject = number.split("_", 1)[1].rsplit("_", 1)[0]         # "validation_Art_Theory_2" -> "Art_Theory"
-            yield Example(number, image_file(images, field(row, "image_1")), prompt, truth,
-                          (domain_of[subject], subject), {"options": choices})
+    return parsed(path, lambda row: mmmu_question(row, images, answers))
+
+
+def mmmu_question(row: dict, images: Path, answers: dict) -> Example:
+    """answers: those that have several spellings, by id."""
+    number = field(row, "id")
+    choices = {}
+    prompt = f"{field(row, 'question')}\n{SHORT}"
+    if row["question_type"] == "multiple-choice":
+        choices = dict(zip(LETTERS, listed("options", row["options"])))
+        lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
+        prompt = f"{row['question']}\n{lines}\n{LETTER}"
+    truth = answers[number]["ground_truth"] if number in answers else row["answer"]
+    if not isinstance(truth, str) or re.fullmatch(r"\[['\"].*['\"]\]", truth):
+        truth = listed("answer", truth)                         # but "[1, 2]" is an interval
+    if truth in ("", "?"):                                      # test has no answers
+        truth = None
+    elif choices:
+        truth = each("answer", truth if isinstance(truth, list) else [truth], among=list(choices))
+    subject = number.split("_", 1)[1].rsplit("_", 1)[0]         # "validation_Art_Theory_2" -> "Art_Theory"
+    return Example(number, image_file(images, field(row, "image_1")), prompt, truth, (DOMAIN_OF[subject], subject),
+                   {"options": choices})
 
 
 def listed(name: str, value: object) -> list[str]:

@@ -6,6 +6,7 @@ project's prompt: another judge shifts the score by several points.
 """
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,24 +63,20 @@ def ask_for_grade(example: Example, text: str, options: Namespace) -> dict[str, 
     return {"model": [options.judge_model], "content": [reply], "score": [grade or 0.0]}
 
 
-def judge(answered: Answered, options: Namespace, out: Path) -> list[Grade]:
-    """Grades in the official *-grade-Nruns.json layout: {"v1_0": {"model": [], "content": [], "score": []}}.
+def read_runs(grade: dict) -> Grade:
+    """Of the official *-grade-Nruns.json: {"v1_0": {"model": [], "content": [], "score": []}}.
 
     A file may hold several runs of the judge; an answer's score is their mean, and raw has the grade of each.
     """
-    by_key = {f"v1_{example.question_id}": (example, text) for example, text in answered}
-    scores = []
-    for key, grade in collect_grades("mm-vet-{}-grade-1runs.json", by_key, ask_for_grade, options, out):
-        with reading(f"the grade of {key}"):
-            scores.append(tuple(map(float, field(grade, "score", list))))
-    runs = {len(of_runs) for of_runs in scores}
-    if len(runs) != 1 or runs == {0}:
-        raise ValueError(f"{options.grades}: graded {sorted(runs)} times, expected the same number for all answers")
-    return [Grade(mean(of_runs), raw=of_runs) for of_runs in scores]
+    scores = tuple(map(float, field(grade, "score", list)))
+    return Grade(mean(scores), raw=scores)
 
 
 def summarize(graded: Graded) -> Score:
     """The mean; if the judge graded several times, the score of each run and their standard deviation as sub-scores."""
+    times = {len(grade.raw) for _, grade in graded}
+    if len(times) > 1:
+        raise ValueError(f"the judge graded {sorted(times)} times, expected the same number for all answers")
     runs = [100 * mean(of_run) for of_run in zip(*(grade.raw for _, grade in graded))]
     numbers = {}
     if len(runs) > 1:
@@ -96,7 +93,7 @@ def submission(answered: Answered, folder: Path) -> str:
 TASK = Task(
     metric="judge's score",
     read=read,
-    judge=judge,
+    judge=partial(collect_grades, "mm-vet-{}-grade-1runs.json", "v1_", ask_for_grade, read_runs),
     summarize=summarize,
     submission=submission,
     submission_name="mm-vet.json",

@@ -359,8 +359,7 @@ def paired_test(before: list[float], after: list[float]) -> tuple[float, float, 
     means = np.array([differences[rng.integers(n, size=n)].mean() for _ in range(1000)])
     low, high = np.percentile(means, [2.5, 97.5])
     if set(before + after) <= {0.0, 1.0}:
-        gained = int((differences > 0).sum())
-        lost = int((differences < 0).sum())
-        return low, high, mcnemar(gained, lost), "McNemar's exact test"
+        p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+        return low, high, p, "McNemar's exact test"
     p = 2 * min((means <= 0).mean(), (means >= 0).mean())
     return low, high, min(1.0, p), "paired bootstrap"

@@ -127,15 +127,11 @@ def ended(session: Session, steps: Iterable) -> Iterator[int]:
         told |= new
 
 
-def open_pictures(pictures: tuple[Path | Member | bytes | str, ...], config: LLaVAConfig,
-                  number: int | str = "") -> Tensor:
-    """A question's N pictures -> uint8 (N, 3, S, S).
-
-    number: the question_id, which is what an error names a picture by that is not a file.
-    """
+def open_pictures(example, config: LLaVAConfig) -> Tensor:
+    """A question's N pictures -> uint8 (N, 3, S, S)."""
     size = config.vision.image_size
     sources = []
-    for picture in pictures:
+    for picture in example.pictures:
         if isinstance(picture, Member):
             picture = picture.open()
         elif isinstance(picture, bytes):
@@ -145,8 +141,9 @@ def open_pictures(pictures: tuple[Path | Member | bytes | str, ...], config: LLa
         sources.append(picture)
     try:
         return open_image(sources, config)
-    except ValueError as e:
-        raise ValueError(str(e).replace("the given picture", f"the picture of question {number!r}")) from None
+    except ValueError as e:                 # which calls a picture by the name of its file, if it has one
+        problem = str(e).replace("the given picture", f"the picture of question {example.question_id!r}")
+        raise ValueError(problem) from None
 
 
 def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig) -> Iterator[list[Tensor]]:
@@ -157,9 +154,7 @@ def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig
     with ThreadPoolExecutor(4) as pool:
         decoding = {}
         for i, batch in enumerate(batches):
-            upcoming = {examples[row].pictures: examples[row].question_id for rows in batches[i:i + 3] for row in rows}
-            decoding = {pictures: job for pictures, job in decoding.items() if pictures in upcoming}    # forget the old
-            for pictures, number in upcoming.items():
-                if pictures not in decoding:
-                    decoding[pictures] = pool.submit(open_pictures, pictures, config, number)
+            upcoming = {examples[row].pictures: examples[row] for rows in batches[i:i + 3] for row in rows}
+            decoding = {pictures: decoding.get(pictures) or pool.submit(open_pictures, example, config)
+                        for pictures, example in upcoming.items()}          # those of earlier batches are forgotten
             yield [decoding[examples[row].pictures].result() for row in batch]

@@ -522,7 +522,7 @@ def test_bad_images_and_models(tmp_path, short, monkeypatch):
     with pytest.raises(ValueError, match="no model: neither out/finetune"):
         evaluate(flags[:4])
     with pytest.raises(ValueError, match="image unreadable: the picture of question 'q7'"):
-        asking.open_pictures((b"<html>",), LLaVAConfig(), "q7")
+        asking.open_pictures(scoring.Example("q7", b"<html>", "?"), LLaVAConfig())
     (tmp_path / "shapes/images/1.png").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="1.png"):
         evaluate([*flags, "--out", str(tmp_path / "out")])
@@ -618,10 +618,10 @@ def test_padding_and_blank_pictures_have_the_towers_colour(tmp_path):
     for config, color in [(mipha_config(), [127, 127, 127]), (LLaVAConfig(), [122, 116, 104])]:
         config = dataclasses.replace(config, image_mode="pad")
         size = config.vision.image_size
-        blank = asking.open_pictures((scoring.BLANK,), config)
+        blank = asking.open_pictures(scoring.Example(1, scoring.BLANK, "?"), config)
         assert blank.shape == (1, 3, size, size)
         assert blank[0, :, 5, 7].tolist() == color
-        padded = asking.open_pictures((wide,), config)
+        padded = asking.open_pictures(scoring.Example(1, wide, "?"), config)
         assert padded[0, :, 0, 0].tolist() == color and padded[0, :, size // 2, 5].tolist() == [255, 0, 0]
 
 
