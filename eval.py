@@ -34,7 +34,7 @@ from tqdm import tqdm
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
 from benchmarks.files import read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import (BLANK, Example, Grade, Task, asked_again, calibration, mean, paired_test,
+from benchmarks.scoring import (BLANK, Example, Grade, Graded, Task, asked_again, calibration, mean, paired_test,
                                 published_columns, summarize_twice)
 
 # ---------------------------------------------------------------------------------------------------
@@ -154,9 +154,9 @@ def repeated_id(data: Data) -> str:
 def rehearse(data: Data) -> None:
     """Grade an empty answer to every question. Raises ValueError for data that a grader cannot use, which would
     otherwise end the run after the last answer."""
-    grades = grade_answers(data, [{"text": ""}] * len(data.examples))
+    graded = grade_answers(data, [{"text": ""}] * len(data.examples))
     with reading(data.folder):
-        summarize_twice(data.task, list(zip(data.examples, grades)))
+        summarize_twice(data.task, graded)
 
 
 def missing_pictures(data: Data) -> str:
@@ -334,17 +334,17 @@ def write_answers(path: Path, answers: Iterator[dict], progress: tqdm) -> None:
 # Scoring
 
 
-def grade_answers(data: Data, answers: list[dict | None]) -> list[Grade]:
+def grade_answers(data: Data, answers: list[dict]) -> Graded:
     """Grade each answer by the benchmark's rule; the score is None where there is none, or no truth to compare with."""
-    grades = []
+    graded = []
     for example, answer in zip(data.examples, answers):
         grade = Grade(None)
         if data.task.grade and example.truth is not None:
             with reading(f"{data.folder}, question {example.question_id!r}"):
                 # A missing one is wrong, as in those official scorers that do not crash on it.
                 grade = data.task.grade(example, answer["text"]) if answer else Grade(0.0, unparsed=True, raw=(0.0,))
-        grades.append(grade)
-    return grades
+        graded.append((example, grade))
+    return graded
 
 
 def asked_in_other_words(example: Example, answer: dict) -> bool:
@@ -353,31 +353,30 @@ def asked_in_other_words(example: Example, answer: dict) -> bool:
     return words_asked(answer.get("prompt", example.prompt))[:2] != words_asked(example.prompt)[:2]
 
 
-def describe_answers(data: Data, answers: list[dict | None], grades: list[Grade]) -> dict:
+def describe_answers(data: Data, answers: list[dict], graded: Graded) -> dict:
     """The fields of result.json about the answers as such."""
-    given = [(example, answer) for example, answer in zip(data.examples, answers) if answer]
     return {
-        "unparsed": sum(grade.unparsed for grade in grades),
-        "empty": sum(answer["text"] == "" for _, answer in given),
-        "truncated": sum(bool(answer.get("truncated")) for _, answer in given),
-        "missing": answers.count(None),
-        "calibration": None if data.task.judge else calibration(data.examples, answers, grades),
-        "other_prompts": sum(asked_in_other_words(example, answer) for example, answer in given),
+        "unparsed": sum(grade.unparsed for _, grade in graded),
+        "empty": sum(answer.get("text") == "" for answer in answers),
+        "truncated": sum(bool(answer.get("truncated")) for answer in answers),
+        "missing": answers.count({}),
+        "calibration": None if data.task.judge else calibration(answers, graded),
+        "other_prompts": sum(map(asked_in_other_words, data.examples, answers)),
     }
 
 
-def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
+def score_task(data: Data, answers: list[dict], args: Namespace, out: Path, settings: dict,
                run: dict | None = None) -> dict:
     """Grade and summarize, write the submission, report.html and result.json, and print the result.
 
     run: how the answers were made; None: as the result that is there says.
     """
     task = data.task
-    grades = grade_answers(data, answers)
-    answered = [(example, answer["text"] if answer else "") for example, answer in zip(data.examples, answers)]
+    graded = grade_answers(data, answers)
+    answered = [(example, answer.get("text", "")) for example, answer in zip(data.examples, answers)]
     if task.judge and (args.grades or args.judge_url):
-        grades = task.judge(answered, args, out)
-    score = summarize_twice(task, list(zip(data.examples, grades)))
+        graded = task.judge(answered, args, out)
+    score = summarize_twice(task, graded)
     judge = None
     if task.judge and score.value is not None:
         asked = f"{args.judge_model}, with this project's prompt"
@@ -398,7 +397,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
         "blank": len(answered) - len(asked_once),       # of these, asked again about a blank picture
         **score._asdict(),
         "published": {name: task.published[model] for model, name in columns.items() if model in task.published},
-        **describe_answers(data, answers, grades),
+        **describe_answers(data, answers, graded),
         "limit": args.limit,
         "judge": judge,
         "submission": None,
@@ -411,13 +410,13 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     }
     # A submission is made only for the published split, and only when every question is answered.
     published_split = data.split == next(iter(task.splits))
-    if task.submission and (score.value is None or published_split) and None not in answers and not args.limit:
+    if task.submission and (score.value is None or published_split) and {} not in answers and not args.limit:
         try:
             write_whole(out / task.submission_name, task.submission(asked_once, data.folder))
             result["submission"] = task.submission_name
         except (ValueError, OSError) as e:
             notes.append(f"submission file not written: {e}")
-    write_whole(out / "report.html", report_page(data.examples, answers, grades, result))
+    write_whole(out / "report.html", report_page(answers, graded, result))
     write_whole(out / "result.json", to_json(result))
     print_result(result, out, data.examples, answers)
     return result
@@ -429,13 +428,13 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
 def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float | None]]:
     """Print the score of an answers file; return the text and the score of each answer."""
     answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
-    grades = grade_answers(data, answers)
-    score = summarize_twice(data.task, list(zip(data.examples, grades)))
+    graded = grade_answers(data, answers)
+    score = summarize_twice(data.task, graded)
     if score.value is None:
         raise ValueError(f"{data.name}: nothing to compare: these answers are graded on a server or by a judge")
     low, high = score.interval
     print(f"{path}: {data.task.metric} {score.value:.2f} ({low:.2f} to {high:.2f})")
-    return [(answer["text"] if answer else "", grade.score) for answer, grade in zip(answers, grades)]
+    return [(answer.get("text", ""), grade.score) for answer, (_, grade) in zip(answers, graded)]
 
 
 def compare(data: Data, args: Namespace) -> None:

@@ -175,8 +175,8 @@ def rows_of_answers(answers: list[dict], examples: list[Example], task: Task, li
 
 
 def read_answers(path: Path, examples: list[Example], task: Task, limit: int | None = None, allow_missing: bool = False,
-                 torn: bool = False) -> list[dict | None]:
-    """The answer to each question; None where allow_missing lets one be missing.
+                 torn: bool = False) -> list[dict]:
+    """The answer to each question; {} where allow_missing lets one be missing.
 
     Raises ValueError on foreign, duplicate and missing answers. limit: the examples are only the first ones of the
     benchmark, so answers to later questions are ignored. torn: see jsonl_rows.
@@ -189,19 +189,19 @@ def read_answers(path: Path, examples: list[Example], task: Task, limit: int | N
                 field({"prompt": ""} | line, name, blank=True)
     rows = rows_of_answers([line for _, line in lines], examples, task, limit)
     id_of = {row: str(example.question_id) for row, example in enumerate(examples)}
-    answer_of: list[dict | None] = [None] * len(examples)
+    answers = [{}] * len(examples)
     for (where, line), row in zip(lines, rows):
         with reading(where):
             known = id_of.get(row) == str(line["question_id"])
-            if known and answer_of[row] is None:
-                answer_of[row] = line
+            if known and not answers[row]:
+                answers[row] = line
             elif known or not limit:
                 problem = "answered a second time" if known else "not in this task (another split or version?)"
                 raise ValueError(f"question {line['question_id']!r} is {problem}")
-    if None in answer_of and not allow_missing:
-        raise ValueError(f"{path}: {answer_of.count(None):,} of {len(examples):,} answers are missing, the first to "
-                         f"question {id_of[answer_of.index(None)]}; --allow-missing counts them as wrong")
-    return answer_of
+    if {} in answers and not allow_missing:
+        raise ValueError(f"{path}: {answers.count({}):,} of {len(examples):,} answers are missing, the first to "
+                         f"question {id_of[answers.index({})]}; --allow-missing counts them as wrong")
+    return answers
 
 # ---------------------------------------------------------------------------------------------------
 # Writing

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
 from benchmarks.files import number_of, parsed, reading, short_sha256, to_json, to_jsonl
-from benchmarks.scoring import Answered, Example, Grade
+from benchmarks.scoring import Answered, Example, Grade, Graded
 from lib.common import read_json, visible, write_whole
 
 MAX_REPLY = 1 << 24         # bytes
@@ -88,7 +88,7 @@ class SameOriginRedirects(HTTPRedirectHandler):
 
 
 def collect_grades(file_name: str, prefix: str, ask: Callable[[Example, str, Namespace], dict],
-                   read_grade: Callable[[dict], Grade], answered: Answered, options: Namespace, out: Path) -> list[Grade]:
+                   read_grade: Callable[[dict], Grade], answered: Answered, options: Namespace, out: Path) -> Graded:
     """The judge's grade of each answer: read from --grades, or requested with `ask` and saved in `out`.
 
     file_name: where they are saved, by question_id behind this prefix as one json object, or as a line for each if it
@@ -103,7 +103,7 @@ def collect_grades(file_name: str, prefix: str, ask: Callable[[Example, str, Nam
     if options.grades or path.exists():
         saved = read_json(path, limit=1 << 32) if not as_rows else dict(
             parsed(path, lambda row: (str(number_of(row)), row)))
-    grades = []
+    graded = []
     for example, text in answered:
         key = f"{prefix}{example.question_id}"
         if key not in saved:
@@ -115,5 +115,5 @@ def collect_grades(file_name: str, prefix: str, ask: Callable[[Example, str, Nam
             saved[key] = ask(example, text, options)
             write_whole(path, to_jsonl(saved.values()) if as_rows else to_json(saved))
         with reading(f"{path}, the grade of {key}"):
-            grades.append(read_grade(saved[key]))
-    return grades
+            graded.append((example, read_grade(saved[key])))
+    return graded

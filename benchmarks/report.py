@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks import TASKS
 from benchmarks.files import words_asked
-from benchmarks.scoring import BLANK, Example, Grade, published_columns
+from benchmarks.scoring import BLANK, Example, Graded, published_columns
 from lib.archives import Member
 from lib.common import html_page, plural, visible
 
@@ -93,7 +93,7 @@ def print_table(table: list[list[str]]) -> None:
         print("  ".join(["", name.ljust(first), *padded]).rstrip())
 
 
-def print_result(result: dict, out: Path, examples: list[Example], answers: list[dict | None]) -> None:
+def print_result(result: dict, out: Path, examples: list[Example], answers: list[dict]) -> None:
     if result["task"] == "jsonl":
         print_answers(examples, answers)
     print(f"\n{result['task']} ({result['split']})")
@@ -102,11 +102,11 @@ def print_result(result: dict, out: Path, examples: list[Example], answers: list
         print(f"  {visible(line)}")
 
 
-def print_answers(examples: list[Example], answers: list[dict | None]) -> None:
+def print_answers(examples: list[Example], answers: list[dict]) -> None:
     """The first answers to one's own questions, which are read rather than scored."""
     for example, answer in list(zip(examples, answers))[:SHOWN_ANSWERS]:
         question = words_asked(example.prompt)[-1][:80]
-        print(visible(f"  {example.question_id}: {question} -> {answer['text'] if answer else '(missing)'}"))
+        print(visible(f"  {example.question_id}: {question} -> {answer.get('text', '(missing)')}"))
     if len(examples) > SHOWN_ANSWERS:
         print(f"  and {len(examples) - SHOWN_ANSWERS:,} more in answers.jsonl")
 
@@ -169,15 +169,15 @@ def html_table(rows: list[list[str]], style: str, pictures: list[list[str]] | No
     return f'<div class="wide"><table class="{style}">\n{lines}</table></div>\n'
 
 
-def report_page(examples: list[Example], answers: list[dict | None], grades: list[Grade], result: dict) -> str:
+def report_page(answers: list[dict], graded: Graded, result: dict) -> str:
     """The score table, and a sample of the wrong answers, or of all where none is scored, spread over the task."""
-    scored = any(grade.score is not None for grade in grades)
+    scored = any(grade.score is not None for _, grade in graded)
     listed = []
-    for example, answer, grade in zip(examples, answers, grades):
+    for answer, (example, grade) in zip(answers, graded):
         # An answer about a blank picture is not wrong, it is a measurement.
         wrong = grade.score is not None and grade.score < 0.5 and example.image != BLANK
         if wrong or not scored:
-            listed.append((example, answer["text"] if answer else "(missing)", grade))
+            listed.append((example, answer.get("text", "(missing)"), grade))
     shown = listed[::max(1, math.ceil(len(listed) / WRONG_ANSWERS))]
     rows = [["question_id", "question", "answer", "read as", "truth"]]
     pictures = [[]]                                             # the heading has none

@@ -87,7 +87,7 @@ class Task(NamedTuple):
     splits: dict[str, int]              # name -> official number of questions (0: any); the default is the first
     source: str                         # where the data comes from
     grade: Callable | None = None       # (Example, text of the answer) -> Grade; None: a judge grades
-    judge: Callable | None = None       # (Answered, options, folder of the results) -> a Grade for each
+    judge: Callable | None = None       # (Answered, options, folder of the results) -> Graded
     submission: Callable | None = None  # (Answered, data folder) -> content of the file that the benchmark's server takes
     submission_name: str = ""
     folders: tuple[str, ...] = ()       # names of its folder under --root; none: the task's name
@@ -295,15 +295,15 @@ def accuracy(graded: Graded, numbers: dict[str, float] = {}, only: str = "") -> 
     return Score(100 * mean(scores), *interval_of_mean(scores), numbers | of_categories)
 
 
-def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
+def calibration(answers: list[dict], graded: Graded) -> dict | None:
     """Are confident answers right? None if no scored answer has "logprob", the mean over its "tokens".
 
     An answer's confidence is its probability as a whole. -> the expected calibration error over tenths of confidence,
     and a row for each tenth; one more for questions that are unanswerable (VizWiz has them).
     """
     rows = defaultdict(list)
-    for example, answer, grade in zip(examples, answers, grades):
-        logprob, n = [(answer or {}).get(key) for key in ("logprob", "tokens")]
+    for answer, (example, grade) in zip(answers, graded):
+        logprob, n = answer.get("logprob"), answer.get("tokens")
         is_known = type(logprob) is float and -1e9 < logprob <= 0 and type(n) is int and 0 < n < 1e6
         if grade.score is None or example.image == BLANK or not is_known:
             continue

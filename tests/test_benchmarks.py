@@ -197,8 +197,8 @@ def test_calibration_by_hand():
             (example(), None, 1.0), (example(), float("nan"), 1.0), (example(), 0.5, 1.0), (example(), True, 1.0),
             (example(), -0.1, None), (example(), -0.1, 1.0)]
     examples, logprobs, scores = zip(*rows)
-    answers = [{"text": "", "logprob": logprob and logprob / 2, "tokens": 2} for logprob in logprobs[:-1]] + [None]
-    found = calibration(examples, answers, [Grade(score) for score in scores])
+    answers = [{"text": "", "logprob": logprob and logprob / 2, "tokens": 2} for logprob in logprobs[:-1]] + [{}]
+    found = calibration(answers, list(zip(examples, map(Grade, scores))))
     high = (math.exp(-0.05) + math.exp(-0.02) + 1) / 3
     assert [(row["confidence"], row["n"]) for row in found["table"]] == [
         ("0.2 to 0.3", 1), ("0.9 to 1.0", 3), ("unanswerable", 2)]
@@ -206,7 +206,7 @@ def test_calibration_by_hand():
     assert [row["accuracy"] for row in found["table"]] == pytest.approx([0, 2 / 3, 0.5])
     assert found["error"] == pytest.approx((0.25 + 3 * (high - 2 / 3)) / 4)
     for older in ({"text": "a"}, {"text": "a", "logprob": -0.1}, {"text": "a", "logprob": -0.1, "tokens": "1"}):
-        assert calibration(examples[:1], [older], [Grade(1.0)]) is None
+        assert calibration([older], [(examples[0], Grade(1.0))]) is None
 
 
 def test_intervals():
