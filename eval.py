@@ -292,9 +292,8 @@ def answers_so_far(out: Path, data: Data) -> dict[int, dict]:
     """Row -> answer, from every process of this run and of interrupted ones."""
     answers = {}
     for path in sorted(out.glob("answers*.jsonl")):
-        for row, answer in enumerate(read_answers(path, data.questions, data.task, allow_missing=True, torn=True)):
-            if answer:
-                answers[row] = answer
+        found = read_answers(path, data.questions, data.task, allow_missing=True, torn=True)
+        answers |= {row: answer for row, answer in enumerate(found) if answer}
     return answers
 
 
@@ -543,10 +542,11 @@ def answer_missing(data: Data, model, settings: dict, args: Namespace, out: Path
 def score_run(data: Data, run: dict | None, settings: dict, args: Namespace, out: Path) -> dict:
     """Merge the answers of all processes into one file, in the order of the questions, and score them."""
     answers = answers_so_far(out, data)
-    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
-    for path in out.glob("answers.*.jsonl"):
-        path.unlink()
-    return score_task(data, [answers[row] for row in range(len(data.examples))], args, out, settings, run)
+    path = write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
+    for other in out.glob("answers.*.jsonl"):
+        other.unlink()
+    answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
+    return score_task(data, answers, args, out, settings, run)
 
 
 def main(args: Namespace) -> None:

@@ -431,7 +431,7 @@ def test_killed_run_continues(tmp_path, short, monkeypatch):
 
 def test_kill_9(tmp_path):
     """A real kill in the middle of a real run."""
-    flags = [*many_shapes(tmp_path), "--batch", "2"]
+    flags = [*many_shapes(tmp_path, pictures=3, questions=2), "--batch", "2"]
     out = tmp_path / "out"
     process = Fork("eval.py", *flags, "--out", out)
     while process.poll() is None and not ((out / "answers.jsonl").exists()
