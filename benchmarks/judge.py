@@ -64,8 +64,8 @@ def judge_problem(options: Namespace) -> str:
     except ValueError:
         parts = urlsplit("")
     if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.username or parts.password:
-        return ("--judge-url: expected http://HOST or https://HOST, optionally with a port and a path; a key belongs in "
-                "JUDGE_API_KEY")
+        return ("--judge-url: expected http://HOST or https://HOST, optionally with a port and a path; "
+                "a key belongs in JUDGE_API_KEY")
     return ""
 
 

@@ -5,11 +5,12 @@ All are asked, those without a picture as text only, but papers report the accur
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, lettered, parsed, read_official_json,
                               reading, required_files, texts_of)
-from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Graded, Score, Task, accuracy
+from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Task, accuracy
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 
@@ -70,16 +71,11 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None)
 
 
-def summarize(graded: Graded) -> Score:
-    """The headline counts the questions with an image; "all", the subjects, contexts and years are sub-scores."""
-    return accuracy(graded, only="IMG")
-
-
 TASK = Task(
     metric="accuracy on questions with an image",
     read=read,
     grade=grade_answer,
-    summarize=summarize,
+    summarize=partial(accuracy, only="IMG"),
     splits={"test": 4_241},
     images_only=2_017,
     source=f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, images/test; {EVAL_ZIP}",

@@ -88,7 +88,7 @@ class Task(NamedTuple):
     source: str                         # where the data comes from
     grade: Callable | None = None       # (Example, text of the answer) -> Grade; None: a judge grades
     judge: Callable | None = None       # (Answered, options, folder of the results) -> Graded
-    submission: Callable | None = None  # (Answered, data folder) -> content of the file that the benchmark's server takes
+    submission: Callable | None = None  # (Answered, data folder) -> content of the file for the benchmark's server
     submission_name: str = ""
     folders: tuple[str, ...] = ()       # names of its folder under --root; none: the task's name
     files: dict[str, str] = {}          # file -> start of the official sha256 ("": not known)

@@ -1,11 +1,12 @@
 """SEED-Bench: multiple choice in twelve dimensions; the image part (14,233 questions) unless `--split all` is given.
 """
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.files import (field, first_existing, image_file, lettered, number_of, parsed, read_official_json,
                               reading, required_files, to_jsonl)
-from benchmarks.scoring import LETTER, Answered, Example, Grade, Graded, Score, Task, accuracy
+from benchmarks.scoring import LETTER, Answered, Example, Grade, Task, accuracy
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
@@ -42,11 +43,6 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(text == example.truth), text, unparsed=text not in ("A", "B", "C", "D"))
 
 
-def summarize(graded: Graded) -> Score:
-    """The headline is the image part's, which papers call SEED-IMG, even if the videos were asked too."""
-    return accuracy(graded, only="image")
-
-
 def submission(answered: Answered, folder: Path) -> str:
     """One line per answer, for the leaderboard."""
     return to_jsonl({"question_id": str(example.question_id), "prediction": text} for example, text in answered)
@@ -56,7 +52,7 @@ TASK = Task(
     metric="accuracy on images",
     read=read,
     grade=grade_answer,
-    summarize=summarize,
+    summarize=partial(accuracy, only="image"),          # papers call it SEED-IMG, even if the videos were asked too
     submission=submission,
     submission_name="seed_bench.jsonl",
     splits={"image": 14_233, "all": 19_242},

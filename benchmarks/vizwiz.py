@@ -5,34 +5,33 @@ written. `--split val` (4,319) is scored here.
 """
 import json
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, read_llava_questions, reading,
-                              required_files, rows_of, texts_of)
+from benchmarks.files import (EVAL_ZIP, field, image_file, read_llava_questions, reading, required_files, rows_of,
+                              texts_of)
 from benchmarks.scoring import (SHORT, Answered, Example, Grade, Graded, Score, Task, accuracy, evalai_accuracy, mean,
                                 normalize_evalai, vqa_accuracy)
 
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    llava_file = first_existing(folder, "llava_test.jsonl")
-    if options.split == "test" and llava_file:
-        yield from read_llava_questions(llava_file, folder / "test")
-        return
-    path, images = required_files(folder, f"{options.split}.json or Annotations/{options.split}.json",
-                                  f"{options.split}/")
-    for i, (where, row) in enumerate(rows_of(path)):
+def read(folder: Path, options: Namespace) -> list[Example]:
+    split = options.split
+    llava_file = "llava_test.jsonl or " if split == "test" else ""
+    path, images = required_files(folder, f"{llava_file}{split}.json or Annotations/{split}.json", f"{split}/")
+    if path.suffix == ".jsonl":
+        return read_llava_questions(path, images)
+    examples = []
+    for where, row in rows_of(path):
         with reading(where):
             # capitalize() also lower-cases the rest, as in all 8,000 rows of LLaVA's file.
             prompt = f"{field(row, 'question').capitalize()}\n{UNANSWERABLE}\n{SHORT}"
-            humans = None
-            categories = ()
+            example = Example(len(examples), image_file(images, field(row, "image")), prompt)
             if "answers" in row:
                 humans = texts_of(row, "answers", "answer")
-                categories = (field(row, "answer_type"),)
-            yield Example(i, image_file(images, field(row, "image")), prompt, humans, categories)
+                example = example._replace(truth=humans, categories=(field(row, "answer_type"),))
+            examples.append(example)
+    return examples
 
 
 def grade_answer(example: Example, text: str) -> Grade:

@@ -98,24 +98,25 @@ class Model:
                 exact: bool) -> Iterator[dict]:
         """Yield greedy answers to the rows in `batches`, lines of answers.jsonl, each as it ends.
 
-        settings: image_mode and max_new_tokens. "truncated": cut at the token limit, or by a full context. "tokens": how many, the one that ended it included,
-        over which "logprob" is the mean. exact: no prefix caching across batches.
+        "truncated": cut at the token limit, or by a full context. "tokens": how many, the one that ended it included,
+        over which "logprob" is the mean. settings: image_mode and max_new_tokens. exact: no prefix caching across
+        batches.
         """
         config = replace(self.config, image_mode=settings["image_mode"])
         session = self.session
         for rows, images in zip(batches, pictures_ahead(examples, batches, config)):
             if exact:
-                session.cache = None
+                session = Session(session.model)
             steps = session.generate([prompts[row] for row in rows], images, eos_id=eot_id(self.tok), logprobs=0,
                                      max_new_tokens=settings["max_new_tokens"])
             for i in ended(session, steps):
                 example = examples[rows[i]]
-                tokens, logprobs, _ = zip(*session.scored[i])
-                text = self.tok.decode(tokens, skip_special_tokens=True).strip()        # the one that ended it is one
+                tokens = session.scored[i]
+                text = self.tok.decode([token.token for token in tokens], skip_special_tokens=True)
                 yield {"row": rows[i], "question_id": example.question_id,
-                       "prompt": example.info.get("saved", example.prompt), "text": text,
+                       "prompt": example.info.get("saved", example.prompt), "text": text.strip(),
                        "truncated": session.finish[i] != "stop", "tokens": len(tokens),
-                       "logprob": round(fmean(logprobs), 3)}
+                       "logprob": round(fmean(token.logprob for token in tokens), 3)}
 
 
 def ended(session: Session, steps: Iterable) -> Iterator[int]:

@@ -527,7 +527,7 @@ def test_bad_images_and_models(tmp_path, short, monkeypatch):
     with pytest.raises(ValueError, match="1.png"):
         evaluate([*flags, "--out", str(tmp_path / "out")])
     (tmp_path / "shapes/images/1.png").unlink()
-    with pytest.raises(ValueError, match="shapes: 1 of 2 images are missing, the first is .* Get them: run `make demo`"):
+    with pytest.raises(ValueError, match="1 of 2 images are missing, the first is .* Get them: run `make demo`"):
         evaluate([*flags, "--out", str(tmp_path / "out2")])
     assert not (tmp_path / "out2").exists()
 
