@@ -162,9 +162,7 @@ def rows_of_answers(answers: list[dict], examples: list[Example], task: Task, li
         return [line["row"] for line in answers]
     ids = [str(example.question_id) for example in examples]
     answered_ids = [str(line["question_id"]) for line in answers]
-    if limit:                           # the file may answer more questions than these
-        answered_ids = answered_ids[:len(ids)]
-    if answered_ids == ids:
+    if (answered_ids[:len(ids)] if limit else answered_ids) == ids:     # with a limit the file may answer more
         return list(range(len(answers)))
 
     def key(question_id: int | str, prompt: str) -> tuple[str, str]:

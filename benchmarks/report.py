@@ -149,6 +149,8 @@ def thumbnail(image: Path | Member | bytes | str) -> str:
     try:
         source = image.open() if isinstance(image, Member) else io.BytesIO(image) if isinstance(image, bytes) else image
         with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
+            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:         # Pillow would only warn
+                return ""
             picture = picture.convert("RGB")
             picture.thumbnail((160, 160))
             picture.save(small, "JPEG", quality=80)
