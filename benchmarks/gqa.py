@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.files import field, image_file, read_official_json, reading, required_files
-from benchmarks.scoring import SHORT, Answered, Example, Grade, Task, accuracy
+from benchmarks.scoring import SHORT, Answered, Example, Grade, Task
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
@@ -42,10 +42,8 @@ def submission(answered: Answered, folder: Path) -> str:
 
 
 TASK = Task(
-    metric="accuracy",
     read=read,
     grade=grade_answer,
-    summarize=accuracy,
     submission=submission,
     submission_name="testdev_balanced_predictions.json",
     splits={"testdev": 12_578},

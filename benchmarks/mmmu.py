@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.files import (each, field, first_existing, image_file, parsed, read_official_json, required_files,
                               to_json)
-from benchmarks.scoring import (LETTER, LETTERS, SHORT, Answered, Example, Grade, Graded, Score, Task, accuracy, mean)
+from benchmarks.scoring import LETTER, LETTERS, SHORT, Answered, Example, Grade, Graded, Score, Task, accuracy, mean
 
 DOMAINS = {
     "Art & Design": "Art Art_Theory Design Music",
@@ -175,7 +175,6 @@ def submission(answered: Answered, folder: Path) -> str:
 
 
 TASK = Task(
-    metric="accuracy",
     read=read,
     grade=grade_answer,
     summarize=summarize,

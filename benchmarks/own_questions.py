@@ -12,7 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from benchmarks.files import checked, each, field, number_of, reading
-from benchmarks.scoring import Example, Task, accuracy, grade_plain
+from benchmarks.scoring import Example, Task, grade_plain
 from lib.archives import Pictures
 from lib.common import jsonl_rows, warn_once
 
@@ -55,10 +55,8 @@ def one_or_more(row: dict, name: str, *kinds: type) -> list:
 
 
 TASK = Task(
-    metric="accuracy",
     read=read,
     grade=grade_plain,
-    summarize=accuracy,
     splits={"all": 0},
     source="--questions FILE --images FOLDER OR ARCHIVE",
 )

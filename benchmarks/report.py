@@ -53,8 +53,8 @@ def remarks(result: dict) -> list[str]:
         bits = f", weights in {settings['bits']} bits" if "bits" in settings else ""
         lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}{bits}, greedy, at most "
                      f"{settings['max_new_tokens']} new tokens.")
-    if task.prompt_note:
-        lines.append(task.prompt_note(settings))
+    if task.ocr_notes:
+        lines.append(task.ocr_notes[settings["ocr"]])
     if result["value"] is None:
         lines.append("Not scored here: the questions come without answers, a judge is needed (--grades, --judge-url), "
                      "or --limit left none of the questions that count.")

@@ -78,68 +78,6 @@ class Score(NamedTuple):
 Answered = list[tuple[Example, str]]            # questions with the text of their answers
 Graded = list[tuple[Example, Grade]]            # and with their grades
 
-
-class Task(NamedTuple):
-    """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
-    metric: str                         # name of the headline number
-    read: Callable                      # (folder, options) -> iterable of Example, in the official order
-    summarize: Callable                 # (Graded) -> Score
-    splits: dict[str, int]              # name -> official number of questions (0: any); the default is the first
-    source: str                         # where the data comes from
-    grade: Callable | None = None       # (Example, text of the answer) -> Grade; None: a judge grades
-    judge: Callable | None = None       # (Answered, options, folder of the results) -> Graded
-    submission: Callable | None = None  # (Answered, data folder) -> content of the file for the benchmark's server
-    submission_name: str = ""
-    folders: tuple[str, ...] = ()       # names of its folder under --root; none: the task's name
-    files: dict[str, str] = {}          # file -> start of the official sha256 ("": not known)
-    published: dict[str, float] = {}    # key of PUBLISHED_MODELS -> score
-    max_new_tokens: int = 128
-    paper_mode: str = "pad"             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
-    mipha_mode: str = "pad"             # and behind Mipha's
-    repeated_ids: bool = False          # question_id names the image, not the question
-    images_only: int = 0                # official number of questions with --img-only
-    blank: bool = False                 # asked again about a blank picture, also without --blank
-    prompt_note: Callable | None = None     # settings -> a remark on the prompt, for the report
-    split_notes: dict[str, str] = {}    # split -> a remark on its score, for the report
-
-# ---------------------------------------------------------------------------------------------------
-# Questions that are asked again about a blank picture
-
-
-def asked_again(examples: list[Example]) -> Iterator[Example]:
-    """Each question, and after one about a picture the same about a blank one."""
-    for example in examples:
-        yield example
-        if example.image is not None:
-            yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
-
-
-def summarize_twice(task: Task, graded: Graded) -> Score:
-    """The benchmark's score over all answers that are graded.
-
-    Where questions are asked again about a blank picture, that score is one of the sub-scores. It takes the answers to
-    questions without a picture as they are.
-    """
-    seen = []
-    unseen = []
-    for example, grade in graded:
-        if example.image == BLANK:
-            unseen[-1] = unseen[-1][0], grade
-        else:
-            seen.append((example, grade))
-            unseen.append((example, grade))
-    score = summarize_scored(task, seen)
-    blank = summarize_scored(task, unseen if len(graded) > len(seen) else [])
-    if score.value is None or blank.value is None:
-        return score
-    return score._replace(numbers={"blank image": blank.value} | score.numbers,
-                          intervals={"blank image": blank.interval})
-
-
-def summarize_scored(task: Task, graded: Graded) -> Score:
-    scored = [(example, grade) for example, grade in graded if grade.score is not None]
-    return task.summarize(scored) if scored else Score()
-
 # ---------------------------------------------------------------------------------------------------
 # The two VQA normalizers
 #
@@ -363,3 +301,68 @@ def paired_test(before: list[float], after: list[float]) -> tuple[float, float, 
         return low, high, p, "McNemar's exact test"
     p = 2 * min((means <= 0).mean(), (means >= 0).mean())
     return low, high, min(1.0, p), "paired bootstrap"
+
+# ---------------------------------------------------------------------------------------------------
+# A benchmark
+
+
+class Task(NamedTuple):
+    """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
+    read: Callable                      # (folder, options) -> iterable of Example, in the official order
+    splits: dict[str, int]              # name -> official number of questions (0: any); the default is the first
+    source: str                         # where the data comes from
+    metric: str = "accuracy"            # name of the headline number
+    summarize: Callable = accuracy      # (Graded) -> Score
+    grade: Callable | None = None       # (Example, text of the answer) -> Grade; None: a judge grades
+    judge: Callable | None = None       # (Answered, options, folder of the results) -> Graded
+    submission: Callable | None = None  # (Answered, data folder) -> content of the file for the benchmark's server
+    submission_name: str = ""
+    folders: tuple[str, ...] = ()       # names of its folder under --root; none: the task's name
+    files: dict[str, str] = {}          # file -> start of the official sha256 ("": not known)
+    published: dict[str, float] = {}    # key of PUBLISHED_MODELS -> score
+    max_new_tokens: int = 128
+    paper_mode: str = "pad"             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
+    mipha_mode: str = "pad"             # and behind Mipha's
+    repeated_ids: bool = False          # question_id names the image, not the question
+    images_only: int = 0                # official number of questions with --img-only
+    blank: bool = False                 # asked again about a blank picture, also without --blank
+    ocr_notes: dict[bool, str] = {}     # --ocr or --no-ocr -> a remark on it, for the report
+    split_notes: dict[str, str] = {}    # split -> a remark on its score, for the report
+
+# ---------------------------------------------------------------------------------------------------
+# Questions that are asked again about a blank picture
+
+
+def asked_again(examples: list[Example]) -> Iterator[Example]:
+    """Each question, and after one about a picture the same about a blank one."""
+    for example in examples:
+        yield example
+        if example.image is not None:
+            yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
+
+
+def summarize_twice(task: Task, graded: Graded) -> Score:
+    """The benchmark's score over all answers that are graded.
+
+    Where questions are asked again about a blank picture, that score is one of the sub-scores. It takes the answers to
+    questions without a picture as they are.
+    """
+    seen = []
+    unseen = []
+    for example, grade in graded:
+        if example.image == BLANK:
+            unseen[-1] = unseen[-1][0], grade
+        else:
+            seen.append((example, grade))
+            unseen.append((example, grade))
+    score = summarize_scored(task, seen)
+    blank = summarize_scored(task, unseen if len(graded) > len(seen) else [])
+    if score.value is None or blank.value is None:
+        return score
+    return score._replace(numbers={"blank image": blank.value} | score.numbers,
+                          intervals={"blank image": blank.interval})
+
+
+def summarize_scored(task: Task, graded: Graded) -> Score:
+    scored = [(example, grade) for example, grade in graded if grade.score is not None]
+    return task.summarize(scored) if scored else Score()

@@ -24,7 +24,6 @@ def summarize(graded: Graded) -> Score:
 
 
 TASK = Task(
-    metric="accuracy",
     read=read,
     grade=grade_plain,
     summarize=summarize,

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from benchmarks.files import (EVAL_ZIP, field, first_existing, found_in, image_file, parsed, required_files, texts_of)
-from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, evalai_accuracy, normalize_evalai
+from benchmarks.scoring import SHORT, Example, Grade, Task, evalai_accuracy, normalize_evalai
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
@@ -38,19 +38,14 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(evalai_accuracy(text, example.truth), normalize_evalai(text))
 
 
-def prompt_note(settings: dict) -> str:
-    return "OCR tokens were in the prompt." if settings["ocr"] else "No OCR tokens were in the prompt."
-
-
 TASK = Task(
     metric="soft accuracy",
     read=read,
     grade=grade_answer,
-    summarize=accuracy,
     splits={"val": 5_000},
     source=f"https://textvqa.org/dataset: TextVQA_0.5.1_val.json, train_val_images.zip; {EVAL_ZIP}",
     files={"llava_textvqa_val_v051_ocr.jsonl": "9f60db6fb89e3692", "TextVQA_0.5.1_val.json": ""},
     published={"llava_phi": 48.6, "mipha": 56.6, "llava": 58.2, "tinyllava": 53.4},
     repeated_ids=True,
-    prompt_note=prompt_note,
+    ocr_notes={True: "OCR tokens were in the prompt.", False: "No OCR tokens were in the prompt."},
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.files import (COCO, EVAL_ZIP, field, found_in, number_of, parsed, read_llava_questions, required_files,
                               texts_of)
-from benchmarks.scoring import SHORT, Answered, Example, Grade, Task, accuracy, normalize_evalai, vqa_accuracy
+from benchmarks.scoring import SHORT, Answered, Example, Grade, Task, normalize_evalai, vqa_accuracy
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
@@ -61,7 +61,6 @@ TASK = Task(
     metric="soft accuracy",
     read=read,
     grade=grade_answer,
-    summarize=accuracy,
     submission=submission,
     submission_name="vqav2_test-dev2015.json",
     splits={"test-dev": 107_394, "val": 214_354},
