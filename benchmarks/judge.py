@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener, getproxies
 
-from benchmarks.files import number_of, parsed, reading, short_sha256, to_json, to_jsonl
+from benchmarks.files import number_of, parsed, read_official_json, reading, short_sha256, to_json, to_jsonl
 from benchmarks.scoring import Answered, Example, Grade, Graded
-from lib.common import read_json, visible, write_whole
+from lib.common import visible, write_whole
 
 MAX_REPLY = 1 << 24         # bytes
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -99,10 +99,12 @@ def collect_grades(file_name: str, prefix: str, ask: Callable[[Example, str, Nam
     judge = re.sub(r"[^\w.-]", "_", options.judge_model or "")
     answers = to_json([text for _, text in answered])
     path = Path(options.grades or out / file_name.format(f"{judge}-{short_sha256(answers.encode())}"))
-    saved = {}
-    if options.grades or path.exists():
-        saved = read_json(path, limit=1 << 32) if not as_rows else dict(
-            parsed(path, lambda row: (str(number_of(row)), row)))
+    if not options.grades and not path.exists():
+        saved = {}
+    elif as_rows:
+        saved = dict(parsed(path, lambda row: (str(number_of(row)), row)))
+    else:
+        saved = read_official_json(path, dict)
     graded = []
     for example, text in answered:
         key = f"{prefix}{example.question_id}"

@@ -487,7 +487,7 @@ def test_submission_files(tmp_path):
 
 
 def read_xlsx(path: Path) -> list[list[int | str]]:
-    """A sheet as write_xlsx makes it, strictly by the standard's names."""
+    """A sheet as mmbench.py makes it, strictly by the standard's names."""
     with zipfile.ZipFile(path) as z:
         sheet = ElementTree.fromstring(z.read("xl/worksheets/sheet1.xml"))
     table, ns = [], {"s": "http://schemas.openxmlformats.org/spreadsheetml/2006/main"}
