@@ -34,8 +34,8 @@ from tqdm import tqdm
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
 from benchmarks.files import read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import (BLANK, Example, Grade, Graded, Task, asked_again, calibration, mean, paired_test,
-                                published_columns, summarize_twice)
+from benchmarks.scoring import (BLANK, Answered, Example, Grade, Graded, Task, asked_again, calibration, mean,
+                                paired_test, published_columns, summarize_twice)
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -136,10 +136,10 @@ def first_questions(questions: list[Example], limit: int | None) -> list[Example
 def data_folder(name: str, task: Task, root: Path) -> Path:
     """A benchmark's folder goes by several names: return the first that holds one of its files, else the first that
     exists, else the first, for the message that says where the files are expected."""
-    def promise(folder: Path) -> tuple[bool, bool]:
-        return any((folder / file).exists() for file in task.files), folder.is_dir()
-
-    return max((root / folder for folder in task.folders or (name,)), key=promise)
+    folders = [root / folder for folder in task.folders or (name,)]
+    holding = [folder for folder in folders if any((folder / file).exists() for file in task.files)]
+    existing = [folder for folder in folders if folder.is_dir()]
+    return [*holding, *existing, *folders][0]
 
 
 def repeated_id(data: Data) -> str:
@@ -161,8 +161,8 @@ def rehearse(data: Data) -> None:
 
 def missing_pictures(data: Data) -> str:
     """Which pictures are not there, "" if all are. Nothing is decoded yet."""
-    pictures = dict.fromkeys(picture for example in data.examples for picture in example.pictures)
-    paths = [picture for picture in pictures if isinstance(picture, Path)]
+    paths = dict.fromkeys(picture for example in data.examples for picture in example.pictures
+                          if isinstance(picture, Path))
     missing = [path for path in paths if not path.is_file()]
     if not missing:
         return ""
@@ -223,12 +223,9 @@ def model_fingerprint(folder: Path) -> str:
 
 def question_settings(data: Data, args: Namespace) -> dict:
     """Which questions are asked, and how they are worded. `score_file` reads these back from settings.json."""
-    settings = {"task": data.name, "split": data.split}
-    for flag in QUESTION_FLAGS:
-        settings[flag] = getattr(args, flag)
-    if args.blank:
-        settings["blank"] = True
-    return settings
+    flags = {flag: getattr(args, flag) for flag in QUESTION_FLAGS}
+    blank = {"blank": True} if args.blank else {}
+    return {"task": data.name, "split": data.split, **flags, **blank}
 
 
 def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -> dict:
@@ -364,6 +361,16 @@ def describe_answers(data: Data, answers: list[dict], graded: Graded) -> dict:
     }
 
 
+def write_submission(data: Data, answered: Answered, out: Path, notes: list[str]) -> str | None:
+    """Write the file for the benchmark's server; return its name. If it cannot be made, a note says why."""
+    try:
+        content = data.task.submission(answered, data.folder)
+        return write_whole(out / data.task.submission_name, content).name
+    except (ValueError, OSError) as e:
+        notes.append(f"submission file not written: {e}")
+        return None
+
+
 def score_task(data: Data, answers: list[dict], args: Namespace, out: Path, settings: dict,
                run: dict | None = None) -> dict:
     """Grade and summarize, write the submission, report.html and result.json, and print the result.
@@ -410,11 +417,7 @@ def score_task(data: Data, answers: list[dict], args: Namespace, out: Path, sett
     # A submission is made only for the published split, and only when every question is answered.
     published_split = data.split == next(iter(task.splits))
     if task.submission and (score.value is None or published_split) and {} not in answers and not args.limit:
-        try:
-            write_whole(out / task.submission_name, task.submission(asked_once, data.folder))
-            result["submission"] = task.submission_name
-        except (ValueError, OSError) as e:
-            notes.append(f"submission file not written: {e}")
+        result["submission"] = write_submission(data, asked_once, out, notes)
     write_whole(out / "report.html", report_page(answers, graded, result))
     write_whole(out / "result.json", to_json(result))
     print_result(result, out, data.examples, answers)
