@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.files import checked, each, field, number_of, reading
 from benchmarks.scoring import Example, Task, grade_plain
 from lib.archives import Pictures
-from lib.common import jsonl_rows, warn_once
+from lib.common import jsonl_rows, visible, warn_once
 
 EXAMPLE = '{"text": "What is this?", "image": "cat.jpg", "answer": "a cat"}'
 QUESTION_FIELDS = ("question_id", "text", "image", "images", "answer", "category")
@@ -32,7 +32,8 @@ def read(folder: Path, options: Namespace) -> list[Example]:
         names |= row
     not_read = ", ".join(name for name in names if name not in QUESTION_FIELDS)
     if not_read:
-        warn_once(f"{options.questions}: {not_read} is not read; the fields are {', '.join(QUESTION_FIELDS)}")
+        fields = ", ".join(QUESTION_FIELDS)
+        warn_once(visible(f"{options.questions}: {not_read} is not read; the fields are {fields}"))
     return examples
 
 

@@ -149,7 +149,8 @@ def bench_scoring(n: int = 100_000) -> None:
     start = time.perf_counter()
     grades = [textvqa.grade_answer(example, f"Answer {example.question_id % 30_000}.") for example in examples]
     score = accuracy(list(zip(examples, grades)))
-    print(f"scoring {n:,} TextVQA answers: {time.perf_counter() - start:.1f} s ({score.value:.1f} {score.interval_method})")
+    seconds = time.perf_counter() - start
+    print(f"scoring {n:,} TextVQA answers: {seconds:.1f} s ({score.value:.1f} {score.interval_method})")
 
 
 def main() -> None:
