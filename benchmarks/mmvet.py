@@ -76,7 +76,7 @@ def summarize(graded: Graded) -> Score:
     """The mean; if the judge graded several times, the score of each run and their standard deviation as sub-scores."""
     times = {len(grade.raw) for _, grade in graded}
     if len(times) > 1:
-        raise ValueError(f"the judge graded {sorted(times)} times, expected the same number for all answers")
+        raise ValueError(f"--grades: graded {sorted(times)} times, expected the same number for all answers")
     runs = [100 * mean(of_run) for of_run in zip(*(grade.raw for _, grade in graded))]
     numbers = {}
     if len(runs) > 1:
