@@ -24,19 +24,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder,
-                        model_fingerprint, parse_or_exit, plural, read_json, read_jsonl, run_command, visible,
-                        write_whole)
+from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, model_fingerprint,
+                        parse_or_exit, plural, read_json, run_command, torchrun_env, visible, write_whole)
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks import PAPER, QUESTION_FLAGS, TASKS, add_benchmark_flags
-from benchmarks.files import first_existing, read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
+from benchmarks.files import read_answers, reading, short_sha256, to_json, to_jsonl, words_asked
 from benchmarks.report import print_all, print_result, report_page
-from benchmarks.scoring import (BLANK, Example, Grade, Score, Task, asked_again, calibration, mean, paired_test,
-                                published_columns, summarize_twice)
-from lib.archives import Member
+from benchmarks.scoring import (BLANK, Answered, Example, Grade, Graded, Task, asked_again, calibration, mean,
+                                paired_test, published_columns, summarize_twice)
 
 # ---------------------------------------------------------------------------------------------------
 # The command line
@@ -46,10 +44,6 @@ def parse(argv: list[str] | None) -> Namespace:
     """Parse the command line. Raises ValueError for a flag that is wrong on its own."""
     parser = Parser(prog="eval.py", description=__doc__)
     on_or_off = BooleanOptionalAction
-    special = []
-    for name, task in TASKS.items():
-        if (task.paper_mode, task.mipha_mode) != ("pad", "pad"):
-            special.append(f"{name} {task.paper_mode} (Mipha {task.mipha_mode})")
     add = parser.add_argument
     add("--task", help=f"comma-separated: {', '.join(TASKS)}; paper stands for {', '.join(PAPER)}")
     add("--root", default="data/eval", help="folder of the benchmark data, laid out like LLaVA's playground/data/eval")
@@ -57,8 +51,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--model", help=f"model folder; default: the first of {', '.join(map(str, USUAL_MODELS))} that exists")
     add("--out", help="folder for answers and results, with a subfolder per task if several; default: out/eval/TASK")
     add("--image-mode", default="model", choices=("model", "paper", "pad", "crop", "squash"),
-        help="model: as the model was trained; paper: as for the published scores, which is pad except for "
-             + ", ".join(special))
+        help="model: as the model was trained; paper: as for the published scores (docs/evaluation.md says how)")
     add("--bits", type=int, choices=(4, 8, 16), default=16,
         help="bits per weight; 16: unquantized, in --dtype; on a GPU, 8 bits save memory but no time")
     add("--dtype", type=dtype_name, help="fp32 or bf16; default: bf16 on a GPU that supports it, fp32 on a CPU")
@@ -82,14 +75,14 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def chosen_tasks(args: Namespace) -> list[str]:
-    """The names in --task, each once, with "paper" expanded. Raises ValueError for an unknown one."""
+    """The names in --task, each once, with "paper" expanded. Raises ValueError for an unknown one, or for several where
+    one answers file is given."""
     names = []
     for word in (args.task or "").split(","):
         names += PAPER if word.strip() == "paper" else [word.strip()]
-    for name in names:
-        if name not in TASKS:
-            problem = f"{name} is unknown" if name else "is missing"
-            raise ValueError(f"--task {problem}: expected one or more of {', '.join(TASKS)}, or paper")
+    number = "one" if args.score or args.compare else "one or more"
+    if not TASKS.keys() >= {*names} or number == "one" and len(names) > 1:
+        raise ValueError(f"--task {args.task or 'is missing'}: expected {number} of {', '.join(TASKS)}, or paper")
     return list(dict.fromkeys(names))
 
 # ---------------------------------------------------------------------------------------------------
@@ -102,41 +95,55 @@ class Data(NamedTuple):
     task: Task
     split: str
     folder: Path
-    examples: list[Example]
-
-    def first(self, limit: int | None) -> "Data":
-        """The first questions; one that is asked again about a blank picture counts once."""
-        starts = [row for row, example in enumerate(self.examples) if example.image != BLANK]
-        return self._replace(examples=self.examples[:starts[limit]] if limit and limit < len(starts) else self.examples)
+    questions: list[Example]        # all that the split has
+    examples: list[Example]         # those that are asked now: all, or the first ones with --limit
 
 
-def load_data(name: str, args: Namespace) -> Data:
-    """Read a benchmark's questions. ValueError says what is missing or wrong, where it belongs, where to get it."""
+def load_data(name: str, args: Namespace, pictures: bool = False) -> Data:
+    """Read a benchmark's questions. ValueError says what is missing or wrong, where it belongs, where to get it.
+
+    pictures: the files of those that are asked must be there too.
+    """
     task = TASKS[name]
     split = args.split or next(iter(task.splits))
-    if split not in task.splits:
-        raise ValueError(f"{name} has no split {split!r}, only {', '.join(task.splits)}")
     folder = data_folder(name, task, Path(args.root))
     options = Namespace(**{**vars(args), "split": split})
-    problem = ""
-    try:
-        data = Data(name, task, split, folder, list(task.read(folder, options)))
-        if args.blank or task.blank:
-            data = data._replace(examples=list(asked_again(data.examples)))
-        problem = repeated_id(data)
-        rehearse(data)
-    except FileNotFoundError as e:
-        problem = f"{e}. Get it: {task.source}"
-    except ValueError as e:
-        problem = str(e)
+    problem = "" if split in task.splits else f"no split {split!r}, only {', '.join(task.splits)}"
+    if not problem:
+        try:
+            questions = list(task.read(folder, options))
+            if args.blank or task.blank:
+                questions = list(asked_again(questions))
+            data = Data(name, task, split, folder, questions, first_questions(questions, args.limit))
+            rehearse(data)
+            problem = repeated_id(data) or (missing_pictures(data) if pictures else "")
+        except FileNotFoundError as e:
+            problem = f"{e}. Get it: {task.source}"
+        except ValueError as e:
+            problem = str(e)
     if problem:
         raise ValueError(f"{name}: {problem}")
     return data
 
 
+def first_questions(questions: list[Example], limit: int | None) -> list[Example]:
+    """One that is asked again about a blank picture counts once."""
+    starts = [row for row, example in enumerate(questions) if example.image != BLANK]
+    return questions[:starts[limit]] if limit and limit < len(starts) else questions
+
+
+def data_folder(name: str, task: Task, root: Path) -> Path:
+    """A benchmark's folder goes by several names: return the first that holds one of its files, else the first that
+    exists, else the first, for the message that says where the files are expected."""
+    folders = [root / folder for folder in task.folders or (name,)]
+    holding = [folder for folder in folders if any((folder / file).exists() for file in task.files)]
+    existing = [folder for folder in folders if folder.is_dir()]
+    return [*holding, *existing, *folders][0]
+
+
 def repeated_id(data: Data) -> str:
     """What is wrong with the ids of the questions as a whole; "" if nothing is."""
-    for number, times in Counter(example.question_id for example in data.examples).most_common(1):
+    for number, times in Counter(example.question_id for example in data.questions).most_common(1):
         if times == 1 or data.task.repeated_ids:
             return ""
         return f"question_id {number!r} occurs {times} times in {data.folder}, expected once"
@@ -146,38 +153,20 @@ def repeated_id(data: Data) -> str:
 def rehearse(data: Data) -> None:
     """Grade an empty answer to every question. Raises ValueError for data that a grader cannot use, which would
     otherwise end the run after the last answer."""
-    grades = []
-    for example in data.examples:
-        with reading(f"{data.folder}, question {example.question_id!r}"):
-            scored = data.task.grade and example.truth is not None
-            grades.append(data.task.grade(example, "") if scored else Grade(None))
+    graded = grade_answers(data, [{"text": ""}] * len(data.examples))
     with reading(data.folder):
-        summarize_twice(data.task, data.examples, grades)
+        summarize_twice(data.task, graded)
 
 
-def data_folder(name: str, task: Task, root: Path) -> Path:
-    """A benchmark's folder goes by several names: return the one that holds its files, else one that exists.
-
-    Without either, return the first, for the message that says where the files are expected.
-    """
-    folders = [root / folder for folder in task.folders or (name,)]
-    for folder in folders:
-        if first_existing(folder, *task.files):
-            return folder
-    for folder in folders:
-        if folder.is_dir():
-            return folder
-    return folders[0]
-
-
-def check_images(data: Data) -> None:
-    """Raise FileNotFoundError if an image is missing. Nothing is decoded yet."""
-    pictures = dict.fromkeys(picture for example in data.examples for picture in example.pictures)
-    paths = [picture for picture in pictures if isinstance(picture, Path)]
+def missing_pictures(data: Data) -> str:
+    """Which pictures are not there, "" if all are. Nothing is decoded yet."""
+    paths = dict.fromkeys(picture for example in data.examples for picture in example.pictures
+                          if isinstance(picture, Path))
     missing = [path for path in paths if not path.is_file()]
-    if missing:
-        problem = f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}"
-        raise FileNotFoundError(f"{data.name}: {problem}. Get them: {data.task.source}")
+    if not missing:
+        return ""
+    return (f"{len(missing):,} of {len(paths):,} images are missing, the first is {missing[0]}. Get them: "
+            f"{data.task.source}")
 
 
 def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str]]:
@@ -203,16 +192,15 @@ def data_versions(data: Data, args: Namespace) -> tuple[dict[str, str], list[str
 def check_benchmarks(names: list[str], args: Namespace) -> None:
     """Print whether each task's data is complete. Raises ValueError when something is missing or not official."""
     bad = 0
+    args.limit = None                       # all of it
     for name in names:
         try:
-            data = load_data(name, args)
-            check_images(data)
+            data = load_data(name, args, pictures=True)
             _, notes = data_versions(data, args)
             problems = [f"{name}: {note}. Get it: {data.task.source}" for note in notes]
-        except (ValueError, FileNotFoundError) as e:
+        except ValueError as e:
             problems = [str(e)]
-        if problems:
-            bad += 1
+        bad += bool(problems)
         for line in problems or [f"{name}: {plural(len(data.examples), 'question')} and all images are there"]:
             print(visible(line))
     if bad:
@@ -225,17 +213,9 @@ def check_benchmarks(names: list[str], args: Namespace) -> None:
 
 def question_settings(data: Data, args: Namespace) -> dict:
     """Which questions are asked, and how they are worded. `score_file` reads these back from settings.json."""
-    settings = {"task": data.name, "split": data.split}
-    for flag in QUESTION_FLAGS:
-        settings[flag] = getattr(args, flag)
-    if args.blank:
-        settings["blank"] = True
-    return settings
-
-
-def reference_model(config) -> str:
-    """The published model (a key of PUBLISHED_MODELS) with this LLaVAConfig's tower: Mipha's has no class token."""
-    return "llava_phi" if config.vision.class_token else "mipha"
+    flags = {flag: getattr(args, flag) for flag in QUESTION_FLAGS}
+    blank = {"blank": True} if args.blank else {}
+    return {"task": data.name, "split": data.split, **flags, **blank}
 
 
 def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -> dict:
@@ -244,22 +224,20 @@ def generation_settings(data: Data, fingerprint: str, config, args: Namespace) -
     The number of processes and the batch size are left out: they change nothing in fp32, and one answer in a few
     hundred in bf16 or with 4-bit weights, whose matmul kernel depends on the number of rows.
     """
-    reference = reference_model(config)
+    # The published model with this tower, a key of PUBLISHED_MODELS: Mipha's has no class token.
+    reference = "llava_phi" if config.vision.class_token else "mipha"
     image_mode = args.image_mode
     if image_mode == "model":
         image_mode = config.image_mode
     elif image_mode == "paper":
         image_mode = data.task.mipha_mode if reference == "mipha" else data.task.paper_mode
     questions = []
-    for example in data.examples:
-        names = [Path(picture.name).name if isinstance(picture, (Path, Member)) else True
-                 for picture in example.pictures]
+    for example in data.questions:
+        names = [Path(getattr(picture, "name", "")).name or True for picture in example.pictures]
         questions.append([example.question_id, example.prompt, names if len(names) > 1 else (*names, False)[0]])
-    arithmetic = {"dtype": args.dtype}
-    if args.bits < 16:
-        arithmetic["bits"] = args.bits
+    bits = {"bits": args.bits} if args.bits < 16 else {}
     return {**question_settings(data, args), "model": fingerprint, "reference": reference, "image_mode": image_mode,
-            **arithmetic, "max_new_tokens": data.task.max_new_tokens,
+            "dtype": args.dtype, **bits, "max_new_tokens": data.task.max_new_tokens,
             "questions": short_sha256(to_json(questions).encode())}
 
 
@@ -270,46 +248,39 @@ def begin(out: Path, settings: dict, limit: int | None = None) -> Iterator[None]
     Raises ValueError when another run holds it, or when it contains answers made with other settings, foreign files,
     or the result of more questions than --limit asks.
     """
-    path = out / "settings.json"
-    if out.exists() and not path.exists():
-        # A run that was killed early leaves its lock, and perhaps a file that was not renamed yet.
-        ours = {LOCK, f".writing_{path.name}"}
-        if not out.is_dir() or {file.name for file in out.iterdir()} - ours:
-            raise ValueError(f"{out} is not empty and was not made by eval.py: give another --out")
     with hold_folder(out):
-        if not path.exists():
-            write_whole(path, to_json(settings))
-        before = read_json(path)
-        changed = []
-        for key in {**before, **settings}:
-            if before.get(key) != settings.get(key):
-                changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
-        more = limit_before(out, limit)
-        if more:
-            changed.append(f"limit was {more}, now {limit}, which would replace the result")
-        if changed:
-            raise ValueError(f"{out} holds results of other settings: {'; '.join(changed)}; give another --out")
+        problem = folder_problem(out, settings, limit)
+        if problem:
+            raise ValueError(f"{out} {problem}; give another --out")
+        write_whole(out / "settings.json", to_json(settings))
         yield
 
 
-def limit_before(out: Path, limit: int | None) -> str:
-    """The --limit of the run whose result is in `out` if it asked more questions than `limit` allows; else ""."""
-    result = read_json(out / "result.json") if limit and (out / "result.json").exists() else {}
-    before = result.get("limit")
-    if "model" not in result.get("settings", {}) or (before and before <= limit):      # of a file: scored in no time
-        return ""
-    return str(before or "none")
+def folder_problem(out: Path, settings: dict, limit: int | None) -> str:
+    """Why these answers may not be written to this folder; "" if they may."""
+    path = out / "settings.json"
+    if not path.exists():
+        # A run that was killed early leaves its lock, and perhaps a file that was not renamed yet.
+        foreign = {file.name for file in out.iterdir()} - {LOCK, f".writing_{path.name}"}
+        return "is not empty and was not made by eval.py" if foreign else ""
+    before = read_json(path)
+    changed = []
+    for key in {**before, **settings}:
+        if before.get(key) != settings.get(key):
+            changed.append(f"{key} was {before.get(key)!r}, now {settings.get(key)!r}")
+    if limit and "model" in before and (out / "result.json").exists():      # without a model: scored again in no time
+        asked = read_json(out / "result.json").get("limit")
+        if asked is None or asked > limit:
+            changed.append(f"limit was {asked or 'none'}, now {limit}, which would replace the result")
+    return f"holds results of other settings: {'; '.join(changed)}" if changed else ""
 
 
-def answers_so_far(out: Path, examples: list[Example]) -> dict[int, dict]:
+def answers_so_far(out: Path, data: Data) -> dict[int, dict]:
     """Row -> answer, from every process of this run and of interrupted ones."""
     answers = {}
     for path in sorted(out.glob("answers*.jsonl")):
-        for line in read_jsonl(path, torn=True):
-            row, number = line.get("row"), line.get("question_id")
-            if not isinstance(row, int) or not 0 <= row < len(examples) or examples[row].question_id != number:
-                raise ValueError(f"{path} answers question {number!r} in row {row!r}, which is not this task's")
-            answers[row] = line
+        found = read_answers(path, data.questions, data.task, allow_missing=True, torn=True)
+        answers |= {row: answer for row, answer in enumerate(found) if answer}
     return answers
 
 
@@ -320,12 +291,11 @@ def plan_batches(examples: list[Example], prompts: dict[int, list[int]], rank: i
     prompts: token ids of each row that is still to be answered. Pictures are assigned to processes round-robin, in task
     order and regardless of what is answered already, so that the assignment is the same after a restart.
     """
-    rows_of_picture: dict[object, list[int]] = defaultdict(list)
+    rows_of_picture = defaultdict(list)
     for row, example in enumerate(examples):
         # Questions without a picture, or with a blank one, share no prefix: they are assigned 64 rows at a time.
-        no_picture = example.image is None or example.image == BLANK
-        key = (example.image, row // 64) if no_picture else example.image
-        rows_of_picture[key].append(row)
+        no_picture = example.image in (None, BLANK)
+        rows_of_picture[example.image, row // 64 if no_picture else 0].append(row)
     groups = []
     for i, rows in enumerate(rows_of_picture.values()):
         open_rows = [row for row in rows if row in prompts]
@@ -336,53 +306,31 @@ def plan_batches(examples: list[Example], prompts: dict[int, list[int]], rank: i
     return [in_order[start:start + batch] for start in range(0, len(in_order), batch)]
 
 
-def write_answers(path: Path, answers: Iterator, examples: list[Example], progress: tqdm) -> None:
+def write_answers(path: Path, answers: Iterator[dict], progress: tqdm) -> None:
     """Append each answer to the file as it ends."""
     written = path.read_bytes() if path.exists() else b""
     with open(path, "ab") as file, progress:
         file.truncate(written.rfind(b"\n") + 1)                 # drop a line that a kill left unfinished
-        for answer in answers:
-            example = examples[answer.row]
-            line = {"row": answer.row, "question_id": example.question_id,
-                    "prompt": example.info.get("saved", example.prompt), "text": answer.text,
-                    "truncated": answer.truncated, "tokens": answer.n_tokens, "logprob": answer.logprob}
+        for line in answers:
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             progress.update()
-
-
-def put_in_order(out: Path, data: Data) -> None:
-    """Merge all processes' answers into one file, in the order of the questions."""
-    answers = answers_so_far(out, data.examples)
-    write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
-    for path in out.glob("answers.*.jsonl"):
-        path.unlink()
 
 # ---------------------------------------------------------------------------------------------------
 # Scoring
 
 
-def match_answers(path: Path, data: Data, args: Namespace) -> list[dict | None]:
-    """The answer to each question of `data`; see read_answers."""
-    return read_answers(path, data.examples, data.task.repeated_ids, args.limit, args.allow_missing)
-
-
-def grade_answers(data: Data, answers: list[dict | None], args: Namespace, out: Path) -> list[Grade]:
-    """Grade each answer by the benchmark's rule or its judge; the score is None where neither is available."""
-    if data.task.judge:
-        if not args.grades and not args.judge_url:
-            return [Grade(None)] * len(answers)
-        texts = [answer["text"] if answer else "" for answer in answers]
-        return data.task.judge(data.examples, texts, args, out)
-    grades = []
+def grade_answers(data: Data, answers: list[dict]) -> Graded:
+    """Grade each answer by the benchmark's rule; the score is None where there is none, or no truth to compare with."""
+    graded = []
     for example, answer in zip(data.examples, answers):
-        if example.truth is None:
-            grades.append(Grade(None))
-        elif answer is None:        # wrong, as in those official scorers that do not crash on it
-            grades.append(Grade(0.0, unparsed=True, raw=(0.0,)))
-        else:
-            grades.append(data.task.grade(example, answer["text"]))
-    return grades
+        grade = Grade(None)
+        if data.task.grade and example.truth is not None:
+            with reading(f"{data.folder}, question {example.question_id!r}"):
+                # A missing one is wrong, as in those official scorers that do not crash on it.
+                grade = data.task.grade(example, answer["text"]) if answer else Grade(0.0, unparsed=True, raw=(0.0,))
+        graded.append((example, grade))
+    return graded
 
 
 def asked_in_other_words(example: Example, answer: dict) -> bool:
@@ -391,59 +339,64 @@ def asked_in_other_words(example: Example, answer: dict) -> bool:
     return words_asked(answer.get("prompt", example.prompt))[:2] != words_asked(example.prompt)[:2]
 
 
-def describe_judge(data: Data, total: Score | None, args: Namespace) -> str | None:
-    """Where the grades come from; None where no judge was asked."""
-    if not data.task.judge or total is None:
+def describe_answers(data: Data, answers: list[dict], graded: Graded) -> dict:
+    """The fields of result.json about the answers as such."""
+    return {
+        "unparsed": sum(grade.unparsed for _, grade in graded),
+        "empty": sum(answer.get("text") == "" for answer in answers),
+        "truncated": sum(bool(answer.get("truncated")) for answer in answers),
+        "missing": answers.count({}),
+        "calibration": None if data.task.judge else calibration(answers, graded),
+        "other_prompts": sum(map(asked_in_other_words, data.examples, answers)),
+    }
+
+
+def write_submission(data: Data, answered: Answered, out: Path, notes: list[str]) -> str | None:
+    """Write the file for the benchmark's server; return its name. If it cannot be made, a note says why."""
+    try:
+        content = data.task.submission(answered, data.folder)
+        return write_whole(out / data.task.submission_name, content).name
+    except (ValueError, OSError) as e:
+        notes.append(f"submission file not written: {e}")
         return None
-    if args.grades:
-        return f"the grades in {Path(args.grades).name}"
-    return f"{args.judge_model}, with this project's prompt"
 
 
-def published_scores(task: Task, settings: dict) -> dict[str, float]:
-    """Name of a model -> its published score; the model to compare with comes first."""
-    scores = {}
-    for model, name in published_columns(settings.get("reference")).items():
-        if model in task.published:
-            scores[name] = task.published[model]
-    return scores
-
-
-def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Path, settings: dict,
+def score_task(data: Data, answers: list[dict], args: Namespace, out: Path, settings: dict,
                run: dict | None = None) -> dict:
-    """Grade and summarize, then write the submission, report.html and result.json."""
+    """Grade and summarize, write the submission, report.html and result.json, and print the result.
+
+    run: how the answers were made; None: as the result that is there says.
+    """
     task = data.task
-    grades = grade_answers(data, answers, args, out)
-    total = summarize_twice(data.task, data.examples, grades)
-    given = [answer for answer in answers if answer]
-    texts = [answer["text"] for answer in given]
-    others = [asked_in_other_words(e, answer) for e, answer in zip(data.examples, answers) if answer]
+    graded = grade_answers(data, answers)
+    answered = [(example, answer.get("text", "")) for example, answer in zip(data.examples, answers)]
+    if task.judge and (args.grades or args.judge_url):
+        graded = task.judge(answered, args, out)
+    score = summarize_twice(task, graded)
+    judge = None
+    if task.judge and score.value is not None:
+        asked = f"{args.judge_model}, with this project's prompt"
+        judge = f"the grades in {Path(args.grades).name}" if args.grades else asked
+    if run is None and "model" in settings and (out / "result.json").exists():
+        run = read_json(out / "result.json")["run"]
     checksums, notes = data_versions(data, args)
-    blank = sum(example.image == BLANK for example in data.examples)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
     if "torch" in sys.modules:              # scoring alone does not import it
         versions["torch"] = sys.modules["torch"].__version__
+    columns = published_columns(settings.get("reference"))
+    asked_once = [(example, text) for example, text in answered if example.image != BLANK]
     result = {
         "task": data.name,
         "split": data.split,
         "metric": task.metric,
-        "n": len(data.examples) - blank,
-        "blank": blank,                     # of these, asked again about a blank picture
-        "scored": sum(g.score is not None for e, g in zip(data.examples, grades) if e.image != BLANK),
-        "value": total.value if total else None,
-        "interval": [total.low, total.high] if total else None,
-        "interval_method": f"95 %, {total.interval}" if total else None,
-        "numbers": total.subscores if total else {},
-        "intervals": total.intervals if total else {},          # of some of these numbers
-        "published": published_scores(task, settings),
-        "unparsed": sum(grade.unparsed for grade in grades),
-        "empty": texts.count(""),
-        "truncated": sum(bool(answer.get("truncated")) for answer in given),
-        "missing": answers.count(None),
-        "calibration": None if task.judge else calibration(data.examples, answers, grades),
-        "other_prompts": others.count(True),
+        "n": len(asked_once),
+        "blank": len(answered) - len(asked_once),       # of these, asked again about a blank picture
+        "scored": sum(grade.score is not None for example, grade in graded if example.image != BLANK),
+        **score._asdict(),
+        "published": {name: task.published[model] for model, name in columns.items() if model in task.published},
+        **describe_answers(data, answers, graded),
         "limit": args.limit,
-        "judge": describe_judge(data, total, args),
+        "judge": judge,
         "submission": None,
         "settings": settings,
         "first_prompt": data.examples[0].prompt,
@@ -454,14 +407,11 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
     }
     # A submission is made only for the published split, and only when every question is answered.
     published_split = data.split == next(iter(task.splits))
-    if task.write_submission and (total is None or published_split) and None not in answers and not args.limit:
-        try:
-            asked = [(e, text) for e, text in zip(data.examples, texts) if e.image != BLANK]
-            result["submission"] = task.write_submission(*map(list, zip(*asked)), data.folder, out).name
-        except (ValueError, OSError) as e:
-            notes.append(f"submission file not written: {e}")
-    write_whole(out / "report.html", report_page(data.examples, answers, grades, result))
+    if task.submission and (score.value is None or published_split) and {} not in answers and not args.limit:
+        result["submission"] = write_submission(data, asked_once, out, notes)
+    write_whole(out / "report.html", report_page(answers, graded, result))
     write_whole(out / "result.json", to_json(result))
+    print_result(result, out, data.examples, answers)
     return result
 
 # ---------------------------------------------------------------------------------------------------
@@ -470,13 +420,14 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
 
 def load_side(path: Path, data: Data, args: Namespace) -> list[tuple[str, float | None]]:
     """Print the score of an answers file; return the text and the score of each answer."""
-    answers = match_answers(path, data, args)
-    grades = [] if data.task.judge else grade_answers(data, answers, args, path.parent)
-    total = summarize_twice(data.task, data.examples, grades)
-    if total is None:
+    answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
+    graded = grade_answers(data, answers)
+    score = summarize_twice(data.task, graded)
+    if score.value is None:
         raise ValueError(f"{data.name}: nothing to compare: these answers are graded on a server or by a judge")
-    print(f"{path}: {data.task.metric} {total.value:.2f} ({total.low:.2f} to {total.high:.2f})")
-    return [(answer["text"] if answer else "", grade.score) for answer, grade in zip(answers, grades)]
+    low, high = score.interval
+    print(f"{path}: {data.task.metric} {score.value:.2f} ({low:.2f} to {high:.2f})")
+    return [(answer.get("text", ""), grade.score) for answer, (_, grade) in zip(answers, graded)]
 
 
 def compare(data: Data, args: Namespace) -> None:
@@ -494,11 +445,11 @@ def compare(data: Data, args: Namespace) -> None:
             word = "better" if new > old else "worse "
             flips.append(f"{word}  question {example.question_id}  {old_text!r} -> {new_text!r}  "
                          f"truth {example.truth!r}")
-    gained = sum(new > old for old, new in zip(before, after))
-    change = 100 * mean([new - old for old, new in zip(before, after)])
+    changes = [new - old for old, new in zip(before, after)]
+    gained = sum(change > 0 for change in changes)
     low, high, p, test = paired_test(before, after)
     print(f"the second is better on {gained:,} of {len(before):,} questions and worse on {len(flips) - gained:,}: "
-          f"{change:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g} ({test})")
+          f"{100 * mean(changes):+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}), p = {p:.3g} ({test})")
     for line in flips:
         print(visible(line))
 
@@ -517,35 +468,30 @@ def score_file(args: Namespace) -> None:
         for name in ("task", "split", *QUESTION_FLAGS):
             setattr(args, name, settings.get(name))
         args.blank = settings.get("blank", False)
-    names = chosen_tasks(args)
-    if len(names) > 1:
-        raise ValueError(f"--score takes one task, these are {len(names)}")
-    data = load_data(names[0], args).first(args.limit)
-    if args.out:
-        out = Path(args.out)
-    else:
-        out = path.parent if settings else Path("out/eval") / f"{data.name}-{path.stem}"
-    answers = match_answers(path, data, args)
+    [name] = chosen_tasks(args)
+    data = load_data(name, args)
+    usual = path.parent if settings else Path("out/eval", f"{name}-{path.stem}")
+    out = Path(args.out or usual)
+    answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
     # A folder of others' answers has no settings, and need not be ours; in any other, they must agree with these.
     foreign = out == path.parent and not settings
     settings = settings or {**question_settings(data, args), "scored": path.name}
     with hold_folder(out) if foreign else begin(out, settings, args.limit):
-        print_result(score_task(data, answers, args, out, settings), out, data.examples, answers)
+        score_task(data, answers, args, out, settings)
 
 
 def answer_and_score(args: Namespace) -> None:
     """Check all the data, then the model; answer the open questions; score task by task."""
     from lib import asking                  # imported here because both need torch, which scoring does without
     from load_weights import load_model
-    tasks = [load_data(name, args) for name in chosen_tasks(args)]
-    for data in tasks:
-        check_images(data.first(args.limit))
+    tasks = [load_data(name, args, pictures=True) for name in chosen_tasks(args)]
     folder = find_model(args.model)
     args.device = asking.own_device(args.device)
     args.dtype = asking.own_dtype(args.dtype, args.device)
     model = asking.Model(folder, load_model, args.dtype, args.device, args.bits)
     fingerprint = model_fingerprint(folder)
-    processes = asking.join_processes()
+    barrier = asking.join_processes()
+    here = torchrun_env()
     results = []
     for data in tasks:
         out = Path(args.out or "out/eval")
@@ -553,15 +499,15 @@ def answer_and_score(args: Namespace) -> None:
             out = out / data.name
         settings = generation_settings(data, fingerprint, model.config, args)
         # Rank 0 locks the folder on behalf of all processes.
-        with begin(out, settings, args.limit) if processes.rank == 0 else nullcontext():
-            processes.barrier()
+        with begin(out, settings, args.limit) if here.rank == 0 else nullcontext():
+            barrier()
             started = time.time()
-            n_asked = answer_missing(data, model, processes, settings, args, out)
-            processes.barrier()
-            if processes.rank == 0:
-                run = {"device": args.device, "processes": processes.world, "batch": args.batch, "exact": args.exact,
+            n_asked = answer_missing(data, model, settings, args, out)
+            barrier()
+            if here.rank == 0:
+                run = {"device": args.device, "processes": here.world, "batch": args.batch, "exact": args.exact,
                        "questions": n_asked, "seconds": round(time.time() - started, 1)}
-                results.append(score_run(data, run, settings, args, out))
+                results.append(score_run(data, run if n_asked else None, settings, args, out))
     if len(results) > 1:
         print_all(results)
     if not args.limit and any(result["value"] is not None for result in results):
@@ -569,33 +515,32 @@ def answer_and_score(args: Namespace) -> None:
               f"--scores {args.out or 'out/eval'}")
 
 
-def answer_missing(data: Data, model, processes, settings: dict, args: Namespace, out: Path) -> int:
+def answer_missing(data: Data, model, settings: dict, args: Namespace, out: Path) -> int:
     """Answer this process's share of the open questions; return how many are open over all processes.
 
-    model, processes: lib.asking.Model and Processes.
+    model: a lib.asking.Model.
     """
-    asked = range(len(data.first(args.limit).examples))
-    todo = set(asked) - answers_so_far(out, data.examples).keys()
+    here = torchrun_env()
+    todo = set(range(len(data.examples))) - answers_so_far(out, data).keys()
     if todo:                                # otherwise no model is loaded
         model.load()
-        prompts = model.encode(data.examples, todo)
-        batches = plan_batches(data.examples, prompts, processes.rank, processes.world, args.batch)
-        answers = model.answers(data.examples, prompts, batches, settings["image_mode"], settings["max_new_tokens"],
-                                args.exact)
-        path = out / (f"answers.{processes.rank}.jsonl" if processes.rank else "answers.jsonl")
-        progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=processes.rank > 0)
-        write_answers(path, answers, data.examples, progress)
+        prompts = model.encode(data.questions, todo)
+        batches = plan_batches(data.questions, prompts, here.rank, here.world, args.batch)
+        answers = model.answers(data.questions, prompts, batches, settings, args.exact)
+        path = out / (f"answers.{here.rank}.jsonl" if here.rank else "answers.jsonl")
+        progress = tqdm(total=sum(map(len, batches)), desc=data.name, unit="q", disable=here.rank > 0)
+        write_answers(path, answers, progress)
     return len(todo)
 
 
-def score_run(data: Data, run: dict, settings: dict, args: Namespace, out: Path) -> dict:
-    """Merge the answers of all processes and score them."""
-    put_in_order(out, data)
-    data = data.first(args.limit)
-    answers = match_answers(out / "answers.jsonl", data, args)
-    result = score_task(data, answers, args, out, settings, run)
-    print_result(result, out, data.examples, answers)
-    return result
+def score_run(data: Data, run: dict | None, settings: dict, args: Namespace, out: Path) -> dict:
+    """Merge the answers of all processes into one file, in the order of the questions, and score them."""
+    answers = answers_so_far(out, data)
+    path = write_whole(out / "answers.jsonl", to_jsonl(answers[row] for row in sorted(answers)))
+    for other in out.glob("answers.*.jsonl"):
+        other.unlink()
+    answers = read_answers(path, data.examples, data.task, args.limit, args.allow_missing)
+    return score_task(data, answers, args, out, settings, run)
 
 
 def main(args: Namespace) -> None:
@@ -603,7 +548,8 @@ def main(args: Namespace) -> None:
     if args.check_data:
         check_benchmarks(chosen_tasks(args), args)
     elif args.compare:
-        compare(load_data(chosen_tasks(args)[0], args).first(args.limit), args)
+        [name] = chosen_tasks(args)
+        compare(load_data(name, args), args)
     elif args.score:
         score_file(args)
     else:

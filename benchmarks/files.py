@@ -3,9 +3,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from benchmarks.scoring import LETTERS, Example
+from benchmarks.scoring import LETTERS, Example, Task
+from lib.archives import name_problem
 from lib.common import jsonl_rows, read_json
 
 # Two downloads that several benchmarks need.
@@ -19,33 +20,30 @@ COCO = "http://images.cocodataset.org/zips"
 # line with published ones. Without it the same questions are rebuilt from the benchmark's official files.
 
 
-def first_existing(folder: Path, *names: str) -> Path | None:
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
-    return None
+def first_existing(folder: Path, names: str) -> Path | None:
+    """The first that exists of "a or b"."""
+    paths = [folder / name for name in names.split(" or ")]
+    return next(filter(Path.exists, paths), None)
 
 
-def required_files(folder: Path, *wanted: str, images: str = "") -> list[Path]:
+def required_files(folder: Path, *wanted: str) -> list[Path]:
     """The path of each file; for "a or b", of the first that exists. FileNotFoundError lists everything that is
-    missing at once, the folder of the pictures (`images`) too."""
-    found = [first_existing(folder, *names.split(" or ")) for names in wanted]
+    missing at once.
+
+    A name that ends in / is the folder of the pictures. Scoring does without, so it may be missing alone.
+    """
+    found = [first_existing(folder, names) for names in wanted]
     missing = [names for names, path in zip(wanted, found) if path is None]
-    if missing:
-        if images and first_existing(folder, *images.split(" or ")) is None:
-            missing.append(f"the folder {images}")
-        first, *others = missing
-        also = f", and so {'are' if len(others) > 1 else 'is'} {', '.join(others)}" if others else ""
-        raise FileNotFoundError(f"{folder / first} is missing{also}")
-    return found
+    if not all(names.endswith("/") for names in missing):
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    return [path or folder / names.split(" or ")[0] for names, path in zip(wanted, found)]
 
 
 def image_file(folder: Path, name: str) -> Path:
     """The path of an image that a data file names. ValueError if it would leave the folder."""
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or set(name) & set("\0\\:"):
-        hint = ": write / between folders" if "\\" in name else ""
-        raise ValueError(f"image name {name!r} is not a plain path inside {folder}{hint}")
+    problem = name_problem(name)
+    if problem:
+        raise ValueError(problem)
     return folder / name
 
 
@@ -58,9 +56,6 @@ def reading(where: str | Path) -> Iterator[None]:
         return
     except KeyError as e:
         problem = f"not in the expected format: {e} is missing"
-    except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1
-        problem = f"not UTF-8 text ({e.object[e.start:e.end]!r} in line {line})"
     except ValueError as e:
         problem = str(e)
     except Exception as e:
@@ -71,11 +66,10 @@ def reading(where: str | Path) -> Iterator[None]:
 KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
 
 
-def field(row: dict | list, name: str | int, *kinds: type, blank: bool = False, among: Sequence = ()):
-    """A field of one of these kinds, a text unless given. ValueError if it is of another kind, empty though not
+def checked(name: str, value: object, *kinds: type, blank: bool = False, among: Sequence = ()):
+    """`value`, of one of these kinds, a text unless given. ValueError if it is of another kind, empty though not
     `blank`, or none of `among`. Neither True nor NaN is a number here."""
     kinds = kinds or (str,)
-    value = row[name]
     right_kind = isinstance(value, kinds) and not isinstance(value, bool) and value == value
     empty = value in ("", [], {}) or isinstance(value, str) and not value.strip()
     if not right_kind or empty and not blank or among and value not in among:
@@ -84,17 +78,32 @@ def field(row: dict | list, name: str | int, *kinds: type, blank: bool = False, 
     return value
 
 
+def field(row: dict, name: str, *kinds: type, **limits):
+    """A field, checked."""
+    return checked(name, row[name], *kinds, **limits)
+
+
+def each(name: str, values: list, *kinds: type, **limits) -> list:
+    """The items of a list, checked."""
+    return [checked(f"{name}[{i}]", value, *kinds, **limits) for i, value in enumerate(values)]
+
+
 def texts_of(row: dict, name: str, key: str = "", blank: bool = False) -> list[str]:
     """A list of texts, or the texts under `key` of its objects; people also answer with an empty one."""
     values = field(row, name, list, blank=blank)
-    if key:
-        return [field(value, key, blank=True) for value in values]
-    return [field(values, i, blank=True) for i in range(len(values))]
+    return each(name, [value[key] for value in values] if key else values, blank=True)
 
 
 def number_of(row: dict) -> int | str:
     """The question_id."""
     return field(row, "question_id", int, str)
+
+
+def found_in(table: dict, key: object, path: Path):
+    """What another file, read into this table, says about a question. ValueError if it says nothing."""
+    if key not in table:
+        raise ValueError(f"{path} has no {key}: another version?")
+    return table[key]
 
 
 def read_official_json(path: Path, kind: type = list) -> dict | list:
@@ -108,8 +117,10 @@ def rows_of(path: Path, key: str = "") -> Iterator[tuple[str, dict]]:
     if path.suffix == ".jsonl":
         yield from jsonl_rows(path)
         return
-    with reading(path):
-        rows = field(read_official_json(path, dict), key, list) if key else read_official_json(path)
+    rows = read_official_json(path, dict if key else list)
+    if key:
+        with reading(path):
+            rows = field(rows, key, list)
     for number, row in enumerate(rows, 1):
         yield f"{path}, row {number}", row
 
@@ -141,8 +152,7 @@ def words_asked(prompt: str) -> list[str]:
     return prompt.replace("<image>", "").strip().split("\n")
 
 
-def rows_of_answers(answers: list[dict], examples: list[Example], repeated_ids: bool,
-                    limit: int | None) -> list[int | None]:
+def rows_of_answers(answers: list[dict], examples: list[Example], task: Task, limit: int | None) -> list[int | None]:
     """The row of the question that each line of an answers file answers; None if unknown.
 
     Our lines contain it. LLaVA's are in the order of the questions, or else are joined by question_id, and where that
@@ -152,49 +162,44 @@ def rows_of_answers(answers: list[dict], examples: list[Example], repeated_ids: 
         return [line["row"] for line in answers]
     ids = [str(example.question_id) for example in examples]
     answered_ids = [str(line["question_id"]) for line in answers]
-    if limit:                           # the file may answer more questions than these
-        answered_ids = answered_ids[:len(ids)]
-    if answered_ids == ids:
+    if (answered_ids[:len(ids)] if limit else answered_ids) == ids:     # with a limit the file may answer more
         return list(range(len(answers)))
 
     def key(question_id: int | str, prompt: str) -> tuple[str, str]:
-        return str(question_id), words_asked(prompt)[0].lower() if repeated_ids else ""
+        return str(question_id), words_asked(prompt)[0].lower() if task.repeated_ids else ""
 
     row_of = {key(example.question_id, example.prompt): row for row, example in enumerate(examples)}
     return [row_of.get(key(line["question_id"], line.get("prompt", ""))) for line in answers]
 
 
-def read_answers(path: Path, examples: list[Example], repeated_ids: bool = False, limit: int | None = None,
-                 allow_missing: bool = False) -> list[dict | None]:
-    """The answer to each question; None where allow_missing lets one be missing.
+def read_answers(path: Path, examples: list[Example], task: Task, limit: int | None = None, allow_missing: bool = False,
+                 torn: bool = False) -> list[dict]:
+    """The answer to each question; {} where allow_missing lets one be missing.
 
     Raises ValueError on foreign, duplicate and missing answers. limit: the examples are only the first ones of the
-    benchmark, so answers to later questions are ignored.
+    benchmark, so answers to later questions are ignored. torn: see jsonl_rows.
     """
-    places = []
-    answers = []
-    ids = [str(example.question_id) for example in examples]
-    for where, line in jsonl_rows(path):
-        texts = [line.get("text"), line.get("prompt", "")]
-        if "question_id" not in line or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{where}: expected question_id, prompt and text, found {', '.join(line)}")
-        places.append(where)
-        answers.append(line)
-    rows = rows_of_answers(answers, examples, repeated_ids, limit)
-    answer_of: list[dict | None] = [None] * len(ids)
-    for where, row, line in zip(places, rows, answers):
-        known = isinstance(row, int) and 0 <= row < len(ids) and str(line["question_id"]) == ids[row]
-        if not known and limit:
-            continue
-        if not known or answer_of[row]:
-            problem = "answered a second time" if known else "not in this task (another split or version?)"
-            raise ValueError(f"{where}: question {line['question_id']!r} is {problem}")
-        answer_of[row] = line
-    if None in answer_of and not allow_missing:
-        first_missing = ids[answer_of.index(None)]
-        raise ValueError(f"{path}: {answer_of.count(None):,} of {len(ids):,} answers are missing, the first to "
-                         f"question {first_missing}; --allow-missing counts them as wrong")
-    return answer_of
+    lines = list(jsonl_rows(path, torn))
+    for where, line in lines:
+        with reading(where):
+            number_of(line)
+            for name in ("text", "prompt"):
+                field({"prompt": ""} | line, name, blank=True)
+    rows = rows_of_answers([line for _, line in lines], examples, task, limit)
+    id_of = {row: str(example.question_id) for row, example in enumerate(examples)}
+    answers = [{}] * len(examples)
+    for (where, line), row in zip(lines, rows):
+        with reading(where):
+            known = id_of.get(row) == str(line["question_id"])
+            if known and not answers[row]:
+                answers[row] = line
+            elif known or not limit:
+                problem = "answered a second time" if known else "not in this task (another split or version?)"
+                raise ValueError(f"question {line['question_id']!r} is {problem}")
+    if {} in answers and not allow_missing:
+        raise ValueError(f"{path}: {answers.count({}):,} of {len(examples):,} answers are missing, the first to "
+                         f"question {id_of[answers.index({})]}; --allow-missing counts them as wrong")
+    return answers
 
 # ---------------------------------------------------------------------------------------------------
 # Writing

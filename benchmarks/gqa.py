@@ -8,21 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.files import field, image_file, read_official_json, reading, required_files
-from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy
-from lib.common import write_whole
+from benchmarks.scoring import SHORT, Answered, Example, Grade, Task
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """LLaVA's question file has these questions in this order and nothing else, so it is not needed."""
     name = "testdev_balanced_questions.json"
-    [path] = required_files(folder / "data", f"{name} or questions1.2/{name} or questions/{name}", images="images")
+    path, images = required_files(folder / "data", f"{name} or questions1.2/{name} or questions/{name}", "images/")
     for question_id, row in read_official_json(path, dict).items():
         with reading(f"{path}, question {question_id}"):
             # GQA's own breakdown: a query is open, every other structure is answered with yes, no or one of two words.
             structural = field(row["types"], "structural")
             kind = "open" if structural == "query" else "binary"
             categories = (kind, f"structural {structural}", f"semantic {field(row['types'], 'semantic')}")
-            image = image_file(folder / "data/images", field(row, "imageId") + ".jpg")
+            image = image_file(images, field(row, "imageId") + ".jpg")
             yield Example(question_id, image, f"{field(row, 'question')}\n{SHORT}", field(row, "answer"), categories)
 
 
@@ -36,19 +35,17 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(answer == example.truth), answer)
 
 
-def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+def submission(answered: Answered, folder: Path) -> str:
     """The file that GQA's own eval.py scores."""
-    predictions = [{"questionId": example.question_id, "prediction": gqa_answer(text)}
-                   for example, text in zip(examples, texts)]
-    return write_whole(out / "testdev_balanced_predictions.json", json.dumps(predictions))
+    return json.dumps([{"questionId": example.question_id, "prediction": gqa_answer(text)}
+                       for example, text in answered])
 
 
 TASK = Task(
-    metric="accuracy",
     read=read,
     grade=grade_answer,
-    summarize=accuracy,
-    write_submission=write_submission,
+    submission=submission,
+    submission_name="testdev_balanced_predictions.json",
     splits={"testdev": 12_578},
     source="https://cs.stanford.edu/people/dorarad/gqa/download.html: images.zip and questions1.2.zip, both into "
            "gqa/data",

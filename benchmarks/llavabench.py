@@ -4,13 +4,15 @@ The score is the mean of our ratings over the mean of GPT-4's. --grades reads a 
 a judge with this project's prompt.
 """
 from argparse import Namespace
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import field, image_file, number_of, parsed, reading, required_files
+from benchmarks.files import field, found_in, image_file, number_of, parsed, required_files
 from benchmarks.judge import ask_judge, collect_grades
-from benchmarks.scoring import Example, Grade, Score, Task, bootstrapped
+from benchmarks.scoring import Example, Grade, Graded, Score, Task, bootstrapped
 
 JUDGE_ROLE = "You are a helpful and precise assistant for checking the quality of the answer."
 RATING_INSTRUCTION = """Two assistants answered the question above, about an image that the context describes.
@@ -20,15 +22,16 @@ Write both ratings on the first line, assistant 1 first, with one space between 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
     """The truth is the material for the judge: a caption that replaces the picture, and GPT-4's answer."""
-    questions, context, answers = required_files(folder, "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl",
-                                                 images="images")
+    questions, context, answers, images = required_files(
+        folder, "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images/")
     captions = dict(parsed(context, lambda row: (field(row, "image"), field(row, "caption"))))
     references = dict(parsed(answers, lambda row: (number_of(row), field(row, "text"))))
 
     def question(row: dict) -> Example:
-        image = image_file(folder / "images", field(row, "image"))
-        truth = {"context": captions[row["image"]], "reference": references[number_of(row)]}
-        return Example(row["question_id"], image, field(row, "text"), truth, (field(row, "category"),))
+        name = field(row, "image")
+        number = number_of(row)
+        truth = {"context": found_in(captions, name, context), "reference": found_in(references, number, answers)}
+        return Example(number, image_file(images, name), field(row, "text"), truth, (field(row, "category"),))
 
     return parsed(questions, question)
 
@@ -56,22 +59,13 @@ def ask_for_review(example: Example, text: str, options: Namespace) -> dict:
             "tuple": llavabench_pair(content), "judge": options.judge_model}
 
 
-def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Grade]:
-    """Reviews in LLaVA's jsonl, one line per answer: question_id, category, content, tuple.
+def read_review(review: dict) -> Grade:
+    """Of LLaVA's jsonl, one line per answer: question_id, category, content, tuple.
 
     raw: the ratings of reference and candidate. A failed review is not scored; upstream averages its -1 in.
     """
-    keys = [example.question_id for example in examples]
-    reviews = collect_grades("llavabench-{}-review.jsonl", keys, ask_for_review, examples, texts, options, out)
-    grades = []
-    for key, review in zip(keys, reviews):
-        with reading(f"the review of question {key}"):
-            reference, candidate = llavabench_pair(field(review, "content", blank=True))
-        if reference > 0:
-            grades.append(Grade(candidate / 10, raw=(reference, candidate)))
-        else:
-            grades.append(Grade(None, unparsed=True))
-    return grades
+    reference, candidate = llavabench_pair(field(review, "content", blank=True))
+    return Grade(candidate / 10, raw=(reference, candidate)) if reference > 0 else Grade(None, unparsed=True)
 
 
 def relative_rating(sums: np.ndarray) -> np.ndarray:
@@ -84,24 +78,25 @@ def relative_rating(sums: np.ndarray) -> np.ndarray:
     return 100 * candidate / np.maximum(reference, 1e-3)
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score:
-    rows = [(*grade.raw, 1.0) for grade in grades]
-    kinds = [example.categories[0] for example in examples]
-    subscores = {}
-    for kind in sorted(set(kinds)) + ["all"]:
-        of_kind = [row for row, row_kind in zip(rows, kinds) if kind in (row_kind, "all")]
-        sums = np.sum(of_kind, axis=0)                                          # (3,)
+def summarize(graded: Graded) -> Score:
+    rows_of = defaultdict(list)
+    for example, grade in graded:
+        for kind in (*example.categories, "all"):
+            rows_of[kind].append((*grade.raw, 1.0))
+    numbers = {}
+    for kind in [*sorted(rows_of.keys() - {"all"}), "all"]:
+        sums = np.sum(rows_of[kind], axis=0)                                    # (3,)
         reference, candidate = 10 * sums[:2] / sums[2]
-        subscores[kind] = float(relative_rating(sums))
-        subscores[f"{kind} reference"] = float(reference)
-        subscores[f"{kind} candidate"] = float(candidate)
-    return bootstrapped(rows, relative_rating, "questions", subscores)
+        numbers[kind] = float(relative_rating(sums))
+        numbers[f"{kind} reference"] = float(reference)
+        numbers[f"{kind} candidate"] = float(candidate)
+    return bootstrapped(rows_of["all"], relative_rating, "questions", numbers)
 
 
 TASK = Task(
     metric="rating relative to GPT-4's answers",
     read=read,
-    judge=judge,
+    judge=partial(collect_grades, "llavabench-{}-review.jsonl", "", ask_for_review, read_review),
     summarize=summarize,
     splits={"all": 60},
     source="https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild",

@@ -12,16 +12,13 @@ import zipfile
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
-from itertools import takewhile
+from functools import cache, partial
 from pathlib import Path
 
 from PIL import Image
 
 from benchmarks.files import field, lettered, reading, required_files
-from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Score, Task, accuracy, mean
-from lib.common import write_whole
+from benchmarks.scoring import LETTER, LETTERS, Answered, Example, Grade, Graded, Score, Task, accuracy, mean
 
 LETTER_CN = "请直接回答选项字母。"
 ABBREVIATIONS = {
@@ -42,29 +39,29 @@ def read(names: str, instruction: str, folder: Path, options: Namespace) -> Iter
     [path] = required_files(folder, names.format(options.split, options.split.upper()))
     rows = list(table_rows(path))
     image_of = {row.get("index"): row.get("image") for _, row in rows}
-    decoded = {}                                # rotations share one bytes object, so the tower runs once
+    decode = cache(picture_in)                  # rotations share one bytes object, so the tower runs once
     for where, row in rows:
         with reading(where):
             image = field(row, "image")
             if len(image) < 64:                 # not a picture but the index of the row that has it
                 image = image_of[image]
-            if image not in decoded:
-                decoded[image] = picture_in(image)
-            field(row, "A")
-            choices = choices_of(row)
-            lines = [cell(row, "hint"), field(row, "question"), lettered(choices.values()), instruction]
-            prompt = "\n".join(line for line in lines if line)
-            parent = cell(row, "l2-category")
-            categories = [ABBREVIATIONS.get(parent, parent), cell(row, "category")]
-            truth = field(row, "answer", among=tuple("ABCD")) if cell(row, "answer") else None
-            sheet = {name: cell(row, name) for name in SHEET if name in row}
-            yield Example(int(float(row["index"])), decoded[image], prompt, truth,
-                          tuple(category for category in categories if category), {"options": choices, "row": sheet})
+            choices = {"A": field(row, "A")}
+            for letter in "BCD":                # up to the first that is missing
+                if not row.get(letter):
+                    break
+                choices[letter] = row[letter]
+            lines = [row.get("hint"), field(row, "question"), lettered(choices.values()), instruction]
+            parent = row.get("l2-category")
+            categories = filter(None, (ABBREVIATIONS.get(parent, parent), row.get("category")))
+            truth = field(row, "answer", among=tuple("ABCD")) if row.get("answer") else None
+            sheet = {name: row[name] for name in SHEET if name in row}
+            yield Example(int(float(row["index"])), decode(image), "\n".join(filter(None, lines)), truth,
+                          tuple(categories), {"options": choices, "row": sheet})
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the place of each row and its cells, "nan" as "". A row that is cut, as the last of a broken download, is
-    refused."""
+    """Yield the place of each row and its cells; "nan" and "None" are an option or a hint that is missing, so "". A
+    row that is cut, as the last of a broken download, is refused."""
     csv.field_size_limit(1 << 28)               # quoted cells may hold newlines and megabytes of base64
     with reading(path):
         text = path.read_bytes().decode("utf-8-sig")
@@ -72,7 +69,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     for number, cells in enumerate(rows, 1):
         if "".join(cells).strip():
             with reading(f"{path}, row {number}"):
-                cells = ["" if text.lower() == "nan" else text for text in cells]
+                cells = ["" if text.lower() in ("nan", "none") else text for text in cells]
                 yield f"{path}, row {number}", dict(zip(heading, cells, strict=True))
 
 
@@ -81,17 +78,6 @@ def picture_in(text: str) -> bytes:
     content = base64.b64decode(text, validate=True)
     Image.open(io.BytesIO(content)).close()
     return content
-
-
-def cell(row: dict[str, str], name: str) -> str:
-    """A cell's text. The releases also write "None" where an option is missing."""
-    text = row.get(name, "")
-    return "" if text.lower() == "none" else text
-
-
-def choices_of(row: dict[str, str]) -> dict[str, str]:
-    """letter -> option, up to the first that is missing."""
-    return dict(takewhile(lambda choice: choice[1], ((letter, cell(row, letter)) for letter in "ABCD")))
 
 
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.",
@@ -128,30 +114,28 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None, raw=(bare_letter,))
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
+def summarize(graded: Graded) -> Score:
     rotations = defaultdict(list)               # question -> (example, grade) of each of its rotations
-    for example, grade in zip(examples, grades):
+    for example, grade in graded:
         rotations[example.question_id % ROTATION].append((example, grade))
-    questions = []
     circular = []
     circular_bare = []
     for pairs in rotations.values():
-        questions.append(pairs[0][0])
-        circular.append(Grade(float(all(grade.score for _, grade in pairs))))
-        circular_bare.append(float(all(grade.raw[0] for _, grade in pairs)))
-    single_pass = [grade.score for example, grade in zip(examples, grades) if example.question_id < ROTATION]
-    subscores = {"circular, bare letters only": 100 * mean(circular_bare), "single pass": 100 * mean(single_pass)}
-    return accuracy(questions, circular, subscores)
+        circular.append((pairs[0][0], Grade(min(grade.score for _, grade in pairs))))
+        circular_bare.append(min(grade.raw[0] for _, grade in pairs))
+    single_pass = [grade.score for example, grade in graded if example.question_id < ROTATION]
+    numbers = {"circular, bare letters only": 100 * mean(circular_bare), "single pass": 100 * mean(single_pass)}
+    return accuracy(circular, numbers)
 
 
-def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+def submission(answered: Answered, folder: Path) -> bytes:
     """A sheet with the columns of the .tsv (answer only if it has one), index as a number, missing options empty."""
-    columns = [name for name in SHEET if name in examples[0].info["row"] or name == "prediction"]
+    rows = [{**example.info["row"], "index": example.question_id, "prediction": text} for example, text in answered]
+    columns = [name for name in SHEET if name in rows[0]]
     table = [columns]
-    for example, text in zip(examples, texts):
-        row = {**example.info["row"], "index": example.question_id, "prediction": text}
-        table.append([row[name] or "" for name in columns])
-    return write_xlsx(out / "mmbench.xlsx", table)
+    for row in rows:
+        table.append([row[name] for name in columns])
+    return xlsx(table)
 
 # ---------------------------------------------------------------------------------------------------
 # The submission's format
@@ -193,8 +177,8 @@ def _xlsx_cell(value: int | str, place: str) -> str:
     return f'<c r="{place}" t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
 
 
-def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
-    """Write one sheet of numbers and texts, as the five parts of a minimal workbook (ECMA-376).
+def xlsx(table: list[list[int | str]]) -> bytes:
+    """One sheet of numbers and texts, as the five parts of a minimal workbook (ECMA-376).
 
     The format is a zip of small xml files, which saves a dependency that only this submission would need.
     """
@@ -202,16 +186,13 @@ def write_xlsx(path: Path, table: list[list[int | str]]) -> Path:
     for r, row in enumerate(table, 1):
         cells = "".join(_xlsx_cell(value, f"{LETTERS[column]}{r}") for column, value in enumerate(row))
         sheet.append(f'<row r="{r}">{cells}</row>')
-    parts = dict(WORKBOOK_PARTS)
-    parts["xl/worksheets/sheet1.xml"] = (
-        f'<worksheet xmlns="{SPREADSHEET}"><sheetData>{"".join(sheet)}</sheetData></worksheet>')
+    sheet = f'<worksheet xmlns="{SPREADSHEET}"><sheetData>{"".join(sheet)}</sheetData></worksheet>'
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for name, xml in parts.items():
-            # A fixed date makes the file reproducible.
-            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-            archive.writestr(entry, XML_HEAD + xml, zipfile.ZIP_DEFLATED)
-    return write_whole(path, packed.getvalue())
+        for name, xml in {**WORKBOOK_PARTS, "xl/worksheets/sheet1.xml": sheet}.items():
+            # An entry is of 1980 unless told otherwise, which makes the file reproducible.
+            archive.writestr(zipfile.ZipInfo(name), XML_HEAD + xml, zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
 
 
 TASK = Task(
@@ -219,7 +200,8 @@ TASK = Task(
     read=partial(read, "mmbench_{0}_20230712.tsv or MMBench_{1}_EN_legacy.tsv", LETTER),
     grade=grade_answer,
     summarize=summarize,
-    write_submission=write_submission,
+    submission=submission,
+    submission_name="mmbench.xlsx",
     splits={"dev": 4_377, "test": 0},
     source="https://github.com/open-compass/MMBench (the legacy .tsv files)",
     files={"mmbench_dev_20230712.tsv": ""},
@@ -227,11 +209,10 @@ TASK = Task(
     max_new_tokens=1024,
 )
 
-TASK_CN = replace(
-    TASK,
+TASK_CN = TASK._replace(
     read=partial(read, "mmbench_{0}_cn_20231003.tsv or MMBench_{1}_CN_legacy.tsv", LETTER_CN),
     splits={"dev": 0, "test": 0},
-    folders=("mmbench_cn", "mmbench"),
-    files={"mmbench_dev_cn_20231003.tsv": ""},
+    folders=("mmbench", "mmbench_cn"),
+    files=dict.fromkeys(["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN_legacy.tsv"], ""),
     published={"llava": 58.3},
 )

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from benchmarks.files import EVAL_ZIP, field, first_existing, reading, required_files, rows_of
-from benchmarks.scoring import SHORT, Example, Grade, Score, Task, bootstrapped
+from benchmarks.files import EVAL_ZIP, field, first_existing, found_in, parsed, reading, required_files
+from benchmarks.scoring import SHORT, Example, Grade, Graded, Score, Task, bootstrapped
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -21,8 +21,7 @@ SUBTASKS = PERCEPTION + COGNITION
 
 def read(folder: Path, options: Namespace) -> list[Example]:
     """Truths come from the release, order and wording from LLaVA's file if present."""
-    [release] = required_files(folder, "MME_Benchmark_release_version")
-    release = first_existing(release, "MME_Benchmark") or release
+    [release] = required_files(folder, "MME_Benchmark_release_version/MME_Benchmark or MME_Benchmark_release_version")
     official = {}                               # (subtask, image stem, question) -> example
     for subtask in SUBTASKS:
         for image, question, answer in read_subtask(release / subtask):
@@ -31,11 +30,10 @@ def read(folder: Path, options: Namespace) -> list[Example]:
     examples = list(official.values())
     llava_file = first_existing(folder, "llava_mme.jsonl")
     if llava_file:
-        examples = in_llavas_order(llava_file, official, release)
-    per_image = Counter(f"{example.categories[0]}/{example.image.stem}" for example in examples)
-    odd = [image for image, n in per_image.items() if n != 2]
+        examples = parsed(llava_file, lambda row: llavas_question(row, official, release))
+    odd = [image for image, n in Counter(example.image for example in examples).items() if n != 2]
     if odd:
-        raise ValueError(f"{release}: {len(odd)} images do not have two questions each, the first is {odd[0]}")
+        raise ValueError(f"{len(odd)} images do not have two questions each, the first is {odd[0]}")
     return examples
 
 
@@ -63,19 +61,12 @@ def question_and_answer(line: str) -> tuple[str, str]:
     return found[1].replace("Please answer yes or no.", "").strip(), found[2]
 
 
-def in_llavas_order(path: Path, official: dict, release: Path) -> list[Example]:
+def llavas_question(row: dict, official: dict, release: Path) -> Example:
     """official: (subtask, image stem, question) -> example. File extensions differ between releases."""
-    examples = []
-    for where, row in rows_of(path):
-        with reading(where):
-            image = PurePosixPath(field(row, "question_id"))
-            subtask = image.parts[0]
-            question = field(row, "text").removesuffix(SHORT).strip()
-            example = official.get((subtask, image.stem, question))
-            if example is None:
-                raise ValueError(f"no answer in {release / subtask} for the question {question!r} about {image}")
-            examples.append(example._replace(question_id=row["question_id"]))
-    return examples
+    image = PurePosixPath(field(row, "question_id"))
+    question = field(row, "text").removesuffix(SHORT).strip()
+    example = found_in(official, (image.parts[0], image.stem, question), release)
+    return example._replace(question_id=row["question_id"])
 
 
 def mme_yes_no(text: str) -> str:
@@ -104,19 +95,18 @@ def perception(counts: np.ndarray) -> np.ndarray:
     return subtask_scores(counts)[..., :len(PERCEPTION)].sum(-1)
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score:
+def summarize(graded: Graded) -> Score:
     """The bootstrap resamples images, because the two questions about one image are not independent."""
     scores_of_image = defaultdict(list)
-    for example, grade in zip(examples, grades):
+    for example, grade in graded:
         scores_of_image[example.categories[0], example.image].append(grade.score)
     counts = np.zeros((len(scores_of_image), len(SUBTASKS), 4))
     for i, ((subtask, _), right) in enumerate(scores_of_image.items()):
         counts[i, SUBTASKS.index(subtask)] = sum(right), len(right), all(right), 1
     scores = subtask_scores(counts.sum(0))                                      # (subtasks,)
-    subscores = {"cognition": float(scores[len(PERCEPTION):].sum())}
-    for subtask, value in zip(SUBTASKS, scores):
-        subscores[subtask] = float(value)
-    return bootstrapped(counts, perception, "images", subscores)
+    cognition = float(scores[len(PERCEPTION):].sum())
+    numbers = {"cognition": cognition} | dict(zip(SUBTASKS, scores.tolist()))
+    return bootstrapped(counts, perception, "images", numbers)
 
 
 TASK = Task(

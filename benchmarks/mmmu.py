@@ -8,13 +8,11 @@ import ast
 import random
 import re
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import (field, first_existing, image_file, read_official_json, reading, required_files, rows_of,
+from benchmarks.files import (each, field, first_existing, image_file, parsed, read_official_json, required_files,
                               to_json)
-from benchmarks.scoring import LETTER, LETTERS, SHORT, Example, Grade, Score, Task, accuracy, mean
-from lib.common import write_whole
+from benchmarks.scoring import LETTER, LETTERS, SHORT, Answered, Example, Grade, Graded, Score, Task, accuracy, mean
 
 DOMAINS = {
     "Art & Design": "Art Art_Theory Design Music",
@@ -26,42 +24,42 @@ DOMAINS = {
     "Tech & Engineering": """Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power
                              Materials Mechanical_Engineering""",
 }
+DOMAIN_OF = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    domain_of = {subject: domain for domain, subjects in DOMAINS.items() for subject in subjects.split()}
-    answers = {}
-    answer_file = first_existing(folder, "answer_dict_val.json")
-    if options.split == "val" and answer_file:
-        answers = read_official_json(answer_file, dict)
-    [path] = required_files(folder, f"{options.split}.jsonl", images="images")
-    for where, row in rows_of(path):
-        with reading(where):
-            number = field(row, "id")
-            choices = {}
-            prompt = f"{field(row, 'question')}\n{SHORT}"
-            if row["question_type"] == "multiple-choice":
-                choices = dict(zip(LETTERS, listed(row["options"])))
-                lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
-                prompt = f"{row['question']}\n{lines}\n{LETTER}"
-            truth = answers[number]["ground_truth"] if number in answers else row["answer"]
-            if not isinstance(truth, str) or re.fullmatch(r"\[['\"].*['\"]\]", truth):
-                truth = listed(truth)                                   # but "[1, 2]" is an interval
-            if truth in ("", "?"):                                      # test has no answers
-                truth = None
-            elif choices:
-                truth = truth if isinstance(truth, list) else [truth]
-                truth = [field(truth, i, among=list(choices)) for i in range(len(truth))]
-            subject = number.split("_", 1)[1].rsplit("_", 1)[0]         # "validation_Art_Theory_2" -> "Art_Theory"
-            yield Example(number, image_file(folder / "images", field(row, "image_1")), prompt, truth,
-                          (domain_of[subject], subject), {"options": choices})
+def read(folder: Path, options: Namespace) -> list[Example]:
+    answer_file = first_existing(folder, f"answer_dict_{options.split}.json")
+    answers = read_official_json(answer_file, dict) if answer_file else {}
+    path, images = required_files(folder, f"{options.split}.jsonl", "images/")
+    return parsed(path, lambda row: mmmu_question(row, images, answers))
 
 
-def listed(value: object) -> list[str]:
+def mmmu_question(row: dict, images: Path, answers: dict) -> Example:
+    """answers: those that have several spellings, by id."""
+    number = field(row, "id")
+    choices = {}
+    prompt = f"{field(row, 'question')}\n{SHORT}"
+    if row["question_type"] == "multiple-choice":
+        choices = dict(zip(LETTERS, listed("options", row["options"])))
+        lines = "".join(f"({letter}) {choice}\n" for letter, choice in choices.items())
+        prompt = f"{row['question']}\n{lines}\n{LETTER}"
+    truth = answers[number]["ground_truth"] if number in answers else row["answer"]
+    if not isinstance(truth, str) or re.fullmatch(r"\[['\"].*['\"]\]", truth):
+        truth = listed("answer", truth)                         # but "[1, 2]" is an interval
+    if truth in ("", "?"):                                      # test has no answers
+        truth = None
+    elif choices:
+        truth = each("answer", truth if isinstance(truth, list) else [truth], among=list(choices))
+    subject = number.split("_", 1)[1].rsplit("_", 1)[0]         # "validation_Art_Theory_2" -> "Art_Theory"
+    return Example(number, image_file(images, field(row, "image_1")), prompt, truth, (DOMAIN_OF[subject], subject),
+                   {"options": choices})
+
+
+def listed(name: str, value: object) -> list[str]:
     """A list of texts. The parquet files store it as its Python source, such as "['24/7', '3.429']"."""
     if isinstance(value, str):
         value = ast.literal_eval(value)
-    return [str(field(value, i, str, int, float, blank=True)) for i in range(len(value))]
+    return list(map(str, each(name, value, str, int, float, blank=True)))
 
 # ---------------------------------------------------------------------------------------------------
 # Reading an answer, by the rules of MMMU's own eval_utils.py
@@ -136,15 +134,12 @@ def mmmu_open(text: str) -> set[float | str]:
 
 def mmmu_open_correct(text: str, truth: str | list[str]) -> bool:
     """Right if a number in the answer equals a truth, or a phrase of the answer contains one."""
-    truths = []
     for spelling in [truth] if isinstance(truth, str) else truth:
-        truths += mmmu_value(spelling)
-    for value in mmmu_open(text):
-        if isinstance(value, str):
-            if any(isinstance(t, str) and t in value for t in truths):
-                return True
-        elif value in truths:
-            return True
+        for right in mmmu_value(spelling):
+            for value in mmmu_open(text):
+                contains = isinstance(right, str) and isinstance(value, str) and right in value
+                if contains or right == value:
+                    return True
     return False
 
 
@@ -157,35 +152,34 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(right), letter or "", unparsed=letter is None)
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
+def summarize(graded: Graded) -> Score:
     """Where no choice can be read the official code draws one at random (seed 42, in file order)."""
     rng = random.Random(42)
     drawn = []
-    for example, grade in zip(examples, grades):
+    for example, grade in graded:
         options = example.info.get("options")
         if options and grade.unparsed:
-            letter = rng.choice(list(options))
-            grade = grade._replace(score=float(letter in example.truth))
-        drawn.append(grade)
-    as_wrong = 100 * mean([grade.score for grade in grades])
-    return accuracy(examples, drawn, subscores={"unparsed = wrong": as_wrong})
+            grade = Grade(float(rng.choice(list(options)) in example.truth))
+        drawn.append((example, grade))
+    as_wrong = 100 * mean([grade.score for _, grade in graded])
+    return accuracy(drawn, {"unparsed = wrong": as_wrong})
 
 
-def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+def submission(answered: Answered, folder: Path) -> str:
     """The chosen letter, or the whole open answer."""
     answers = {}
-    for example, text in zip(examples, texts):
+    for example, text in answered:
         options = example.info.get("options")
         answers[example.question_id] = (mmmu_choice(text, options) or "") if options else text
-    return write_whole(out / "mmmu.json", to_json(answers))
+    return to_json(answers)
 
 
 TASK = Task(
-    metric="accuracy",
     read=read,
     grade=grade_answer,
     summarize=summarize,
-    write_submission=write_submission,
+    submission=submission,
+    submission_name="mmmu.json",
     splits={"val": 900, "test": 10_500},
     source="https://huggingface.co/datasets/MMMU/MMMU, rows of the parquet files as val.jsonl, image_1 a file in "
            "images/",

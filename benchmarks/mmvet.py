@@ -6,14 +6,14 @@ project's prompt: another judge shifts the score by several points.
 """
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.files import field, image_file, read_official_json, reading, required_files, texts_of, to_json
 from benchmarks.judge import ask_judge, collect_grades
-from benchmarks.scoring import Example, Grade, Score, Task, accuracy, mean
-from lib.common import write_whole
+from benchmarks.scoring import Answered, Example, Grade, Graded, Score, Task, accuracy, mean
 
 GRADING_INSTRUCTION = """Rate how correct a prediction is: 0.0 (all wrong), 0.1, 0.2 and so on to 1.0 (all right).
 <AND> in the ground truth: all of its parts must be there for 1.0. <OR>: any one of its parts is enough.
@@ -30,12 +30,12 @@ TRIES = 5
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """The bare question, no instruction. Sub-scores: each ability, and each set of abilities, as in the paper."""
-    [path] = required_files(folder, "mm-vet.json", images="images")
+    path, images = required_files(folder, "mm-vet.json", "images/")
     for key, row in read_official_json(path, dict).items():
         with reading(f"{path}, question {key}"):
             abilities = texts_of(row, "capability")
             categories = (*abilities, "set " + "+".join(sorted(abilities)))
-            image = image_file(folder / "images", field(row, "imagename"))
+            image = image_file(images, field(row, "imagename"))
             yield Example(int(key.removeprefix("v1_")), image, field(row, "question"), field(row, "answer"), categories)
 
 
@@ -63,48 +63,40 @@ def ask_for_grade(example: Example, text: str, options: Namespace) -> dict[str, 
     return {"model": [options.judge_model], "content": [reply], "score": [grade or 0.0]}
 
 
-def judge(examples: list[Example], texts: list[str], options: Namespace, out: Path) -> list[Grade]:
-    """Grades in the official *-grade-Nruns.json layout: {"v1_0": {"model": [], "content": [], "score": []}}.
+def read_runs(grade: dict) -> Grade:
+    """Of the official *-grade-Nruns.json: {"v1_0": {"model": [], "content": [], "score": []}}.
 
     A file may hold several runs of the judge; an answer's score is their mean, and raw has the grade of each.
     """
-    keys = [f"v1_{example.question_id}" for example in examples]
-    grades = collect_grades("mm-vet-{}-grade-1runs.json", keys, ask_for_grade, examples, texts, options, out)
-    scores = []
-    for key, grade in zip(keys, grades):
-        with reading(f"the grade of {key}"):
-            scores.append(tuple(map(float, field(grade, "score", list))))
-    runs = {len(of_runs) for of_runs in scores}
-    if len(runs) != 1 or runs == {0}:
-        raise ValueError(f"{options.grades}: graded {sorted(runs)} times, expected the same number for all answers")
-    return [Grade(mean(of_runs), raw=of_runs) for of_runs in scores]
+    scores = tuple(map(float, field(grade, "score", list)))
+    return Grade(mean(scores), raw=scores)
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
+def summarize(graded: Graded) -> Score:
     """The mean; if the judge graded several times, the score of each run and their standard deviation as sub-scores."""
-    runs = []
-    for of_run in zip(*(grade.raw for grade in grades)):
-        runs.append(100 * mean(of_run))
-    subscores = {}
+    times = {len(grade.raw) for _, grade in graded}
+    if len(times) > 1:
+        raise ValueError(f"--grades: graded {sorted(times)} times, expected the same number for all answers")
+    runs = [100 * mean(of_run) for of_run in zip(*(grade.raw for _, grade in graded))]
+    numbers = {}
     if len(runs) > 1:
-        for i, score in enumerate(runs, 1):
-            subscores[f"run {i}"] = score
-        subscores["std over runs"] = float(np.std(runs))
-    return accuracy(examples, grades, subscores)
+        numbers = {f"run {i}": score for i, score in enumerate(runs, 1)}
+        numbers["std over runs"] = float(np.std(runs))
+    return accuracy(graded, numbers)
 
 
-def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+def submission(answered: Answered, folder: Path) -> str:
     """{"v1_0": answer, ...}, as the official notebook and the space read it."""
-    answers = {f"v1_{example.question_id}": text for example, text in zip(examples, texts)}
-    return write_whole(out / "mm-vet.json", to_json(answers))
+    return to_json({f"v1_{example.question_id}": text for example, text in answered})
 
 
 TASK = Task(
     metric="judge's score",
     read=read,
-    judge=judge,
+    judge=partial(collect_grades, "mm-vet-{}-grade-1runs.json", "v1_", ask_for_grade, read_runs),
     summarize=summarize,
-    write_submission=write_submission,
+    submission=submission,
+    submission_name="mm-vet.json",
     splits={"test": 218},
     source="https://github.com/yuweihao/MM-Vet/releases: mm-vet.zip",
     folders=("mm-vet", "mmvet", "mmvet/mm-vet"),

@@ -6,49 +6,45 @@ appears with what the picture shows (adversarial). Papers report the mean of the
 import re
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.files import COCO, EVAL_ZIP, field, first_existing, image_file, number_of, reading, required_files
-from benchmarks.scoring import SHORT, Example, Grade, Score, Task, bootstrapped, mean
+from benchmarks.files import (COCO, EVAL_ZIP, field, first_existing, found_in, image_file, number_of, parsed,
+                              reading, required_files)
+from benchmarks.scoring import SHORT, Example, Grade, Graded, Score, Task, bootstrapped, mean
 from lib.common import jsonl_rows
 
 # LLaVA's file makes question_id unique across the three kinds by these offsets.
 OFFSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    """Labels are joined by image and question.
+def read(folder: Path, options: Namespace) -> list[Example]:
+    """LLaVA's rows are joined with the official ones by image and question.
 
     The official scorer joins by position, and silently misaligns the 3,000 random rows of POPE's HEAD.
     """
-    rows = []
-    label_of = {}
-    paths = required_files(folder, *(f"coco/coco_pope_{kind}.json" for kind in OFFSETS), images="val2014")
+    examples = []
+    official = {}
+    *paths, images = required_files(folder, *(f"coco/coco_pope_{kind}.json" for kind in OFFSETS), "val2014/")
     for (kind, offset), path in zip(OFFSETS.items(), paths):
-        for where, official in jsonl_rows(path):
+        for where, row in jsonl_rows(path):
             with reading(where):
-                row = {"question_id": field(official, "question_id", int) + offset, "image": field(official, "image"),
-                       "text": f"{field(official, 'text')}\n{SHORT}", "category": kind}
-                rows.append((where, row))
-                label_of[question_key(row)] = field(official, "label", among=("yes", "no"))
+                image = image_file(images, field(row, "image"))
+                example = Example(field(row, "question_id", int) + offset, image, f"{field(row, 'text')}\n{SHORT}",
+                                  field(row, "label", among=("yes", "no")), (kind,))
+                examples.append(example)
+                official[question_key(row, kind)] = example
     llava_file = first_existing(folder, "llava_pope_test.jsonl")
-    for where, row in jsonl_rows(llava_file) if llava_file else rows:
-        with reading(where):
-            image = image_file(folder / "val2014", field(row, "image"))
-            label = label_of.get(question_key(row))
-            if label is None:
-                raise ValueError(f"question {row['question_id']} has no label in coco_pope_{row['category']}.json: "
-                                 "another version?")
-            yield Example(number_of(row), image, row["text"], label, (row["category"],))
+    if llava_file is None:
+        return examples
+    return parsed(llava_file, lambda row: found_in(official, question_key(row, row["category"]), folder / "coco")
+                  ._replace(question_id=number_of(row), prompt=row["text"]))
 
 
-def question_key(row: dict) -> tuple[str, str, str]:
+def question_key(row: dict, kind: str) -> tuple[str, str, str]:
     """Identifies a question across files. Early versions misspell "image" as "imange"."""
-    question = field(row, "text").split("\n")[0].replace("imange", "image")
-    return field(row, "category"), row["image"], question
+    return kind, row["image"], field(row, "text").split("\n")[0].replace("imange", "image")
 
 
 def grade_answer(example: Example, text: str) -> Grade:
@@ -62,42 +58,38 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(answer == example.truth), answer, unparsed=not yes_or_no)
 
 
-# The cells of the confusion matrix, and which one an answer belongs to, from the truth and its score.
-TRUE_YES, FALSE_YES, FALSE_NO, TRUE_NO = range(4)
-COLUMNS = {("yes", 1.0): TRUE_YES, ("no", 0.0): FALSE_YES, ("yes", 0.0): FALSE_NO, ("no", 1.0): TRUE_NO}
-
-
 def f1(counts: np.ndarray) -> np.ndarray:
-    """(..., kinds, 4) -> (..., kinds). 0 where there is neither a positive label nor a positive answer."""
-    true_yes = counts[..., TRUE_YES]
-    wrong = counts[..., FALSE_YES] + counts[..., FALSE_NO]
+    """(..., kinds, 2, 2) -> (..., kinds). The counts: is yes the truth, is the answer right. F1 is 0 where there is
+    neither a positive label nor a positive answer."""
+    true_yes = counts[..., 1, 1]
+    wrong = counts[..., 0].sum(-1)
     return 2 * true_yes / np.maximum(2 * true_yes + wrong, 1)
 
 
 def mean_f1(counts: np.ndarray) -> np.ndarray:
-    """(..., kinds, 4) -> (...), the headline."""
+    """(..., kinds, 2, 2) -> (...), the headline."""
     return 100 * f1(counts).mean(-1)
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score:
-    kinds = sorted({example.categories[0] for example in examples})
+def summarize(graded: Graded) -> Score:
+    kinds = sorted({example.categories[0] for example, _ in graded})
     # The bootstrap resamples images, because the questions about one image are not independent.
-    counts_of_image = defaultdict(lambda: np.zeros((len(kinds), 4)))
-    for example, grade in zip(examples, grades):
+    counts_of_image = defaultdict(lambda: np.zeros((len(kinds), 2, 2)))
+    for example, grade in graded:
         kind = kinds.index(example.categories[0])
-        counts_of_image[example.image][kind, COLUMNS[example.truth, grade.score]] += 1
-    totals = sum(counts_of_image.values())                              # (kinds, 4)
-    subscores = {"accuracy": 100 * mean([grade.score for grade in grades])}
-    for kind, kind_f1, (true_yes, false_yes, false_no, true_no) in zip(kinds, f1(totals), totals):
+        counts_of_image[example.image][kind, int(example.truth == "yes"), int(grade.score)] += 1
+    totals = sum(counts_of_image.values())                              # (kinds, 2, 2)
+    numbers = {"accuracy": 100 * mean([grade.score for _, grade in graded])}
+    for kind, kind_f1, ((false_yes, true_no), (false_no, true_yes)) in zip(kinds, f1(totals), totals):
         n = true_yes + false_yes + false_no + true_no
-        numbers = {"F1": kind_f1,
+        of_kind = {"F1": kind_f1,
                    "accuracy": (true_yes + true_no) / n,
                    "precision": true_yes / max(true_yes + false_yes, 1),
                    "recall": true_yes / max(true_yes + false_no, 1),
                    "yes ratio": (true_yes + false_yes) / n}
-        for name, value in numbers.items():
-            subscores[f"{kind} {name}"] = float(100 * value)
-    return bootstrapped(list(counts_of_image.values()), mean_f1, "images", subscores)
+        for name, value in of_kind.items():
+            numbers[f"{kind} {name}"] = float(100 * value)
+    return bootstrapped(list(counts_of_image.values()), mean_f1, "images", numbers)
 
 
 TASK = Task(

@@ -13,13 +13,12 @@ from PIL import Image
 
 from benchmarks import TASKS
 from benchmarks.files import words_asked
-from benchmarks.scoring import BLANK, Example, Grade, published_columns
+from benchmarks.scoring import BLANK, Example, Graded, published_columns
 from lib.archives import Member
 from lib.common import html_page, plural, visible
 
 WRONG_ANSWERS = 60          # shown in the report
 SHOWN_ANSWERS = 20          # to one's own questions, on the screen
-MOST_PIXELS = 89_000_000    # of a picture that gets a thumbnail; Pillow warns of larger ones
 
 
 def headline(result: dict) -> list[str]:
@@ -54,8 +53,8 @@ def remarks(result: dict) -> list[str]:
         bits = f", weights in {settings['bits']} bits" if "bits" in settings else ""
         lines.append(f"Image mode {settings['image_mode']}, {settings['dtype']}{bits}, greedy, at most "
                      f"{settings['max_new_tokens']} new tokens.")
-    if task.prompt_note:
-        lines.append(task.prompt_note(settings))
+    if task.ocr_notes:
+        lines.append(task.ocr_notes[settings["ocr"]])
     if result["value"] is None:
         lines.append("Not scored here: the questions come without answers, a judge is needed (--grades, --judge-url), "
                      "or --limit left none of the questions that count.")
@@ -94,7 +93,7 @@ def print_table(table: list[list[str]]) -> None:
         print("  ".join(["", name.ljust(first), *padded]).rstrip())
 
 
-def print_result(result: dict, out: Path, examples: list[Example], answers: list[dict | None]) -> None:
+def print_result(result: dict, out: Path, examples: list[Example], answers: list[dict]) -> None:
     if result["task"] == "jsonl":
         print_answers(examples, answers)
     print(f"\n{result['task']} ({result['split']})")
@@ -103,11 +102,11 @@ def print_result(result: dict, out: Path, examples: list[Example], answers: list
         print(f"  {visible(line)}")
 
 
-def print_answers(examples: list[Example], answers: list[dict | None]) -> None:
+def print_answers(examples: list[Example], answers: list[dict]) -> None:
     """The first answers to one's own questions, which are read rather than scored."""
     for example, answer in list(zip(examples, answers))[:SHOWN_ANSWERS]:
         question = words_asked(example.prompt)[-1][:80]
-        print(visible(f"  {example.question_id}: {question} -> {answer['text'] if answer else '(missing)'}"))
+        print(visible(f"  {example.question_id}: {question} -> {answer.get('text', '(missing)')}"))
     if len(examples) > SHOWN_ANSWERS:
         print(f"  and {len(examples) - SHOWN_ANSWERS:,} more in answers.jsonl")
 
@@ -150,7 +149,7 @@ def thumbnail(image: Path | Member | bytes | str) -> str:
     try:
         source = image.open() if isinstance(image, Member) else io.BytesIO(image) if isinstance(image, bytes) else image
         with Image.open(source, formats=("JPEG", "PNG", "WEBP", "GIF", "BMP")) as picture:
-            if picture.width * picture.height > MOST_PIXELS:
+            if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:         # Pillow would only warn
                 return ""
             picture = picture.convert("RGB")
             picture.thumbnail((160, 160))
@@ -162,44 +161,41 @@ def thumbnail(image: Path | Member | bytes | str) -> str:
 
 def html_table(rows: list[list[str]], style: str, pictures: list[list[str]] | None = None) -> str:
     """A heading and rows of text, all escaped. pictures: data URIs, a list for each row."""
-    lines = []
+    lines = ""
     for i, row in enumerate(rows):
         tag = "td" if i else "th"
         cells = [html.escape(visible(text)) for text in row]
-        if pictures is not None:
-            shown = pictures[i - 1] if i else []                # the heading has none
-            cells.insert(0, "".join(f'<img src="{address}" alt="">' for address in shown if address))
-        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n")
-    return f'<div class="wide"><table class="{style}">\n{"".join(lines)}</table></div>\n'
+        if pictures:
+            cells.insert(0, "".join(f'<img src="{address}" alt="">' for address in pictures[i] if address))
+        lines += "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n"
+    return f'<div class="wide"><table class="{style}">\n{lines}</table></div>\n'
 
 
-def report_page(examples: list[Example], answers: list[dict | None], grades: list[Grade], result: dict) -> str:
+def report_page(answers: list[dict], graded: Graded, result: dict) -> str:
     """The score table, and a sample of the wrong answers, or of all where none is scored, spread over the task."""
-    wrong = []
-    unscored = []
-    for example, answer, grade in zip(examples, answers, grades):
-        row = example, answer["text"] if answer else "(missing)", grade
+    scored = any(grade.score is not None for _, grade in graded)
+    listed = []
+    for answer, (example, grade) in zip(answers, graded):
         # An answer about a blank picture is not wrong, it is a measurement.
-        if grade.score is None:
-            unscored.append(row)
-        elif grade.score < 0.5 and example.image != BLANK:
-            wrong.append(row)
-    title, listed = ("Wrong answers", wrong) if len(unscored) < len(examples) else ("Answers", unscored)
+        wrong = grade.score is not None and grade.score < 0.5 and example.image != BLANK
+        if wrong or not scored:
+            listed.append((example, answer.get("text", "(missing)"), grade))
     shown = listed[::max(1, math.ceil(len(listed) / WRONG_ANSWERS))]
     rows = [["question_id", "question", "answer", "read as", "truth"]]
-    pictures = []
+    pictures = [[]]                                             # the heading has none
     for example, text, grade in shown:
         truth = example.truth if isinstance(example.truth, str) else json.dumps(example.truth, ensure_ascii=False)
         rows.append([str(example.question_id), example.prompt, text, grade.parsed, truth])
-        pictures.append([thumbnail(picture) for picture in example.pictures])
+        pictures.append(list(map(thumbnail, example.pictures)))
     body = html_table(result_table(result), "scores")
     for line in remarks(result):
         body += f"<p>{html.escape(visible(line))}</p>\n"
     if result["calibration"]:
-        rows_of_table = [[row["confidence"], f"{row['n']:,}", f"{row['mean']:.3f}", f"{row['accuracy']:.3f}"]
-                         for row in result["calibration"]["table"]]
-        body += "<h2>Accuracy by confidence</h2>\n"
-        body += html_table([["confidence", "answers", "mean", "accuracy"], *rows_of_table], "scores")
+        table = [["confidence", "answers", "mean", "accuracy"]]
+        for row in result["calibration"]["table"]:
+            table.append([row["confidence"], f"{row['n']:,}", f"{row['mean']:.3f}", f"{row['accuracy']:.3f}"])
+        body += "<h2>Accuracy by confidence</h2>\n" + html_table(table, "scores")
+    title = "Wrong answers" if scored else "Answers"
     body += f"<h2>{title}: {len(listed):,}, of which {len(shown):,} are shown</h2>\n"
     body += html_table(rows, "answers", pictures)
     return html_page(f"{result['task']} ({result['split']})", body, STYLE)

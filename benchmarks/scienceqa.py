@@ -5,18 +5,19 @@ All are asked, those without a picture as text only, but papers report the accur
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, lettered, parsed, read_official_json,
                               reading, required_files, texts_of)
-from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Score, Task, accuracy
+from benchmarks.scoring import LETTER, LETTERS, Example, Grade, Task, accuracy
 
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 
 
 def read(folder: Path, options: Namespace) -> Iterator[Example]:
     """problems.json has the truth; LLaVA's file, if present, says which questions are asked and how they are worded."""
-    problems_file, splits = required_files(folder, "problems.json", "pid_splits.json", images="images/test or test")
+    problems_file, splits, images = required_files(folder, "problems.json", "pid_splits.json", "images/test/ or test/")
     problems = read_official_json(problems_file, dict)
     with reading(splits):
         texts = dict.fromkeys(texts_of(read_official_json(splits, dict), "test"))
@@ -24,7 +25,6 @@ def read(folder: Path, options: Namespace) -> Iterator[Example]:
     if llava_file:
         texts = dict(parsed(llava_file, lambda row: (
             field(row, "id"), field(row["conversations"][0], "value").replace("<image>", "").strip())))
-    images = first_existing(folder, "images/test", "test") or folder / "images/test"
     for pid, text in texts.items():
         with reading(f"{problems_file}, question {pid}"):
             problem = problems[pid]
@@ -71,16 +71,11 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(float(letter == example.truth), letter or "", unparsed=letter is None)
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    """The headline counts the questions with an image; "all", the subjects, contexts and years are sub-scores."""
-    return accuracy(examples, grades, only="IMG")
-
-
 TASK = Task(
     metric="accuracy on questions with an image",
     read=read,
     grade=grade_answer,
-    summarize=summarize,
+    summarize=partial(accuracy, only="IMG"),
     splits={"test": 4_241},
     images_only=2_017,
     source=f"https://github.com/lupantech/ScienceQA: problems.json, pid_splits.json, images/test; {EVAL_ZIP}",

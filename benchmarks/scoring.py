@@ -4,10 +4,8 @@ Everything is plain Python and numpy and works on text, so that answers can be s
 """
 import math
 import re
-from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +32,8 @@ PUBLISHED_MODELS = {
 
 def published_columns(reference: str | None) -> dict[str, str]:
     """PUBLISHED_MODELS, with the model to compare with (`reference`, if known) first."""
-    if reference is None:
-        return PUBLISHED_MODELS
-    return {reference: PUBLISHED_MODELS[reference]} | PUBLISHED_MODELS
+    first = {reference: PUBLISHED_MODELS[reference]} if reference else {}
+    return first | PUBLISHED_MODELS
 
 # ---------------------------------------------------------------------------------------------------
 # Types
@@ -69,80 +66,17 @@ class Grade(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A headline number with its 95 % interval, and the sub-scores."""
-    value: float
-    low: float
-    high: float
-    interval: str                       # the method
-    subscores: dict[str, float]
-    intervals: dict[str, tuple[float, float]] = {}      # those of some sub-scores
+    """A headline number with its 95 % interval, and the sub-scores; without a value where nothing is scored. The names
+    are those in result.json."""
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    interval_method: str | None = None
+    numbers: dict[str, float] = {}                      # the sub-scores
+    intervals: dict[str, tuple[float, float]] = {}      # those of some of them
 
 
-Reader = Callable[[Path, Namespace], Iterable[Example]]
-Grader = Callable[[Example, str], Grade]
-Judge = Callable[[list[Example], list[str], Namespace, Path], list[Grade]]
-Summarizer = Callable[[list[Example], list[Grade]], Score | None]
-SubmissionWriter = Callable[[list[Example], list[str], Path, Path], Path]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
-    metric: str                                         # name of the headline number
-    read: Reader                                        # (folder, options) -> questions, in the official order
-    summarize: Summarizer
-    splits: dict[str, int]                              # name -> official number of questions (0: any); default first
-    source: str                                         # where the data comes from
-    grade: Grader | None = None                         # None: a judge grades
-    judge: Judge | None = None                          # (questions, answers, options, folder of the results) -> grades
-    write_submission: SubmissionWriter | None = None    # (questions, answers, data folder, results) -> the file
-    folders: tuple[str, ...] = ()                       # names of its folder under --root; none: the task's name
-    files: dict[str, str] = field(default_factory=dict)         # file -> start of the official sha256 ("": not known)
-    published: dict[str, float] = field(default_factory=dict)   # key of PUBLISHED_MODELS -> score
-    max_new_tokens: int = 128
-    paper_mode: str = "pad"                             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
-    mipha_mode: str = "pad"                             # and behind Mipha's
-    repeated_ids: bool = False                          # question_id names the image, not the question
-    images_only: int = 0                                # official number of questions with --img-only
-    blank: bool = False                                 # asked again about a blank picture, also without --blank
-    prompt_note: Callable[[dict], str] | None = None    # settings -> a remark on the prompt, for the report
-    split_notes: dict[str, str] = field(default_factory=dict)   # split -> a remark on its score, for the report
-
-# ---------------------------------------------------------------------------------------------------
-# Questions that are asked again about a blank picture
-
-
-def asked_again(examples: list[Example]) -> Iterator[Example]:
-    """Each question, and after one about a picture the same about a blank one."""
-    for example in examples:
-        yield example
-        if example.image is not None:
-            yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
-
-
-def summarize_twice(task: Task, examples: list[Example], grades: list[Grade]) -> Score | None:
-    """The benchmark's score over all graded answers; None if there are none.
-
-    Where questions are asked again about a blank picture, that score is one of the sub-scores. It takes the answers to
-    questions without a picture as they are.
-    """
-    def score(pairs: list[tuple[Example, Grade]]) -> Score | None:
-        scored = [(example, grade) for example, grade in pairs if grade.score is not None]
-        return task.summarize(*map(list, zip(*scored))) if scored else None
-
-    seen, unseen = [], []
-    for example, grade in zip(examples, grades):
-        if example.image == BLANK:
-            unseen[-1] = unseen[-1][0], grade
-        else:
-            seen.append((example, grade))
-            unseen.append((example, grade))
-    total = score(seen)
-    without = score(unseen) if len(grades) > len(seen) else None
-    if total is None or without is None:
-        return total
-    return total._replace(subscores={"blank image": without.value} | total.subscores,
-                          intervals={"blank image": (without.low, without.high)})
+Answered = list[tuple[Example, str]]            # questions with the text of their answers
+Graded = list[tuple[Example, Grade]]            # and with their grades
 
 # ---------------------------------------------------------------------------------------------------
 # The two VQA normalizers
@@ -257,7 +191,7 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else 0.0
 
 
-def interval_of_mean(scores: list[float]) -> tuple[float, float, str]:
+def interval_of_mean(scores: list[float]) -> tuple[tuple[float, float], str]:
     """-> low and high in per cent, and the method.
 
     Wilson's interval where every answer is right or wrong (it stays inside 0 to 100 and is not empty when all are
@@ -270,63 +204,63 @@ def interval_of_mean(scores: list[float]) -> tuple[float, float, str]:
         scale = 1 + z * z / n
         middle = (p + z * z / (2 * n)) / scale
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-        method = "Wilson"
+        method = "95 %, Wilson"
     else:
         variance = mean([(x - p) ** 2 for x in scores])
         middle = p
         half = z * math.sqrt(variance / n)
-        method = "normal"
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half), method
+        method = "95 %, normal"
+    return (100 * max(0.0, middle - half), 100 * min(1.0, middle + half)), method
 
 
-def accuracy(examples: list[Example], grades: list[Grade], subscores: dict[str, float] | None = None,
-             only: str | None = None) -> Score | None:
+def accuracy(graded: Graded, numbers: dict[str, float] = {}, only: str = "") -> Score:
     """Mean score in per cent, with the mean of each category as sub-scores.
 
-    subscores: further ones, shown before those of the categories. only: the headline is on the questions of this
-    category, and the mean over all of them becomes a sub-score. None where --limit leaves no question that counts.
+    numbers: further ones, shown before those of the categories. only: the headline is on the questions of this
+    category, of which --limit may leave none, and the mean over all of them becomes a sub-score.
     """
-    scores = [grade.score for grade in grades]
+    scores = [grade.score for _, grade in graded]
     by_category = defaultdict(list)
-    for example, grade in zip(examples, grades):
+    for example, grade in graded:
         for category in example.categories:
             by_category[category].append(grade.score)
-    subscores = dict(subscores or {})
     if only:
-        subscores["all"] = 100 * mean(scores)
+        numbers = numbers | {"all": 100 * mean(scores)}
         scores = by_category[only]
     if not scores:
-        return None
-    for category, of_category in sorted(by_category.items()):
-        subscores[category] = 100 * mean(of_category)
-    return Score(100 * mean(scores), *interval_of_mean(scores), subscores)
+        return Score()
+    of_categories = {category: 100 * mean(by_category[category]) for category in sorted(by_category)}
+    return Score(100 * mean(scores), *interval_of_mean(scores), numbers | of_categories)
 
 
-def calibration(examples: list[Example], answers: list[dict | None], grades: list[Grade]) -> dict | None:
+def calibration(answers: list[dict], graded: Graded) -> dict | None:
     """Are confident answers right? None if no scored answer has "logprob", the mean over its "tokens".
 
     An answer's confidence is its probability as a whole. -> the expected calibration error over tenths of confidence,
     and a row for each tenth; one more for questions that are unanswerable (VizWiz has them).
     """
     rows = defaultdict(list)
-    for example, answer, grade in zip(examples, answers, grades):
-        logprob, n = [(answer or {}).get(key) for key in ("logprob", "tokens")]
+    for answer, (example, grade) in zip(answers, graded):
+        logprob, n = answer.get("logprob"), answer.get("tokens")
         is_known = type(logprob) is float and -1e9 < logprob <= 0 and type(n) is int and 0 < n < 1e6
         if grade.score is None or example.image == BLANK or not is_known:
             continue
         confidence = math.exp(logprob * n)
         tenth = min(int(10 * confidence), 9)
-        for name in (f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}", *{"unanswerable"} & {*example.categories}):
-            rows[name].append((confidence, grade.score))
-    table = [dict(zip(("confidence", "n", "mean", "accuracy"), (name, len(pairs), *map(mean, zip(*pairs)))))
-             for name, pairs in sorted(rows.items())]
+        rows[f"{tenth / 10:.1f} to {(tenth + 1) / 10:.1f}"].append((confidence, grade.score))
+        if "unanswerable" in example.categories:
+            rows["unanswerable"].append((confidence, grade.score))
+    table = []
+    for name, pairs in sorted(rows.items()):
+        confidences, scores = zip(*pairs)
+        table.append({"confidence": name, "n": len(pairs), "mean": mean(confidences), "accuracy": mean(scores)})
     tenths = [row for row in table if row["confidence"] != "unanswerable"]
     errors = [row["n"] * abs(row["mean"] - row["accuracy"]) for row in tenths]
     return {"error": sum(errors) / sum(row["n"] for row in tenths), "table": table} if table else None
 
 
 def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.ndarray], unit: str,
-                 subscores: dict[str, float]) -> Score:
+                 numbers: dict[str, float]) -> Score:
     """Score of a metric that is computed from summed counts, such as F1, with a bootstrap interval.
 
     counts: (units, ...), what each unit adds to the sums. The units are resampled, so they must be independent: images,
@@ -339,9 +273,9 @@ def bootstrapped(counts: list | np.ndarray, metric: Callable[[np.ndarray], np.nd
     # How often each unit occurs in n draws with replacement is a multinomial sample.
     times_drawn = rng.multinomial(n, np.full(n, 1 / n), size=1000)                  # (draws, units)
     of_draws = metric(np.tensordot(times_drawn, counts, 1))                         # (draws,)
-    low, high = np.percentile(of_draws, [2.5, 97.5])
-    method = f"bootstrap over {unit}, 1000 draws, seed 0"
-    return Score(float(metric(counts.sum(0))), float(low), float(high), method, subscores)
+    interval = tuple(np.percentile(of_draws, [2.5, 97.5]).tolist())
+    method = f"95 %, bootstrap over {unit}, 1000 draws, seed 0"
+    return Score(float(metric(counts.sum(0))), interval, method, numbers)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -363,8 +297,72 @@ def paired_test(before: list[float], after: list[float]) -> tuple[float, float, 
     means = np.array([differences[rng.integers(n, size=n)].mean() for _ in range(1000)])
     low, high = np.percentile(means, [2.5, 97.5])
     if set(before + after) <= {0.0, 1.0}:
-        gained = int((differences > 0).sum())
-        lost = int((differences < 0).sum())
-        return low, high, mcnemar(gained, lost), "McNemar's exact test"
+        p = mcnemar(int((differences > 0).sum()), int((differences < 0).sum()))
+        return low, high, p, "McNemar's exact test"
     p = 2 * min((means <= 0).mean(), (means >= 0).mean())
     return low, high, min(1.0, p), "paired bootstrap"
+
+# ---------------------------------------------------------------------------------------------------
+# A benchmark
+
+
+class Task(NamedTuple):
+    """A benchmark as eval.py sees it. Each benchmark's file ends with its own."""
+    read: Callable                      # (folder, options) -> iterable of Example, in the official order
+    splits: dict[str, int]              # name -> official number of questions (0: any); the default is the first
+    source: str                         # where the data comes from
+    metric: str = "accuracy"            # name of the headline number
+    summarize: Callable = accuracy      # (Graded) -> Score
+    grade: Callable | None = None       # (Example, text of the answer) -> Grade; None: a judge grades
+    judge: Callable | None = None       # (Answered, options, folder of the results) -> Graded
+    submission: Callable | None = None  # (Answered, data folder) -> content of the file for the benchmark's server
+    submission_name: str = ""
+    folders: tuple[str, ...] = ()       # names of its folder under --root; none: the task's name
+    files: dict[str, str] = {}          # file -> start of the official sha256 ("": not known)
+    published: dict[str, float] = {}    # key of PUBLISHED_MODELS -> score
+    max_new_tokens: int = 128
+    paper_mode: str = "pad"             # image mode behind LLaVA-Phi's and LLaVA-1.5's scores
+    mipha_mode: str = "pad"             # and behind Mipha's
+    repeated_ids: bool = False          # question_id names the image, not the question
+    images_only: int = 0                # official number of questions with --img-only
+    blank: bool = False                 # asked again about a blank picture, also without --blank
+    ocr_notes: dict[bool, str] = {}     # --ocr or --no-ocr -> a remark on it, for the report
+    split_notes: dict[str, str] = {}    # split -> a remark on its score, for the report
+
+# ---------------------------------------------------------------------------------------------------
+# Questions that are asked again about a blank picture
+
+
+def asked_again(examples: list[Example]) -> Iterator[Example]:
+    """Each question, and after one about a picture the same about a blank one."""
+    for example in examples:
+        yield example
+        if example.image is not None:
+            yield example._replace(question_id=f"{example.question_id}/blank", image=BLANK)
+
+
+def summarize_twice(task: Task, graded: Graded) -> Score:
+    """The benchmark's score over all answers that are graded.
+
+    Where questions are asked again about a blank picture, that score is one of the sub-scores. It takes the answers to
+    questions without a picture as they are.
+    """
+    seen = []
+    unseen = []
+    for example, grade in graded:
+        if example.image == BLANK:
+            unseen[-1] = unseen[-1][0], grade
+        else:
+            seen.append((example, grade))
+            unseen.append((example, grade))
+    score = summarize_scored(task, seen)
+    blank = summarize_scored(task, unseen if len(graded) > len(seen) else [])
+    if score.value is None or blank.value is None:
+        return score
+    return score._replace(numbers={"blank image": blank.value} | score.numbers,
+                          intervals={"blank image": blank.interval})
+
+
+def summarize_scored(task: Task, graded: Graded) -> Score:
+    scored = [(example, grade) for example, grade in graded if grade.score is not None]
+    return task.summarize(scored) if scored else Score()

@@ -6,29 +6,24 @@ model knows without looking, and the chance level are sub-scores.
 shapes/questions.jsonl: question_id, image, text, answer, category, chance; shapes/images/.
 """
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import field, image_file, number_of, reading, required_files, rows_of
-from benchmarks.scoring import Example, Grade, Score, Task, accuracy, grade_plain, mean
+from benchmarks.files import field, image_file, number_of, parsed, required_files
+from benchmarks.scoring import Example, Graded, Score, Task, accuracy, grade_plain, mean
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
-    [path] = required_files(folder, "questions.jsonl", images="images")
-    for where, row in rows_of(path):
-        with reading(where):
-            image = image_file(folder / "images", field(row, "image"))
-            example = Example(number_of(row), image, field(row, "text"), field(row, "answer"),
-                              (field(row, "category"),), {"chance": field(row, "chance", int, float)})
-        yield example
+def read(folder: Path, options: Namespace) -> list[Example]:
+    path, images = required_files(folder, "questions.jsonl", "images/")
+    return parsed(path, lambda row: Example(
+        number_of(row), image_file(images, field(row, "image")), field(row, "text"), field(row, "answer"),
+        (field(row, "category"),), {"chance": field(row, "chance", int, float)}))
 
 
-def summarize(examples: list[Example], grades: list[Grade]) -> Score | None:
-    return accuracy(examples, grades, {"chance": 100 * mean([example.info["chance"] for example in examples])})
+def summarize(graded: Graded) -> Score:
+    return accuracy(graded, {"chance": 100 * mean([example.info["chance"] for example, _ in graded])})
 
 
 TASK = Task(
-    metric="accuracy",
     read=read,
     grade=grade_plain,
     summarize=summarize,

@@ -4,69 +4,48 @@ LLaVA puts the words that an OCR program read into the prompt. That line is wort
 without it (`--no-ocr`) are not comparable.
 """
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import (EVAL_ZIP, field, first_existing, image_file, parsed, reading, required_files, rows_of,
-                              texts_of)
-from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, evalai_accuracy, normalize_evalai
+from benchmarks.files import (EVAL_ZIP, field, first_existing, found_in, image_file, parsed, required_files, texts_of)
+from benchmarks.scoring import SHORT, Example, Grade, Task, evalai_accuracy, normalize_evalai
 
 
-def read(folder: Path, options: Namespace) -> Iterator[Example]:
+def read(folder: Path, options: Namespace) -> list[Example]:
     llava_file = first_existing(folder, "llava_textvqa_val_v051_ocr.jsonl")
     words = [] if llava_file or not options.ocr else ["TextVQA_Rosetta_OCR_v0.2_val.json"]
-    official, *words = required_files(folder, "TextVQA_0.5.1_val.json", *words, images="train_images")
-    questions = llavas_questions(llava_file) if llava_file else rebuilt_questions(official, words)
+    official, images, *words = required_files(folder, "TextVQA_0.5.1_val.json", "train_images/", *words)
     # A question that occurs twice for one picture is scored on the later answers both times, because LLaVA's
     # eval_textvqa.py keeps them in a dictionary like this one.
     humans_of = dict(parsed(official, lambda row: (
         (field(row, "image_id"), field(row, "question").lower()), texts_of(row, "answers")), "data"))
-    for where, image_id, lines in questions:
-        with reading(where):
-            humans = humans_of.get((image_id, lines[0].lower()), [])
-            if len(humans) != 10:
-                raise ValueError(f"{official.name} lacks ten answers to the question {lines[0]!r} about {image_id}")
-            prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
-            yield Example(image_id, image_file(folder / "train_images", f"{image_id}.jpg"), prompt, humans)
-
-
-def llavas_questions(path: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield place, image and the lines of the prompt: the question, the OCR words, the instruction."""
-    for where, row in rows_of(path):
-        with reading(where):
-            yield where, field(row, "question_id"), field(row, "text").split("\n")
-
-
-def rebuilt_questions(path: Path, words: list[Path]) -> Iterator[tuple[str, str, list[str]]]:
-    """The same from the official questions, and from the file of OCR words unless the prompt goes without."""
     words_of = {}
-    for words_file in words:
-        words_of |= parsed(words_file, lambda row: (
+    for path in words:
+        words_of |= parsed(path, lambda row: (
             field(row, "image_id"), ", ".join(texts_of(row, "ocr_tokens", blank=True))), "data")
-    for where, row in rows_of(path, "data"):
-        with reading(where):
-            image_id = field(row, "image_id")
-            ocr = f"Reference OCR token: {words_of.get(image_id, '')}"
-            yield where, image_id, [field(row, "question").capitalize(), ocr, SHORT]
+
+    def question(row: dict) -> Example:
+        image_id = field(row, "question_id" if llava_file else "image_id")
+        ocr = f"Reference OCR token: {words_of.get(image_id, '')}"
+        lines = field(row, "text").split("\n") if llava_file else [field(row, "question").capitalize(), ocr, SHORT]
+        humans = found_in(humans_of, (image_id, lines[0].lower()), official)
+        prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
+        return Example(image_id, image_file(images, f"{image_id}.jpg"), prompt, humans)
+
+    return parsed(llava_file or official, question, "data")
 
 
 def grade_answer(example: Example, text: str) -> Grade:
     return Grade(evalai_accuracy(text, example.truth), normalize_evalai(text))
 
 
-def prompt_note(settings: dict) -> str:
-    return "OCR tokens were in the prompt." if settings["ocr"] else "No OCR tokens were in the prompt."
-
-
 TASK = Task(
     metric="soft accuracy",
     read=read,
     grade=grade_answer,
-    summarize=accuracy,
     splits={"val": 5_000},
     source=f"https://textvqa.org/dataset: TextVQA_0.5.1_val.json, train_val_images.zip; {EVAL_ZIP}",
     files={"llava_textvqa_val_v051_ocr.jsonl": "9f60db6fb89e3692", "TextVQA_0.5.1_val.json": ""},
     published={"llava_phi": 48.6, "mipha": 56.6, "llava": 58.2, "tinyllava": 53.4},
     repeated_ids=True,
-    prompt_note=prompt_note,
+    ocr_notes={True: "OCR tokens were in the prompt.", False: "No OCR tokens were in the prompt."},
 )

@@ -7,24 +7,22 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from benchmarks.files import COCO, EVAL_ZIP, field, number_of, parsed, read_llava_questions, required_files, texts_of
-from benchmarks.scoring import SHORT, Example, Grade, Task, accuracy, normalize_evalai, vqa_accuracy
-from lib.common import write_whole
+from benchmarks.files import (COCO, EVAL_ZIP, field, found_in, number_of, parsed, read_llava_questions, required_files,
+                              texts_of)
+from benchmarks.scoring import SHORT, Answered, Example, Grade, Task, normalize_evalai, vqa_accuracy
 
 
 def read(folder: Path, options: Namespace) -> list[Example]:
     if options.split == "val":
-        questions, annotations = required_files(folder, "v2_OpenEnded_mscoco_val2014_questions.json",
-                                                "v2_mscoco_val2014_annotations.json", images="val2014")
-        return official_questions(questions, folder, "val2014", annotations)
-    [path] = required_files(folder, "llava_vqav2_mscoco_test-dev2015.jsonl or "
-                            "v2_OpenEnded_mscoco_test-dev2015_questions.json", images="test2015")
-    if path.suffix == ".jsonl":
-        return read_llava_questions(path, folder / "test2015")
-    return official_questions(path, folder, "test2015")
+        return official_questions(*required_files(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "val2014/",
+                                                  "v2_mscoco_val2014_annotations.json"))
+    path, images = required_files(folder, "llava_vqav2_mscoco_test-dev2015.jsonl or "
+                                  "v2_OpenEnded_mscoco_test-dev2015_questions.json", "test2015/")
+    read_questions = read_llava_questions if path.suffix == ".jsonl" else official_questions
+    return read_questions(path, images)
 
 
-def official_questions(path: Path, folder: Path, year: str, annotations: Path | None = None) -> list[Example]:
+def official_questions(path: Path, images: Path, annotations: Path | None = None) -> list[Example]:
     """annotations: the file of what people answered, if it is public."""
     truths = {}
     if annotations:
@@ -33,8 +31,8 @@ def official_questions(path: Path, folder: Path, year: str, annotations: Path | 
 
     def question(row: dict) -> Example:
         number = number_of(row)
-        humans, *categories = truths[number] if annotations else (None,)
-        image = folder / year / f"COCO_{year}_{field(row, 'image_id', int):012d}.jpg"
+        humans, *categories = found_in(truths, number, annotations) if annotations else (None,)
+        image = images / f"COCO_{images.name}_{field(row, 'image_id', int):012d}.jpg"
         return Example(number, image, f"{field(row, 'question')}\n{SHORT}", humans, tuple(categories))
 
     return parsed(path, question, "questions")
@@ -46,28 +44,25 @@ def grade_answer(example: Example, text: str) -> Grade:
     return Grade(vqa_accuracy(answer, example.truth), answer)
 
 
-def write_submission(examples: list[Example], texts: list[str], folder: Path, out: Path) -> Path:
+def submission(answered: Answered, folder: Path) -> str:
     """The server expects every question of test2015, of which test-dev is a quarter.
 
     The others get an empty answer, which is why the server shows about 0 for test-standard.
     """
     [path] = required_files(folder, "llava_vqav2_mscoco_test2015.jsonl or v2_OpenEnded_mscoco_test2015_questions.json")
     answers = dict.fromkeys(parsed(path, number_of, "questions"), "")
-    unknown = [example for example in examples if example.question_id not in answers]
-    if unknown:
-        raise ValueError(f"{path} lacks {len(unknown):,} of the answered questions: another version?")
-    for example, text in zip(examples, texts):
+    for example, text in answered:
+        found_in(answers, example.question_id, path)
         answers[example.question_id] = normalize_evalai(text)
-    upload = [{"question_id": number, "answer": answer} for number, answer in answers.items()]
-    return write_whole(out / "vqav2_test-dev2015.json", json.dumps(upload))
+    return json.dumps([{"question_id": number, "answer": answer} for number, answer in answers.items()])
 
 
 TASK = Task(
     metric="soft accuracy",
     read=read,
     grade=grade_answer,
-    summarize=accuracy,
-    write_submission=write_submission,
+    submission=submission,
+    submission_name="vqav2_test-dev2015.json",
     splits={"test-dev": 107_394, "val": 214_354},
     source=f"{COCO}/test2015.zip (val: val2014.zip), https://visualqa.org/download.html; {EVAL_ZIP}",
     files={"llava_vqav2_mscoco_test-dev2015.jsonl": "6e6ab639404fa18c"},

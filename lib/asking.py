@@ -1,7 +1,7 @@
 """The asking half of eval.py: questions in batches, pictures decoded ahead, each answer as it ends.
 
 It is a separate file because it needs torch, which scoring does without. A question is a benchmarks.scoring.Example;
-its `image` is a file, one in an archive, an encoded picture, any text for a blank one, a tuple of these, or None.
+its `pictures` are files, members of archives, encoded pictures, and any text for a blank one.
 """
 import io
 import sys
@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,20 +33,13 @@ from model import LLaVAConfig, LLaVAPhi
 # Processes and devices
 
 
-class Processes(NamedTuple):
-    """Rank and world size under torchrun; (0, 1) without it."""
-    rank: int
-    world: int
-    barrier: Callable[[], None]
-
-
-def join_processes() -> Processes:
-    here = torchrun_env()
-    if here.world == 1:
-        return Processes(0, 1, lambda: None)
+def join_processes() -> Callable[[], None]:
+    """Join the processes that torchrun started -> the barrier at which they wait for each other."""
+    if torchrun_env().world == 1:
+        return lambda: None
     # The group carries barriers only, and the fastest process may wait at one for hours.
     join_group("gloo", timedelta(days=7))
-    return Processes(here.rank, here.world, dist.barrier)
+    return dist.barrier
 
 
 def own_device(asked: str | None) -> str:
@@ -72,14 +65,6 @@ def own_dtype(asked: str | None, device: str) -> str:
 # Questions and answers
 
 
-class Answer(NamedTuple):
-    row: int                    # index of the question in the benchmark
-    text: str
-    truncated: bool             # cut at the token limit, or by a full context
-    n_tokens: int               # the one that ended it included
-    logprob: float              # mean over these
-
-
 class Model:
     """The model under test. Its weights are loaded once, by the first task that has questions to ask."""
 
@@ -100,80 +85,77 @@ class Model:
 
     def encode(self, examples: list, rows: Iterable[int]) -> dict[int, list[int]]:
         """Row -> prompt ids, image positions expanded. Raises ValueError for a prompt too long to be answered."""
-        size = self.config.vision.image_size
         prompts = {}
         for row in rows:
             example = examples[row]
-            images = torch.empty(len(example.pictures), 3, size, size, dtype=torch.uint8)
-            try:
-                prompts[row] = encode_chat(self.config, self.tok, [example.prompt], images)
+            try:                                    # of the pictures only the number matters here
+                prompts[row] = encode_chat(self.config, self.tok, [example.prompt], example.pictures)
             except ValueError as e:
                 raise ValueError(f"question {example.question_id!r}: {e}") from None
         return prompts
 
-    def answers(self, examples: list, prompts: dict[int, list[int]], batches: list[list[int]], image_mode: str,
-                max_new_tokens: int, exact: bool) -> Iterator[Answer]:
-        """Yield greedy answers to the rows in `batches`, each as it ends. exact: no prefix caching across batches."""
-        config = replace(self.config, image_mode=image_mode)
+    def answers(self, examples: list, prompts: dict[int, list[int]], batches: list[list[int]], settings: dict,
+                exact: bool) -> Iterator[dict]:
+        """Yield greedy answers to the rows in `batches`, lines of answers.jsonl, each as it ends.
+
+        "truncated": cut at the token limit, or by a full context. "tokens": how many, the one that ended it included,
+        over which "logprob" is the mean. settings: image_mode and max_new_tokens. exact: no prefix caching across
+        batches.
+        """
+        config = replace(self.config, image_mode=settings["image_mode"])
         session = self.session
         for rows, images in zip(batches, pictures_ahead(examples, batches, config)):
             if exact:
                 session = Session(session.model)
-            ids_of_prompts = [prompts[row] for row in rows]
-            for i, ids in answer_batch(session, ids_of_prompts, images, max_new_tokens, eot_id(self.tok)):
-                text = self.tok.decode(ids, skip_special_tokens=True).strip()
-                logprobs = [scored.logprob for scored in session.scored[i]]
-                yield Answer(rows[i], text, session.finish[i] != "stop", len(logprobs), round(fmean(logprobs), 3))
+            steps = session.generate([prompts[row] for row in rows], images, eos_id=eot_id(self.tok), logprobs=0,
+                                     max_new_tokens=settings["max_new_tokens"])
+            for i in ended(session, steps):
+                example = examples[rows[i]]
+                tokens = session.scored[i]
+                text = self.tok.decode([token.token for token in tokens], skip_special_tokens=True)
+                yield {"row": rows[i], "question_id": example.question_id,
+                       "prompt": example.info.get("saved", example.prompt), "text": text.strip(),
+                       "truncated": session.finish[i] != "stop", "tokens": len(tokens),
+                       "logprob": round(fmean(token.logprob for token in tokens), 3)}
 
 
-def answer_batch(session: Session, prompts: list[list[int]], images: list[Tensor], max_new_tokens: int,
-                 eos_id: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (index in the batch, tokens of its answer), each as it ends."""
-    tokens = [[] for _ in prompts]
-    unfinished = list(range(len(prompts)))
-    for column in session.generate(prompts, images, max_new_tokens=max_new_tokens, eos_id=eos_id, logprobs=0):
-        for i in unfinished:
-            if column[i] is not None:
-                tokens[i].append(column[i])
-            if session.finish[i]:
-                yield i, tokens[i]
-        unfinished = [i for i in unfinished if not session.finish[i]]
-    for i in unfinished:
-        yield i, tokens[i]
+def ended(session: Session, steps: Iterable) -> Iterator[int]:
+    """Generate; yield the index of each answer as it ends."""
+    told = set()
+    for _ in chain(steps, [None]):          # the last step may have ended the last answers without a token
+        new = {i for i, reason in enumerate(session.finish) if reason} - told
+        yield from sorted(new)
+        told |= new
 
 
-def open_picture(image: Path | Member | bytes | str | tuple | None, config: LLaVAConfig,
-                 number: int | str = "") -> Tensor:
-    """A question's N pictures -> uint8 (N, 3, S, S).
-
-    number: the question_id, which is what an error names a picture by that is not a file.
-    """
-    if isinstance(image, tuple):
-        return torch.cat([open_picture(picture, config, number) for picture in image])
-    if isinstance(image, Member):
-        image = image.open()
-    elif isinstance(image, bytes):
-        image = io.BytesIO(image)
-    elif isinstance(image, str):
-        size = config.vision.image_size
-        image = Image.new("RGB", (size, size), ImageConfig.of(config.vision, config.image_mode).pad_color)
+def open_pictures(example, config: LLaVAConfig) -> Tensor:
+    """A question's N pictures -> uint8 (N, 3, S, S)."""
+    size = config.vision.image_size
+    sources = []
+    for picture in example.pictures:
+        if isinstance(picture, Member):
+            picture = picture.open()
+        elif isinstance(picture, bytes):
+            picture = io.BytesIO(picture)
+        elif isinstance(picture, str):
+            picture = Image.new("RGB", (size, size), ImageConfig.of(config.vision, config.image_mode).pad_color)
+        sources.append(picture)
     try:
-        return open_image(image, config)
-    except ValueError as e:
-        raise ValueError(str(e).replace("the given picture", f"the picture of question {number!r}")) from None
+        return open_image(sources, config)
+    except ValueError as e:                 # which calls a picture by the name of its file, if it has one
+        problem = str(e).replace("the given picture", f"the picture of question {example.question_id!r}")
+        raise ValueError(problem) from None
 
 
 def pictures_ahead(examples: list, batches: list[list[int]], config: LLaVAConfig) -> Iterator[list[Tensor]]:
     """Yield the pictures of each batch, decoded in threads while earlier batches run.
 
-    A picture that neighboring batches share is decoded once.
+    Those that neighboring batches share are decoded once.
     """
     with ThreadPoolExecutor(4) as pool:
         decoding = {}
         for i, batch in enumerate(batches):
-            upcoming = {examples[row].image: examples[row].question_id for rows in batches[i:i + 3] for row in rows}
-            decoding = {image: job for image, job in decoding.items() if image in upcoming}    # forget finished ones
-            for image, number in upcoming.items():
-                if image not in decoding:
-                    decoding[image] = pool.submit(open_picture, image, config, number)
-            yield [decoding[examples[row].image].result() for row in batch]
+            upcoming = {examples[row].pictures: examples[row] for rows in batches[i:i + 3] for row in rows}
+            decoding = {pictures: decoding.get(pictures) or pool.submit(open_pictures, example, config)
+                        for pictures, example in upcoming.items()}          # those of earlier batches are forgotten
+            yield [decoding[examples[row].pictures].result() for row in batch]

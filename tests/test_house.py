@@ -100,7 +100,7 @@ def test_a_name_has_one_home():
             for target in getattr(node, "targets", [getattr(node, "target", node)]):
                 name = getattr(target, "name", getattr(target, "id", None))
                 homes[name].add(file)
-    interface = {"TASK", "read", "grade_answer", "summarize", "write_submission", "judge"}
+    interface = {"TASK", "read", "grade_answer", "summarize", "submission"}
     expected = {None, "main", "parse", "ARGS"} | {"Attention", "MLP", "Block"}
     twice = {name: files for name, files in homes.items() if len(files) > 1 and name not in expected
              and not (name in interface and all(file.startswith("benchmarks.") for file in files))}

@@ -61,7 +61,7 @@ class Judge(BaseHTTPRequestHandler):
 def judge():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     Judge.replies, Judge.asked = [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield ["--judge-url", f"http://127.0.0.1:{server.server_port}/v1", "--judge-model", "some/judge",
            "--judge-timeout", "0.3"]
     server.shutdown()
@@ -124,7 +124,7 @@ def test_a_judges_key_goes_to_the_judge_only(status, tmp_path, monkeypatch, caps
     for _ in range(2):
         handlers.append(type("Handler", (Redirecting,), {"seen": [], "status": status}))
         servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handlers[-1]))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=[0.01], daemon=True).start()
     other = f"http://127.0.0.1:{servers[1].server_port}/v1/chat/completions"
     handlers[0].target = other
     monkeypatch.setenv("JUDGE_API_KEY", "sk-secret-0123\n")

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import eval as ev
 from benchmarks import textvqa
+from benchmarks.files import read_answers
 from benchmarks.scoring import SHORT, Example, accuracy
 from data import IMAGE_ID, ImageConfig, load_image, load_tokenizer
 from lib.asking import Model
@@ -66,7 +67,7 @@ class Endless(Session):
 
 def to_ask(model: LLaVAPhi) -> Model:
     """As eval.py asks it, around a model in memory."""
-    asked = Model(TOKENIZER, lambda source: model)
+    asked = Model(TOKENIZER, lambda *arithmetic: model, "fp32", "cpu", bits=16)
     asked.config = model.config
     asked.session = Endless(model)
     return asked
@@ -77,11 +78,11 @@ def ask_ours(asked: Model, examples: list[Example], batch: int) -> list[str]:
     prompts = asked.encode(examples, range(len(examples)))
     batches = ev.plan_batches(examples, prompts, 0, 1, batch)
     asked.session = Endless(asked.session.model)            # nothing is known from the last round
-    answers = asked.answers(examples, prompts, batches, "pad", TOKENS, exact=False)
+    answers = asked.answers(examples, prompts, batches, {"image_mode": "pad", "max_new_tokens": TOKENS}, exact=False)
     with tempfile.TemporaryDirectory() as out:
-        ev.write_answers(Path(out) / "answers.jsonl", answers, examples, tqdm(disable=True))
-        answers = ev.answers_so_far(Path(out), examples)
-    return [answers[row]["text"] for row in range(len(examples))]
+        path = Path(out) / "answers.jsonl"
+        ev.write_answers(path, answers, tqdm(disable=True))
+        return [answer["text"] for answer in read_answers(path, examples, ev.TASKS["pope"])]
 
 
 def ask_theirs(theirs, asked: Model, examples: list[Example]) -> list[str]:
@@ -147,8 +148,9 @@ def bench_scoring(n: int = 100_000) -> None:
     examples = [Example(i, None, "", answers) for i, answers in enumerate(humans)]
     start = time.perf_counter()
     grades = [textvqa.grade_answer(example, f"Answer {example.question_id % 30_000}.") for example in examples]
-    score = accuracy(examples, grades)
-    print(f"scoring {n:,} TextVQA answers: {time.perf_counter() - start:.1f} s ({score.value:.1f} {score.interval})")
+    score = accuracy(list(zip(examples, grades)))
+    seconds = time.perf_counter() - start
+    print(f"scoring {n:,} TextVQA answers: {seconds:.1f} s ({score.value:.1f} {score.interval_method})")
 
 
 def main() -> None:
