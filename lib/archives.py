@@ -9,12 +9,13 @@ import io
 import re
 import struct
 import zlib
-from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -27,6 +28,7 @@ IN_TAR, ENCRYPTED, LINK = 256, 257, 258
 TAR_BLOCK = 512                     # tar's unit
 
 Entry = tuple[bytes, int, int, int]                         # name, offset, size in the archive, how it is packed
+INDEX = np.dtype([("hash", np.uint64), ("offset", np.int64), ("size", np.int64), ("packed", np.uint16)])   # of a name
 
 
 @dataclass(frozen=True)
@@ -90,57 +92,15 @@ def demand(fine: bool, problem: str) -> None:
 
 
 def zip_entries(file: BinaryIO) -> Iterator[Entry]:
-    """The members of a zip. Python's zipfile takes half a gigabyte for the 558,128 pictures of stage 1."""
-    size = file.seek(0, 2)
-    tail_at = file.seek(max(0, size - 65_557 - 20))         # the longest comment, and zip64's locator in front
-    tail = file.read()
-    end = tail.rfind(b"PK\5\6")
-    demand(0 <= end <= len(tail) - 22, "it has no directory, as if it was cut short")
-    disk, _, _, n, length, start = struct.unpack("<HHHHLL", tail[end + 4:end + 20])
-    directory_end = tail_at + end
-    if tail[end - 20:end - 16] == b"PK\6\7":                # zip64: more than 65,535 members, or than 4 GB
-        file.seek(struct.unpack("<Q", tail[end - 12:end - 4])[0])
-        record = file.read(56)
-        demand(record[:4] == b"PK\6\6", "its directory is damaged")
-        n, length, start = struct.unpack("<QQQ", record[32:56])
-        directory_end -= 20 + 56
-    demand(disk in (0, 0xFFFF) and start + length <= directory_end, "a part of it is missing")
-    file.seek(start)
-    directory = file.read(length)
-    header = struct.Struct("<4s4xHH8xLLHHH8xL")
-    i = 0
-    for _ in range(n):
-        demand(directory[i:i + 4] == b"PK\1\2", "its directory is damaged")
-        _, flags, packed, stored, unpacked, n_name, n_extra, n_comment, offset = header.unpack_from(directory, i)
-        name_end = i + 46 + n_name
-        name = directory[i + 46:name_end]
-        if 0xFFFFFFFF in (stored, unpacked, offset):
-            stored, offset = zip64_sizes(directory[name_end:name_end + n_extra], stored, unpacked, offset)
-        i = name_end + n_extra + n_comment
-        if not name.isascii() and not flags & 0x800:
-            name = zip_name(name)
-        if not name.endswith(b"/"):                         # a folder
-            yield name, offset, stored, ENCRYPTED if flags & 1 else packed
-
-
-def zip_name(name: bytes) -> bytes:
-    """A name in UTF-8, whatever the archive says: Info-ZIP writes UTF-8 without a word, old DOS programs cp437."""
-    try:
-        name.decode()
-        return name
-    except UnicodeDecodeError:
-        return name.decode("cp437").encode()
-
-
-def zip64_sizes(extra: bytes, stored: int, unpacked: int, offset: int) -> tuple[int, int]:
-    """The stored size and the offset of a member, at least one of whose numbers did not fit into 32 bits."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack("<HH", extra[:4])
-        if kind == 1:
-            values = iter(struct.unpack(f"<{length // 8}Q", extra[4:4 + length // 8 * 8]))
-            unpacked, stored, offset = (next(values, x) if x == 0xFFFFFFFF else x for x in (unpacked, stored, offset))
-        extra = extra[4 + length:]
-    return stored, offset
+    """The members of a zip, zip64 among them. Python's zipfile reads the directory at the end, and no member."""
+    for member in ZipFile(file).infolist():
+        name = member.filename
+        if not member.flag_bits & 0x800:                    # cp437, says the flag; but Info-ZIP writes UTF-8
+            with suppress(UnicodeError):
+                name = name.encode("cp437").decode()
+        if not member.is_dir():
+            packed = ENCRYPTED if member.flag_bits & 1 else member.compress_type
+            yield name.encode(errors="surrogateescape"), member.header_offset, member.compress_size, packed
 
 
 def tar_entries(file: BinaryIO) -> Iterator[Entry]:
@@ -186,32 +146,18 @@ def hash_of(name: bytes) -> int:
 
 
 def index_archive(path: Path) -> dict[str, np.ndarray]:
-    """hash (of a member's name), offset, size, packed: one row a member, ordered by hash."""
-    hashes, offsets, sizes, packings = array("Q"), array("q"), array("q"), array("H")
+    """The columns of INDEX: one row a member, ordered by hash."""
     with open(path, "rb") as file:
         magic = file.read(2)
+        entries = zip_entries(file) if magic == b"PK" else tar_entries(file)
         try:
             packed_whole = magic in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5", b"7z", b"Ra")
             demand(not packed_whole, "it is compressed as a whole, so no picture can be read by itself: unpack it")
-            for name, offset, size, packed in (zip_entries if magic == b"PK" else tar_entries)(file):
-                hashes.append(hash_of(name))
-                offsets.append(offset)
-                sizes.append(size)
-                packings.append(packed)
-        except (BadZipFile, struct.error, ValueError, OverflowError) as e:
-            raise ValueError(f"{path} is not a zip or an uncompressed tar: {e}") from e
-    columns = {"hash": hashes, "offset": offsets, "size": sizes, "packed": packings}
-    order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")
-    return {name: np.frombuffer(column, dtype=column.typecode)[order] for name, column in columns.items()}
-
-
-def load_index(path: Path, cache_dir: Path | None) -> dict[str, np.ndarray]:
-    """An archive's index from cache_dir, if there is one of the same file; otherwise made, and kept there."""
-    if cache_dir is None:
-        return index_archive(path)
-    status = path.stat()
-    key = [str(path.resolve()), status.st_size, status.st_mtime_ns]
-    return cached_arrays(cache_dir, "pictures", key, ("hash", "offset", "size", "packed"), lambda: index_archive(path))
+            rows = np.fromiter(((hash_of(name), *place) for name, *place in entries), dtype=INDEX)
+        except (BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError) as e:
+            raise ValueError(f"{path} is not a zip or an uncompressed tar, or it is cut short: {e}") from e
+    order = np.argsort(rows["hash"], kind="stable")
+    return {column: rows[column][order] for column in INDEX.names}
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures by name
@@ -227,7 +173,12 @@ class Pictures:
         """
         self.places = [find_place(Path(place)) for place in places]
         self.follow_links = follow_links
-        self.indexes = {place: load_index(place, cache_dir) for place in self.places if not place.is_dir()}
+        self.indexes = {}
+        for place in self.places:
+            if not place.is_dir():
+                key = [str(place.resolve()), place.stat().st_size, place.stat().st_mtime_ns]
+                make = partial(index_archive, place)
+                self.indexes[place] = cached_arrays(cache_dir, "pictures", key, INDEX.names, make)
 
     def find(self, name: str) -> Path | Member:
         """The file that a record names. Records are untrusted: they must not reach outside the folders."""

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data import conversation_of
+from lib.records import conversation_of
 from lib.common import hold_folder, read_json, write_whole
 from lib.pictures import open_rgb
 from lib.records import MEDIA, parse_record
