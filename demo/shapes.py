@@ -11,7 +11,7 @@ import random
 import sys
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,9 +110,8 @@ def caption(scene: Scene) -> str:
     return ", ".join(f"a {shape.name} at the {QUARTERS[shape.quarter]}" for shape in scene)
 
 # ---------------------------------------------------------------------------------------------------
-# Questions. Each of these functions asks about one shape of the scene, or returns None if its kind of question has no
-# single answer there: "What colour is the circle?" presumes that there is one circle. The demo's committed bases and
-# published accuracies belong to these very texts, British spelling included.
+# Questions. Each is about one shape of the scene. The demo's committed bases and published accuracies belong to these
+# very texts, British spelling included.
 
 
 class Question(NamedTuple):
@@ -121,33 +120,33 @@ class Question(NamedTuple):
     n_answers: int                                  # how many answers are possible: 1 / n_answers is chance
 
 
-def color_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    kinds = [s.kind for s in scene]
-    if kinds.count(shape.kind) > 1:
-        return None
-    return Question(f"What colour is the {shape.kind}?", shape.color, len(COLORS))
+KINDS = ("colour", "shape", "place", "thing", "count", "presence", "relation")
 
 
-def kind_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    colors = [s.color for s in scene]
-    if colors.count(shape.color) > 1:
-        return None
-    return Question(f"What shape is {shape.color}?", shape.kind, len(SHAPE_KINDS))
+def ask(kind: str, scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+    """A question of this kind, or None if it has no single answer here.
+
+    "What colour is the circle?" presumes that there is one circle.
+    """
+    match kind:
+        case "colour" if [s.kind for s in scene].count(shape.kind) == 1:
+            return Question(f"What colour is the {shape.kind}?", shape.color, len(COLORS))
+        case "shape" if [s.color for s in scene].count(shape.color) == 1:
+            return Question(f"What shape is {shape.color}?", shape.kind, len(SHAPE_KINDS))
+        case "place":
+            return Question(f"Where is the {shape.name}?", QUARTERS[shape.quarter], len(QUARTERS))
+        case "thing":
+            return Question(f"What is at the {QUARTERS[shape.quarter]}?", shape.name, len(NAMES))
+        case "count":
+            return Question("How many shapes are there?", NUMBERS[len(scene) - 1], len(NUMBERS))
+        case "presence":
+            return is_there(scene, shape, rng)
+        case "relation" if len(scene) > 1:
+            return is_beside(scene, shape, rng)
+    return None
 
 
-def quarter_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    return Question(f"Where is the {shape.name}?", QUARTERS[shape.quarter], len(QUARTERS))
-
-
-def shape_at(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    return Question(f"What is at the {QUARTERS[shape.quarter]}?", shape.name, len(NAMES))
-
-
-def how_many(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    return Question("How many shapes are there?", NUMBERS[len(scene) - 1], len(NUMBERS))
-
-
-def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question:
     """Yes and no are equally likely. A no asks for something that shares its color or its kind with the shape.
 
     Something unlike everything in the picture would be too easy: seeing color or kind alone would do.
@@ -155,19 +154,12 @@ def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
     if rng.random() < 0.5:
         return Question(f"Is there a {shape.name}?", "yes", 2)
     present = {s.name for s in scene}
-    similar = []
-    for name in NAMES:
-        color, kind = name.split()
-        shares_one = (color == shape.color) != (kind == shape.kind)
-        if shares_one and name not in present:
-            similar.append(name)
+    similar = [name for name in NAMES if name not in present and (shape.color in name) != (shape.kind in name)]
     return Question(f"Is there a {rng.choice(similar)}?", "no", 2)
 
 
-def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question:
     """The shape and another one, in a direction in which they differ."""
-    if len(scene) == 1:
-        return None
     other = rng.choice([s for s in scene if s != shape])
     a, b = rng.sample([shape, other], 2)
     distances = {                                   # negative where the sentence "a is ... b" is true
@@ -180,24 +172,16 @@ def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question | None
     return Question(f"Is the {a.name} {relation} the {b.name}?", "yes" if distance < 0 else "no", 2)
 
 
-QUESTIONS = {
-    "colour": color_of,
-    "shape": kind_of,
-    "place": quarter_of,
-    "thing": shape_at,
-    "count": how_many,
-    "presence": is_there,
-    "relation": is_beside,
-}
+def ask_anything(scene: Scene, shape: Shape, rng: random.Random) -> Question:
+    """A question of any kind but the count."""
+    question = None
+    while question is None:
+        question = ask(rng.choice([kind for kind in KINDS if kind != "count"]), scene, shape, rng)
+    return question
 
 
-def question_about(scene: Scene, shape: Shape, rng: random.Random) -> tuple[str, str]:
-    """A question about this shape of any kind but the count, and its answer."""
-    while True:
-        category = rng.choice([name for name in QUESTIONS if name != "count"])
-        question = QUESTIONS[category](scene, shape, rng)
-        if question:
-            return question.text, question.answer
+def describe(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    return [("Describe the picture.", caption(scene))]
 
 
 def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
@@ -207,19 +191,19 @@ def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     caption instead.
     """
     if rng.random() < 1 / 8:
-        return [("Describe the picture.", caption(scene))]
+        return describe(scene, rng)
     turns = []
     told = []                                       # shapes whose color and kind an earlier turn says
     for shape in rng.sample(scene, len(scene)):
         if shape in told:
             continue
-        question, answer = question_about(scene, shape, rng)
-        while any(old.name in question for old in told):
-            question, answer = question_about(scene, shape, rng)
-        turns.append((question, answer))
-        told += [s for s in scene if s == shape or s.name in question]
+        question = ask_anything(scene, shape, rng)
+        while any(old.name in question.text for old in told):
+            question = ask_anything(scene, shape, rng)
+        turns.append((question.text, question.answer))
+        told += [s for s in scene if s == shape or s.name in question.text]
     # The count comes first or second: once all shapes have been discussed, it follows without looking.
-    count = how_many(scene, scene[0], rng)
+    count = ask("count", scene, scene[0], rng)
     turns.insert(rng.randrange(2), (count.text, count.answer))
     return turns
 
@@ -233,7 +217,7 @@ def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     turns = converse(scene, rng)
     n = rng.randint(len(turns), MOST_TURNS)
     while len(turns) < n:
-        question = QUESTIONS[rng.choice(list(QUESTIONS))](scene, rng.choice(scene), rng)
+        question = ask(rng.choice(KINDS), scene, rng.choice(scene), rng)
         if question and question.text not in dict(turns):
             turns.insert(rng.randint(0, len(turns)), (question.text, question.answer))
     return turns
@@ -252,37 +236,21 @@ def to_conversation(turns: list[tuple[str, str]]) -> list[dict]:
     return said
 
 
-def to_record(name: str, turns: list[tuple[str, str]]) -> dict:
-    """A record of LLaVA's json about the picture NAME.png."""
-    said = to_conversation(turns)
-    said[0]["value"] = "<image>\n" + said[0]["value"]
-    return {"id": name, "image": f"{name}.png", "conversations": said}
-
-
 def paint_to(path: Path, scene: Scene, rng: random.Random) -> None:
     paint(scene, rng).save(path, compress_level=1)  # a third larger than at the best compression, but much faster
 
 
-def make_captions(images: Path, n: int, held_out: bool, stem: str, rng: random.Random) -> list[dict]:
-    """Paint n pictures into the folder; return a record with the caption of each."""
+def write_records(path: Path, stem: str, n: int, held_out: bool, turns_of: Callable, rng: random.Random) -> None:
+    """Paint n pictures into images/ next to the file, which gets a record about each: turns_of(scene, rng)."""
     scenes = [draw_scene(rng, held_out) for _ in range(n)]
     records = []
     for i, scene in enumerate(scenes):
-        name = f"{stem}{i:05d}"
-        paint_to(images / f"{name}.png", scene, rng)
-        records.append(to_record(name, [("Describe the picture.", caption(scene))]))
-    return records
-
-
-def make_chats(images: Path, n: int, rng: random.Random) -> list[dict]:
-    """Paint n pictures into the folder; return a record with a conversation about each."""
-    scenes = [draw_scene(rng, held_out=False) for _ in range(n)]
-    records = []
-    for i, scene in enumerate(scenes):
-        name = f"chat{i:05d}"
-        paint_to(images / f"{name}.png", scene, rng)
-        records.append(to_record(name, chat(scene, rng)))
-    return records
+        image = f"{stem}{i:05d}.png"
+        paint_to(path.parent / "images" / image, scene, rng)
+        said = to_conversation(turns_of(scene, rng))
+        said[0]["value"] = "<image>\n" + said[0]["value"]
+        records.append({"id": f"{stem}{i:05d}", "image": image, "conversations": said})
+    path.write_text(json.dumps(records))
 
 
 def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
@@ -291,16 +259,16 @@ def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
         scene = draw_scene(rng, held_out=True)
         name = f"{i:05d}"
         paint_to(images / f"{name}.png", scene, rng)
-        for category, maker in QUESTIONS.items():
-            questions = [maker(scene, shape, rng) for shape in rng.sample(scene, len(scene))]
+        for kind in KINDS:
+            questions = [ask(kind, scene, shape, rng) for shape in rng.sample(scene, len(scene))]
             question = next((q for q in questions if q), None)
             if question:
                 yield {
-                    "question_id": f"{name}-{category}",
+                    "question_id": f"{name}-{kind}",
                     "image": f"{name}.png",
                     "text": question.text,
                     "answer": question.answer,
-                    "category": category,
+                    "category": kind,
                     "chance": 1 / question.n_answers,
                 }
 
@@ -308,18 +276,13 @@ def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
 def write_data(out: Path, n_pretrain: int, n_finetune: int, n_heldout: int, seed: int) -> None:
     """Write the data of both stages and the benchmark "shapes". They depend on the sizes and the seed alone."""
     rng = random.Random(seed)
-    images = out / "images"
-    benchmark = out / "shapes"
-    images.mkdir(parents=True, exist_ok=True)
-    (benchmark / "images").mkdir(parents=True, exist_ok=True)
-    captions = make_captions(images, n_pretrain, False, "caption", rng)
-    (out / "pretrain.json").write_text(json.dumps(captions))
-    captions = make_captions(images, 2 * n_heldout, True, "heldout", rng)
-    (out / "heldout_captions.json").write_text(json.dumps(captions))
-    chats = make_chats(images, n_finetune, rng)
-    (out / "finetune.json").write_text(json.dumps(chats))
-    with open(benchmark / "questions.jsonl", "w") as file:
-        for row in make_questions(benchmark / "images", n_heldout, random.Random(f"shapes {seed}")):
+    for images in (out / "images", out / "shapes" / "images"):
+        images.mkdir(parents=True, exist_ok=True)
+    write_records(out / "pretrain.json", "caption", n_pretrain, False, describe, rng)
+    write_records(out / "heldout_captions.json", "heldout", 2 * n_heldout, True, describe, rng)
+    write_records(out / "finetune.json", "chat", n_finetune, False, chat, rng)
+    with open(out / "shapes" / "questions.jsonl", "w") as file:
+        for row in make_questions(images, n_heldout, random.Random(f"shapes {seed}")):
             file.write(json.dumps(row) + "\n")
 
 

@@ -98,7 +98,7 @@ def zip_entries(file: BinaryIO) -> Iterator[Entry]:
         if not member.flag_bits & 0x800:                    # cp437, says the flag; but Info-ZIP writes UTF-8
             with suppress(UnicodeError):
                 name = name.encode("cp437").decode()
-        if not member.is_dir():
+        if not name.endswith("/"):                          # a folder
             packed = ENCRYPTED if member.flag_bits & 1 else member.compress_type
             yield name.encode(errors="surrogateescape"), member.header_offset, member.compress_size, packed
 

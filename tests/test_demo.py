@@ -12,7 +12,8 @@ from helpers import ROOT, contents
 
 from data import encode, load_tokenizer
 from demo import run
-from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTIONS, Shape, caption, chat, converse, draw_scene, is_held_out,
+from demo.pretrain_bases import in_words
+from demo.shapes import (COLORS, KINDS, NAMES, QUARTERS, Shape, ask, caption, chat, converse, draw_scene, is_held_out,
                          paint, write_data)
 from lib.folders import open_weights
 from load_weights import load_into
@@ -54,9 +55,9 @@ def all_scenes() -> list:
 def questions(rng: random.Random, held_out: bool, n: int):
     for _ in range(n):
         scene = draw_scene(rng, held_out)
-        for category, maker in QUESTIONS.items():
-            if made := maker(scene, rng.choice(scene), rng):
-                yield scene, category, *made
+        for kind in KINDS:
+            if made := ask(kind, scene, rng.choice(scene), rng):
+                yield scene, kind, *made
 
 
 def test_every_answer_follows_from_the_scene():
@@ -147,6 +148,13 @@ def test_a_picture_shows_its_colors_where_the_scene_says():
             if there:
                 nearest = min(COLORS, key=lambda c: np.abs(np.median(bright, 0) - COLORS[c]).sum())
                 assert nearest == there[0].color
+
+
+def test_a_patch_is_one_token():
+    """The demo's language model reads a picture as 16 words, in the places of its 16 patches."""
+    tok = load_tokenizer(ROOT / "demo" / "phi")
+    for scene in all_scenes()[:len(NAMES) * 4]:                         # those of one shape
+        assert len(tok.encode(" " + in_words(scene), add_special_tokens=False).ids) == 16
 
 
 def test_the_committed_bases_load_in_the_official_layouts():
