@@ -85,7 +85,7 @@ def hold_chats() -> None:
     run_step("sample.py", "--model", f"{OUT}/finetune", typed=typed, said=OUT / "chat_answers.txt")
 
 
-def read_answers() -> tuple[dict[str, str], dict[str, str]]:
+def read_chats_and_alone() -> tuple[dict[str, str], dict[str, str]]:
     """The answers in the chats, and those to the same questions, each asked by itself; both by question_id."""
     ids = [question["question_id"] for questions in questions_by_picture().values() for question in questions]
     in_chat = dict(zip(ids, (OUT / "chat_answers.txt").read_text().splitlines(), strict=True))
@@ -145,7 +145,7 @@ def report() -> Path:
     before, after = caption_losses()
     result = json.loads((OUT / "eval" / "result.json").read_text())
     pictures = questions_by_picture()
-    in_chat, alone = read_answers()
+    in_chat, alone = read_chats_and_alone()
     score = result["numbers"]
     kinds = [name for name in score if name not in ("chance", "blank image")]
     table = "".join(f"<tr><td>{html.escape(name)}<td>{score[name]:.1f} %" for name in kinds)
@@ -232,7 +232,7 @@ def run_demo(began: float) -> None:
     print(f"\ncaption loss on held-out pictures: {before:.3f} before stage 1, {after:.3f} after it, both towers frozen")
     print("training loss, against that of the run in demo/reference:", *verdicts(), sep="\n  ")
     print(f"report: {report()} ({(time.time() - began) / 60:.1f} minutes in all)")
-    compare_chats(*map(share_right, read_answers()))
+    compare_chats(*map(share_right, read_chats_and_alone()))
 
 
 if __name__ == "__main__":

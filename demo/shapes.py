@@ -11,7 +11,7 @@ import random
 import sys
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,31 +114,34 @@ def caption(scene: Scene) -> str:
 # very texts, British spelling included.
 
 
-class Question(NamedTuple):
-    text: str
-    answer: str
-    n_answers: int                                  # how many answers are possible: 1 / n_answers is chance
+Exchange = tuple[str, str]                          # question, answer
+QUESTION_KINDS = {                                  # kind -> how many answers are possible: chance is 1 / that
+    "colour": len(COLORS),
+    "shape": len(SHAPE_KINDS),
+    "place": len(QUARTERS),
+    "thing": len(NAMES),
+    "count": len(NUMBERS),
+    "presence": 2,
+    "relation": 2,
+}
 
 
-KINDS = ("colour", "shape", "place", "thing", "count", "presence", "relation")
-
-
-def ask(kind: str, scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+def question_of(kind: str, scene: Scene, shape: Shape, rng: random.Random) -> Exchange | None:
     """A question of this kind, or None if it has no single answer here.
 
     "What colour is the circle?" presumes that there is one circle.
     """
     match kind:
         case "colour" if [s.kind for s in scene].count(shape.kind) == 1:
-            return Question(f"What colour is the {shape.kind}?", shape.color, len(COLORS))
+            return f"What colour is the {shape.kind}?", shape.color
         case "shape" if [s.color for s in scene].count(shape.color) == 1:
-            return Question(f"What shape is {shape.color}?", shape.kind, len(SHAPE_KINDS))
+            return f"What shape is {shape.color}?", shape.kind
         case "place":
-            return Question(f"Where is the {shape.name}?", QUARTERS[shape.quarter], len(QUARTERS))
+            return f"Where is the {shape.name}?", QUARTERS[shape.quarter]
         case "thing":
-            return Question(f"What is at the {QUARTERS[shape.quarter]}?", shape.name, len(NAMES))
+            return f"What is at the {QUARTERS[shape.quarter]}?", shape.name
         case "count":
-            return Question("How many shapes are there?", NUMBERS[len(scene) - 1], len(NUMBERS))
+            return "How many shapes are there?", NUMBERS[len(scene) - 1]
         case "presence":
             return is_there(scene, shape, rng)
         case "relation" if len(scene) > 1:
@@ -146,19 +149,19 @@ def ask(kind: str, scene: Scene, shape: Shape, rng: random.Random) -> Question |
     return None
 
 
-def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question:
+def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Exchange:
     """Yes and no are equally likely. A no asks for something that shares its color or its kind with the shape.
 
     Something unlike everything in the picture would be too easy: seeing color or kind alone would do.
     """
     if rng.random() < 0.5:
-        return Question(f"Is there a {shape.name}?", "yes", 2)
+        return f"Is there a {shape.name}?", "yes"
     present = {s.name for s in scene}
     similar = [name for name in NAMES if name not in present and (shape.color in name) != (shape.kind in name)]
-    return Question(f"Is there a {rng.choice(similar)}?", "no", 2)
+    return f"Is there a {rng.choice(similar)}?", "no"
 
 
-def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question:
+def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Exchange:
     """The shape and another one, in a direction in which they differ."""
     other = rng.choice([s for s in scene if s != shape])
     a, b = rng.sample([shape, other], 2)
@@ -169,46 +172,45 @@ def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question:
         "below": b.row - a.row,
     }
     relation, distance = rng.choice([item for item in distances.items() if item[1] != 0])
-    return Question(f"Is the {a.name} {relation} the {b.name}?", "yes" if distance < 0 else "no", 2)
+    return f"Is the {a.name} {relation} the {b.name}?", "yes" if distance < 0 else "no"
 
 
-def ask_anything(scene: Scene, shape: Shape, rng: random.Random) -> Question:
+def any_question(scene: Scene, shape: Shape, rng: random.Random) -> Exchange:
     """A question of any kind but the count."""
-    question = None
-    while question is None:
-        question = ask(rng.choice([kind for kind in KINDS if kind != "count"]), scene, shape, rng)
-    return question
+    turn = None
+    while turn is None:
+        turn = question_of(rng.choice([kind for kind in QUESTION_KINDS if kind != "count"]), scene, shape, rng)
+    return turn
 
 
-def describe(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def described(scene: Scene, rng: random.Random) -> list[Exchange]:
     return [("Describe the picture.", caption(scene))]
 
 
-def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def converse(scene: Scene, rng: random.Random) -> list[Exchange]:
     """Questions and answers about one picture: how many shapes, and one about each that no earlier turn has given away.
 
     So no answer follows from earlier turns without looking at the picture. One conversation in eight asks for the
     caption instead.
     """
     if rng.random() < 1 / 8:
-        return describe(scene, rng)
+        return described(scene, rng)
     turns = []
     told = []                                       # shapes whose color and kind an earlier turn says
     for shape in rng.sample(scene, len(scene)):
         if shape in told:
             continue
-        question = ask_anything(scene, shape, rng)
-        while any(old.name in question.text for old in told):
-            question = ask_anything(scene, shape, rng)
-        turns.append((question.text, question.answer))
-        told += [s for s in scene if s == shape or s.name in question.text]
+        question, answer = any_question(scene, shape, rng)
+        while any(old.name in question for old in told):
+            question, answer = any_question(scene, shape, rng)
+        turns.append((question, answer))
+        told += [s for s in scene if s == shape or s.name in question]
     # The count comes first or second: once all shapes have been discussed, it follows without looking.
-    count = ask("count", scene, scene[0], rng)
-    turns.insert(rng.randrange(2), (count.text, count.answer))
+    turns.insert(rng.randrange(2), question_of("count", scene, scene[0], rng))
     return turns
 
 
-def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def chat(scene: Scene, rng: random.Random) -> list[Exchange]:
     """A conversation that goes on, with other questions of any kind at any place, up to eight in all.
 
     People also ask about what an earlier answer has told them. Without such turns the model breaks off after the
@@ -217,9 +219,9 @@ def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     turns = converse(scene, rng)
     n = rng.randint(len(turns), MOST_TURNS)
     while len(turns) < n:
-        question = ask(rng.choice(KINDS), scene, rng.choice(scene), rng)
-        if question and question.text not in dict(turns):
-            turns.insert(rng.randint(0, len(turns)), (question.text, question.answer))
+        turn = question_of(rng.choice(list(QUESTION_KINDS)), scene, rng.choice(scene), rng)
+        if turn and turn[0] not in dict(turns):
+            turns.insert(rng.randint(0, len(turns)), turn)
     return turns
 
 # ---------------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 # the training data changes.
 
 
-def to_conversation(turns: list[tuple[str, str]]) -> list[dict]:
+def to_conversation(turns: list[Exchange]) -> list[dict]:
     said = []
     for question, answer in turns:
         said.append({"from": "human", "value": question})
@@ -253,37 +255,33 @@ def write_records(path: Path, stem: str, n: int, held_out: bool, turns_of: Calla
     path.write_text(json.dumps(records))
 
 
-def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
-    """Paint n held-out pictures into the folder; yield, for each, a question of every kind that has an answer there."""
+def write_questions(path: Path, n: int, rng: random.Random) -> None:
+    """Paint n held-out pictures into images/ next to the file; write a question of every kind that has an answer there.
+    """
+    rows = []
     for i in range(n):
         scene = draw_scene(rng, held_out=True)
         name = f"{i:05d}"
-        paint_to(images / f"{name}.png", scene, rng)
-        for kind in KINDS:
-            questions = [ask(kind, scene, shape, rng) for shape in rng.sample(scene, len(scene))]
-            question = next((q for q in questions if q), None)
-            if question:
-                yield {
-                    "question_id": f"{name}-{kind}",
-                    "image": f"{name}.png",
-                    "text": question.text,
-                    "answer": question.answer,
-                    "category": kind,
-                    "chance": 1 / question.n_answers,
-                }
+        paint_to(path.parent / "images" / f"{name}.png", scene, rng)
+        for kind, n_answers in QUESTION_KINDS.items():
+            turns = [question_of(kind, scene, shape, rng) for shape in rng.sample(scene, len(scene))]
+            if any(turns):
+                question, answer = next(filter(None, turns))
+                row = {"question_id": f"{name}-{kind}", "image": f"{name}.png", "text": question, "answer": answer,
+                       "category": kind, "chance": 1 / n_answers}
+                rows.append(json.dumps(row) + "\n")
+    path.write_text("".join(rows))
 
 
 def write_data(out: Path, n_pretrain: int, n_finetune: int, n_heldout: int, seed: int) -> None:
     """Write the data of both stages and the benchmark "shapes". They depend on the sizes and the seed alone."""
+    for folder in (out, out / "shapes"):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    for images in (out / "images", out / "shapes" / "images"):
-        images.mkdir(parents=True, exist_ok=True)
-    write_records(out / "pretrain.json", "caption", n_pretrain, False, describe, rng)
-    write_records(out / "heldout_captions.json", "heldout", 2 * n_heldout, True, describe, rng)
+    write_records(out / "pretrain.json", "caption", n_pretrain, False, described, rng)
+    write_records(out / "heldout_captions.json", "heldout", 2 * n_heldout, True, described, rng)
     write_records(out / "finetune.json", "chat", n_finetune, False, chat, rng)
-    with open(out / "shapes" / "questions.jsonl", "w") as file:
-        for row in make_questions(images, n_heldout, random.Random(f"shapes {seed}")):
-            file.write(json.dumps(row) + "\n")
+    write_questions(out / "shapes" / "questions.jsonl", n_heldout, random.Random(f"shapes {seed}"))
 
 
 def main(args: Namespace) -> None:

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
-from data import EOT, Dataset, ImageConfig, load_tokenizer
+from data import Dataset, ImageConfig, load_tokenizer
 from lib.common import plural, read_json, replacing, visible
 from lib.folders import open_weights
 from lib.pictures import open_rgb
@@ -18,16 +18,18 @@ from lib.records import NOTES, id_of, lines_of
 from lib.schedule import steps_per_epoch
 from model import MIPHA_CONFIG, LLaVAConfig
 
+DEMO_TOKENIZER = Path(__file__).parent.parent / "demo" / "phi"          # with which all but the lengths can be checked
+
 
 def check_data(args: Namespace) -> int:
     """Check every record as training would read it -> exit code: 0 if all are good, 1 if something is wrong."""
     if args.write_clean and args.write_clean.resolve() == args.data.resolve():
         raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
     has_tokenizer = args.tokenizer.exists()
-    tok = load_tokenizer(args.tokenizer) if has_tokenizer else bytes_as_tokens()
+    tok = load_tokenizer(args.tokenizer if has_tokenizer else DEMO_TOKENIZER)
     image_config, block_size = sizes_to_check(args)
     if not has_tokenizer:
-        block_size = 1 << 30                                # more bytes than tokens: nothing may seem too long
+        block_size = 1 << 30                                # the demo's words are shorter: nothing may seem too long
     try:
         dataset = dataset_to_check(args, tok, image_config, block_size)
         ranges = dataset.find_ranges()
@@ -84,15 +86,6 @@ def sizes_to_check(args: Namespace) -> tuple[ImageConfig, int]:
 def dataset_to_check(args: Namespace, tok: Tokenizer, image_config: ImageConfig, block_size: int) -> Dataset:
     return Dataset(args.data, args.images, tok, RECIPES[args.recipe][args.stage]["template"], image_config, block_size,
                    follow_links=args.follow_links)
-
-
-def bytes_as_tokens() -> Tokenizer:
-    """A stand-in if no tokenizer was downloaded: with one token per byte, all but the lengths can be checked."""
-    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), EOT]
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    return tok
 
 # ---------------------------------------------------------------------------------------------------
 # The records, in worker processes

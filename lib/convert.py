@@ -40,7 +40,7 @@ def convert(args: Namespace) -> int:
         problem = next(filter(None, [*problems, problem]), "")
         if problem:
             raise ValueError(problem)
-        if not done["finished"]:
+        if done["file"] < len(args.data):
             convert_rest(args.out, args.data, done)
     records, pictures, bad = (args.out / name for name in OUTPUTS)
     print(f"{done['rows']:,} rows: {done['rows'] - done['bad']:,} records in {records}, {done['pictures']:,} pictures "
@@ -71,15 +71,14 @@ def start_of(out: Path, files: list[Path]) -> tuple[dict, str]:
     """How far an earlier conversion into `out` came, and what is wrong with it: other files, or not all its output."""
     sources = [[str(file), file.stat().st_size] for file in files]
     done = {"sources": sources, "file": 0, "group": 0, "row": 0, "rows": 0, "bad": 0, "pictures": 0,
-            "finished": False, "sizes": dict.fromkeys(OUTPUTS, 0)}
-    begun = (out / PROGRESS).exists()
-    if begun:
+            "sizes": dict.fromkeys(OUTPUTS, 0)}
+    sizes = {name: (out / name).stat().st_size if (out / name).exists() else 0 for name in OUTPUTS}
+    fits = not any(sizes.values())
+    if (out / PROGRESS).exists():
         done = read_json(out / PROGRESS, limit=1 << 30)
-    sizes = {name: (out / name).stat().st_size if (out / name).exists() else -1 for name in OUTPUTS}
-    fits = done["sources"] == sources and all(sizes[name] >= size for name, size in done["sizes"].items())
-    if fits if begun else max(sizes.values()) <= 0:
-        return done, ""
-    return done, f"{out} holds something else, a conversion of other files or a part of one: choose another folder"
+        fits = done["sources"] == sources and all(sizes[name] >= size for name, size in done["sizes"].items())
+    problem = f"{out} holds something else, a conversion of other files or a part of one: choose another folder"
+    return done, "" if fits else problem
 
 
 def convert_rest(out: Path, files: list[Path], done: dict) -> None:
@@ -99,7 +98,7 @@ def convert_rest(out: Path, files: list[Path], done: dict) -> None:
                 save_progress(out, outputs, done)
             done.update(file=done["file"] + 1, group=0, row=0)
         write_directory(out / PICTURES, outputs[PICTURES])
-        save_progress(out, outputs, done | {"finished": True})
+        save_progress(out, outputs, done)
 
 
 def rows_in_group(file: "parquet.ParquetFile", group: int, columns: list[str],

@@ -64,41 +64,39 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
     """
     start = file.read(BLOCK).index(b"[") + 1                # where `text` begins in the file
     file.seek(start)
-    text = ""
-    i = 0                                                   # everything before text[i] has been yielded
-    separator = "["
-    while separator != "]":
+    text, i = "", 0                                         # everything before text[i] has been yielded
+    separator, problem = "[", ""
+    while separator != "]" and not problem:
         try:
             begin = end = SPACE.match(text, i).end()
+            place = start + begin
             if separator != "[" or text[begin] != "]":      # not an empty list
                 _, end = STRICT_JSON.raw_decode(text, begin)
             after = SPACE.match(text, end).end()
-            if text[after] not in ",]":
-                raise ValueError("expected , or ] after this record")
+            separator = text[after]
         except (ValueError, IndexError, RecursionError) as e:
-            # Either the record continues in the next block, or it is broken. It is broken if the file ends, or if it
-            # takes more than 16 blocks.
+            # The record continues in the next block, or it is broken: the file ends, or it takes more than 16 blocks.
             block = file.read(max(BLOCK, len(text) - i))
             if not block or len(text) - i > 16 * BLOCK:
-                raise not_json(path, start + begin, f"{json_problem(e, begin)}; the record that begins there is "
-                               "broken, and what follows cannot be found") from e
+                problem = json_problem(e, begin)
             text = text[i:] + block.decode("latin-1")
             start += i
             i = 0
-            continue
-        if end > begin:
-            yield start + begin, start + end
-        separator = text[after]
-        i = after + 1
+        else:
+            if separator not in ",]":
+                problem = "expected , or ] after this record"
+            if end > begin:
+                yield place, start + end
+            i = after + 1
     file.seek(start + i)
-    if rest := file.read().lstrip():                        # of two lists in one file, the second would be lost
-        raise not_json(path, file.tell() - len(rest), f"{rest[:20]!r} after the end of the list; two lists in one file "
-                       "must become one, or two files")
-
-
-def not_json(path: Path, position: int, problem: str) -> ValueError:
-    [line] = lines_of(path, [position])
-    return ValueError(f"not json: {path}, line {line}: {problem}")
+    if problem:
+        problem += "; the record that begins there is broken, and what follows cannot be found"
+    elif rest := file.read().lstrip():                      # of two lists in one file, the second would be lost
+        place = file.tell() - len(rest)
+        problem = f"{rest[:20]!r} after the end of the list; two lists in one file must become one, or two files"
+    if problem:
+        [line] = lines_of(path, [place])
+        raise ValueError(f"not json: {path}, line {line}: {problem}")
 
 
 def lines_of(path: Path, positions: list[int]) -> list[int]:
@@ -152,7 +150,6 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 # model cannot see.
 MEDIA = re.compile(r"(media|image|img|picture|photo|video|audio|sound|speech)s?"
                    r"(_?(path|file|file_?name|name|url|list|bytes|base64|data)s?)?", re.IGNORECASE)
-
 
 
 def read_record(record: object) -> tuple[list[tuple[str, list[str]]], list[str], str]:
@@ -261,7 +258,7 @@ NOTES = ("empty answer, only the end of text is learned",
 
 
 def conversation_of(record: dict) -> Conversation:
-    """A record, in any of the forms that lib/records.py reads. ValueError says what is wrong with it.
+    """A record in any of the forms above. ValueError says what is wrong with it.
 
     A greeting by gpt before the first question is dropped, as in LLaVA. The model was trained with one fixed system
     prompt, so a record's own goes in front of its first question.

@@ -13,8 +13,8 @@ from helpers import ROOT, contents
 from data import encode, load_tokenizer
 from demo import run
 from demo.pretrain_bases import in_words
-from demo.shapes import (COLORS, KINDS, NAMES, QUARTERS, Shape, ask, caption, chat, converse, draw_scene, is_held_out,
-                         paint, write_data)
+from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTION_KINDS, Shape, caption, chat, converse, draw_scene,
+                         is_held_out, paint, question_of, write_data)
 from lib.folders import open_weights
 from load_weights import load_into
 from model import LLaVAPhi, init_weights
@@ -55,9 +55,9 @@ def all_scenes() -> list:
 def questions(rng: random.Random, held_out: bool, n: int):
     for _ in range(n):
         scene = draw_scene(rng, held_out)
-        for kind in KINDS:
-            if made := ask(kind, scene, rng.choice(scene), rng):
-                yield scene, kind, *made
+        for kind in QUESTION_KINDS:
+            if made := question_of(kind, scene, rng.choice(scene), rng):
+                yield scene, kind, *made, QUESTION_KINDS[kind]
 
 
 def test_every_answer_follows_from_the_scene():
@@ -200,7 +200,7 @@ def test_the_report_shows_text_as_text(finished):
 
 
 def test_the_demo_fails_where_its_chats_do(finished, capsys):
-    in_chat, alone = map(run.share_right, run.read_answers())
+    in_chat, alone = map(run.share_right, run.read_chats_and_alone())
     assert alone == in_chat and len(alone) == 8 and 45 < alone[-1] < 55
     run.compare_chats(alone, [share + 4 for share in alone])
     assert "all questions about a picture" in capsys.readouterr().out
