@@ -17,10 +17,9 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from lib.records import conversation_of
 from lib.common import hold_folder, read_json, write_whole
 from lib.pictures import open_rgb
-from lib.records import MEDIA, parse_record
+from lib.records import MEDIA, conversation_of, parse_record
 
 parquet = None
 with suppress(ImportError):             # the only command that needs it

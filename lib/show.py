@@ -79,14 +79,15 @@ def sample_html(dataset: Dataset, span: tuple[int, int]) -> str:
         text = shown(raw[:2000].decode("utf-8", "replace"))
         return f'<div class="sample">{title}<p class="bad">{shown(str(e))}</p><p>{text}</p></div>'
     batch = collate([Sample("", ids, labels, torch.stack(images) if images else None)])
-    learned = set((batch.loss_positions + 1).tolist())
+    learned = (batch.loss_positions + 1).tolist()
     # Prepared once more with room for all of it, to show what is cut.
     _, _, all_ids, all_labels, _ = dataclasses.replace(dataset, block_size=1 << 30).prepare(span)
-    words = template_words(all_ids, all_labels, dataset.tok) if dataset.template == "v0" else set()
-    kinds = []
-    for i, token in enumerate(all_ids):
-        kind = "image" if token == IMAGE_ID else "learned" if i in learned else "template" if i in words else ""
-        kinds.append("cut" if i >= len(ids) else kind)
+    kinds = np.full(len(all_ids), "", dtype="U8")           # of a token: a class of SHOW_STYLE
+    if dataset.template == "v0":
+        kinds[template_words(all_ids, all_labels, dataset.tok)] = "template"
+    kinds[learned] = "learned"
+    kinds[np.equal(all_ids, IMAGE_ID)] = "image"
+    kinds[len(ids):] = "cut"
     seen = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in batch.images]
     pictures = "".join(f'<img src="{png_address(image)}" alt="{shown(name[:80])}">' for name, image in zip(names, seen))
     n_image = len(batch.image_positions)
@@ -104,25 +105,25 @@ def shown(text: str) -> str:
     return html.escape(visible(text))
 
 
-def template_words(ids: list[int], labels: list[int], tok: Tokenizer) -> set[int]:
+def template_words(ids: list[int], labels: list[int], tok: Tokenizer) -> list[int]:
     """Positions of the chat template's words: those in front of each question, and between it and its answer."""
-    words = set()
+    words = []
     before = SYSTEM + " USER: "
     for is_read, positions in groupby(range(len(ids)), lambda i: labels[i] == IGNORE):
         if is_read:
             positions = [i for i in positions if ids[i] != IMAGE_ID]
-            words |= positions_of(before, positions, ids, tok) | positions_of(" ASSISTANT:", positions[::-1], ids, tok)
+            words += positions_of(before, positions, ids, tok) + positions_of(" ASSISTANT:", positions[::-1], ids, tok)
             before = "USER: "
     return words
 
 
-def positions_of(words: str, positions: list[int], ids: list[int], tok: Tokenizer) -> set[int]:
-    """The first of these positions, as many as `words` are long."""
+def positions_of(words: str, positions: list[int], ids: list[int], tok: Tokenizer) -> list[int]:
+    """The first of these positions, whose tokens together are as long as `words`."""
     lengths = accumulate(len(tok.decode([ids[i]])) for i in positions)
-    return {i for i, length in zip(positions, lengths) if length <= len(words)}
+    return [i for i, length in zip(positions, lengths) if length <= len(words)]
 
 
-def tokens_html(ids: list[int], kinds: list[str], tok: Tokenizer, n_patches: int) -> str:
+def tokens_html(ids: list[int], kinds: np.ndarray, tok: Tokenizer, n_patches: int) -> str:
     """A span for each token, or for the few whose bytes make up one character; one for the positions of an image."""
     spans = []
     start = n_images = 0
