@@ -31,7 +31,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Encoding, Tokenizer, models, processors
+from tokenizers import Encoding, Tokenizer, processors
 from torch import Tensor
 from tqdm import tqdm
 
@@ -131,22 +131,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     "<image>" or "<|endoftext|>" that somebody typed cannot move an image or end an answer.
     """
     folder = Path(folder)               # in a notebook it is a str
+    has = {name: (folder / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
     problem = ""
     try:
-        if (folder / "tokenizer.json").exists():
-            tok = read_tokenizer(folder)
-        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            tok = build_tokenizer(folder)
-        else:
-            tok = Tokenizer(models.BPE())
-            problem = ("expected tokenizer.json, or vocab.json and merges.txt; get Phi-2's by: hf download "
-                       "microsoft/phi-2 --local-dir checkpoints/phi-2")
-        if eot_id(tok) == 50256 and None in map(tok.token_to_id, PHI_RUNS):
-            problem = "GPT-2's, without Phi-2's tokens for runs of spaces and tabs; get its added_tokens.json"
-        elif eot_id(tok) is None and not problem:
+        tok = read_tokenizer(folder) if has["tokenizer.json"] else build_tokenizer(folder)
+        if eot_id(tok) is None:
             problem = f"it has no {EOT} token"
+        elif eot_id(tok) == 50256 and None in map(tok.token_to_id, PHI_RUNS):
+            problem = "GPT-2's, without Phi-2's tokens for runs of spaces and tabs; get its added_tokens.json"
     except Exception as e:          # tokenizers raises plain Exception, and untrusted json may have any shape
         problem = str(e)
+        if not has["tokenizer.json"] and not (has["vocab.json"] and has["merges.txt"]):
+            problem = ("expected tokenizer.json, or vocab.json and merges.txt; get Phi-2's by: hf download "
+                       "microsoft/phi-2 --local-dir checkpoints/phi-2")
     if problem:
         raise ValueError(f"{folder} holds no usable tokenizer: {problem}")
     # With trimmed offsets, whitespace tokens would report empty spans, and encode_turns would give wrong labels.
@@ -523,6 +520,8 @@ class Loader:
             except ValueError as e:
                 samples.append(nothing)
                 problems.append({"sample": i, "data": str(self.dataset.path), "problem": str(e)})
+                if self.dataset.on_bad_sample == "stop":
+                    break
         batch = collate(samples or [nothing], self.dataset.image_config.size)
         if self.dataset.shares:
             batch = batch._replace(split=split_by_file(batch, sample_ids, self.dataset.shares))
