@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tarfile import TarError, nti
 from typing import BinaryIO
 from zipfile import BadZipFile, ZipFile
 
@@ -116,10 +117,9 @@ def tar_entries(file: BinaryIO) -> Iterator[Entry]:
             return                                          # zeros, the end
         is_ustar = header[257:262] == b"ustar"              # older archives have only a checksum, which takes longer
         if not is_ustar:
-            right = int(checksum.strip(b" \0"), 8) == sum(header) - sum(checksum) + 8 * ord(" ")
+            right = nti(checksum) == sum(header) - sum(checksum) + 8 * ord(" ")
             demand(right, f"there is no member at byte {position:,}")
-        field = header[124:136]
-        size = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
+        size = nti(header[124:136])
         kind = header[156:157]
         if kind not in (b"L", b"K", b"x", b"g") and long_size >= 0:
             size = long_size
@@ -154,7 +154,7 @@ def index_archive(path: Path) -> dict[str, np.ndarray]:
             packed_whole = magic in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5", b"7z", b"Ra")
             demand(not packed_whole, "it is compressed as a whole, so no picture can be read by itself: unpack it")
             rows = np.fromiter(((hash_of(name), *place) for name, *place in entries), dtype=INDEX)
-        except (BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError) as e:
+        except (BadZipFile, TarError, NotImplementedError, struct.error, ValueError, OverflowError) as e:
             raise ValueError(f"{path} is not a zip or an uncompressed tar, or it is cut short: {e}") from e
     order = np.argsort(rows["hash"], kind="stable")
     return {column: rows[column][order] for column in INDEX.names}
