@@ -35,17 +35,18 @@ def modality_order(lengths: np.ndarray, has_image: np.ndarray, run_length: int,
     rest = []
     for kind in (np.flatnonzero(has_image), np.flatnonzero(has_image == 0)):
         mixed = kind[torch.randperm(len(kind), generator=generator).numpy()]
-        of_kind = []
         for i in range(0, len(mixed), run_length):
             run = mixed[i:i + run_length]
-            of_kind.append(run[np.argsort(-lengths[run], kind="stable")].tolist())
-        runs += of_kind[:-1]                                # as in LLaVA, the last one counts as incomplete
-        rest += of_kind[-1] if of_kind else []
+            run = run[np.argsort(-lengths[run], kind="stable")].tolist()
+            if i + run_length < len(mixed):
+                runs.append(run)
+            else:
+                rest += run                                 # as in LLaVA, the last one counts as incomplete
     runs = [runs[i] for i in torch.randperm(len(runs), generator=generator).tolist()]
     if len(rest) >= run_length:
         runs.insert(0, rest[:run_length])
         rest = rest[run_length:]
-    return [*chain.from_iterable(runs), *rest]
+    return [*chain(*runs), *rest]
 
 
 def epoch_order(seed: int, lengths: np.ndarray, has_image: np.ndarray, global_batch: int, group: str, epoch: int,
