@@ -1,12 +1,13 @@
 """From records of conversations, or one question, to packed tensors.
 
     image        -> uint8 pixels at the vision tower's size                         load_image
+    record       -> conversation                                                    lib/records.py
     conversation -> token ids and labels                                            encode
     samples      -> one row of tokens without padding                               collate
     (seed, step) -> the samples of a training step, split over ranks                Loader, lib/schedule.py
 
-The first two follow Hugging Face's CLIPImageProcessor and SiglipImageProcessor (the pixels, bit for bit) and LLaVA's
-train.py (the chat template, where the image goes). Nothing here depends on the model: sizes are passed in.
+The first three follow Hugging Face's CLIPImageProcessor and SiglipImageProcessor (the pixels, bit for bit) and LLaVA's
+train.py (where the image goes, the chat template). Nothing here depends on the model: sizes are passed in.
 `python data.py --help` says how to find bad samples before training, and how to see what is learned.
 """
 from __future__ import annotations

@@ -29,7 +29,8 @@ IN_TAR, ENCRYPTED, LINK = 256, 257, 258
 TAR_BLOCK = 512                     # tar's unit
 
 Entry = tuple[bytes, int, int, int]                         # name, offset, size in the archive, how it is packed
-INDEX = np.dtype([("hash", np.uint64), ("offset", np.int64), ("size", np.int64), ("packed", np.uint16)])   # of a name
+# The columns of an index: an Entry, but for its name only a hash.
+INDEX = np.dtype([("hash", np.uint64), ("offset", np.int64), ("size", np.int64), ("packed", np.uint16)])
 
 
 @dataclass(frozen=True)

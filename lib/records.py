@@ -1,4 +1,4 @@
-"""Random access to the records of a large json file, and the list of those that a run has skipped.
+"""Random access to the records of a large json file, what is said in one, and the list of those that a run has skipped.
 
 LLaVA's stage 2 is a single list of one gigabyte, and every process of a run needs it. So only the byte ranges of its
 records are kept in memory, and a record is read when it is needed.
@@ -79,9 +79,7 @@ def find_in_list(path: Path, file: BinaryIO) -> Iterator[tuple[int, int]]:
             block = file.read(max(BLOCK, len(text) - i))
             if not block or len(text) - i > 16 * BLOCK:
                 problem = json_problem(e, begin)
-            text = text[i:] + block.decode("latin-1")
-            start += i
-            i = 0
+            text, start, i = text[i:] + block.decode("latin-1"), start + i, 0
         else:
             if separator not in ",]":
                 problem = "expected , or ] after this record"
