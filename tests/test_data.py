@@ -14,7 +14,7 @@ from helpers import GOLDEN, ROOT, pattern, talk
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from zoo import BAD_RECORDS, write_zoo_images
+from zoo import BAD_RECORDS
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, ImageConfig, Sample, collate, encode, encode_prompt, eot_id,
                   expand, load_image, load_tokenizer, open_rgb)
@@ -46,13 +46,6 @@ def tiny(tiny_tokenizer):
 @pytest.fixture(scope="module")
 def toks(tiny):
     return {"tiny": tiny, "real": load_tokenizer(REAL) if REAL else None}
-
-
-@pytest.fixture(scope="module")
-def zoo_images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    write_zoo_images(folder)
-    return folder
 
 
 def for_clip(size: int, mode: str) -> ImageConfig:
