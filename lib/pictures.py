@@ -45,7 +45,9 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
         elif decode:
             image.load()
             image = upright(image)
-            image = (to_8_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
+            if image.mode[0] in "IF":
+                image = to_8_bits(image)
+            image = image.convert("RGB")
     except FileNotFoundError:
         problem = f"image missing: {name}"
         if "://" in name:
@@ -79,11 +81,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
     largest = float(values.max())
-    if image.mode.startswith("I;16"):
-        white = 65535.0
-    else:
-        whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((white for white in whites if largest <= white), largest)
+    whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))         # else 16 bits
+    white = next((white for white in whites if largest <= white), largest)
     return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
 
 
