@@ -202,7 +202,7 @@ def test_bad_pictures_are_named(zoo_images, name, problem):
     """One line with the file's name; a bomb is refused before it is decoded."""
     modes = ("crop", "pad") if name == "strip.png" else IMAGE_MODES        # squashed, a strip is harmless
     for mode in modes:
-        with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){problem}") as e:
+        with pytest.raises(ValueError, match=f"(?s){problem}") as e:
             load_image(zoo_images / name, for_clip(28, mode))
         assert name in str(e.value) and "\n" not in str(e.value)
 
@@ -355,7 +355,7 @@ def test_a_saved_image_token_is_dropped(tmp_path, tiny):
 def test_bad_tokenizers_are_named(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
 
 
