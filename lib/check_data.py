@@ -29,7 +29,7 @@ def check_data(args: Namespace) -> int:
     tok = load_tokenizer(args.tokenizer if has_tokenizer else DEMO_TOKENIZER)
     image_config, block_size = sizes_to_check(args)
     if not has_tokenizer:
-        block_size = 1 << 30                                # the demo's words are shorter: nothing may seem too long
+        block_size = 1 << 30                                # the demo's tokens are shorter: nothing may seem too long
     try:
         dataset = dataset_to_check(args, tok, image_config, block_size)
         ranges = dataset.find_ranges()
