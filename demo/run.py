@@ -9,7 +9,6 @@ $ python -m demo.run
 """
 import hashlib
 import html
-import json
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lib.common import LOCK, hold_folder, html_page, read_jsonl, remove, run_command, write_whole
+from lib.common import LOCK, hold_folder, html_page, read_json, read_jsonl, remove, run_command, write_whole
 from lib.pictures import png_address
 from lib.plot import CURVE_NOTE, CURVE_STYLE, figure, read_curves, verdict
 
@@ -143,7 +142,7 @@ def reference_losses(stage: str) -> list[tuple[int, float]]:
 def report() -> Path:
     """One self-contained page: the curves of both stages, the score, pictures with questions and answers."""
     before, after = caption_losses()
-    result = json.loads((OUT / "eval" / "result.json").read_text())
+    result = read_json(OUT / "eval" / "result.json")
     pictures = questions_by_picture()
     in_chat, alone = read_chats_and_alone()
     score = result["numbers"]
