@@ -10,13 +10,12 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tarfile import TarError, nti
 from typing import BinaryIO
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -94,15 +93,44 @@ def demand(fine: bool, problem: str) -> None:
 
 
 def zip_entries(file: BinaryIO) -> Iterator[Entry]:
-    """The members of a zip, zip64 among them. Python's zipfile reads the directory at the end, and no member."""
-    for member in ZipFile(file).infolist():
-        name = member.filename
-        if not member.flag_bits & 0x800:                    # cp437, says the flag; but Info-ZIP writes UTF-8
-            with suppress(UnicodeError):
-                name = name.encode("cp437").decode()
-        if not name.endswith("/"):                          # a folder
-            packed = ENCRYPTED if member.flag_bits & 1 else member.compress_type
-            yield name.encode(errors="surrogateescape"), member.header_offset, member.compress_size, packed
+    """The members of a zip. Python's zipfile takes a third of a gigabyte for the 558,128 pictures of stage 1."""
+    file.seek(max(0, file.seek(0, 2) - 65_557 - 20))        # the longest comment, and zip64's locator in front
+    tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    demand(end >= 0, "it has no directory, as if it was cut short")
+    n, length, start = struct.unpack_from("<10xHLL", tail, end)
+    if tail[end - 20:end - 16] == b"PK\6\7":                # zip64: more than 65,535 members, or than 4 GB
+        file.seek(*struct.unpack_from("<8xQ", tail, end - 20))
+        n, length, start = struct.unpack("<32x3Q", file.read(56))
+    file.seek(start)
+    directory = file.read(length)
+    header = struct.Struct("<4s4xHH8xLLHHH8xL")
+    i = 0
+    for _ in range(n):
+        sign, flags, packed, stored, unpacked, n_name, n_extra, n_comment, offset = header.unpack_from(directory, i)
+        demand(sign == b"PK\1\2", "its directory is damaged")
+        extra = i + 46 + n_name
+        name = directory[i + 46:extra]
+        if 0xFFFFFFFF in (stored, unpacked, offset):
+            stored, offset = zip64_sizes(directory[extra:extra + n_extra], stored, unpacked, offset)
+        i = extra + n_extra + n_comment
+        try:
+            name.decode()                                   # UTF-8, even without its flag: so does Info-ZIP write it
+        except UnicodeDecodeError:
+            name = name.decode("cp437").encode()            # an old DOS program
+        if not name.endswith(b"/"):                         # a folder
+            yield name, offset, stored, ENCRYPTED if flags & 1 else packed
+
+
+def zip64_sizes(extra: bytes, stored: int, unpacked: int, offset: int) -> tuple[int, int]:
+    """The stored size and the offset of a member, at least one of whose numbers did not fit into 32 bits."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack("<HH", extra[:4])
+        if kind == 1:
+            values = iter(struct.unpack(f"<{length // 8}Q", extra[4:4 + length // 8 * 8]))
+            unpacked, stored, offset = (next(values, x) if x == 0xFFFFFFFF else x for x in (unpacked, stored, offset))
+        extra = extra[4 + length:]
+    return stored, offset
 
 
 def tar_entries(file: BinaryIO) -> Iterator[Entry]:
@@ -155,8 +183,8 @@ def index_archive(path: Path) -> dict[str, np.ndarray]:
             packed_whole = magic in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5", b"7z", b"Ra")
             demand(not packed_whole, "it is compressed as a whole, so no picture can be read by itself: unpack it")
             rows = np.fromiter(((hash_of(name), *place) for name, *place in entries), dtype=INDEX)
-        except (BadZipFile, TarError, NotImplementedError, struct.error, ValueError, OverflowError) as e:
-            raise ValueError(f"{path} is not a zip or an uncompressed tar, or it is cut short: {e}") from e
+        except (BadZipFile, TarError, struct.error, ValueError, OverflowError) as e:
+            raise ValueError(f"{path} is not a zip or an uncompressed tar: {e}") from e
     order = np.argsort(rows["hash"], kind="stable")
     return {column: rows[column][order] for column in INDEX.names}
 
