@@ -184,7 +184,8 @@ def index_archive(path: Path) -> dict[str, np.ndarray]:
             demand(not packed_whole, "it is compressed as a whole, so no picture can be read by itself: unpack it")
             rows = np.fromiter(((hash_of(name), *place) for name, *place in entries), dtype=INDEX)
         except (BadZipFile, TarError, struct.error, ValueError, OverflowError) as e:
-            raise ValueError(f"{path} is not a zip or an uncompressed tar: {e}") from e
+            problem = "a part of it is missing" if isinstance(e, struct.error) else e
+            raise ValueError(f"{path} is not a zip or an uncompressed tar: {problem}") from e
     order = np.argsort(rows["hash"], kind="stable")
     return {column: rows[column][order] for column in INDEX.names}
 
