@@ -46,7 +46,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from data import EOT, IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_tokenizer
+from data import EOT, IGNORE, SYSTEM, Sample, collate, encode, eot_id, load_tokenizer, tokenize
 from demo.shapes import NAMES, QUARTERS, SIZE, Scene, Shape, caption, converse, draw_scene, paint, to_conversation
 from lib.layouts import to_saved
 from lib.save_weights import phi_json, tower_json, write_json, write_tokenizer
@@ -94,30 +94,28 @@ def fit(name: str, module: nn.Module, next_loss: Callable[[], Tensor], steps: in
             print(f"{name} {step + 1}/{steps} | loss {recent:.4f} | {time.time() - start:.0f} s", flush=True)
 
 
-def save_base(folder: Path, tensors: dict[str, Tensor], prefix: str, config: dict) -> None:
-    """Write tensors of LLaVAPhi as a base of its own: published names without `prefix`; q, k and v separate.
+def save_base(folder: Path, parts: dict[str, nn.Module], prefix: str, config: dict) -> None:
+    """Write parts of LLaVAPhi as a base of its own: published names without `prefix`; q, k and v separate.
 
     In fp16, as Phi-2 is published: half the bytes in the repository.
     """
     folder.mkdir(parents=True, exist_ok=True)
     saved = {}
-    for name, tensor in tensors.items():
-        saved_names = to_saved(name)
-        pieces = tensor.half().chunk(len(saved_names))
-        for saved_name, piece in zip(saved_names, pieces):
-            saved[saved_name.removeprefix(prefix)] = piece.contiguous()
+    for part, module in parts.items():
+        for name, tensor in module.state_dict().items():
+            saved_names = to_saved(f"{part}.{name}")
+            for saved_name, piece in zip(saved_names, tensor.half().chunk(len(saved_names))):
+                saved[saved_name.removeprefix(prefix)] = piece.contiguous()
     save_file(dict(sorted(saved.items())), folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", config)
 
 # ---------------------------------------------------------------------------------------------------
 # Language model
 
-PATCH_WORDS = {}                                    # Shape -> the word for a patch that shows it, where it is
-for quarter, quarter_name in enumerate(QUARTERS):
-    for shape_name in NAMES:
-        color, kind = shape_name.split()
-        word = f"{shape_name}{quarter_name}".replace(" ", "")
-        PATCH_WORDS[Shape(quarter, color, kind)] = word
+
+def patch_word(shape: Shape) -> str:
+    """The word for a patch that shows this shape, where it is. One token, as tests/test_demo.py checks."""
+    return f"{shape.name}{QUARTERS[shape.quarter]}".replace(" ", "")
 
 
 def in_words(scene: Scene) -> str:
@@ -126,7 +124,7 @@ def in_words(scene: Scene) -> str:
     for shape in scene:
         corner = 8 * shape.row + 2 * shape.column               # the quarter's first patch, of 2 x 2
         for patch in (corner, corner + 1, corner + 4, corner + 5):
-            patches[patch] = PATCH_WORDS[shape]
+            patches[patch] = patch_word(shape)
     return " ".join(patches)
 
 
@@ -135,18 +133,16 @@ def document(rng: random.Random, tok: Tokenizer) -> Sample:
     scene = draw_scene(rng, held_out=False)
     style = rng.random()
     if style < 0.2:
-        given = tok.encode(" " + in_words(scene), add_special_tokens=False).ids
-        if style <= 0.03:
-            given = []                              # a few captions without a picture: the language alone
-        text = tok.encode(caption(scene) + "\n", add_special_tokens=False).ids
-        labels = [IGNORE] * len(given) + text
-        return Sample("", given + text, labels, image=None)
+        # A few captions have no picture: the language alone.
+        given = tokenize(" " + in_words(scene), tok).ids if style > 0.03 else []
+        text = tokenize(caption(scene) + "\n", tok).ids
+        return Sample("", given + text, [IGNORE] * len(given) + text, image=None)
     said = to_conversation(converse(scene, rng))
     said[0]["value"] = f"{in_words(scene)}\n{said[0]['value']}"
     ids, labels = encode({"conversations": said}, tok, "v0")
     start = 0
     if style < 0.8:                                 # the system text need not be read each time
-        start = len(tok.encode(SYSTEM, add_special_tokens=False).ids)
+        start = len(tokenize(SYSTEM, tok).ids)
     return Sample("", ids[start:], labels[start:], image=None)
 
 
@@ -155,31 +151,21 @@ def train_tokenizer(rng: random.Random, folder: Path) -> Tokenizer:
     texts = []
     for _ in range(2000):
         scene = draw_scene(rng, held_out=False)
-        turns = ""
-        for question, answer in converse(scene, rng):
-            turns += f"USER: {question} ASSISTANT: {answer}"
-        texts.append(f"{SYSTEM} {turns}")
-        texts.append(f"{caption(scene)}\nDescribe the picture.")
-        texts.append(f" {in_words(scene)}")
+        turns = "".join(f"USER: {question} ASSISTANT: {answer}" for question, answer in converse(scene, rng))
+        texts += [f"{SYSTEM} {turns}", f"{caption(scene)}\nDescribe the picture.", f" {in_words(scene)}"]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=[EOT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tok.train_from_iterator(texts, trainer)
-    for word in PATCH_WORDS.values():
-        assert len(tok.encode(f" {word}").ids) == 1, f"{word}, a patch's word, is more than one token"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=600, special_tokens=[EOT], initial_alphabet=alphabet,
+                                                       show_progress=False))
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, tok, image=False)
     (folder / "tokenizer.json").write_text(tok.to_str(pretty=True) + "\n", encoding="utf-8")   # with a final newline
     return load_tokenizer(folder)
 
 
-def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
+def pretrain_phi(out: Path, steps: int) -> None:
     """Train the language model and its tokenizer; write both to `out`."""
     rng = random.Random(1)
     tok = train_tokenizer(rng, out)
@@ -187,15 +173,14 @@ def pretrain_phi(out: Path, steps: int, batch: int, lr: float) -> None:
     init_weights(model, torch.Generator().manual_seed(1))
 
     def next_loss() -> Tensor:
-        samples = [document(rng, tok) for _ in range(batch)]
+        samples = [document(rng, tok) for _ in range(40)]
         samples.sort(key=lambda sample: len(sample.ids))
         b = collate(samples, SIZE)
         h = model(model.wte(b.ids), Packed(b.lengths, b.ids.device))                    # (T, C)
         return cross_entropy_sum(h[b.loss_positions], model.lm_head, b.targets) / len(b.targets)
 
-    fit("phi", model, next_loss, steps, lr, decay=0.01)
-    tensors = {f"llm.{name}": parameter for name, parameter in model.state_dict().items()}
-    save_base(out, tensors, "language_model.", phi_json(TINY_PHI, eot_id(tok), "float16"))
+    fit("phi", model, next_loss, steps, lr=3e-3, decay=0.01)
+    save_base(out, {"llm": model}, "language_model.", phi_json(TINY_PHI, eot_id(tok), "float16"))
 
 # ---------------------------------------------------------------------------------------------------
 # Vision tower
@@ -214,8 +199,9 @@ class Contrast(nn.Module):
     The language has 13 phrases, so its tower is an embedding table; a caption combines the phrases of four quarters.
     """
 
-    def __init__(self, width: int = 64):
+    def __init__(self):
         super().__init__()
+        width = 64
         self.tower = VisionTower(dataclasses.replace(TINY_CLIP, feature_layer=-1))     # LLaVA leaves the last block out
         self.ln_post = nn.LayerNorm(TINY_CLIP.n_embd, eps=TINY_CLIP.eps)
         self.project_quarter = nn.Linear(TINY_CLIP.n_embd, width, bias=False)
@@ -225,10 +211,7 @@ class Contrast(nn.Module):
         self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.hidden: list[Tensor] = []              # outputs of the last two blocks in this forward pass
         for block in self.tower.h[-2:]:
-            block.register_forward_hook(self.keep_hidden)
-
-    def keep_hidden(self, block: nn.Module, args: tuple, out: Tensor) -> None:
-        self.hidden.append(out)                                                         # (N, 1 + P, D)
+            block.register_forward_hook(lambda block, args, out: self.hidden.append(out))       # (N, 1 + P, D)
 
     def similarity(self, seen: Tensor, said: Tensor) -> Tensor:
         """seen (A, width), said (B, width) -> cosines (A, B), divided by the learned temperature."""
@@ -271,7 +254,7 @@ def pictures(n: int, rng: random.Random) -> tuple[Tensor, Tensor]:
     return images, regions
 
 
-def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
+def pretrain_clip(out: Path, steps: int) -> None:
     """Train the vision tower; write it and its preprocessor_config.json to `out`."""
     images, regions = pictures(24000, random.Random(2))
     generator = torch.Generator().manual_seed(2)
@@ -281,14 +264,12 @@ def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
     nn.init.normal_(model.tower.cls, std=0.02, generator=generator)
 
     def next_loss() -> Tensor:
-        rows = torch.randint(0, len(images), (batch,), generator=generator)
+        rows = torch.randint(0, len(images), (64,), generator=generator)
         return model(images[rows], regions[rows])
 
-    fit("clip", model, next_loss, steps, lr, decay=0.05)
-    tensors = {f"vision.{name}": parameter for name, parameter in model.tower.state_dict().items()}
-    for name, parameter in model.ln_post.state_dict().items():
-        tensors[f"vision.ln_post.{name}"] = parameter
-    save_base(out, tensors, "vision_tower.", tower_json(TINY_CLIP) | {"torch_dtype": "float16"})
+    fit("clip", model, next_loss, steps, lr=1e-3, decay=0.05)
+    parts = {"vision": model.tower, "vision.ln_post": model.ln_post}
+    save_base(out, parts, "vision_tower.", tower_json(TINY_CLIP) | {"torch_dtype": "float16"})
     write_json(out / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
@@ -301,9 +282,9 @@ def pretrain_clip(out: Path, steps: int, batch: int, lr: float) -> None:
 
 def main(args: Namespace) -> None:
     if args.only != "clip":
-        pretrain_phi(args.out / "phi", args.phi_steps, batch=40, lr=3e-3)
+        pretrain_phi(args.out / "phi", args.phi_steps)
     if args.only != "phi":
-        pretrain_clip(args.out / "clip", args.clip_steps, batch=64, lr=1e-3)
+        pretrain_clip(args.out / "clip", args.clip_steps)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ on where it was.
 
 $ python -m demo.run
 """
-import base64
 import hashlib
 import html
-import json
 import shlex
 import subprocess
 import sys
@@ -18,7 +16,10 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
-from lib.common import LOCK, hold_folder, html_page, read_jsonl, remove, run_command, write_whole
+from PIL import Image
+
+from lib.common import LOCK, hold_folder, html_page, read_json, read_jsonl, remove, run_command, write_whole
+from lib.pictures import png_address
 from lib.plot import CURVE_NOTE, CURVE_STYLE, figure, read_curves, verdict
 
 OUT = Path("out/demo")
@@ -74,24 +75,20 @@ def is_right(question: dict, answer: str) -> bool:
 # Chats: a question is answered in the middle of a conversation as well as by itself
 
 
-def hold_chats() -> dict[str, str]:
-    """Ask all questions about a picture in one chat, and so about every picture -> question_id -> answer."""
+def hold_chats() -> None:
+    """Ask all questions about a picture in one chat, and so about every picture."""
     lines = []
     for image, questions in questions_by_picture().items():
         lines += [f"/image {DATA}/shapes/images/{image}", *(question["text"] for question in questions)]
-    typed, said = write_whole(OUT / "chats.txt", "\n".join(lines) + "\n"), OUT / "chat_answers.txt"
-    run_step("sample.py", "--model", f"{OUT}/finetune", typed=typed, said=said)
-    return read_chats()
+    typed = write_whole(OUT / "chats.txt", "\n".join(lines) + "\n")
+    run_step("sample.py", "--model", f"{OUT}/finetune", typed=typed, said=OUT / "chat_answers.txt")
 
 
-def read_chats() -> dict[str, str]:
+def read_chats_and_alone() -> tuple[dict[str, str], dict[str, str]]:
+    """The answers in the chats, and those to the same questions, each asked by itself; both by question_id."""
     ids = [question["question_id"] for questions in questions_by_picture().values() for question in questions]
-    return dict(zip(ids, (OUT / "chat_answers.txt").read_text().splitlines(), strict=True))
-
-
-def read_alone() -> dict[str, str]:
-    """The same questions, each asked by itself -> question_id -> answer."""
-    return {row["question_id"]: row["text"] for row in read_jsonl(OUT / "eval" / "answers.jsonl")}
+    in_chat = dict(zip(ids, (OUT / "chat_answers.txt").read_text().splitlines(), strict=True))
+    return in_chat, {row["question_id"]: row["text"] for row in read_jsonl(OUT / "eval" / "answers.jsonl")}
 
 
 def share_right(answers: dict[str, str]) -> list[float]:
@@ -145,9 +142,9 @@ def reference_losses(stage: str) -> list[tuple[int, float]]:
 def report() -> Path:
     """One self-contained page: the curves of both stages, the score, pictures with questions and answers."""
     before, after = caption_losses()
-    result = json.loads((OUT / "eval" / "result.json").read_text())
+    result = read_json(OUT / "eval" / "result.json")
     pictures = questions_by_picture()
-    in_chat, alone = read_chats(), read_alone()
+    in_chat, alone = read_chats_and_alone()
     score = result["numbers"]
     kinds = [name for name in score if name not in ("chance", "blank image")]
     table = "".join(f"<tr><td>{html.escape(name)}<td>{score[name]:.1f} %" for name in kinds)
@@ -177,13 +174,13 @@ def card(image: str, questions: list[dict], answers: dict[str, str]) -> str:
     """A picture, its questions and the model's answers, each marked as right or wrong."""
     rows = ""
     for question in questions:
-        answer = html.escape(answers[question["question_id"]])
-        mark = f'<b class="right">{answer} ✓</b>'
-        if not is_right(question, answers[question["question_id"]]):
-            mark = f'<b class="wrong">{answer} ✗ (really {question["answer"]})</b>'
+        answer = answers[question["question_id"]]
+        mark = f'<b class="right">{html.escape(answer)} ✓</b>'
+        if not is_right(question, answer):
+            mark = f'<b class="wrong">{html.escape(answer)} ✗ (really {question["answer"]})</b>'
         rows += f"<p>{html.escape(question['text'])} {mark}</p>"
-    picture = base64.b64encode((DATA / "shapes" / "images" / image).read_bytes()).decode()
-    return f'<div class="card"><img src="data:image/png;base64,{picture}" alt="shapes"><div>{rows}</div></div>'
+    picture = png_address(Image.open(DATA / "shapes" / "images" / image))
+    return f'<div class="card"><img src="{picture}" alt="shapes"><div>{rows}</div></div>'
 
 # ---------------------------------------------------------------------------------------------------
 # The command
@@ -228,13 +225,13 @@ def run_demo(began: float) -> None:
     picture = f"{DATA}/shapes/images/{question['image']}"
     run_step("sample.py", "--model", f"{OUT}/finetune", "--image", picture, "--prompt", question["text"])
     print(f"  (what the picture really shows there: {question['answer']})")
-    in_chat, alone = share_right(hold_chats()), share_right(read_alone())
+    hold_chats()
 
     before, after = caption_losses()
     print(f"\ncaption loss on held-out pictures: {before:.3f} before stage 1, {after:.3f} after it, both towers frozen")
     print("training loss, against that of the run in demo/reference:", *verdicts(), sep="\n  ")
     print(f"report: {report()} ({(time.time() - began) / 60:.1f} minutes in all)")
-    compare_chats(in_chat, alone)
+    compare_chats(*map(share_right, read_chats_and_alone()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import random
 import sys
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,64 +110,59 @@ def caption(scene: Scene) -> str:
     return ", ".join(f"a {shape.name} at the {QUARTERS[shape.quarter]}" for shape in scene)
 
 # ---------------------------------------------------------------------------------------------------
-# Questions. Each of these functions asks about one shape of the scene, or returns None if its kind of question has no
-# single answer there: "What colour is the circle?" presumes that there is one circle. The demo's committed bases and
-# published accuracies belong to these very texts, British spelling included.
+# Questions. Each is about one shape of the scene. The demo's committed bases and published accuracies belong to these
+# very texts, British spelling included.
 
 
-class Question(NamedTuple):
-    text: str
-    answer: str
-    n_answers: int                                  # how many answers are possible: 1 / n_answers is chance
+Exchange = tuple[str, str]                          # question, answer
+QUESTION_KINDS = {                                  # kind -> how many answers are possible: chance is 1 / that
+    "colour": len(COLORS),
+    "shape": len(SHAPE_KINDS),
+    "place": len(QUARTERS),
+    "thing": len(NAMES),
+    "count": len(NUMBERS),
+    "presence": 2,
+    "relation": 2,
+}
 
 
-def color_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    kinds = [s.kind for s in scene]
-    if kinds.count(shape.kind) > 1:
-        return None
-    return Question(f"What colour is the {shape.kind}?", shape.color, len(COLORS))
+def question_of(kind: str, scene: Scene, shape: Shape, rng: random.Random) -> Exchange | None:
+    """A question of this kind, or None if it has no single answer here.
+
+    "What colour is the circle?" presumes that there is one circle.
+    """
+    match kind:
+        case "colour" if [s.kind for s in scene].count(shape.kind) == 1:
+            return f"What colour is the {shape.kind}?", shape.color
+        case "shape" if [s.color for s in scene].count(shape.color) == 1:
+            return f"What shape is {shape.color}?", shape.kind
+        case "place":
+            return f"Where is the {shape.name}?", QUARTERS[shape.quarter]
+        case "thing":
+            return f"What is at the {QUARTERS[shape.quarter]}?", shape.name
+        case "count":
+            return "How many shapes are there?", NUMBERS[len(scene) - 1]
+        case "presence":
+            return is_there(scene, shape, rng)
+        case "relation" if len(scene) > 1:
+            return is_beside(scene, shape, rng)
+    return None
 
 
-def kind_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    colors = [s.color for s in scene]
-    if colors.count(shape.color) > 1:
-        return None
-    return Question(f"What shape is {shape.color}?", shape.kind, len(SHAPE_KINDS))
-
-
-def quarter_of(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    return Question(f"Where is the {shape.name}?", QUARTERS[shape.quarter], len(QUARTERS))
-
-
-def shape_at(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    return Question(f"What is at the {QUARTERS[shape.quarter]}?", shape.name, len(NAMES))
-
-
-def how_many(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
-    return Question("How many shapes are there?", NUMBERS[len(scene) - 1], len(NUMBERS))
-
-
-def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+def is_there(scene: Scene, shape: Shape, rng: random.Random) -> Exchange:
     """Yes and no are equally likely. A no asks for something that shares its color or its kind with the shape.
 
     Something unlike everything in the picture would be too easy: seeing color or kind alone would do.
     """
     if rng.random() < 0.5:
-        return Question(f"Is there a {shape.name}?", "yes", 2)
+        return f"Is there a {shape.name}?", "yes"
     present = {s.name for s in scene}
-    similar = []
-    for name in NAMES:
-        color, kind = name.split()
-        shares_one = (color == shape.color) != (kind == shape.kind)
-        if shares_one and name not in present:
-            similar.append(name)
-    return Question(f"Is there a {rng.choice(similar)}?", "no", 2)
+    similar = [name for name in NAMES if name not in present and (shape.color in name) != (shape.kind in name)]
+    return f"Is there a {rng.choice(similar)}?", "no"
 
 
-def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question | None:
+def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Exchange:
     """The shape and another one, in a direction in which they differ."""
-    if len(scene) == 1:
-        return None
     other = rng.choice([s for s in scene if s != shape])
     a, b = rng.sample([shape, other], 2)
     distances = {                                   # negative where the sentence "a is ... b" is true
@@ -177,54 +172,45 @@ def is_beside(scene: Scene, shape: Shape, rng: random.Random) -> Question | None
         "below": b.row - a.row,
     }
     relation, distance = rng.choice([item for item in distances.items() if item[1] != 0])
-    return Question(f"Is the {a.name} {relation} the {b.name}?", "yes" if distance < 0 else "no", 2)
+    return f"Is the {a.name} {relation} the {b.name}?", "yes" if distance < 0 else "no"
 
 
-QUESTIONS = {
-    "colour": color_of,
-    "shape": kind_of,
-    "place": quarter_of,
-    "thing": shape_at,
-    "count": how_many,
-    "presence": is_there,
-    "relation": is_beside,
-}
+def any_question(scene: Scene, shape: Shape, rng: random.Random) -> Exchange:
+    """A question of any kind but the count."""
+    turn = None
+    while turn is None:
+        turn = question_of(rng.choice([kind for kind in QUESTION_KINDS if kind != "count"]), scene, shape, rng)
+    return turn
 
 
-def question_about(scene: Scene, shape: Shape, rng: random.Random) -> tuple[str, str]:
-    """A question about this shape of any kind but the count, and its answer."""
-    while True:
-        category = rng.choice([name for name in QUESTIONS if name != "count"])
-        question = QUESTIONS[category](scene, shape, rng)
-        if question:
-            return question.text, question.answer
+def described(scene: Scene, rng: random.Random) -> list[Exchange]:
+    return [("Describe the picture.", caption(scene))]
 
 
-def converse(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def converse(scene: Scene, rng: random.Random) -> list[Exchange]:
     """Questions and answers about one picture: how many shapes, and one about each that no earlier turn has given away.
 
     So no answer follows from earlier turns without looking at the picture. One conversation in eight asks for the
     caption instead.
     """
     if rng.random() < 1 / 8:
-        return [("Describe the picture.", caption(scene))]
+        return described(scene, rng)
     turns = []
     told = []                                       # shapes whose color and kind an earlier turn says
     for shape in rng.sample(scene, len(scene)):
         if shape in told:
             continue
-        question, answer = question_about(scene, shape, rng)
+        question, answer = any_question(scene, shape, rng)
         while any(old.name in question for old in told):
-            question, answer = question_about(scene, shape, rng)
+            question, answer = any_question(scene, shape, rng)
         turns.append((question, answer))
         told += [s for s in scene if s == shape or s.name in question]
     # The count comes first or second: once all shapes have been discussed, it follows without looking.
-    count = how_many(scene, scene[0], rng)
-    turns.insert(rng.randrange(2), (count.text, count.answer))
+    turns.insert(rng.randrange(2), question_of("count", scene, scene[0], rng))
     return turns
 
 
-def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+def chat(scene: Scene, rng: random.Random) -> list[Exchange]:
     """A conversation that goes on, with other questions of any kind at any place, up to eight in all.
 
     People also ask about what an earlier answer has told them. Without such turns the model breaks off after the
@@ -233,9 +219,9 @@ def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     turns = converse(scene, rng)
     n = rng.randint(len(turns), MOST_TURNS)
     while len(turns) < n:
-        question = QUESTIONS[rng.choice(list(QUESTIONS))](scene, rng.choice(scene), rng)
-        if question and question.text not in dict(turns):
-            turns.insert(rng.randint(0, len(turns)), (question.text, question.answer))
+        turn = question_of(rng.choice(list(QUESTION_KINDS)), scene, rng.choice(scene), rng)
+        if turn and turn[0] not in dict(turns):
+            turns.insert(rng.randint(0, len(turns)), turn)
     return turns
 
 # ---------------------------------------------------------------------------------------------------
@@ -244,7 +230,7 @@ def chat(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
 # the training data changes.
 
 
-def to_conversation(turns: list[tuple[str, str]]) -> list[dict]:
+def to_conversation(turns: list[Exchange]) -> list[dict]:
     said = []
     for question, answer in turns:
         said.append({"from": "human", "value": question})
@@ -252,75 +238,50 @@ def to_conversation(turns: list[tuple[str, str]]) -> list[dict]:
     return said
 
 
-def to_record(name: str, turns: list[tuple[str, str]]) -> dict:
-    """A record of LLaVA's json about the picture NAME.png."""
-    said = to_conversation(turns)
-    said[0]["value"] = "<image>\n" + said[0]["value"]
-    return {"id": name, "image": f"{name}.png", "conversations": said}
-
-
 def paint_to(path: Path, scene: Scene, rng: random.Random) -> None:
     paint(scene, rng).save(path, compress_level=1)  # a third larger than at the best compression, but much faster
 
 
-def make_captions(images: Path, n: int, held_out: bool, stem: str, rng: random.Random) -> list[dict]:
-    """Paint n pictures into the folder; return a record with the caption of each."""
+def write_records(path: Path, stem: str, n: int, held_out: bool, turns_of: Callable, rng: random.Random) -> None:
+    """Paint n pictures into images/ next to the file, which gets a record about each: turns_of(scene, rng)."""
     scenes = [draw_scene(rng, held_out) for _ in range(n)]
     records = []
     for i, scene in enumerate(scenes):
-        name = f"{stem}{i:05d}"
-        paint_to(images / f"{name}.png", scene, rng)
-        records.append(to_record(name, [("Describe the picture.", caption(scene))]))
-    return records
+        image = f"{stem}{i:05d}.png"
+        paint_to(path.parent / "images" / image, scene, rng)
+        said = to_conversation(turns_of(scene, rng))
+        said[0]["value"] = "<image>\n" + said[0]["value"]
+        records.append({"id": f"{stem}{i:05d}", "image": image, "conversations": said})
+    path.write_text(json.dumps(records))
 
 
-def make_chats(images: Path, n: int, rng: random.Random) -> list[dict]:
-    """Paint n pictures into the folder; return a record with a conversation about each."""
-    scenes = [draw_scene(rng, held_out=False) for _ in range(n)]
-    records = []
-    for i, scene in enumerate(scenes):
-        name = f"chat{i:05d}"
-        paint_to(images / f"{name}.png", scene, rng)
-        records.append(to_record(name, chat(scene, rng)))
-    return records
-
-
-def make_questions(images: Path, n: int, rng: random.Random) -> Iterator[dict]:
-    """Paint n held-out pictures into the folder; yield, for each, a question of every kind that has an answer there."""
+def write_questions(path: Path, n: int, rng: random.Random) -> None:
+    """Paint n held-out pictures into images/ next to the file; write a question of every kind that has an answer there.
+    """
+    rows = []
     for i in range(n):
         scene = draw_scene(rng, held_out=True)
         name = f"{i:05d}"
-        paint_to(images / f"{name}.png", scene, rng)
-        for category, maker in QUESTIONS.items():
-            questions = [maker(scene, shape, rng) for shape in rng.sample(scene, len(scene))]
-            question = next((q for q in questions if q), None)
-            if question:
-                yield {
-                    "question_id": f"{name}-{category}",
-                    "image": f"{name}.png",
-                    "text": question.text,
-                    "answer": question.answer,
-                    "category": category,
-                    "chance": 1 / question.n_answers,
-                }
+        paint_to(path.parent / "images" / f"{name}.png", scene, rng)
+        for kind, n_answers in QUESTION_KINDS.items():
+            turns = [question_of(kind, scene, shape, rng) for shape in rng.sample(scene, len(scene))]
+            if any(turns):
+                question, answer = next(filter(None, turns))
+                row = {"question_id": f"{name}-{kind}", "image": f"{name}.png", "text": question, "answer": answer,
+                       "category": kind, "chance": 1 / n_answers}
+                rows.append(json.dumps(row) + "\n")
+    path.write_text("".join(rows))
 
 
 def write_data(out: Path, n_pretrain: int, n_finetune: int, n_heldout: int, seed: int) -> None:
     """Write the data of both stages and the benchmark "shapes". They depend on the sizes and the seed alone."""
+    for folder in (out, out / "shapes"):
+        (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    images = out / "images"
-    benchmark = out / "shapes"
-    images.mkdir(parents=True, exist_ok=True)
-    (benchmark / "images").mkdir(parents=True, exist_ok=True)
-    captions = make_captions(images, n_pretrain, False, "caption", rng)
-    (out / "pretrain.json").write_text(json.dumps(captions))
-    captions = make_captions(images, 2 * n_heldout, True, "heldout", rng)
-    (out / "heldout_captions.json").write_text(json.dumps(captions))
-    chats = make_chats(images, n_finetune, rng)
-    (out / "finetune.json").write_text(json.dumps(chats))
-    with open(benchmark / "questions.jsonl", "w") as file:
-        for row in make_questions(benchmark / "images", n_heldout, random.Random(f"shapes {seed}")):
-            file.write(json.dumps(row) + "\n")
+    write_records(out / "pretrain.json", "caption", n_pretrain, False, described, rng)
+    write_records(out / "heldout_captions.json", "heldout", 2 * n_heldout, True, described, rng)
+    write_records(out / "finetune.json", "chat", n_finetune, False, chat, rng)
+    write_questions(out / "shapes" / "questions.jsonl", n_heldout, random.Random(f"shapes {seed}"))
 
 
 def main(args: Namespace) -> None:

@@ -9,10 +9,11 @@ import io
 import re
 import struct
 import zlib
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tarfile import TarError, nti
 from typing import BinaryIO
 from zipfile import BadZipFile
 
@@ -27,6 +28,8 @@ IN_TAR, ENCRYPTED, LINK = 256, 257, 258
 TAR_BLOCK = 512                     # tar's unit
 
 Entry = tuple[bytes, int, int, int]                         # name, offset, size in the archive, how it is packed
+# The columns of an index: an Entry, but for its name only a hash.
+INDEX = np.dtype([("hash", np.uint64), ("offset", np.int64), ("size", np.int64), ("packed", np.uint16)])
 
 
 @dataclass(frozen=True)
@@ -90,46 +93,33 @@ def demand(fine: bool, problem: str) -> None:
 
 
 def zip_entries(file: BinaryIO) -> Iterator[Entry]:
-    """The members of a zip. Python's zipfile takes half a gigabyte for the 558,128 pictures of stage 1."""
-    size = file.seek(0, 2)
-    tail_at = file.seek(max(0, size - 65_557 - 20))         # the longest comment, and zip64's locator in front
+    """The members of a zip. Python's zipfile takes a third of a gigabyte for the 558,128 pictures of stage 1."""
+    file.seek(max(0, file.seek(0, 2) - 65_557 - 20))        # the longest comment, and zip64's locator in front
     tail = file.read()
     end = tail.rfind(b"PK\5\6")
-    demand(0 <= end <= len(tail) - 22, "it has no directory, as if it was cut short")
-    disk, _, _, n, length, start = struct.unpack("<HHHHLL", tail[end + 4:end + 20])
-    directory_end = tail_at + end
+    demand(end >= 0, "it has no directory, as if it was cut short")
+    n, length, start = struct.unpack_from("<10xHLL", tail, end)
     if tail[end - 20:end - 16] == b"PK\6\7":                # zip64: more than 65,535 members, or than 4 GB
-        file.seek(struct.unpack("<Q", tail[end - 12:end - 4])[0])
-        record = file.read(56)
-        demand(record[:4] == b"PK\6\6", "its directory is damaged")
-        n, length, start = struct.unpack("<QQQ", record[32:56])
-        directory_end -= 20 + 56
-    demand(disk in (0, 0xFFFF) and start + length <= directory_end, "a part of it is missing")
+        file.seek(*struct.unpack_from("<8xQ", tail, end - 20))
+        n, length, start = struct.unpack("<32x3Q", file.read(56))
     file.seek(start)
     directory = file.read(length)
     header = struct.Struct("<4s4xHH8xLLHHH8xL")
     i = 0
     for _ in range(n):
-        demand(directory[i:i + 4] == b"PK\1\2", "its directory is damaged")
-        _, flags, packed, stored, unpacked, n_name, n_extra, n_comment, offset = header.unpack_from(directory, i)
-        name_end = i + 46 + n_name
-        name = directory[i + 46:name_end]
+        sign, flags, packed, stored, unpacked, n_name, n_extra, n_comment, offset = header.unpack_from(directory, i)
+        demand(sign == b"PK\1\2", "its directory is damaged")
+        extra = i + 46 + n_name
+        name = directory[i + 46:extra]
         if 0xFFFFFFFF in (stored, unpacked, offset):
-            stored, offset = zip64_sizes(directory[name_end:name_end + n_extra], stored, unpacked, offset)
-        i = name_end + n_extra + n_comment
-        if not name.isascii() and not flags & 0x800:
-            name = zip_name(name)
+            stored, offset = zip64_sizes(directory[extra:extra + n_extra], stored, unpacked, offset)
+        i = extra + n_extra + n_comment
+        try:
+            name.decode()                                   # UTF-8, even without its flag: so does Info-ZIP write it
+        except UnicodeDecodeError:
+            name = name.decode("cp437").encode()            # an old DOS program
         if not name.endswith(b"/"):                         # a folder
             yield name, offset, stored, ENCRYPTED if flags & 1 else packed
-
-
-def zip_name(name: bytes) -> bytes:
-    """A name in UTF-8, whatever the archive says: Info-ZIP writes UTF-8 without a word, old DOS programs cp437."""
-    try:
-        name.decode()
-        return name
-    except UnicodeDecodeError:
-        return name.decode("cp437").encode()
 
 
 def zip64_sizes(extra: bytes, stored: int, unpacked: int, offset: int) -> tuple[int, int]:
@@ -156,10 +146,9 @@ def tar_entries(file: BinaryIO) -> Iterator[Entry]:
             return                                          # zeros, the end
         is_ustar = header[257:262] == b"ustar"              # older archives have only a checksum, which takes longer
         if not is_ustar:
-            right = int(checksum.strip(b" \0"), 8) == sum(header) - sum(checksum) + 8 * ord(" ")
+            right = nti(checksum) == sum(header) - sum(checksum) + 8 * ord(" ")
             demand(right, f"there is no member at byte {position:,}")
-        field = header[124:136]
-        size = int.from_bytes(field[1:], "big") if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
+        size = nti(header[124:136])
         kind = header[156:157]
         if kind not in (b"L", b"K", b"x", b"g") and long_size >= 0:
             size = long_size
@@ -186,32 +175,19 @@ def hash_of(name: bytes) -> int:
 
 
 def index_archive(path: Path) -> dict[str, np.ndarray]:
-    """hash (of a member's name), offset, size, packed: one row a member, ordered by hash."""
-    hashes, offsets, sizes, packings = array("Q"), array("q"), array("q"), array("H")
+    """The columns of INDEX: one row a member, ordered by hash."""
     with open(path, "rb") as file:
         magic = file.read(2)
+        entries = zip_entries(file) if magic == b"PK" else tar_entries(file)
         try:
             packed_whole = magic in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5", b"7z", b"Ra")
             demand(not packed_whole, "it is compressed as a whole, so no picture can be read by itself: unpack it")
-            for name, offset, size, packed in (zip_entries if magic == b"PK" else tar_entries)(file):
-                hashes.append(hash_of(name))
-                offsets.append(offset)
-                sizes.append(size)
-                packings.append(packed)
-        except (BadZipFile, struct.error, ValueError, OverflowError) as e:
-            raise ValueError(f"{path} is not a zip or an uncompressed tar: {e}") from e
-    columns = {"hash": hashes, "offset": offsets, "size": sizes, "packed": packings}
-    order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")
-    return {name: np.frombuffer(column, dtype=column.typecode)[order] for name, column in columns.items()}
-
-
-def load_index(path: Path, cache_dir: Path | None) -> dict[str, np.ndarray]:
-    """An archive's index from cache_dir, if there is one of the same file; otherwise made, and kept there."""
-    if cache_dir is None:
-        return index_archive(path)
-    status = path.stat()
-    key = [str(path.resolve()), status.st_size, status.st_mtime_ns]
-    return cached_arrays(cache_dir, "pictures", key, ("hash", "offset", "size", "packed"), lambda: index_archive(path))
+            rows = np.fromiter(((hash_of(name), *place) for name, *place in entries), dtype=INDEX)
+        except (BadZipFile, TarError, struct.error, ValueError, OverflowError) as e:
+            problem = "a part of it is missing" if isinstance(e, struct.error) else e
+            raise ValueError(f"{path} is not a zip or an uncompressed tar: {problem}") from e
+    order = np.argsort(rows["hash"], kind="stable")
+    return {column: rows[column][order] for column in INDEX.names}
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures by name
@@ -227,7 +203,12 @@ class Pictures:
         """
         self.places = [find_place(Path(place)) for place in places]
         self.follow_links = follow_links
-        self.indexes = {place: load_index(place, cache_dir) for place in self.places if not place.is_dir()}
+        self.indexes = {}
+        for place in self.places:
+            if not place.is_dir():
+                key = [str(place.resolve()), place.stat().st_size, place.stat().st_mtime_ns]
+                make = partial(index_archive, place)
+                self.indexes[place] = cached_arrays(cache_dir, "pictures", key, INDEX.names, make)
 
     def find(self, name: str) -> Path | Member:
         """The file that a record names. Records are untrusted: they must not reach outside the folders."""

@@ -208,7 +208,7 @@ def open_image(source: Picture | Tensor | list[Picture], config: LLaVAConfig) ->
     """Load a picture as uint8 (1, 3, S, S), preprocessed as the model expects. None -> (0, 3, S, S).
 
     source: a path, also as pasted or dragged into a terminal; "-" for stdin; or a Pillow image. A list of N becomes
-    (N, 3, S, S). A tensor is returned unchanged. Raises ValueError or FileNotFoundError, which name the file.
+    (N, 3, S, S). A tensor is returned unchanged. Raises ValueError, which names the file.
     """
     if isinstance(source, torch.Tensor):
         return source

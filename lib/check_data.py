@@ -5,61 +5,61 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
-from data import EOT, IGNORE, Dataset, ImageConfig, load_tokenizer
+from data import Dataset, ImageConfig, load_tokenizer
 from lib.common import plural, read_json, replacing, visible
 from lib.folders import open_weights
 from lib.pictures import open_rgb
 from lib.recipes import RECIPES, recipe_note
-from lib.records import NOTES, id_of, lines_of, notes_on
+from lib.records import NOTES, id_of, lines_of
 from lib.schedule import steps_per_epoch
 from model import MIPHA_CONFIG, LLaVAConfig
+
+DEMO_TOKENIZER = Path(__file__).parent.parent / "demo" / "phi"          # with which all but the lengths can be checked
 
 
 def check_data(args: Namespace) -> int:
     """Check every record as training would read it -> exit code: 0 if all are good, 1 if something is wrong."""
-    recipe = RECIPES[args.recipe][args.stage]
     if args.write_clean and args.write_clean.resolve() == args.data.resolve():
         raise ValueError(f"--write-clean {args.write_clean} would overwrite the data it is made from")
-    image_config, block_size = sizes_to_check(args, args.image_mode or recipe["image_mode"])
     has_tokenizer = args.tokenizer.exists()
-    if has_tokenizer:
-        tok = load_tokenizer(args.tokenizer)
-    else:
-        tok = bytes_as_tokens()
-        block_size = 1 << 30                                # more bytes than tokens: nothing may seem too long
+    tok = load_tokenizer(args.tokenizer if has_tokenizer else DEMO_TOKENIZER)
+    image_config, block_size = sizes_to_check(args)
+    if not has_tokenizer:
+        block_size = 1 << 30                                # the demo's tokens are shorter: nothing may seem too long
     try:
-        dataset = Dataset(args.data, args.images, tok, recipe["template"], image_config, block_size,
-                          follow_links=args.follow_links)
+        dataset = dataset_to_check(args, tok, image_config, block_size)
         ranges = dataset.find_ranges()
     except ValueError as e:                                 # the file as a whole is unusable
         print(e)
         return 1
-    dataset.pictures                                        # opened before the workers start, so that they share it
-
-    survey = Survey(len(ranges))
-    inspected = dataset.map_records(partial(inspect_record, dataset, args.decode), ranges, args.workers)
-    for i, info in enumerate(inspected):
-        survey.add(i, info, block_size)
-    print_records(survey, dataset, ranges, args.show)
-    if not has_tokenizer and survey.good.any():
+    problems, folders, rows = inspect_records(dataset, ranges, args)
+    length, supervised, image, cut, notes, id_hash = rows
+    good = np.ones(len(ranges), dtype=bool)
+    good[list(problems)] = False
+    n_image = (image[good] > 0).sum()
+    print(f"{args.data}: {plural(len(ranges), 'record')}: {n_image:,} with an image, {good.sum() - n_image:,} of text "
+          f"only, {len(problems):,} bad")
+    print_headings(dataset, ranges, problems, notes, cut, args.show)
+    print(f"\nids that were used before: {good.sum() - len(np.unique(id_hash[good])):,}")
+    print(visible("image folders: " + ", ".join(f"{folder} {n:,}" for folder, n in folders.most_common(20))))
+    if not has_tokenizer and good.any():
         print(f"no lengths: there is no tokenizer at {args.tokenizer}; --model FOLDER takes that of the model to be "
               "trained, and its sizes")
-    elif survey.good.any():
-        print_lengths(survey.length[survey.good], survey.supervised[survey.good].sum())
-        global_batch = recipe["global_batch"]
-        steps = steps_per_epoch(survey.good.sum(), global_batch)
+    elif good.any():
+        print_lengths(length[good], supervised[good].sum())
+        global_batch = RECIPES[args.recipe][args.stage]["global_batch"]
+        steps = steps_per_epoch(good.sum(), global_batch)
         print(f"{args.stage}: {plural(steps, 'step')} of {plural(global_batch, 'sample')} an epoch")
     if args.write_clean:
-        write_clean(args.write_clean, dataset, ranges, survey.problems)
-    return 1 if survey.problems else 0
+        write_clean(args.write_clean, dataset, ranges, problems)
+    return 1 if problems else 0
 
 
-def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
+def sizes_to_check(args: Namespace) -> tuple[ImageConfig, int]:
     """Preprocessing and block size: from the flags, else those of the model to be trained, else LLaVA-Phi's.
 
     --tokenizer names a model, too, if there is a vision tower in its folder.
@@ -68,126 +68,86 @@ def sizes_to_check(args: Namespace, mode: str) -> tuple[ImageConfig, int]:
     config_file = args.tokenizer / "config.json"
     if not folders and config_file.is_file() and "vision_config" in read_json(config_file):
         folders = [args.tokenizer]
-    given = (args.image_size, args.n_patches, args.max_length)
+    from_model = folders and None in (args.image_size, args.n_patches, args.max_length)
     config = MIPHA_CONFIG if args.recipe == "mipha" else LLaVAConfig()
-    if folders and None in given:
+    if from_model:
         config = open_weights(*folders).config
-        note = recipe_note(not config.vision.class_token, args.recipe)
-        if note:
+        if note := recipe_note(not config.vision.class_token, args.recipe):
             print(note)
-    image = ImageConfig.of(config.vision, mode)
+    image = ImageConfig.of(config.vision, args.image_mode or RECIPES[args.recipe][args.stage]["image_mode"])
     block_size = min(2048, config.llm.block_size)
-    if folders and None in given:
+    if from_model:
         print(f"{' and '.join(map(str, folders))}: pictures of {image.size} pixels are {image.n_patches} positions, "
               f"samples have up to {block_size}")
     image = image._replace(size=args.image_size or image.size, n_patches=args.n_patches or image.n_patches)
     return image, args.max_length or block_size
 
 
-def bytes_as_tokens() -> Tokenizer:
-    """A stand-in if no tokenizer was downloaded: with one token per byte, all but the lengths can be checked."""
-    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), EOT]
-    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    return tok
+def dataset_to_check(args: Namespace, tok: Tokenizer, image_config: ImageConfig, block_size: int) -> Dataset:
+    return Dataset(args.data, args.images, tok, RECIPES[args.recipe][args.stage]["template"], image_config, block_size,
+                   follow_links=args.follow_links)
 
 # ---------------------------------------------------------------------------------------------------
-# One record, in a worker
+# The records, in worker processes
 
 
-class RecordInfo(NamedTuple):
-    """What the check learns from one record."""
-    length: int = 1                 # positions: image expanded, truncated to block_size
-    supervised: int = 0             # supervised tokens
-    image: bool = False
-    cut: int = 0                    # positions lost to truncation
-    problem: str = ""               # "kind: detail", empty if there is none
-    notes: int = 0                  # not wrong, but worth knowing: a bit for each of lib/records.py's NOTES
-    id_hash: int = 0                # of the record's "id", to find duplicates
-    folder: str = ""                # of its image
+def inspect_records(dataset: Dataset, ranges: np.ndarray, args: Namespace) -> tuple[dict, Counter, np.ndarray]:
+    """What is wrong (record number -> problem), how many images are in which folder, and a row for each record."""
+    dataset.pictures                                        # opened before the workers start, so that they share it
+    problems = {}
+    folders = Counter()
+    rows = np.zeros((6, len(ranges)), dtype=np.int64)
+    inspected = dataset.map_records(partial(inspect_record, dataset, args.decode), ranges, args.workers)
+    for i, (problem, folder, row) in enumerate(inspected):
+        rows[:, i] = row
+        if problem:
+            problems[i] = problem
+        elif folder:
+            folders[folder] += 1
+    return problems, folders, rows
 
 
-def inspect_record(dataset: Dataset, decode: str, span: tuple[int, int]) -> RecordInfo:
-    """Find what `Dataset.sample` would. decode: "full" decodes the image, "header" only reads its size."""
+def inspect_record(dataset: Dataset, decode: str, span: tuple[int, int]) -> tuple[str, str, tuple]:
+    """What `Dataset.sample` would find wrong ("kind: detail", or ""), the image's folder, and a row of numbers.
+
+    That is the record's row of the index, and a hash of its id, to find duplicates. decode: "full" decodes the image,
+    "header" only reads its size.
+    """
+    size, mode, *_ = dataset.image_config
     try:
-        record, images, ids, labels, cut = dataset.prepare(span)
-        size, mode, *_ = dataset.image_config
+        record, images, _, _, row = dataset.prepare(span)
         for name in images:
             open_rgb(dataset.pictures.open(name), size, mode, decode == "full")
-        id_hash = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7)
     except (ValueError, OSError) as e:
-        return RecordInfo(problem=str(e))
-    return RecordInfo(
-        length=len(ids),
-        supervised=len(labels) - labels.count(IGNORE),
-        image=bool(images),
-        cut=cut,
-        notes=notes_on(record, len(images)),
-        id_hash=int.from_bytes(id_hash.digest()),
-        folder=folder_of(images[0]) if images else "",
-    )
-
-
-def folder_of(image: str) -> str:
-    return "in the records" if image.startswith("data:") else str(Path(image).parent)
+        return str(e), "", (1, 0, 0, 0, 0, 0)
+    problem = folder = ""
+    if row[1] == 0:
+        problem = f"nothing to learn: no answer in the first {dataset.block_size} positions"
+    if images:
+        folder = "in the records" if images[0].startswith("data:") else str(Path(images[0]).parent)
+    id_hash = hashlib.blake2b(json.dumps(record.get("id", span)).encode(), digest_size=7).digest()
+    return problem, folder, (*row, int.from_bytes(id_hash))
 
 # ---------------------------------------------------------------------------------------------------
-# All records
+# What is said about them
 
 
-class Survey:
-    """The findings of a check on n records."""
-
-    def __init__(self, n: int):
-        self.length = np.zeros(n, dtype=np.int64)
-        self.supervised = np.zeros(n, dtype=np.int64)
-        self.image = np.zeros(n, dtype=bool)
-        self.id_hash = np.zeros(n, dtype=np.int64)
-        self.good = np.ones(n, dtype=bool)
-        self.problems: dict[int, str] = {}                              # record number -> what is wrong
-        self.headings: dict[str, list[int]] = defaultdict(list)         # "bad: kind" or "worth knowing: note"
-        self.image_folders = Counter()
-
-    def add(self, i: int, info: RecordInfo, block_size: int) -> None:
-        self.length[i] = info.length
-        self.supervised[i] = info.supervised
-        self.image[i] = info.image
-        self.id_hash[i] = info.id_hash
-        problem = info.problem
-        if not problem and info.supervised == 0:
-            problem = f"nothing to learn: no answer in the first {block_size} positions"
-        if problem:
-            self.good[i] = False
-            self.problems[i] = problem
-            kind = problem.split(":")[0]
-            self.headings[f"bad: {kind}"].append(i)
-        elif info.image:
-            self.image_folders[info.folder] += 1
-        for bit, note in enumerate(NOTES):
-            if info.notes >> bit & 1:
-                self.headings[f"worth knowing: {note}"].append(i)
-        if info.cut > 0:
-            self.headings["worth knowing: answer cut at the end"].append(i)
-
-
-def print_records(survey: Survey, dataset: Dataset, ranges: np.ndarray, show: int) -> None:
-    """Print counts by kind, and line and id of the first `show` records of each bad or odd kind."""
-    n_image = survey.image[survey.good].sum()
-    n_text = survey.good.sum() - n_image
-    print(f"{dataset.path}: {plural(len(ranges), 'record')}: {n_image:,} with an image, {n_text:,} of text only, "
-          f"{len(survey.problems):,} bad")
-    for heading, records in sorted(survey.headings.items()):
-        print(f"\n{heading}: {len(records):,}")
+def print_headings(dataset: Dataset, ranges: np.ndarray, problems: dict[int, str], notes: np.ndarray, cut: np.ndarray,
+                   show: int) -> None:
+    """For each bad or odd kind of record: how many there are, and line and id of the first `show`."""
+    found = defaultdict(list)                               # heading -> record numbers
+    for i, problem in problems.items():
+        found[f"bad: {problem.split(':')[0]}"].append(i)
+    for bit, note in enumerate(NOTES):
+        found[f"worth knowing: {note}"] = np.flatnonzero(notes >> bit & 1).tolist()
+    found["worth knowing: answer cut at the end"] = np.flatnonzero(cut).tolist()
+    for heading, records in sorted(found.items()):
+        if records:
+            print(f"\n{heading}: {len(records):,}")
         shown = records[:show]
-        lines = lines_of(dataset.path, ranges[shown, 0].tolist())
-        for i, line in zip(shown, lines):
+        for i, line in zip(shown, lines_of(dataset.path, ranges[shown, 0].tolist())):
             id = id_of(dataset.read(ranges[i]))
-            print(visible(f"    line {line}, id {id} {survey.problems.get(i, '')[:200]}").rstrip())
-    good_ids = survey.id_hash[survey.good]
-    print(f"\nids that were used before: {len(good_ids) - len(np.unique(good_ids)):,}")
-    folders = [f"{folder} {n:,}" for folder, n in survey.image_folders.most_common(20)]
-    print(visible("image folders: " + ", ".join(folders)))
+            print(visible(f"    line {line}, id {id} {problems.get(i, '')[:200]}").rstrip())
 
 
 def print_lengths(length: np.ndarray, supervised: int) -> None:

@@ -17,10 +17,9 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from data import conversation_of
 from lib.common import hold_folder, read_json, write_whole
 from lib.pictures import open_rgb
-from lib.records import MEDIA, parse_record
+from lib.records import MEDIA, conversation_of, parse_record
 
 parquet = None
 with suppress(ImportError):             # the only command that needs it
@@ -34,14 +33,14 @@ CONVERSATIONS = ("conversations", "messages", "texts")       # columns that a co
 
 def convert(args: Namespace) -> int:
     """Convert all files, or the rest of them -> exit code: 0, or 1 if there are bad rows."""
-    schemas = [columns_of(path) for path in args.data]
+    problems = [columns_of(path)[1] for path in args.data]
     with hold_folder(args.out):
         done, problem = start_of(args.out, args.data)
-        problem = next((problem for _, problem in schemas if problem), problem)
+        problem = next(filter(None, [*problems, problem]), "")
         if problem:
             raise ValueError(problem)
-        if not done["finished"]:
-            convert_rest(args.out, args.data, [columns for columns, _ in schemas], done)
+        if done["file"] < len(args.data):
+            convert_rest(args.out, args.data, done)
     records, pictures, bad = (args.out / name for name in OUTPUTS)
     print(f"{done['rows']:,} rows: {done['rows'] - done['bad']:,} records in {records}, {done['pictures']:,} pictures "
           f"in {pictures}; {done['bad']:,} bad rows, listed in {bad}")
@@ -70,35 +69,35 @@ def columns_of(path: Path) -> tuple[list[str], str]:
 def start_of(out: Path, files: list[Path]) -> tuple[dict, str]:
     """How far an earlier conversion into `out` came, and what is wrong with it: other files, or not all its output."""
     sources = [[str(file), file.stat().st_size] for file in files]
-    done = {"sources": sources, "file": 0, "group": 0, "rows": 0, "rows_before": 0, "bad": 0, "pictures": 0,
-            "finished": False, "sizes": dict.fromkeys(OUTPUTS, 0)}
-    begun = (out / PROGRESS).exists()
-    if begun:
+    done = {"sources": sources, "file": 0, "group": 0, "row": 0, "rows": 0, "bad": 0, "pictures": 0,
+            "sizes": dict.fromkeys(OUTPUTS, 0)}
+    sizes = {name: (out / name).stat().st_size if (out / name).exists() else 0 for name in OUTPUTS}
+    fits = not any(sizes.values())
+    if (out / PROGRESS).exists():
         done = read_json(out / PROGRESS, limit=1 << 30)
-    sizes = {name: (out / name).stat().st_size if (out / name).exists() else -1 for name in OUTPUTS}
-    fits = done["sources"] == sources and all(sizes[name] >= size for name, size in done["sizes"].items())
-    if fits if begun else max(sizes.values()) <= 0:
-        return done, ""
-    return done, f"{out} holds something else, a conversion of other files or a part of one: choose another folder"
+        fits = done["sources"] == sources and all(sizes[name] >= size for name, size in done["sizes"].items())
+    problem = f"{out} holds something else, a conversion of other files or a part of one: choose another folder"
+    return done, "" if fits else problem
 
 
-def convert_rest(out: Path, files: list[Path], columns: list[list[str]], done: dict) -> None:
+def convert_rest(out: Path, files: list[Path], done: dict) -> None:
     with ExitStack() as stack:
         outputs = {name: stack.enter_context(open(out / name, "ab")) for name in OUTPUTS}
         for name, size in done["sizes"].items():
             outputs[name].truncate(size)                    # what was written after the last note of progress
         save_progress(out, outputs, done)
         for path in files[done["file"]:]:
+            columns, _ = columns_of(path)
             file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
             groups = range(done["group"], file.num_row_groups)
             for done["group"] in tqdm(groups, path.name, unit=" row groups", disable=None, leave=False):
-                for row in rows_in_group(file, done["group"], columns[done["file"]], path):
+                for row in rows_in_group(file, done["group"], columns, path):
                     convert_row(row, path, outputs, done)
                 done["group"] += 1
                 save_progress(out, outputs, done)
-            done.update(file=done["file"] + 1, group=0, rows_before=done["rows"])
+            done.update(file=done["file"] + 1, group=0, row=0)
         write_directory(out / PICTURES, outputs[PICTURES])
-        save_progress(out, outputs, done | {"finished": True})
+        save_progress(out, outputs, done)
 
 
 def rows_in_group(file: "parquet.ParquetFile", group: int, columns: list[str],
@@ -133,7 +132,7 @@ def convert_row(row: "pyarrow.RecordBatch", path: Path, outputs: dict[str, Binar
     except ValueError as e:
         problem = str(e)
     if problem:
-        bad = {"file": str(path), "row": done["rows"] - done["rows_before"], "problem": problem}
+        bad = {"file": str(path), "row": done["row"], "problem": problem}
         outputs[BAD_ROWS].write(json.dumps(bad).encode() + b"\n")
     else:
         outputs[RECORDS].write(line + b"\n")
@@ -141,6 +140,7 @@ def convert_row(row: "pyarrow.RecordBatch", path: Path, outputs: dict[str, Binar
             write_member(outputs[PICTURES], name.encode(), data)
         done["pictures"] += len(pictures)
     done["bad"] += bool(problem)
+    done["row"] += 1
     done["rows"] += 1
 
 

@@ -28,39 +28,37 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
     """
     is_path = isinstance(source, (str, Path))
     name = visible_name(str(source) if is_path else getattr(source, "name", "the given picture"))
-    if is_path and "://" in name:
-        raise ValueError(f"image is an address: {name}; download it and give the file")
+    problem = ""
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         w, h = image.size
-        pixels = largest_pixels(w, h, size, mode)
-        if decode and pixels <= MAX_PIXELS:
+        # The largest picture on the way. A strip of a million pixels by one is a small file, but padded to a square,
+        # or with its shortest edge resized to `size`, it would exhaust any memory.
+        pixels = w * h
+        if mode == "pad":
+            pixels = max(w, h) ** 2
+        elif mode == "crop":
+            pixels = max(pixels, (size * w // min(w, h)) * (size * h // min(w, h)))
+        if pixels > MAX_PIXELS:
+            problem = (f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to "
+                       f"{size} x {size} (mode {mode}), more than {MAX_PIXELS:,}")
+        elif decode:
             image.load()
-            image = to_8_bits(upright(image)).convert("RGB")
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"image missing: {name}") from e
+            image = upright(image)
+            if image.mode[0] in "IF":
+                image = to_8_bits(image)
+            image = image.convert("RGB")
+    except FileNotFoundError:
+        problem = f"image missing: {name}"
+        if "://" in name:
+            problem = f"image is an address: {name}; download it and give the file"
     except UnidentifiedImageError:
-        raise ValueError(f"image unreadable: {name}: not a {', '.join(FORMATS)} file, or cut short") from None
+        problem = f"image unreadable: {name}: not a {', '.join(FORMATS)} file, or cut short"
     except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
-        raise ValueError(f"image unreadable: {name}: {e}") from e
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to "
-                         f"{size} x {size} (mode {mode}), more than {MAX_PIXELS:,}")
+        problem = f"image unreadable: {name}: {e}"
+    if problem:
+        raise ValueError(problem)
     return image
-
-
-def largest_pixels(w: int, h: int, size: int, mode: str) -> int:
-    """Pixels of the largest intermediate image.
-
-    A strip of a million pixels by one is a small file, but padded to a square, or with its shortest edge resized to
-    `size`, it would exhaust any memory.
-    """
-    if mode == "pad":
-        return max(w, h) ** 2
-    if mode == "squash":
-        return w * h
-    resized = (size * w // min(w, h)) * (size * h // min(w, h))
-    return max(w * h, resized)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -81,15 +79,10 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     Pillow's other deep modes do not say what their white is. It is 1 (if floating-point), 255 or 65,535, whichever is
     the first that no value exceeds, else the largest value.
     """
-    if image.mode[0] not in "IF":
-        return image
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))
     largest = float(values.max())
-    if image.mode.startswith("I;16"):
-        white = 65535.0
-    else:
-        whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((white for white in whites if largest <= white), largest)
+    whites = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))         # else 16 bits
+    white = next((white for white in whites if largest <= white), largest)
     return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
 
 

@@ -25,43 +25,28 @@ def run_length(n: int, global_batch: int, epochs: float, max_steps: int) -> int:
     return min(steps, max_steps or steps)
 
 
-def modality_order(lengths: np.ndarray, world: int, batch: int, shuffle: torch.Generator | None,
-                   shuffle_runs: torch.Generator) -> list[int]:
-    """LLaVA's group_by_modality_length: runs of world * batch samples that all have an image, or all have none.
+def modality_order(lengths: np.ndarray, has_image: np.ndarray, run_length: int,
+                   generator: torch.Generator) -> list[int]:
+    """LLaVA's group_by_modality_length: runs of samples that all have an image, or all have none, the longest first.
 
-    lengths are negative for text-only samples. The last, incomplete runs of both kinds are merged.
+    The last, incomplete runs of both kinds are merged.
     """
-    run_length = world * batch
-    absolute = np.abs(lengths)
     runs = []
     rest = []
-    for kind in (np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)):
-        mixed = kind[torch.randperm(len(kind), generator=shuffle).numpy()]
-        of_kind = []
+    for kind in (np.flatnonzero(has_image), np.flatnonzero(has_image == 0)):
+        mixed = kind[torch.randperm(len(kind), generator=generator).numpy()]
         for i in range(0, len(mixed), run_length):
-            of_kind.append(deal(mixed[i:i + run_length], absolute, world))
-        runs += of_kind[:-1]                                # as in LLaVA, the last one counts as incomplete
-        rest += of_kind[-1] if of_kind else []
-    runs = [runs[i] for i in torch.randperm(len(runs), generator=shuffle_runs).tolist()]
+            run = mixed[i:i + run_length]
+            run = run[np.argsort(-lengths[run], kind="stable")].tolist()
+            if i + run_length < len(mixed):
+                runs.append(run)
+            else:
+                rest += run                                 # as in LLaVA, the last one counts as incomplete
+    runs = [runs[i] for i in torch.randperm(len(runs), generator=generator).tolist()]
     if len(rest) >= run_length:
         runs.insert(0, rest[:run_length])
         rest = rest[run_length:]
-    return [*chain.from_iterable(runs), *rest]
-
-
-def deal(run: np.ndarray, lengths: np.ndarray, world: int) -> list[int]:
-    """Order a run so that cutting it into one part per rank gives parts of about equal length.
-
-    The longest sample left always goes to the rank with the least so far.
-    """
-    by_length = run[np.argsort(-lengths[run], kind="stable")].tolist()
-    if world == 1 or len(by_length) % world:
-        return [i for rank in range(world) for i in by_length[rank::world]]
-    hands = [[] for _ in range(world)]
-    for i in by_length:
-        open_hands = [hand for hand in hands if len(hand) < len(by_length) // world]
-        min(open_hands, key=lambda hand: sum(lengths[j] for j in hand)).append(i)
-    return [*chain.from_iterable(hands)]
+    return [*chain(*runs), *rest]
 
 
 def epoch_order(seed: int, lengths: np.ndarray, has_image: np.ndarray, global_batch: int, group: str, epoch: int,
@@ -77,9 +62,7 @@ def epoch_order(seed: int, lengths: np.ndarray, has_image: np.ndarray, global_ba
     epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     if group == "none":
         return np.random.default_rng(epoch_seed).permutation(len(lengths))
-    generator = torch.Generator().manual_seed(epoch_seed)
-    signed = np.where(has_image, lengths, -lengths)
-    return np.array(modality_order(signed, 1, global_batch, generator, generator))
+    return np.array(modality_order(lengths, has_image, global_batch, torch.Generator().manual_seed(epoch_seed)))
 
 
 def step_samples(step: int, n: int, global_batch: int, order: Callable[[int], np.ndarray]) -> list[int]:
@@ -99,10 +82,8 @@ def split_step(lengths: list[int], costs: list[float], world: int, budget: int) 
     order = sorted(range(len(lengths)), key=lambda i: -costs[i])
     tokens = sum(min(length, budget) for length in lengths)
     n = world * max(1, math.ceil(tokens / budget / world))
-    micro_batches = pack_greedily(order, lengths, costs, n, budget)
-    while micro_batches is None:                            # n were not enough: one more for every rank
-        n += world
-        micro_batches = pack_greedily(order, lengths, costs, n, budget)
+    while (micro_batches := pack_greedily(order, lengths, costs, n, budget)) is None:
+        n += world                                          # they were not enough: one more for every rank
     # The ranks run micro-batches in lockstep, so those at the same position should be about equally expensive.
     micro_batches.sort(key=lambda micro: -sum(costs[i] for i in micro))
     return [micro_batches[rank::world] for rank in range(world)]
@@ -147,13 +128,11 @@ def samples_of_share(seed: int, epoch: int, share: Share) -> np.ndarray:
     return share.first + np.concatenate(chosen)
 
 
-def split_by_file(batch, sample_ids: list[int], shares: Sequence[Share]):
-    """A data.Batch of these samples, in ascending order, with its `split`."""
-    if not shares:
-        return batch
+def split_by_file(batch, sample_ids: list[int], shares: Sequence[Share]) -> list[int]:
+    """How many of the supervised tokens of a data.Batch of these samples, in ascending order, are from each file."""
     sample_of_token = np.searchsorted(batch.lengths.numpy().cumsum(), batch.loss_positions.numpy(), side="right")
     file_of_token = files_of(sample_ids, shares)[sample_of_token]
-    return batch._replace(split=np.bincount(file_of_token, minlength=len(shares)).tolist())
+    return np.bincount(file_of_token, minlength=len(shares)).tolist()
 
 
 def files_of(sample_ids: list[int], shares: Sequence[Share]) -> np.ndarray:
@@ -174,16 +153,21 @@ class Mixture:
     def __init__(self, parts: list, weights: Sequence[float]):
         self.parts, self.weights = parts, weights
         first = parts[0]
-        self.tok, self.image_config, self.on_bad_sample = first.tok, first.image_config, first.on_bad_sample
-        self.cache_dir = first.cache_dir
+        self.tok, self.image_config = first.tok, first.image_config
+        self.on_bad_sample, self.cache_dir = first.on_bad_sample, first.cache_dir
         self.path = " ".join(str(part.path) for part in parts)
         self.checksum = joint_checksum([part.checksum for part in parts], weights)
 
     @cached_property
     def shares(self) -> list[Share]:
-        starts = np.cumsum([0, *map(len, self.parts)]).tolist()
-        return [Share(str(part.path), start, len(part), max(1, round(len(part) * weight)))
-                for part, weight, start in zip(self.parts, self.weights, starts)]
+        shares = []
+        first = 0
+        for part, weight in zip(self.parts, self.weights):
+            times = sum(part.path == before.path for before in self.parts[:len(shares)]) + 1
+            name = f"{part.path} ({times})" if times > 1 else str(part.path)
+            shares.append(Share(name, first, len(part), max(1, round(len(part) * weight))))
+            first += len(part)
+        return shares
 
     @cached_property
     def index(self):

@@ -5,6 +5,7 @@ The page shows what the functions that training calls return: Dataset.prepare, l
 import dataclasses
 import html
 from argparse import Namespace
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -12,11 +13,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from data import IGNORE, IMAGE_ID, SYSTEM, Dataset, Sample, collate, eot_id, load_image, load_tokenizer
-from lib.check_data import sizes_to_check
+from lib.check_data import dataset_to_check, sizes_to_check
 from lib.common import html_page, visible, write_whole
 from lib.pictures import png_address
-from lib.recipes import RECIPES
-from lib.records import NOTES, id_of, lines_of, notes_on
+from lib.records import NOTES, id_of, lines_of
 
 SHOW_STYLE = """
 :root { --learned: #c4ecc9; --edge: #1c7c31; --faint: #767676; --image: #dbe7fb; --cut: #b3261e }
@@ -44,15 +44,12 @@ of it.</p>"""
 
 
 def show_data(args: Namespace) -> None:
-    recipe = RECIPES[args.recipe][args.stage]
-    image_config, block_size = sizes_to_check(args, args.image_mode or recipe["image_mode"])
-    dataset = Dataset(args.data, args.images, load_tokenizer(args.tokenizer), recipe["template"], image_config,
-                      block_size, follow_links=args.follow_links)
+    dataset = dataset_to_check(args, load_tokenizer(args.tokenizer), *sizes_to_check(args))
     spans = dataset.find_ranges().tolist()
     chosen = choose(dataset, spans, args.n, args.ids)
     about = (f"<p>{len(chosen):,} of {len(spans):,} samples, as --stage {args.stage} of the recipe {args.recipe} reads "
-             f"them: template {dataset.template}, images made square by {image_config.mode}, at most {block_size:,} "
-             "positions.</p>")
+             f"them: template {dataset.template}, images made square by {dataset.image_config.mode}, at most "
+             f"{dataset.block_size:,} positions.</p>")
     samples = "\n".join(sample_html(dataset, span) for span in chosen)
     title = visible(f"What is learned from {args.data.name}")
     write_whole(args.out, html_page(title, about + LEGEND + samples, SHOW_STYLE))
@@ -74,57 +71,59 @@ def sample_html(dataset: Dataset, span: tuple[int, int]) -> str:
     """A sample, or what is wrong with it."""
     raw = dataset.read(span)
     [line] = lines_of(dataset.path, [span[0]])
-    title = f"<h2>{html.escape(visible(f'{id_of(raw)}, line {line}'))}"
+    title = f"<h2>{shown(f'{id_of(raw)}, line {line}')}</h2>"
     try:
-        record, names, ids, labels, cut = dataset.prepare(span)
+        _, names, ids, labels, (_, _, _, cut, notes) = dataset.prepare(span)
         images = [load_image(dataset.pictures.open(name), dataset.image_config) for name in names]
     except (ValueError, OSError) as e:
-        text = html.escape(visible(raw[:2000].decode("utf-8", "replace")))
-        return f'<div class="sample">{title}</h2><p class="bad">{html.escape(visible(str(e)))}</p><p>{text}</p></div>'
+        text = shown(raw[:2000].decode("utf-8", "replace"))
+        return f'<div class="sample">{title}<p class="bad">{shown(str(e))}</p><p>{text}</p></div>'
     batch = collate([Sample("", ids, labels, torch.stack(images) if images else None)])
-    learned = set((batch.loss_positions + 1).tolist())
+    learned = (batch.loss_positions + 1).tolist()
     # Prepared once more with room for all of it, to show what is cut.
     _, _, all_ids, all_labels, _ = dataclasses.replace(dataset, block_size=1 << 30).prepare(span)
-    words = template_words(all_ids, all_labels, dataset.tok) if dataset.template == "v0" else set()
-    kinds = []
-    for i, token in enumerate(all_ids):
-        kind = "image" if token == IMAGE_ID else "learned" if i in learned else "template" if i in words else ""
-        kinds.append("cut" if i >= len(ids) else kind)
+    kinds = np.full(len(all_ids), "", dtype="U8")           # of a token: a class of SHOW_STYLE
+    if dataset.template == "v0":
+        kinds[template_words(all_ids, all_labels, dataset.tok)] = "template"
+    kinds[learned] = "learned"
+    kinds[np.equal(all_ids, IMAGE_ID)] = "image"
+    kinds[len(ids):] = "cut"
     seen = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in batch.images]
-    pictures = "".join(f'<img src="{png_address(image)}" alt="{html.escape(visible(name[:80]))}">'
-                       for name, image in zip(names, seen))
+    pictures = "".join(f'<img src="{png_address(image)}" alt="{shown(name[:80])}">' for name, image in zip(names, seen))
     n_image = len(batch.image_positions)
     about = (f"{len(ids):,} positions: {n_image:,} of images, {len(ids) - n_image - len(learned):,} read, "
              f"{len(learned):,} learned; {cut:,} cut off")
-    about += "".join(f"<br>note: {html.escape(note)}" for bit, note in enumerate(NOTES)
-                     if notes_on(record, len(names)) >> bit & 1)
+    about += "".join(f"<br>note: {shown(note)}" for bit, note in enumerate(NOTES) if notes >> bit & 1)
     if not learned:
         about += f'<br><b class="bad">nothing to learn: no answer in the first {dataset.block_size:,} positions</b>'
-    shown = tokens_html(all_ids, kinds, dataset.tok, dataset.image_config.n_patches)
-    return (f'<div class="sample">{title}</h2><div>{pictures}</div><p class="tokens">{shown}</p>'
+    tokens = tokens_html(all_ids, kinds, dataset.tok, dataset.image_config.n_patches)
+    return (f'<div class="sample">{title}<div>{pictures}</div><p class="tokens">{tokens}</p>'
             f'<p class="about">{about}</p></div>')
 
 
-def template_words(ids: list[int], labels: list[int], tok: Tokenizer) -> set[int]:
+def shown(text: str) -> str:
+    return html.escape(visible(text))
+
+
+def template_words(ids: list[int], labels: list[int], tok: Tokenizer) -> list[int]:
     """Positions of the chat template's words: those in front of each question, and between it and its answer."""
-    words = set()
+    words = []
     before = SYSTEM + " USER: "
-    end = 0
-    while end < len(ids):
-        start = next(i for i in range(end, len(ids)) if labels[i] == IGNORE)
-        end = next(i for i in range(start, len(ids)) if labels[i] != IGNORE)
-        for positions, n in ((range(start, end), len(before)), (range(end - 1, start, -1), len(" ASSISTANT:"))):
-            for i in positions:
-                n -= len(tok.decode([ids[i]])) if ids[i] != IMAGE_ID else 0
-                if n < 0:
-                    break
-                words.add(i)
-        end = next((i for i in range(end, len(ids)) if labels[i] == IGNORE), len(ids))
-        before = "USER: "
+    for is_read, positions in groupby(range(len(ids)), lambda i: labels[i] == IGNORE):
+        if is_read:
+            positions = [i for i in positions if ids[i] != IMAGE_ID]
+            words += positions_of(before, positions, ids, tok) + positions_of(" ASSISTANT:", positions[::-1], ids, tok)
+            before = "USER: "
     return words
 
 
-def tokens_html(ids: list[int], kinds: list[str], tok: Tokenizer, n_patches: int) -> str:
+def positions_of(words: str, positions: list[int], ids: list[int], tok: Tokenizer) -> list[int]:
+    """The first of these positions, whose tokens together are as long as `words`."""
+    lengths = accumulate(len(tok.decode([ids[i]])) for i in positions)
+    return [i for i, length in zip(positions, lengths) if length <= len(words)]
+
+
+def tokens_html(ids: list[int], kinds: np.ndarray, tok: Tokenizer, n_patches: int) -> str:
     """A span for each token, or for the few whose bytes make up one character; one for the positions of an image."""
     spans = []
     start = n_images = 0
@@ -139,7 +138,7 @@ def tokens_html(ids: list[int], kinds: list[str], tok: Tokenizer, n_patches: int
             text = tok.decode(ids[start:end], skip_special_tokens=False)
             if "\ufffd" in text and more:
                 continue
-            text = html.escape(visible(text)).replace("\n", "&crarr;\n")
+            text = shown(text).replace("\n", "&crarr;\n")
             text = f"<b>{text}</b>" if ids[start] == eot_id(tok) else text      # unlike one that somebody typed
         token = " ".join(map(str, ids[start:end][:4]))
         spans.append(f'<span class="{kinds[start]}" title="token {token}">{text}</span>')

@@ -1,28 +1,23 @@
 """An ordered map in worker processes, which run ahead of the consumer."""
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader
 
-AHEAD = 4           # results that each worker prepares ahead
+AHEAD = 4           # chunks of results that each worker prepares ahead
 TIMEOUT = 300       # seconds after which a worker counts as hung: one that finds shared memory full may wait for ever
 
 
+@dataclass
 class MapDataset:
     """A map-style dataset for DataLoader: `ds[item]` is `function(item)`."""
-
-    def __init__(self, function: Callable):
-        self.function = function
+    function: Callable
 
     def __getitem__(self, item):
         return self.function(item)
-
-
-def identity(item):
-    return item
 
 
 def leave_process_group(worker: int) -> None:
@@ -35,31 +30,23 @@ def leave_process_group(worker: int) -> None:
         os.setsid()
 
 
-def map_in_workers(function: Callable, items: Iterable, workers: int, pin: bool = False) -> Iterator:
+def map_in_workers(function: Callable, items: Iterable, workers: int, pin: bool = False, chunk: int = 1) -> Iterator:
     """function(item) for every item, in order, in single-threaded workers, at most one per core; 0: in this process.
 
     pin: return results in page-locked memory, which a GPU can copy from while it computes.
+    chunk: items that travel to a worker together, and their results back. Small work needs more than one.
     """
     workers = min(workers, os.cpu_count())
-    return iter(DataLoader(
+    chunks = DataLoader(
         MapDataset(function),
-        batch_size=None,                                    # a result is a whole micro-batch already
+        batch_size=chunk,
         sampler=items,
+        collate_fn=list,                                    # the default would turn results into tensors
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         timeout=TIMEOUT if workers else 0,
         pin_memory=pin,
         worker_init_fn=leave_process_group,
-        collate_fn=identity,                                # the default would turn lists into tensors
         generator=torch.Generator(),                        # the global one belongs to training
-    ))
-
-
-def map_in_chunks(function: Callable, items: list, workers: int, size: int = 256) -> Iterator:
-    """map_in_workers for small work: the items travel to the workers, and the results back, `size` at a time."""
-    chunks = [items[i:i + size] for i in range(0, len(items), size)]
-    return chain.from_iterable(map_in_workers(partial(map_chunk, function), chunks, workers))
-
-
-def map_chunk(function: Callable, chunk: list) -> list:
-    return [function(item) for item in chunk]
+    )
+    return chain.from_iterable(chunks)

@@ -119,6 +119,8 @@ def damaged(kind: str, path: Path) -> Path:
         raw[at:at + 12] = b"\xff" * 12
     elif kind == "cut zip":
         del raw[-200:]
+    elif kind == "cut front":
+        del raw[:200]
     elif kind == "cut tar":
         del raw[700:]
     elif kind == "empty":
@@ -132,8 +134,10 @@ def damaged(kind: str, path: Path) -> Path:
 @pytest.mark.parametrize("kind, problem", [
     ("duplicate", "named twice"), ("link", "a link to another member"), ("gz", "unpack it"), ("bz2", "unpack it"),
     ("xz", "unpack it"), ("lzma", "packed by method 14"), ("encrypted", "it is encrypted"),
-    ("damaged member", "damaged or cut"), ("cut zip", "no directory"), ("cut tar", "cut short in the member at byte 0"),
-    ("empty", "too short"), ("text", "not a zip or an uncompressed tar")])
+    ("damaged member", "damaged or cut"), ("cut zip", "no directory"),
+    ("cut front", "a part of it is missing|not a zip or an uncompressed tar"),
+    ("cut tar", "cut short in the member at byte 0"), ("empty", "too short"),
+    ("text", "not a zip or an uncompressed tar")])
 def test_bad_archives_are_one_line(kind, problem, tmp_path):
     path = damaged(kind, tmp_path / "bad.zip")
     with pytest.raises(ValueError, match=problem) as e:

@@ -12,6 +12,7 @@ from zoo import open_dataset, write_data, zoo
 
 import data
 from data import IMAGE
+from lib.common import run_command
 from lib.recipes import parse_data
 
 
@@ -133,9 +134,10 @@ def test_the_check_without_a_tokenizer_and_with_mistaken_flags(tmp_path, monkeyp
                 ["--images", images, "--write-clean", str(path)]):
         with pytest.raises((ValueError, OSError)):
             check(["check", "--data", str(path), "--workers", "0", *bad])
-    command = [sys.executable, ROOT / "data.py", "check", "--data", "absent", "--images", images]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: no data at absent") and done.stderr.count("\n") == 1
+    capsys.readouterr()
+    assert run_command(data.main, parse_data(["check", "--data", "absent", "--images", images])) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "No such file" in err and "(--data absent)" in err and err.count("\n") == 1
     assert json.loads(path.read_text())
 
 

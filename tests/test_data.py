@@ -14,7 +14,7 @@ from helpers import GOLDEN, ROOT, pattern, talk
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from zoo import BAD_RECORDS, write_zoo_images
+from zoo import BAD_RECORDS
 
 from data import (EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, ImageConfig, Sample, collate, encode, encode_prompt, eot_id,
                   expand, load_image, load_tokenizer, open_rgb)
@@ -46,13 +46,6 @@ def tiny(tiny_tokenizer):
 @pytest.fixture(scope="module")
 def toks(tiny):
     return {"tiny": tiny, "real": load_tokenizer(REAL) if REAL else None}
-
-
-@pytest.fixture(scope="module")
-def zoo_images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    write_zoo_images(folder)
-    return folder
 
 
 def for_clip(size: int, mode: str) -> ImageConfig:
@@ -209,7 +202,7 @@ def test_bad_pictures_are_named(zoo_images, name, problem):
     """One line with the file's name; a bomb is refused before it is decoded."""
     modes = ("crop", "pad") if name == "strip.png" else IMAGE_MODES        # squashed, a strip is harmless
     for mode in modes:
-        with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){problem}") as e:
+        with pytest.raises(ValueError, match=f"(?s){problem}") as e:
             load_image(zoo_images / name, for_clip(28, mode))
         assert name in str(e.value) and "\n" not in str(e.value)
 
@@ -362,7 +355,7 @@ def test_a_saved_image_token_is_dropped(tmp_path, tiny):
 def test_bad_tokenizers_are_named(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
 
 
@@ -532,8 +525,5 @@ def test_collate_packs_and_shifts():
     empty = collate([Sample("", [3], [IGNORE], None)], image_size=2)
     assert empty.images.shape == (0, 3, 2, 2)
     assert empty.loss_positions.shape == empty.targets.shape == empty.image_positions.shape == (0,)
-    prompts = collate([Sample("", [1, IMAGE_ID, IMAGE_ID, 2], None, image), Sample("", [3], None, None)])
-    assert prompts.lengths.tolist() == [4, 1] and prompts.image_positions.tolist() == [1, 2]
-    assert len(prompts.loss_positions) == len(prompts.targets) == 0
     numbers = [x for b in (batch, empty) for name, x in b._asdict().items() if name not in ("images", "split")]
     assert all(x.dtype == torch.int64 for x in numbers)

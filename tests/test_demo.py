@@ -12,8 +12,9 @@ from helpers import ROOT, contents
 
 from data import encode, load_tokenizer
 from demo import run
-from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTIONS, Shape, caption, chat, converse, draw_scene, is_held_out,
-                         paint, write_data)
+from demo.pretrain_bases import in_words
+from demo.shapes import (COLORS, NAMES, QUARTERS, QUESTION_KINDS, Shape, caption, chat, converse, draw_scene,
+                         is_held_out, paint, question_of, write_data)
 from lib.folders import open_weights
 from load_weights import load_into
 from model import LLaVAPhi, init_weights
@@ -54,9 +55,9 @@ def all_scenes() -> list:
 def questions(rng: random.Random, held_out: bool, n: int):
     for _ in range(n):
         scene = draw_scene(rng, held_out)
-        for category, maker in QUESTIONS.items():
-            if made := maker(scene, rng.choice(scene), rng):
-                yield scene, category, *made
+        for kind in QUESTION_KINDS:
+            if made := question_of(kind, scene, rng.choice(scene), rng):
+                yield scene, kind, *made, QUESTION_KINDS[kind]
 
 
 def test_every_answer_follows_from_the_scene():
@@ -149,6 +150,13 @@ def test_a_picture_shows_its_colors_where_the_scene_says():
                 assert nearest == there[0].color
 
 
+def test_a_patch_is_one_token():
+    """The demo's language model reads a picture as 16 words, in the places of its 16 patches."""
+    tok = load_tokenizer(ROOT / "demo" / "phi")
+    for scene in all_scenes()[:len(NAMES) * 4]:                         # those of one shape
+        assert len(tok.encode(" " + in_words(scene), add_special_tokens=False).ids) == 16
+
+
 def test_the_committed_bases_load_in_the_official_layouts():
     folders = [ROOT / "demo" / "phi", ROOT / "demo" / "clip"]
     bases = open_weights(*folders)
@@ -192,8 +200,8 @@ def test_the_report_shows_text_as_text(finished):
 
 
 def test_the_demo_fails_where_its_chats_do(finished, capsys):
-    alone = run.share_right(run.read_alone())
-    assert alone == run.share_right(run.read_chats()) and len(alone) == 8 and 45 < alone[-1] < 55
+    in_chat, alone = map(run.share_right, run.read_chats_and_alone())
+    assert alone == in_chat and len(alone) == 8 and 45 < alone[-1] < 55
     run.compare_chats(alone, [share + 4 for share in alone])
     assert "all questions about a picture" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="the chats fail: .* expected at most 5 points fewer than alone"):

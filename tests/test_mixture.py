@@ -119,9 +119,17 @@ def test_processes_change_nothing(two_files, tmp_path):
 def test_weights():
     assert weighted("a.json") == ("a.json", 1.0) and weighted("a.json:0.1") == ("a.json", 0.1)
     assert weighted("C:/a.json") == ("C:/a.json", 1.0) and weighted("a.json:1e-2") == ("a.json", 0.01)
-    for weight in ("0", "-1", "nan", "inf", "1.2.3"):
-        with pytest.raises(ValueError, match=f"--data: expected a number of at least 1e-06, found {weight}"):
+    for weight in ("0", "-1", "nan", "inf", "1.2.3", "1e9"):
+        problem = f"--data: expected a number of at least 1e-06 and at most 1000, found {weight}"
+        with pytest.raises(ValueError, match=problem):
             parse(["--data", f"a.json:{weight}"])
+
+
+def test_the_same_file_twice_has_two_names(tmp_path, tiny_tokenizer):
+    """Under one, the log showed two shares that nobody could tell apart, and metrics.jsonl only the last."""
+    a, b = (open_dataset(write_data(folder, n=4), tiny_tokenizer) for folder in (tmp_path, tmp_path))
+    names = [share.name for share in Mixture([a, b], (1.0, 0.5)).shares]
+    assert names == [str(a.path), f"{a.path} (2)"]
 
 
 def test_other_weights_are_other_data(tmp_path, tiny_tokenizer):

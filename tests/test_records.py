@@ -11,8 +11,8 @@ from helpers import GOLDEN, IMAGES, conversations, metrics, talk, train_flags
 from training import train_here
 from zoo import open_dataset
 
-from data import EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, conversation_of, encode, encode_prompt, expand
-from lib.records import NOTES, notes_on, read_record
+from data import EOT, IGNORE, IMAGE, IMAGE_ID, SYSTEM, encode, encode_prompt, expand
+from lib.records import NOTES, conversation_of
 
 PHOTO = "photo.jpg"
 
@@ -55,8 +55,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_conversation_in_any_form_is_the_same_sample(form, tiny_tokenizer):
-    (_, images), problem = read_record(FORMS[form])
-    assert images == [PHOTO] and problem == ""
+    assert conversation_of(FORMS[form]).images == [PHOTO]
     assert encode(FORMS[form], tiny_tokenizer, "v0") == encode(FORMS["llava"], tiny_tokenizer, "v0")
 
 
@@ -241,8 +240,7 @@ def test_positions_of_several_pictures_are_counted(tiny_tokenizer, tmp_path):
     (talk("q", "", image="x"), [0, 1]), (talk(f"{IMAGE} q", f"{IMAGE}", image="x"), [2]), (talk(IMAGE, "a"), [2]),
     (messages([picture("x"), text(IMAGE)], "a"), [2]), (talk("q" * 100_001, "a"), [3])])
 def test_notes(record, notes):
-    n_images = len(read_record(record)[0].images)
-    assert [bit for bit in range(len(NOTES)) if notes_on(record, n_images) >> bit & 1] == notes
+    assert [bit for bit in range(len(NOTES)) if conversation_of(record).notes >> bit & 1] == notes
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_tokenizer_files(tmp_path, saved):
     with_image = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
     assert with_image.token_to_id("<image>") == 444 == read_json(saved / "config.json")["image_token_index"]
     assert load_tokenizer(saved).get_vocab() == load_tokenizer(TINY_PHI).get_vocab()
-    with pytest.raises(FileNotFoundError, match="expected tokenizer.json, or vocab.json and merges.txt"):
+    with pytest.raises(ValueError, match="expected tokenizer.json, or vocab.json and merges.txt"):
         export(rewrite(TINY_MODEL, tmp_path / "none", keep=("config.json",)), tmp_path / "x", None)
 
 

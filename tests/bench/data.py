@@ -162,12 +162,24 @@ def mix_index() -> Index:
     text = np.concatenate([rng.lognormal(np.log(mean) - s * s / 2, s, n).clip(40) for n, mean, s, _ in MIX])
     image = np.concatenate([np.full(n, has, dtype=np.int32) for n, _, _, has in MIX])
     length = np.minimum(text + 576 * image, 2048).astype(np.int32)
-    return Index(np.zeros((len(length), 2), np.int64), length, length // 4, image, np.zeros(len(length), np.int32))
+    nothing = np.zeros(len(length), np.int32)
+    return Index(np.zeros((len(length), 2), np.int64), length, length // 4, image, nothing, nothing)
 
 
 def training_cost(length: int, has_image: int) -> float:
     """In tokens through Phi-2's linear layers; a picture through CLIP-L-336 costs as much as 73 of them."""
     return length + 73 * has_image
+
+
+def dealt_out(run: list[int], lengths: np.ndarray, world: int) -> list[int]:
+    """The original's order of a run, the longest first: each to the process that has the least so far and room."""
+    if len(run) % world:
+        return [i for rank in range(world) for i in run[rank::world]]
+    hands = [[] for _ in range(world)]
+    for i in run:
+        open_hands = [hand for hand in hands if len(hand) < len(run) // world]
+        min(open_hands, key=lambda hand: sum(lengths[j] for j in hand)).append(i)
+    return sum(hands, [])
 
 
 def bench_schedule() -> None:
@@ -189,9 +201,9 @@ def bench_schedule() -> None:
         print(f"schedule, {world} processes, 16,384 tokens: padding 0 %, waiting {1 - work / waited:.1%}, "
               f"micro-batches {tokens / micros / 16384:.0%} full, "
               f"{micros / 200 / world:.1f} a step and process, {ms:.1f} ms a step")
-    lengths = np.where(index.image, index.length, -index.length)
-    generator = torch.Generator().manual_seed(0)
-    grouped = modality_order(lengths, 8, 16, generator, generator)
+    order_of_runs = modality_order(index.length, index.image, 128, torch.Generator().manual_seed(0))
+    grouped = [i for at in range(0, len(order_of_runs), 128)
+               for i in dealt_out(order_of_runs[at:at + 128], index.length, 8)]
     for name, ids in (("random", order(0)), ("modality_length", grouped)):
         rows = index.length[ids][:len(ids) // 16 * 16].reshape(-1, 16)
         waste = 1 - rows.sum() / (16 * rows.max(1).sum())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data import eot_id, load_tokenizer, tokenize
-from demo.shapes import COLORS, NAMES, QUARTERS, QUESTIONS, SHAPE_KINDS, Shape, draw_scene, paint
+from demo.shapes import COLORS, NAMES, QUARTERS, SHAPE_KINDS, Shape, draw_scene, paint, question_of
 from lib.chat import encode_chat, open_image, rank
 from lib.generate import Session
 from lib.look import shares
@@ -37,8 +37,8 @@ def questions(n: int, config) -> Iterator[tuple[str, Shape, str, str, Tensor]]:
         image = open_image(paint(scene, rng), config)
         shape = rng.choice(scene)
         for kind in CHOICES:
-            if question := QUESTIONS[kind](scene, shape, rng):
-                yield kind, shape, question.text, question.answer, image
+            if turn := question_of(kind, scene, shape, rng):
+                yield kind, shape, *turn, image
 
 
 def on_the_shape(maps: list, shape: Shape) -> float:

@@ -62,7 +62,7 @@ def make_questions(n: int, with_pictures: bool) -> list[dict]:
         content = [{"type": "text", "text": f"What is {i}?"}]
         if with_pictures:
             scene = shapes.draw_scene(rng, held_out=True)
-            question, _ = shapes.ask(scene, scene[0], rng)
+            question, _ = shapes.any_question(scene, scene[0], rng)
             file = io.BytesIO()
             shapes.paint(scene, rng).save(file, "PNG")
             url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
