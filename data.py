@@ -336,6 +336,9 @@ class Dataset:
     shares = ()                     # of the files of a Mixture
 
     def __post_init__(self):
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no data at {self.path} (--data): expected a json or jsonl file of records; "
+                                    "docs/data.md says where the published ones are")
         first = next(find_records(self.path), None)
         begin = self.read(first) if first else b""
         if b'"conversations"' not in begin and b'"messages"' not in begin:

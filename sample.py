@@ -328,7 +328,7 @@ def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> t
     return dtype, f"cpu in {dtype}"
 
 
-def open_pictures(args: Namespace, config: LLaVAConfig, tok: Tokenizer) -> tuple[list[Tensor], Image.Image | None]:
+def prepare_question(args: Namespace, config: LLaVAConfig, tok: Tokenizer) -> tuple[list[Tensor], Image.Image | None]:
     """The pictures as the model takes them, and the one to paint on as it was given. The question is checked with them.
 
     This comes before the weights, which take a while to load.
@@ -374,7 +374,7 @@ def main(args: Namespace) -> None:
     source = open_weights(folder)
     config = source.config
     tok = load_tokenizer(folder)
-    images, picture = open_pictures(args, config, tok)
+    images, picture = prepare_question(args, config, tok)
     session = load(args, folder, source, device)
     sampling = {name: getattr(args, name) for name in SAMPLING}
     if args.serve:

@@ -242,7 +242,7 @@ class Pictures:
 
 def find_place(path: Path) -> Path:
     """A folder or an archive; of data/images also data/images.zip, as it was downloaded, if there is no such folder."""
-    for there in (path, path.with_name(path.name + ".zip"), path.with_name(path.name + ".tar")):
+    for there in (path, Path(f"{path}.zip"), Path(f"{path}.tar")):
         if there.exists():
             return there
     raise FileNotFoundError(f"no image folder at {path} (--images); expected a folder, a .zip or a .tar")

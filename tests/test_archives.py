@@ -186,3 +186,10 @@ def test_archives_of_random_names(tmp_path):
         pictures = Pictures([path])
         assert all(pictures.open(name).read() == content(name) for name in rng.sample(names, 300))
         assert all(len(array) == len(names) for array in pictures.indexes[path].values())
+
+
+def test_pictures_beside_the_data_are_found_from_there(tmp_path, monkeypatch):
+    """--images . has no name to which an ending could be added."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(PHOTO)
+    assert Pictures([Path(".")]).open("a.jpg").read() == PHOTO

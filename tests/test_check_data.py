@@ -137,7 +137,7 @@ def test_the_check_without_a_tokenizer_and_with_mistaken_flags(tmp_path, monkeyp
     capsys.readouterr()
     assert run_command(data.main, parse_data(["check", "--data", "absent", "--images", images])) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and "No such file" in err and "(--data absent)" in err and err.count("\n") == 1
+    assert err.startswith("error: ") and "no data at absent (--data)" in err and err.count("\n") == 1
     assert json.loads(path.read_text())
 
 
