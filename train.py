@@ -43,8 +43,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.archives import find_place
-from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
-                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_keep, try_to_save)
+from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, plan_saving, prepare_out,
+                            save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.configs import config_of_run
 from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels, to_device,
                         torch_dtype)
@@ -55,7 +55,7 @@ from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import check_shared_memory, choose_gather, choose_recompute, count, print_plan, too_small
 from lib.processes import (exit_code_of_stop, explain, explain_out_of_memory, join_group, launch_problem,
-                           on_every_process, on_process_0, print0, smallest, synchronized_steps, watch_signals)
+                           on_every_process, on_process_0, print0, synchronized_steps, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
 from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
@@ -212,7 +212,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
     model = build_on_meta(cfg, config)
     print_parts(model, cfg)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
-    memory = smallest(memory_of(device))
+    memory = min(on_every_process(lambda: memory_of(device)))
     for warning in (cpu_warning(cfg.device, device, count(model.parameters())),
                     too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)):
         if warning:
@@ -320,7 +320,10 @@ def open_data(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Dataset 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
     """Process 0 tokenizes all samples and writes their index, which the others read."""
-    on_process_0(lambda: (data.pictures, data.index))
+    def look() -> None:
+        data.pictures                           # whose archives get an index, too
+        data.index
+    on_process_0(look)
     with_picture = int((data.index.image > 0).sum())
     problem = "" if data.index.supervised.any() else f"nothing to learn in its {plural(len(data), 'sample')}"
     if with_picture and not has_tower(cfg):
@@ -442,8 +445,8 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         load_checkpoint(checkpoint, state)
     steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)
     print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
-    print0(describe_saving(state))
-    check_room(out, (1 + 2 * cfg.keep_best) * count(model.parameters()) * torch_dtype(cfg.dtype).itemsize, state)
+    models = 1 + 2 * cfg.keep_best              # the best one is replaced after the next has been written
+    print0(plan_saving(state, models * count(model.parameters()) * torch_dtype(cfg.dtype).itemsize))
     with saved_on_error(state):
         is_complete = train(state, cfg, source, data, held_out, steps, signals, device)
         bad = on_process_0(lambda: read_bad_samples(out))
@@ -471,7 +474,7 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
         measure_held_out(state, cfg, source, held_out, steps, metrics, device)
     metrics.start_clock()
     state.tried_at = time.monotonic()
-    for step, n_supervised, stop in synchronized_steps(loader, signals):
+    for step, n_supervised, stop, save in synchronized_steps(loader, signals, partial(save_is_due, state)):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
         of_files = []
         loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device, of_files,
@@ -502,10 +505,10 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
                 metrics.close_tracker()
                 return True
         if stop:
-            print0(f"saved {save_checkpoint(state)}")
+            save_checkpoint(state)
             metrics.close_tracker()
             return False
-        if save_is_due(state):
+        if save:
             try_to_save(state)
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
     measure_held_out(state, cfg, source, held_out, steps, metrics, device)

@@ -96,7 +96,7 @@ def validate(model: nn.Module, loader: Iterable[Step], device: torch.device,
     rows = []
     counts = torch.zeros(model.config.llm.vocab_size, dtype=torch.int64)
     try:
-        for step, _, _ in synchronized_steps(loader, []):
+        for step, *_ in synchronized_steps(loader, []):
             for batch in step.batches:
                 seen = [view(batch) for view in views]
                 losses = [model(*to_device(batch, device)).double() for batch in seen]

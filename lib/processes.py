@@ -94,27 +94,12 @@ def patient_group() -> dist.ProcessGroup:
     return patient_groups[world]
 
 
-def on_process_0(work: Callable):
-    """Call `work` on process 0 -> its result, on every process.
-
-    An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
-    in their next collective until that timed out.
-    """
-    result_and_error = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            result_and_error[0] = work()
-        except (OSError, ValueError) as e:
-            result_and_error[1] = e
-    dist.broadcast_object_list(result_and_error, src=0, group=patient_group())
-    result, error = result_and_error
-    if error:
-        raise error
-    return result
-
-
 def on_every_process(work: Callable) -> list:
-    """Call `work` on every process -> all results, on every process. An error on one is raised on all."""
+    """Call `work` on every process -> all results, on every process.
+
+    An OSError or ValueError on one is raised on all: if only that process left, the others would wait for it in their
+    next collective until that timed out.
+    """
     result_and_error = [None, None]
     try:
         result_and_error[0] = work()
@@ -128,19 +113,21 @@ def on_every_process(work: Callable) -> list:
     return [result for result, _ in gathered]
 
 
-def smallest(number: float) -> float:
-    """The smallest of all processes' numbers. It is reduced on the CPU, so no process waits for its GPU."""
-    numbers = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
-    return numbers.item()
+def on_process_0(work: Callable):
+    """Call `work` on process 0 -> its result, which should be small, on every process. So is an error raised."""
+    return on_every_process(lambda: work() if dist.get_rank() == 0 else None)[0]
 
 
-def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
-    """A loader's steps -> (step, its supervised tokens over all processes, whether to stop), on every process alike.
+LAUNCHER = os.getppid()
 
-    A process that cannot read its data, or has been told by a signal to stop, cannot simply leave: the others would
-    wait for it in their next collective. So all processes exchange their status before each step, and an error on one
-    of them is raised as a ValueError on all.
+
+def synchronized_steps(loader: Loader, signals: list[int], save_is_due: Callable[[], bool] = lambda: False,
+                       ) -> Iterator[tuple[Step, int, bool, bool]]:
+    """A loader's steps -> (step, its supervised tokens over all processes, and whether to stop, and to save, after it).
+
+    They are the same on every process. One that cannot read its data, or has been told by a signal to stop, cannot
+    simply leave: the others would wait for it in their next collective. So all processes exchange their status before
+    each step, and an error on one of them is raised as a ValueError on all.
     """
     steps = iter(loader)
     while True:
@@ -160,15 +147,17 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         if step is None and problem is None:
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
+            signals.append(signal.SIGTERM)      # torchrun is gone, and nobody else would end this process
         # The tensor is on the CPU, so this goes over gloo and no process waits for its GPU.
-        sums = torch.tensor([supervised, count_signals(signals), int(problem is not None)])
+        sums = torch.tensor([supervised, len(signals), save_is_due(), problem is not None])
         dist.all_reduce(sums)
-        supervised, n_signals, n_problems = sums.tolist()
+        supervised, stop, save, n_problems = sums.tolist()
         if n_problems:
             problems = [None] * dist.get_world_size()
             dist.all_gather_object(problems, problem)
             raise ValueError(next(p for p in problems if p))
-        yield step, supervised, n_signals > 0
+        yield step, supervised, bool(stop), bool(save)
 
 # ---------------------------------------------------------------------------------------------------
 # Signals and errors
@@ -196,16 +185,6 @@ def watch_signals() -> list[int]:
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return received
-
-
-LAUNCHER = os.getppid()
-
-
-def count_signals(received: list[int]) -> int:
-    """How many signals have come to this process. If torchrun is gone, nobody will end it, so that counts as one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
-        received.append(signal.SIGTERM)
-    return len(received)
 
 
 def exit_code_of_stop(received: list[int]) -> int:

@@ -149,7 +149,8 @@ def add_flags(parser: Parser) -> None:
     add("--data", nargs="+", type=lambda name: weighted(name) and name, metavar="FILE[:EPOCHS]", help="records: json "
         "or jsonl, LLaVA's, ShareGPT's or OpenAI's messages; FILE:0.1 gives another tenth of a file to each epoch of "
         "the run, FILE:2 all of it twice")
-    add("--images", nargs="+", help="folder that image paths in the data are relative to, or .zip or .tar archives")
+    add("--images", nargs="+", type=lambda name: str(Path(name)), help="folder that image paths in the data are "
+        "relative to, or .zip or .tar archives")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
     add("--val-data", default="", help="validation json, whose loss is measured before, during (--val-every) and after")
     add("--out", help="folder for metrics, checkpoints and the final model; shared by all nodes")

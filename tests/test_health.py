@@ -22,7 +22,7 @@ from training import assert_same_run, train_here
 import data
 import train
 from demo.shapes import SIZE, write_data
-from lib.checkpoint import check_files, read_manifest
+from lib.checkpoint import read_checkpoint
 from lib.health import CORRUPTED, HeldOut, checksum_of_bits, error_of_difference, loss_of_counting, rise
 from lib.plot import verdict
 from lib.recipes import parse
@@ -262,7 +262,7 @@ def test_a_flipped_bit_on_one_of_two_processes_ends_the_run_at_that_step(gather,
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000001", "step_000002"]
     assert len(metrics(tmp_path / "out")) == 2
     for path in (tmp_path / "out").glob("step_*"):
-        check_files(path, read_manifest(path))
+        read_checkpoint(path)
     train_here([*flags, "--recheck-every", "2"])
     assert len(metrics(tmp_path / "out")) == 5
 

@@ -25,7 +25,7 @@ import lib.plan
 import lib.workers
 import train
 from data import ImageConfig
-from lib.checkpoint import check_files, read_manifest
+from lib.checkpoint import read_checkpoint
 from lib.common import LOCK
 from lib.plan import check_shared_memory
 from lib.processes import explain, explain_dead_worker, watch_signals
@@ -148,14 +148,11 @@ import train
 
 def test_the_process_with_the_least_memory_decides_for_all(chat_json, tmp_path, monkeypatch):
     """Processes that recompute or gather differently call other collectives and wait for each other for ever."""
-    def reduce(tensor, op=None, **kwargs):
-        assert op == train.dist.ReduceOp.MIN
-        tensor.fill_(1.0)                       # another process has one byte
     flags = ["--gather", "auto", "--recompute", "auto"]
     cfg = parse(train_flags(tmp_path, chat_json, *flags))
     mesh, device = train.setup()
     try:
-        monkeypatch.setattr(train.dist, "all_reduce", reduce)
+        monkeypatch.setattr(train, "on_every_process", lambda work: [work(), 1.0])      # another one has one byte
         source, config = train.open_source(cfg)
         model = train.build(cfg, config, source, mesh, device)
         assert model.llm.recompute == "full" and model.gather == "off"
@@ -570,7 +567,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_j
     if to == "one":                             # torchrun lived on, to say it in one line
         assert said_once("stopped by SIGTERM", stderr) and "exitcode  : 143" in stderr
     [saved] = (tmp_path / "out").glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
     done = int(saved.name[5:])
     train_here(train_flags(tmp_path / "out", chat_json, *more), stop_after=done + 2)
     assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(done + 2))
@@ -590,7 +587,7 @@ def test_other_signals_save_as_well_and_a_closed_output_does_not_prevent_it(numb
         f"{name}: finishing this step, then saving; Ctrl-C{' again' * (name == 'SIGINT')} ends it now, without",
         f"stopped by {name}"]
     [saved] = out.glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
 
 
 def test_a_signal_that_is_ignored_on_entry_stays_ignored():
@@ -617,7 +614,7 @@ def test_processes_whose_torchrun_was_killed_save_and_end(chat_json, tmp_path):
     stdout, _ = process.communicate(timeout=60)             # they hold its other end
     assert "stopped after step" in stdout
     [saved] = out.glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
 
 
 STAND_INS = {
@@ -652,7 +649,7 @@ def test_the_slurm_script_of_the_docs_saves_before_the_time_is_up_and_requeues(c
         raise
     assert job.returncode != 0 and "stopped after step" in said, said[-5000:]
     [saved] = out.glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
 
 
