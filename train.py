@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from contextlib import nullcontext
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,8 +54,8 @@ from lib.health import CORRUPTED, Corrupted, Recheck, doubts, projector_problem,
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import check_shared_memory, choose_gather, choose_recompute, count, print_plan, too_small
-from lib.processes import (exit_code_of_stop, explain, explain_out_of_memory, join_group, launch_problem,
-                           on_every_process, on_process_0, print0, synchronized_steps, watch_signals)
+from lib.processes import (exit_code_of_stop, explain, join_group, launch_problem, on_every_process, on_process_0,
+                           print0, synchronized_steps, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model, save_phi
 from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
@@ -66,16 +66,17 @@ from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, 
 # Set-up: processes, model, optimizer, data
 
 
-def setup(asked: str = "auto") -> tuple[DeviceMesh, torch.device]:
+def setup(asked: str = "auto", dtype: str = "fp32") -> tuple[DeviceMesh, torch.device]:
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
     then never leaves the fast links within a node. Nodes of one process each shard across all of them.
+
+    ValueError where they cannot train, or a GPU can only emulate bf16 (V100, T4), many times slower than it computes
+    in fp32.
     """
     env = torchrun_env()
     problem = launch_problem()
-    if problem:
-        raise ValueError(problem)
     device = torch.device("cpu")
     backend = "gloo"
     if asked == "cuda":
@@ -85,12 +86,13 @@ def setup(asked: str = "auto") -> tuple[DeviceMesh, torch.device]:
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between hosts need not wait for the GPUs' queues
-        problem = missing_kernels(env.local_rank)
-        if problem:
-            raise ValueError(f"{problem}; with CUDA_VISIBLE_DEVICES= before the command it trains on the CPU")
-    # Without torchrun there are no peers to find, so no address is needed.
-    group_of_one = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    join_group(backend, timedelta(minutes=10), **group_of_one)
+        problem = problem or missing_kernels(env.local_rank)
+        if dtype == "bf16" and not problem and not has_bf16("cuda"):
+            problem = (f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; give --dtype fp32, which takes "
+                       "twice the memory and no flash attention")
+    if problem:
+        raise ValueError(problem)
+    join_group(backend, timedelta(minutes=10))
     sizes = sorted(set(on_every_process(lambda: env.local_world)))
     if len(sizes) > 1:
         raise ValueError(f"nodes with {' and '.join(map(str, sizes))} processes: start the same number on every node "
@@ -101,13 +103,6 @@ def setup(asked: str = "auto") -> tuple[DeviceMesh, torch.device]:
     else:
         shape, names = (world,), ("shard",)
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
-
-
-def check_arithmetic(dtype: str, device: torch.device) -> None:
-    """ValueError where a GPU can only emulate bf16 (V100, T4), many times slower than it computes in fp32."""
-    if device.type == "cuda" and dtype == "bf16" and not has_bf16("cuda"):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; give --dtype fp32, which takes "
-                         "twice the memory and no flash attention")
 
 
 def folders(cfg: Namespace) -> list[Path]:
@@ -143,22 +138,22 @@ def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
 
 
 def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
-    """Freeze everything but --train minus --freeze. ValueError: a name that is not a part of the model."""
-    parts = dict(model.named_children())
-    trained, frozen = split_names(cfg.train), split_names(cfg.freeze)
-    for name in trained + frozen:
-        if name not in parts:
-            raise ValueError(f"{name!r} is not a part of the model; its parts are {', '.join(parts)}")
-    adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
-    trained = [name for name in trained if name not in frozen]
-    if adapters and "llm" in trained:
+    """Freeze everything but --train minus --freeze, and the adapters. ValueError: a name that is not a part."""
+    parts = [name for name, _ in model.named_children()]
+    chosen, frozen = cfg.train.replace(",", " ").split(), cfg.freeze.replace(",", " ").split()
+    unknown = [name for name in chosen + frozen if name not in parts]
+    trained = [name for name in chosen if name not in frozen]
+    problem = ""
+    if unknown:
+        problem = f"{unknown[0]!r} is not a part of the model; its parts are {', '.join(parts)}"
+    elif not trained and not cfg.lora_r:
+        problem = "nothing would be trained: --train minus --freeze is empty"
+    if problem:
+        raise ValueError(problem)
+    if cfg.lora_r and "llm" in trained:
         trained.remove("llm")                   # its adapters are trained instead
-    if not trained and not adapters:
-        raise ValueError("nothing would be trained: --train minus --freeze is empty")
-    for name, part in parts.items():
-        part.requires_grad_(name in trained)
-    for p in adapters:
-        p.requires_grad_(True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.split(".")[0] in trained or ".lora_" in name)
 
 
 def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
@@ -172,10 +167,6 @@ def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
     if adapters:
         print0(f"{'adapters':10s} {adapters:>13,} of llm's, trained at {cfg.lr:g}, scaled by {cfg.lora_alpha:g} / "
                f"{cfg.lora_r}")
-
-
-def split_names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "off") -> None:
@@ -212,7 +203,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
     model = build_on_meta(cfg, config)
     print_parts(model, cfg)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
-    memory = min(on_every_process(lambda: memory_of(device)))
+    memory = min(on_every_process(partial(memory_of, device)))
     for warning in (cpu_warning(cfg.device, device, count(model.parameters())),
                     too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)):
         if warning:
@@ -350,8 +341,8 @@ def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
 
 
-def add_gradients(model: LLaVAPhi, batch: Batch, n_supervised: int, seed: int, last: bool,
-                  device: torch.device) -> Tensor:
+def add_gradients(model: LLaVAPhi, batch: Batch, n_supervised: int, seed: int, device: torch.device,
+                  last: bool) -> Tensor:
     """Forward and backward of a micro-batch -> its share of the step's loss, of each file of a Mixture.
 
     With --gather on, gathered weights are kept for the next micro-batch, and gradients accumulate locally in fp32. The
@@ -382,16 +373,12 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
         seed = dropout_seed(cfg.seed, step.step, dist.get_rank(), i)
+        add = partial(add_gradients, model, batch, n_supervised, seed, device)
         last = i + 1 == len(step.batches)
-        is_due = recheck is not None and i == 0 and recheck.is_due(step.step)
-        if is_due:
-            with recheck.watching():
-                add_gradients(model, batch, n_supervised, seed, True, device)
-            optimizer.zero_grad(set_to_none=True)           # the step is taken with those of the second pass
-        with recheck.watching() if is_due else nullcontext():
-            total[0] += add_gradients(model, batch, n_supervised, seed, last, device)
-        if is_due:
-            recheck.compare()
+        if recheck and i == 0 and recheck.is_due(step.step):
+            total[0] += recheck.add_twice(add, last, optimizer)
+        else:
+            total[0] += add(last)
     dist.all_reduce(total)
 
     # In the model's order, not the optimizer's: another order changes the norm's last digit, and with it the run.
@@ -448,10 +435,17 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     models = 1 + 2 * cfg.keep_best              # the best one is replaced after the next has been written
     print0(plan_saving(state, models * count(model.parameters()) * torch_dtype(cfg.dtype).itemsize))
     with saved_on_error(state):
-        is_complete = train(state, cfg, source, data, held_out, steps, signals, device)
-        bad = on_process_0(lambda: read_bad_samples(out))
+        metrics = Metrics(out, state.step, trained_parts(model), device, again=state.step == steps)
+        metrics.start_tracker(cfg.track, state.settings)
+        measure = partial(measure_held_out, state, cfg, source, held_out, steps, metrics, device)
+        is_complete = train(state, cfg, data, steps, metrics, measure, signals, device)
+        metrics.close_tracker()
+        bad = on_process_0(lambda: len(read_bad_samples(out)))
         if bad:
-            print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
+            print0(f"bad samples skipped: {bad:,}; {out / BAD_SAMPLES} says what is wrong with them")
+        losses = [loss for _, loss in metrics.val_losses]
+        if is_complete and cfg.keep_best and min(losses) == losses[0]:
+            print0(f"no {out / 'best'}: the lowest validation loss is the first one, from before the training")
         if is_complete:
             save_final(cfg, source, model, out)
     if is_complete:
@@ -461,17 +455,18 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         return exit_code_of_stop(signals)
 
 
-def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, held_out: Dataset | None, steps: int,
+def train(state: TrainState, cfg: Namespace, data: Dataset, steps: int, metrics: Metrics, measure: Callable[[], None],
           signals: list[int], device: torch.device) -> bool:
-    """Train from state.step on -> True if the run is over, False if stopped early, with a checkpoint."""
-    metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device, again=state.step == steps)
-    metrics.start_tracker(cfg.track, state.settings)
+    """Train from state.step on -> True if the run is over, False if stopped early, with a checkpoint.
+
+    measure: looks at the held-out samples, if there are any.
+    """
     warmup = math.ceil(cfg.warmup * steps)
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     recheck = Recheck(state.model, cfg.recheck_every, device)
     skipped_in_a_row = 0
     if state.step == 0:                         # a resumed run already has this in its metrics
-        measure_held_out(state, cfg, source, held_out, steps, metrics, device)
+        measure()
     metrics.start_clock()
     state.tried_at = time.monotonic()
     for step, n_supervised, stop, save in synchronized_steps(loader, signals, partial(save_is_due, state)):
@@ -480,11 +475,8 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
         loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device, of_files,
                                          recheck)
         state.step += 1
-        if skipped:
-            skipped_in_a_row += 1
-        else:
-            state.updates += 1
-            skipped_in_a_row = 0
+        state.updates += not skipped
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
 
         record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped,
                                   of_files)
@@ -499,20 +491,17 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
         if state.step == steps:
             break                               # the final model is written instead of a checkpoint
         if cfg.val_every and state.step % cfg.val_every == 0:
-            measure_held_out(state, cfg, source, held_out, steps, metrics, device)
+            measure()
             if reason := metrics.out_of_patience(cfg.patience):
                 print0(reason)
-                metrics.close_tracker()
                 return True
         if stop:
             save_checkpoint(state)
-            metrics.close_tracker()
             return False
         if save:
             try_to_save(state)
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
-    measure_held_out(state, cfg, source, held_out, steps, metrics, device)
-    metrics.close_tracker()
+    measure()
     return True
 
 
@@ -543,7 +532,12 @@ def measure_held_out(state: TrainState, cfg: Namespace, source: Weights, held_ou
     for doubt in doubts(held, state.step, steps):
         print0(f"WARNING: {doubt}")
     if cfg.keep_best and lowest and state.step:         # after step 0 it is the model that the run starts from
-        try_to_keep(partial(save_final, cfg, source, state.model), Path(cfg.out) / "best")
+        best = Path(cfg.out) / "best"
+        try:
+            save_final(cfg, source, state.model, best)
+            print0(f"saved {best}: the lowest validation loss so far")
+        except OSError as e:
+            print0(f"warning: the best model so far was not written to {best} ({e}); training goes on")
 
 
 def save_final(cfg: Namespace, source: Weights, model: LLaVAPhi, out: Path) -> None:
@@ -587,26 +581,22 @@ def main(args: Namespace) -> int | None:
         return
     source, config = open_source(args)
     check_before_training(config, source, has_tower(args))
-    mesh, device = setup(args.device)
+    mesh, device = setup(args.device, args.dtype)
     try:
-        check_arithmetic(args.dtype, device)
         with lock_output(Path(args.out)):
             exit_code = run(args, config, source, mesh, device)
-    except torch.OutOfMemoryError as e:
-        raise ValueError(explain_out_of_memory(e, args)) from None
     except Corrupted as e:
         if torchrun_env().local_rank:
             return 0                            # one failure is enough for torchrun's list
         print_last(f"error: {e}")
         return CORRUPTED
     except RuntimeError as e:
-        problem = explain(e)
+        problem = explain(e, args)
         if not problem:
             raise
         raise OSError(problem) from None
-    else:
-        # Only after success: leaving waits for the other processes, which may be waiting for one that failed.
-        dist.destroy_process_group()
+    # Only after success: leaving waits for the other processes, which may be waiting for one that failed.
+    dist.destroy_process_group()
     return exit_code
 
 

@@ -20,10 +20,10 @@ from lib.common import detach_stdout, torchrun_env, warn_once
 # Collectives
 
 
-def join_group(backend: str, timeout: timedelta, **group_of_one) -> None:
-    """Join the group that torchrun's environment describes, or make a group of one from these options."""
+def join_group(backend: str, timeout: timedelta) -> None:
+    """Join the group that torchrun's environment describes; without torchrun, make a group of one."""
     try:
-        dist.init_process_group(backend, timeout=timeout, **(group_of_one or group_of_this_attempt(timeout)))
+        dist.init_process_group(backend, timeout=timeout, **meeting_point(timeout))
     except RuntimeError as e:
         first_line = str(e).partition("\n")[0][:200]
         if "EADDRINUSE" in first_line:
@@ -35,18 +35,20 @@ def join_group(backend: str, timeout: timedelta, **group_of_one) -> None:
         raise OSError(problem) from None
 
 
-def group_of_this_attempt(timeout: timedelta) -> dict:
-    """Options of init_process_group, for processes that torchrun --max-restarts may have started again; else {}.
+def meeting_point(timeout: timedelta) -> dict:
+    """Options of init_process_group that say where the processes meet; {}: where torchrun's variables say.
 
-    All attempts share torchrun's key-value store. With the same keys, a new process may read the address that its
-    predecessor left there, and wait in vain. Nodes count their attempts separately, so several have no common prefix;
-    docs/cluster.md names the variable that gives each attempt a store of its own.
+    A process by itself needs no address. All attempts of torchrun --max-restarts share a key-value store: with the same
+    keys, a new process may read the address that its predecessor left there, and wait in vain. Nodes count their
+    attempts separately, so several have no common prefix; docs/cluster.md names the variable that gives each attempt a
+    store of its own.
     """
-    here = torchrun_env()
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or here.world > here.local_world:
+    here, attempt = torchrun_env(), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if attempt is None or here.world > here.local_world:
         return {}
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
 
 
@@ -202,16 +204,21 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
         "was likely closed", "remote process exited")
 
 
-def explain(error: RuntimeError) -> str:
-    """One line about a failed collective; "" for every other error, which is a bug and keeps its traceback.
+def explain(error: RuntimeError, cfg: Namespace) -> str:
+    """One line about a failed collective or a full GPU; "" for every other error, a bug, which keeps its traceback.
 
     The lost process has printed its own reason, or torchrun will. NCCL's messages have several lines, and the last
-    names the cause.
+    names the cause. Of torch's paragraph about memory: what was requested and what there is.
     """
     message = str(error)
     process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
     cause = message.partition("Last error:")[2].strip() or message.partition("\n")[0]
     cause = " ".join(cause.split())[:300]
+    if isinstance(error, torch.OutOfMemoryError):
+        facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", message)
+        less = " or --recompute full" * (cfg.recompute != "full")
+        return (f"{process} is out of GPU memory ({', '.join(facts)}): give --micro-tokens less than "
+                f"{cfg.micro_tokens}{less}; --plan says what fits")
     if dist.get_world_size() > 1 and any(sign in message for sign in LOST):
         return f"{process} lost another one ({cause}); start again to go on from the newest checkpoint"
     if "NCCL error" in message:
@@ -236,12 +243,3 @@ def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str
         reason = message.strip().rpartition("\n")[2][:200]
     return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({reason}). In a container "
             "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or give --workers 0")
-
-
-def explain_out_of_memory(error: torch.OutOfMemoryError, cfg: Namespace) -> str:
-    """torch's paragraph in one line: what was requested, what there is, and which flag to lower."""
-    facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", str(error))
-    advice = f"give --micro-tokens less than {cfg.micro_tokens}"
-    if cfg.recompute != "full":
-        advice += " or --recompute full"
-    return f"process {dist.get_rank()} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"

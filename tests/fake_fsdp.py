@@ -53,6 +53,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_iter
 
 import lib.checkpoint
+import lib.health
 import lib.plan
 import train
 from data import IGNORE, IMAGE_ID, Batch, Sample, Step, collate
@@ -308,7 +309,7 @@ def pretend_there_are_processes() -> None:
         return results
 
     dist.init_process_group = init_process_group
-    train.on_every_process = on_every_process
+    train.on_every_process = lib.health.on_every_process = on_every_process
 
 # ---------------------------------------------------------------------------------------------------
 # One rank, from its set-up to the saved model
