@@ -8,7 +8,7 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import Parser, at_least, between, dtype_name
+from lib.common import Parser, at_least, dtype_name
 
 IMAGE_MODES = ("crop", "pad", "squash")         # how an image is made square, see data.load_image
 
@@ -171,7 +171,7 @@ def add_flags(parser: Parser) -> None:
         "as LLaVA groups its batches")
     add("--on-bad-sample", choices=("stop", "skip"), default="stop", help="skip: count it, list it in "
         "out/bad_samples.jsonl, give up above 0.1 %%")
-    add("--seed", type=between(0, 2 ** 63 - 1), default=42, help="seed of data order, dropout and new weights")
+    add("--seed", type=at_least(0, 2 ** 63 - 1), default=42, help="seed of data order, dropout and new weights")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--global-batch", type=at_least(1), help="samples per optimizer step, over all processes")
@@ -180,14 +180,14 @@ def add_flags(parser: Parser) -> None:
     add("--lr", type=at_least(0.0), help="peak learning rate")
     add("--projector-lr", type=at_least(0.0), default=0.0, help="the projector's own peak rate; 0: as --lr")
     add("--vision-lr", type=at_least(0.0), default=0.0, help="the vision tower's own peak rate; 0: as --lr")
-    add("--warmup", type=between(0.0, 1.0), default=0.03, help="fraction of steps in which the rate rises from 0")
+    add("--warmup", type=at_least(0.0, 1.0), default=0.03, help="fraction of steps in which the rate rises from 0")
     add("--schedule", choices=("cosine", "linear"), help="how the rate then decays to 0")
-    add("--beta1", type=between(0.0, 0.9999), default=0.9, help="AdamW")
-    add("--beta2", type=between(0.0, 0.9999999), help="AdamW")
+    add("--beta1", type=at_least(0.0, 0.9999), default=0.9, help="AdamW")
+    add("--beta2", type=at_least(0.0, 0.9999999), help="AdamW")
     add("--eps", type=at_least(1e-30), help="AdamW")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="AdamW; never applied to biases and LayerNorms")
     add("--grad-clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: no clipping")
-    add("--dropout", type=between(-1.0, 0.99), default=-1.0, help="residual dropout of the language model; -1: as its "
+    add("--dropout", type=at_least(-1.0, 0.99), default=-1.0, help="residual dropout of the language model; -1: as its "
         "config.json says")
 
     add = parser.add_argument_group("hardware").add_argument
