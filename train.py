@@ -82,7 +82,7 @@ def setup(asked: str = "auto", dtype: str = "fp32") -> tuple[DeviceMesh, torch.d
     if asked == "cuda":
         choose_device(asked)                    # ValueError where there is none
     if torch.cuda.is_available() and asked != "cpu":
-        check_gpu_count(env)
+        check_gpu_count()
         device = torch.device("cuda", env.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"          # small messages between hosts need not wait for the GPUs' queues
