@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -218,7 +219,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
         model.vision.recompute = recompute != "none"
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    init_new_parameters(model, cfg, config)
+    init_new_parameters(model, cfg)
     read_weights(model, source, cfg)            # may bring a trained projector
     if cfg.compile:
         compile_blocks(model, device)
@@ -231,11 +232,11 @@ def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
     load_into(model, source, copy_into, allow_missing=() if cfg.model else ("projector.",))
 
 
-def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
+def init_new_parameters(model: LLaVAPhi, cfg: Namespace) -> None:
     """Initialize a new projector and adapters. Every process draws whole tensors, so their number does not matter."""
     generator = torch.Generator().manual_seed(cfg.seed)
     if model.projector and not cfg.model:
-        fresh = Projector(config.vision.n_embd, config.llm.n_embd)
+        fresh = Projector(model.config.vision.n_embd, model.config.llm.n_embd)
         init_weights(fresh, generator)
         for parameter, value in zip(model.projector.parameters(), fresh.parameters()):
             copy_into(parameter, value.data)
@@ -258,10 +259,8 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
 
 def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
     """Compile each block, inside FSDP and activation checkpointing, with one graph for all lengths."""
-    blocks = [*model.llm.h]
-    if device.type != "cuda":
-        # Attention on a CPU loops over the samples' lengths, which change in every step, so it is left out.
-        blocks = [block.mlp for block in model.llm.h]
+    # Attention on a CPU loops over the samples' lengths, which change in every step, so it is left out.
+    blocks = [block if device.type == "cuda" else block.mlp for block in model.llm.h]
     if model.vision:
         blocks += model.vision.h
     for block in blocks:
@@ -275,18 +274,17 @@ def peak_lrs(cfg: Namespace) -> dict[str, float]:
 
 def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     """AdamW with two groups per part: matrices with weight decay, biases and LayerNorms without."""
-    groups = []
-    for part, module in model.named_children():
-        peak_lr = peak_lrs(cfg)[part]
-        trained = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.dim() > 1]
-        vectors = [p for p in trained if p.dim() <= 1]
-        for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
-            if params:
-                groups.append(dict(params=params, peak_lr=peak_lr, lr=peak_lr, weight_decay=decay))
-    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    groups = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[name.split(".")[0], p.dim() > 1].append(p)
+    rates = peak_lrs(cfg)
+    optimizer = torch.optim.AdamW([dict(params=params, peak_lr=rates[part], lr=rates[part],
+                                        weight_decay=cfg.weight_decay if is_matrix else 0.0)
+                                   for (part, is_matrix), params in groups.items()],
+                                  betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     # AdamW creates its moments in the first step, but a checkpoint has to be loaded into them before that.
-    for group in groups:
+    for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
@@ -330,10 +328,8 @@ def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float
     """Fraction of the peak rate at `step`: linear warm-up from 0, then decay to 0, as in Hugging Face's schedules."""
     if step < warmup:
         return step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    if schedule == "linear":
-        return max(0.0, 1 - done)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
+    done = (step - warmup) / (steps - warmup)
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -425,43 +421,50 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         print0(note)
 
     model = build(cfg, config, source, mesh, device)
-    for problem in filter(None, [projector_problem(cfg, source), *rate_problems(model, peak_lrs(cfg))]):
-        print0(f"WARNING: {problem}")
     state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
     steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)
-    print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
-    models = 1 + 2 * cfg.keep_best              # the best one is replaced after the next has been written
-    print0(plan_saving(state, models * count(model.parameters()) * torch_dtype(cfg.dtype).itemsize))
+    warmup = math.ceil(cfg.warmup * steps)
+    print_run(state, cfg, source, steps, warmup)
     with saved_on_error(state):
         metrics = Metrics(out, state.step, trained_parts(model), device, again=state.step == steps)
         metrics.start_tracker(cfg.track, state.settings)
         measure = partial(measure_held_out, state, cfg, source, held_out, steps, metrics, device)
-        is_complete = train(state, cfg, data, steps, metrics, measure, signals, device)
+        is_complete = train(state, cfg, data, steps, warmup, metrics, measure, signals, device)
         metrics.close_tracker()
-        bad = on_process_0(lambda: len(read_bad_samples(out)))
-        if bad:
+        if bad := on_process_0(lambda: len(read_bad_samples(out))):
             print0(f"bad samples skipped: {bad:,}; {out / BAD_SAMPLES} says what is wrong with them")
+        if not is_complete:
+            print0(f"stopped after step {state.step}; the same command goes on from there")
+            return exit_code_of_stop(signals)
         losses = [loss for _, loss in metrics.val_losses]
-        if is_complete and cfg.keep_best and min(losses) == losses[0]:
+        if cfg.keep_best and min(losses) == losses[0]:
             print0(f"no {out / 'best'}: the lowest validation loss is the first one, from before the training")
-        if is_complete:
-            save_final(cfg, source, model, out)
-    if is_complete:
-        print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
-    else:
-        print0(f"stopped after step {state.step}; the same command goes on from there")
-        return exit_code_of_stop(signals)
+        save_final(cfg, source, model, out)
+    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
 
 
-def train(state: TrainState, cfg: Namespace, data: Dataset, steps: int, metrics: Metrics, measure: Callable[[], None],
-          signals: list[int], device: torch.device) -> bool:
+def print_run(state: TrainState, cfg: Namespace, source: Weights, steps: int, warmup: int) -> None:
+    """Print what the run is going to do, and what speaks against it. OSError if the disk has no room for it."""
+    for problem in projector_problem(cfg, source), *rate_problems(state.model, peak_lrs(cfg)):
+        if problem:
+            print0(f"WARNING: {problem}")
+    print0(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')}, the first {warmup:,} warming up"
+           + (f"; going on from {state.newest}" if state.newest else ""))
+    if steps == warmup == 1:
+        print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
+               "--global-batch, more --epochs, or --warmup 0")
+    models = 1 + 2 * cfg.keep_best              # the best one is replaced after the next has been written
+    print0(plan_saving(state, models * count(state.model.parameters()) * torch_dtype(cfg.dtype).itemsize))
+
+
+def train(state: TrainState, cfg: Namespace, data: Dataset, steps: int, warmup: int, metrics: Metrics,
+          measure: Callable[[], None], signals: list[int], device: torch.device) -> bool:
     """Train from state.step on -> True if the run is over, False if stopped early, with a checkpoint.
 
     measure: looks at the held-out samples, if there are any.
     """
-    warmup = math.ceil(cfg.warmup * steps)
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     recheck = Recheck(state.model, cfg.recheck_every, device)
     skipped_in_a_row = 0
@@ -503,14 +506,6 @@ def train(state: TrainState, cfg: Namespace, data: Dataset, steps: int, metrics:
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
     measure()
     return True
-
-
-def print_run_length(cfg: Namespace, steps: int, resumed: str) -> None:
-    warmup = math.ceil(cfg.warmup * steps)
-    print0(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')}, the first {warmup:,} warming up{resumed}")
-    if steps == warmup == 1:
-        print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
-               "--global-batch, more --epochs, or --warmup 0")
 
 
 def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,

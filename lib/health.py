@@ -234,7 +234,8 @@ class Recheck:
         if self.sums is not None:
             self.sums[name] = checksum_of_bits(p.grad)
 
-    def add_twice(self, add_gradients: Callable[[bool], Tensor], last: bool, optimizer: torch.optim.Optimizer) -> Tensor:
+    def add_twice(self, add_gradients: Callable[[bool], Tensor], last: bool,
+                  optimizer: torch.optim.Optimizer) -> Tensor:
         """Compute a micro-batch's gradients and losses, compare, and keep those of the second pass.
 
         Corrupted, on every process, if the two passes of any of them differ.
