@@ -44,11 +44,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.archives import find_place
-from lib.checkpoint import (TrainState, is_finished, load_checkpoint, lock_output, plan_saving, prepare_out,
-                            save_checkpoint, save_is_due, saved_on_error, try_to_save)
+from lib.checkpoint import (DATA_CHECKSUM, TrainState, is_finished, load_checkpoint, lock_output, plan_saving,
+                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.configs import config_of_run
-from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels, to_device,
-                        torch_dtype)
+from lib.device import choose_device, cpu_warning, memory_of, take_gpu, to_device, torch_dtype
 from lib.flops import picture_cost
 from lib.folders import Kind, Weights, open_weights, read_tensor
 from lib.health import CORRUPTED, Corrupted, Recheck, doubts, projector_problem, rate_problems, validate, views_of
@@ -73,36 +72,27 @@ def setup(asked: str = "auto", dtype: str = "fp32") -> tuple[DeviceMesh, torch.d
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
     then never leaves the fast links within a node. Nodes of one process each shard across all of them.
 
-    ValueError where they cannot train, or a GPU can only emulate bf16 (V100, T4), many times slower than it computes
-    in fp32.
+    ValueError where they cannot train.
     """
-    env = torchrun_env()
     problem = launch_problem()
+    if problem:
+        raise ValueError(problem)
     device = torch.device("cpu")
     backend = "gloo"
     if asked == "cuda":
         choose_device(asked)                    # ValueError where there is none
     if torch.cuda.is_available() and asked != "cpu":
-        check_gpu_count()
-        device = torch.device("cuda", env.local_rank)
-        torch.cuda.set_device(device)
+        device = take_gpu(dtype)
         backend = "cpu:gloo,cuda:nccl"          # small messages between hosts need not wait for the GPUs' queues
-        problem = problem or missing_kernels(env.local_rank)
-        if dtype == "bf16" and not problem and not has_bf16("cuda"):
-            problem = (f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; give --dtype fp32, which takes "
-                       "twice the memory and no flash attention")
-    if problem:
-        raise ValueError(problem)
     join_group(backend, timedelta(minutes=10))
-    sizes = sorted(set(on_every_process(lambda: env.local_world)))
+    world, local_world = dist.get_world_size(), torchrun_env().local_world
+    sizes = sorted(set(on_every_process(lambda: local_world)))
     if len(sizes) > 1:
         raise ValueError(f"nodes with {' and '.join(map(str, sizes))} processes: start the same number on every node "
                          "(--nproc_per_node)")
-    world = dist.get_world_size()
-    if world > env.local_world > 1:
-        shape, names = (world // env.local_world, env.local_world), ("replicate", "shard")
-    else:
-        shape, names = (world,), ("shard",)
+    shape, names = (world,), ("shard",)
+    if world > local_world > 1:
+        shape, names = (world // local_world, local_world), ("replicate", "shard")
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
 
 
@@ -159,7 +149,7 @@ def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
 
 def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
     """Print each part's number of parameters, and whether they are trained, at which peak rate."""
-    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    adapters = count(p for name, p in model.named_parameters() if ".lora_" in name)
     rates = peak_lrs(cfg)
     for name, part in model.named_children():
         trained = name in trained_parts(model) and not (name == "llm" and adapters)
@@ -411,7 +401,8 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     signals = watch_signals()
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, [cfg.val_data]) if cfg.val_data else None
-    checkpoint = prepare_out(settings(cfg), data.checksum)
+    flags = settings(cfg) | {DATA_CHECKSUM: data.checksum}
+    checkpoint = prepare_out(flags)
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
         make_index(held_out, cfg)
@@ -421,7 +412,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         print0(note)
 
     model = build(cfg, config, source, mesh, device)
-    state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
+    state = TrainState(flags, source.paths, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
     steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)

@@ -43,13 +43,13 @@ MAY_CHANGE = {
     "keep_best", "patience", "recheck_every", "track", "log_every", "resume", "workers", "micro_tokens", "recompute",
     "gather", "compile", "device",
 }
+DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
 
 
 @dataclass
 class TrainState:
-    settings: dict                  # the run's flags
+    settings: dict                  # the run's flags, and its DATA_CHECKSUM
     sources: list[Path]             # folders that the run started from
-    data_checksum: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0                   # steps done
@@ -153,9 +153,9 @@ def checksums_of_own_files(part: Path) -> dict[str, str]:
     Reading them back is cheap, since they are still in the page cache. For the same reason a checksum covers what was
     written, and not yet what the disk will return.
     """
-    own = list(part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
-    checksums = {file.name: crc32(file) for file in own}
-    for file in own:
+    checksums = {}
+    for file in part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"):
+        checksums[file.name] = crc32(file)
         sync_folder(file)
     return checksums
 
@@ -181,7 +181,6 @@ def complete(state: TrainState, part: Path, checksums: dict[str, str]) -> None:
     manifest = {
         "step": state.step,
         "updates": state.updates,
-        "data": state.data_checksum,
         "crc32": checksums,
         "torch": torch.__version__,
         "config": state.settings,
@@ -192,32 +191,21 @@ def complete(state: TrainState, part: Path, checksums: dict[str, str]) -> None:
 
 
 def put_in_place(part: Path, keep: int) -> None:
-    """Rename a complete .writing_step_NNNNNN, and delete the checkpoints that are not kept.
+    """Rename a complete .writing_step_NNNNNN, and delete the checkpoints that are not kept: all but the last `keep`.
 
     The step may be there already, if --resume went back to an older one. A kill after that has been deleted leaves the
-    complete `part`, and the next run comes here again.
+    complete `part`, and the next run comes here again. Checkpoints of later steps then belong to an abandoned branch of
+    the run, and the next --resume auto would mistake them for the newest.
     """
-    final = part.with_name(part.name.removeprefix(".writing_"))
+    out = part.parent
+    final = out / part.name.removeprefix(".writing_")
     sync_folder(part)
-    sync_folder(part.parent)
+    sync_folder(out)
     remove(final)
     part.rename(final)
-    sync_folder(final.parent)
-    for leftover in final.parent.glob(".writing_step_*"):
-        remove(leftover)
-    drop_old_checkpoints(final, keep)
-
-
-def drop_old_checkpoints(newest: Path, keep: int) -> None:
-    """Keep `newest` and the checkpoints just before it, `keep` in all.
-
-    Later ones exist if --resume went back to an older checkpoint. They belong to an abandoned branch of the run, and
-    the next --resume auto would mistake them for the newest.
-    """
-    checkpoints = sorted(newest.parent.glob("step_*"))
-    position = checkpoints.index(newest)
-    kept = checkpoints[max(0, position + 1 - keep):position + 1]
-    for checkpoint in checkpoints:
+    sync_folder(out)
+    kept = [checkpoint for checkpoint in sorted(out.glob("step_*")) if checkpoint <= final][-keep:]
+    for checkpoint in [*out.glob("step_*"), *out.glob(".writing_step_*")]:
         if checkpoint not in kept:
             try:
                 remove(checkpoint)
@@ -240,12 +228,13 @@ def plan_saving(state: TrainState, model_bytes: float) -> str:
         when.append(plural(settings["save_every"], "step"))
     if settings["save_minutes"]:
         when.append(f"{settings['save_minutes']:g} minutes")
-    size = sum(tensor.nbytes for tensor in state.tensors().values()) if when else 0
-    check_room("the trained model" + " and a checkpoint" * bool(when), model_bytes + size,
-               shutil.disk_usage(settings["out"]).free, f"--out {settings['out']}",
-               "make room" + ", or give --save-minutes 0 to do without a checkpoint" * bool(when))
+    free, where = shutil.disk_usage(settings["out"]).free, f"--out {settings['out']}"
     if not when:
+        check_room("the trained model", model_bytes, free, where)
         return "a checkpoint only if a signal or an error ends the run: kill -9 would lose all of it"
+    size = sum(tensor.nbytes for tensor in state.tensors().values())
+    check_room("the trained model and a checkpoint", model_bytes + size, free, where,
+               "make room, or give --save-minutes 0 to do without a checkpoint")
     return (f"a checkpoint of {size / 1e9:.2g} GB every {' and every '.join(when)}; the newest {settings['keep']} are "
             "kept")
 
@@ -299,7 +288,7 @@ def try_to_save(state: TrainState) -> None:
 # Finding and resuming
 
 # Fields of checkpoint.json, and of its settings those that are used rather than just compared: their type or values.
-MANIFEST = {"step": int, "updates": int, "data": str, "crc32": dict, "config": dict, "sources": list}
+MANIFEST = {"step": int, "updates": int, "crc32": dict, "config": dict, "sources": list}
 SETTINGS = {"stage": str, "dtype": [*DTYPES], "image_mode": [*IMAGE_MODES], "dropout": (int, float),
             "lora_alpha": (int, float)}
 
@@ -461,9 +450,6 @@ def check_same_settings(then: dict, now: dict, may_change: set[str], problem: st
         raise ValueError(problem + ":\n  " + "\n  ".join(different))
 
 
-DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
-
-
 def is_finished(settings: dict) -> bool:
     """True if --out holds the model of a finished run with these settings; ValueError if they were different.
 
@@ -480,27 +466,26 @@ def is_finished(settings: dict) -> bool:
     return True
 
 
-def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
-    """Make --out ready for a run on data of this checksum -> the checkpoint to go on from, if there is one.
+def prepare_out(settings: dict) -> Checkpoint | None:
+    """Make --out ready for a run with these settings -> the checkpoint to go on from, if there is one.
 
     ValueError, before anything is changed, if that checkpoint was made with other settings.
     """
     out = Path(settings["out"])
-    now = settings | {DATA_CHECKSUM: data_checksum}
-    checkpoint = on_process_0(lambda: find_checkpoint(settings))
 
-    def prepare() -> None:
-        if checkpoint:
-            then = checkpoint.manifest["config"] | {DATA_CHECKSUM: checkpoint.manifest["data"]}
-            check_same_settings(then, now, MAY_CHANGE, f"{checkpoint.path} was made with other settings; "
-                                "give the same, or --resume never and another --out")
+    def prepare() -> Checkpoint | None:
+        checkpoint = find_checkpoint(settings)
         leftovers = [".writing_*"]
-        if not checkpoint:
+        if checkpoint:
+            check_same_settings(checkpoint.manifest["config"], settings, MAY_CHANGE,
+                                f"{checkpoint.path} was made with other settings; give the same, or --resume never "
+                                "and another --out")
+        else:
             leftovers += ["step_[0-9]*", "model*.safetensors*", "best", BAD_SAMPLES]
         for pattern in leftovers:
             for path in out.glob(pattern):
                 remove(path)
-        write_whole(out / "config.json", json.dumps({"training": now}, indent=2) + "\n")
+        write_whole(out / "config.json", json.dumps({"training": settings}, indent=2) + "\n")
+        return checkpoint
 
-    on_process_0(prepare)
-    return checkpoint
+    return on_process_0(prepare)

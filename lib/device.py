@@ -145,6 +145,24 @@ def check_gpu_count() -> None:
                          "(--nproc_per_node)")
 
 
+def take_gpu(dtype: str) -> torch.device:
+    """Make this process's GPU the current one, and return it. ValueError where it cannot train in this dtype.
+
+    A V100 or T4 can only emulate bf16, many times slower than it computes in fp32.
+    """
+    check_gpu_count()
+    device = torch.device("cuda", torchrun_env().local_rank)
+    torch.cuda.set_device(device)
+    problem = missing_kernels(device.index)
+    advice = "--device cpu trains on the CPU"
+    if not problem and dtype == "bf16" and not has_bf16("cuda"):
+        problem = f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic"
+        advice = "give --dtype fp32, which takes twice the memory and no flash attention"
+    if problem:
+        raise ValueError(f"{problem}; {advice}")
+    return device
+
+
 def missing_kernels(card: int) -> str:
     """Why this build of torch cannot compute on a CUDA card that it sees; "" if it can.
 

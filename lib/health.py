@@ -270,8 +270,8 @@ class Recheck:
 
 
 def checksum_of_bits(x: Tensor, chunk: int = 1 << 22) -> Tensor:
-    """A 64-bit sum over the bits of a tensor, each element weighted by an odd number of its own."""
-    bits = x.detach().reshape(-1).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    """A 64-bit sum over the bits of a tensor, every 16 of them weighted by an odd number of their own."""
+    bits = x.detach().reshape(-1).view(torch.int16)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, len(bits), chunk):
         part = bits[start:start + chunk]

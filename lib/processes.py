@@ -156,9 +156,7 @@ def synchronized_steps(loader: Loader, signals: list[int], save_is_due: Callable
         dist.all_reduce(sums)
         supervised, stop, save, n_problems = sums.tolist()
         if n_problems:
-            problems = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            raise ValueError(next(p for p in problems if p))
+            raise ValueError(next(filter(None, on_every_process(lambda: problem))))
         yield step, supervised, bool(stop), bool(save)
 
 # ---------------------------------------------------------------------------------------------------

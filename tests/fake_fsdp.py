@@ -359,7 +359,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
 
             notes.reset()
             train.validate(model, [Step(0, [], batches)], device)   # after it, a checkpoint must still find its weights
-            state = lib.checkpoint.TrainState({"out": "out", "keep": 1}, [], "", model, optimizer, step=2, updates=2)
+            state = lib.checkpoint.TrainState({"out": "out", "keep": 1}, [], model, optimizer, step=2, updates=2)
             lib.checkpoint.save_checkpoint(state)
             manifest = {"step": 2, "updates": 2}
             lib.checkpoint.load_checkpoint(lib.checkpoint.Checkpoint(Path("out/step_000002"), manifest), state)

@@ -134,10 +134,10 @@ def test_other_settings_are_refused_with_their_names(chat_json, tmp_path):
         train_here(train_flags(tmp_path / "out", changed))
 
 
-@pytest.mark.parametrize("change", [{"data": None}, {"config": 0}, {"sources": {}}, {"step": "2"}])
+@pytest.mark.parametrize("change", [{"crc32": None}, {"config": 0}, {"sources": {}}, {"step": "2"}])
 def test_a_checkpoint_json_that_lacks_something_is_not_believed(tmp_path, change):
     settings = {"stage": "finetune", "dropout": 0.0, "image_mode": "pad", "lora_alpha": 16.0, "dtype": "fp32"}
-    saved = {"step": 2, "updates": 2, "data": "x", "crc32": {}, "config": settings, "sources": []}
+    saved = {"step": 2, "updates": 2, "crc32": {}, "config": settings, "sources": []}
     (tmp_path / "checkpoint.json").write_text(json.dumps(saved))
     assert read_checkpoint(tmp_path).manifest == saved
     [field] = change

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import assert_same_run, run_train, start_train, train_here
 
+import lib.device
 import lib.plan
 import lib.workers
 import train
@@ -99,11 +100,11 @@ def test_nodes_with_different_numbers_of_processes_are_refused(monkeypatch):
 
 
 def test_a_card_that_torch_has_no_kernels_for_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(train, "missing_kernels", lambda card: "Tesla V100 has compute capability 7.0")
+    monkeypatch.setattr(lib.device, "missing_kernels", lambda card: "Tesla V100 has compute capability 7.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    with pytest.raises(ValueError, match="Tesla V100 has compute capability 7.0"):
+    with pytest.raises(ValueError, match="Tesla V100 has compute capability 7.0; --device cpu trains on"):
         train.setup()
 
 
@@ -249,13 +250,10 @@ def test_gpus_that_have_no_bf16(monkeypatch):
                        "get_device_name": lambda device: "Tesla V100-SXM2-32GB",
                        "is_bf16_supported": lambda including_emulation: including_emulation}.items():
         monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(train, "missing_kernels", lambda card: "")
+    monkeypatch.setattr(lib.device, "missing_kernels", lambda card: "")
     with pytest.raises(ValueError, match="V100-SXM2-32GB has no bf16 arithmetic; give --dtype fp32"):
-        train.setup(dtype="bf16")
-    monkeypatch.setattr(train, "join_group", lambda *args: print("joined"))
-    monkeypatch.setattr(train, "on_every_process", lambda work: [1, 2])
-    with pytest.raises(ValueError, match="nodes with 1 and 2 processes"):      # it went on to the next question
-        train.setup(dtype="fp32")
+        lib.device.take_gpu("bf16")
+    assert lib.device.take_gpu("fp32") == torch.device("cuda", 0)
 
 # ---------------------------------------------------------------------------------------------------
 # The end of a run
