@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kind):
-        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | kind)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kind)
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; see `python {self.prog} --help`")

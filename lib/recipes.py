@@ -216,7 +216,7 @@ def weighted(name: str) -> tuple[str, float]:
     """One of --data's names: a file, and how many epochs of it make one of the run."""
     path, colon, weight = name.rpartition(":")
     if colon and re.fullmatch(r"[-+.\deE]+|nan|inf", weight):
-        return path, at_least(1e-6)(weight)
+        return path, at_least(1e-6, 1000)(weight)
     return name, 1.0
 
 
