@@ -438,7 +438,7 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
 
 def print_run(state: TrainState, cfg: Namespace, source: Weights, steps: int, warmup: int) -> None:
     """Print what the run is going to do, and what speaks against it. OSError if the disk has no room for it."""
-    for problem in projector_problem(cfg, source), *rate_problems(state.model, peak_lrs(cfg)):
+    for problem in [projector_problem(cfg, source), *rate_problems(state.model, peak_lrs(cfg))]:
         if problem:
             print0(f"WARNING: {problem}")
     print0(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')}, the first {warmup:,} warming up"

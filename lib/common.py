@@ -189,12 +189,15 @@ def flag_for(path: Path, args: tuple) -> str:
     for settings in args:
         for name, value in vars(settings).items() if isinstance(settings, argparse.Namespace) else ():
             for place in value if isinstance(value, list) else [value]:
-                if place and isinstance(place, (str, Path)):
-                    flag = (Path(place), f" (--{name.replace('_', '-')} {place})")
-                    above += [flag] * (flag[0] in (path, *path.parents))
-                    below += [flag] * (path in flag[0].parents)
-    _, flag = max(above or below, key=lambda flag: len(flag[0].parts), default=(path, ""))
-    return flag
+                if not place or not isinstance(place, (str, Path)):
+                    continue
+                flag = (Path(place), f" (--{name.replace('_', '-')} {place})")
+                if flag[0] in (path, *path.parents):
+                    above.append(flag)
+                elif path in flag[0].parents:
+                    below.append(flag)
+    _, text = max(above or below, key=lambda flag: len(flag[0].parts), default=(path, ""))
+    return text
 
 
 def plural(n: int, noun: str) -> str:
@@ -446,11 +449,10 @@ def find_model(asked: str | None) -> Path:
 
 def visible(text: str) -> str:
     """Escape control characters and direction marks, so that a model's text cannot act on a terminal or a page."""
-    shown = []
-    for c in text:
-        harmful = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"
-        shown.append(f"\\u{ord(c):04x}" if harmful else c)
-    return "".join(shown)
+    for c in set(text) - {"\n", "\t"}:
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            text = text.replace(c, f"\\u{ord(c):04x}")
+    return text
 
 
 def visible_name(name: str) -> str:

@@ -96,35 +96,43 @@ def patient_group() -> dist.ProcessGroup:
     return patient_groups[world]
 
 
-def on_every_process(work: Callable) -> list:
-    """Call `work` on every process -> all results, on every process.
+def on_process_0(work: Callable):
+    """Call `work` on process 0 -> its result, on every process.
 
-    An OSError or ValueError on one is raised on all: if only that process left, the others would wait for it in their
-    next collective until that timed out.
+    An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
+    in their next collective until that timed out.
     """
-    result_and_error = [None, None]
-    try:
-        result_and_error[0] = work()
-    except (OSError, ValueError) as e:
-        result_and_error[1] = e
+    sent = [outcome_of(work) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(sent, src=0, group=patient_group())
+    [(result, error)] = sent
+    if error:
+        raise error
+    return result
+
+
+def on_every_process(work: Callable) -> list:
+    """Call `work` on every process -> all results, on every process. An error on one is raised on all."""
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, result_and_error, group=patient_group())
+    dist.all_gather_object(gathered, outcome_of(work), group=patient_group())
     for _, error in gathered:
         if error:
             raise error
     return [result for result, _ in gathered]
 
 
-def on_process_0(work: Callable):
-    """Call `work` on process 0 -> its result, which should be small, on every process. So is an error raised."""
-    return on_every_process(lambda: work() if dist.get_rank() == 0 else None)[0]
+def outcome_of(work: Callable) -> tuple:
+    """The result of `work` and no error, or none and the OSError or ValueError that it ended with."""
+    try:
+        return work(), None
+    except (OSError, ValueError) as e:
+        return None, e
 
 
 LAUNCHER = os.getppid()
 
 
-def synchronized_steps(loader: Loader, signals: list[int], save_is_due: Callable[[], bool] = lambda: False,
-                       ) -> Iterator[tuple[Step, int, bool, bool]]:
+def synchronized_steps(loader: Loader, signals: list[int],
+                       save_is_due: Callable[[], bool] = lambda: False) -> Iterator[tuple[Step, int, bool, bool]]:
     """A loader's steps -> (step, its supervised tokens over all processes, and whether to stop, and to save, after it).
 
     They are the same on every process. One that cannot read its data, or has been told by a signal to stop, cannot
@@ -214,9 +222,10 @@ def explain(error: RuntimeError, cfg: Namespace) -> str:
     cause = " ".join(cause.split())[:300]
     if isinstance(error, torch.OutOfMemoryError):
         facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", message)
-        less = " or --recompute full" * (cfg.recompute != "full")
-        return (f"{process} is out of GPU memory ({', '.join(facts)}): give --micro-tokens less than "
-                f"{cfg.micro_tokens}{less}; --plan says what fits")
+        advice = f"give --micro-tokens less than {cfg.micro_tokens}"
+        if cfg.recompute != "full":
+            advice += " or --recompute full"
+        return f"{process} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"
     if dist.get_world_size() > 1 and any(sign in message for sign in LOST):
         return f"{process} lost another one ({cause}); start again to go on from the newest checkpoint"
     if "NCCL error" in message:
