@@ -119,8 +119,9 @@ def test_processes_change_nothing(two_files, tmp_path):
 def test_weights():
     assert weighted("a.json") == ("a.json", 1.0) and weighted("a.json:0.1") == ("a.json", 0.1)
     assert weighted("C:/a.json") == ("C:/a.json", 1.0) and weighted("a.json:1e-2") == ("a.json", 0.01)
-    for weight in ("0", "-1", "nan", "inf", "1.2.3"):
-        with pytest.raises(ValueError, match=f"--data: expected a number of at least 1e-06, found {weight}"):
+    for weight in ("0", "-1", "nan", "inf", "1.2.3", "1e9"):
+        problem = f"--data: expected a number of at least 1e-06 and at most 1000, found {weight}"
+        with pytest.raises(ValueError, match=problem):
             parse(["--data", f"a.json:{weight}"])
 
 
