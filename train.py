@@ -70,15 +70,13 @@ def setup(asked: str = "auto", dtype: str = "fp32") -> tuple[DeviceMesh, torch.d
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
-    then never leaves the fast links within a node. Nodes of one process each shard across all of them.
-
-    ValueError where they cannot train.
+    then never leaves the fast links within a node. Nodes of one process each shard across all of them. ValueError where
+    they cannot train.
     """
     problem = launch_problem()
     if problem:
         raise ValueError(problem)
-    device = torch.device("cpu")
-    backend = "gloo"
+    device, backend = torch.device("cpu"), "gloo"
     if asked == "cuda":
         choose_device(asked)                    # ValueError where there is none
     if torch.cuda.is_available() and asked != "cpu":

@@ -59,7 +59,7 @@ class TrainState:
     saved_updates: int = 0          # those in it
     tried_at: float = 0.0           # when the last save began, by this process's clock
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, DTensor]:
         """Everything that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME."""
         tensors = {}
         for name, p in self.model.named_parameters():
@@ -130,7 +130,7 @@ def host_memory_to_save(processes: int) -> int:
     return HOST_COPIES * FILE_BYTES * processes
 
 
-def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+def split_into_files(tensors: dict[str, DTensor]) -> dict[str, int]:
     """Assign each tensor to a numbered file, so that a process's part of a file has at most FILE_BYTES.
 
     A single file would take host memory for two checkpoints: 74 GB at stage 2. A tensor above the limit gets a file of
@@ -139,11 +139,11 @@ def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     files = {}
     number, filled = 1, 0
     for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if filled and filled + local.nbytes > FILE_BYTES:
+        size = tensor.to_local().nbytes
+        if filled and filled + size > FILE_BYTES:
             number, filled = number + 1, 0
         files[name] = number
-        filled += local.nbytes
+        filled += size
     return files
 
 

@@ -175,10 +175,8 @@ def missing_kernels(card: int) -> str:
     built_for = torch.cuda.get_arch_list()
     for arch in built_for:
         kind, number = re.match(r"(sm|compute)_(\d+)", arch).groups()
-        arch_major, arch_minor = divmod(int(number), 10)
-        if kind == "sm" and arch_major == major and arch_minor <= minor:
-            return ""
-        if kind == "compute" and (arch_major, arch_minor) <= (major, minor):
+        built = divmod(int(number), 10)
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
             return ""
     return (f"{torch.cuda.get_device_name(card)} has compute capability {major}.{minor}, and this torch "
             f"{torch.__version__} has kernels for {', '.join(built_for)}")

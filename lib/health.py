@@ -168,8 +168,7 @@ def rate_problems(model: nn.Module, rates: dict[str, float]) -> list[str]:
         matrices = [p.detach() for p in part.parameters() if p.requires_grad and p.dim() > 1]
         if not matrices:
             continue
-        norm = torch.nn.utils.get_total_norm(matrices)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = torch.nn.utils.get_total_norm(matrices).full_tensor()
         size = float(norm) / math.sqrt(sum(p.numel() for p in matrices))
         if rates[name] > size > 0:
             found.append(f"the rate {rates[name]:g} is too high for the {name}: its weights are {size:.2g} in the "
