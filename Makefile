@@ -14,8 +14,13 @@ RUN = .venv/bin/python
 demo: .venv/installed
 	$(RUN) -m demo.run
 
+# Tests that start processes spend most of their time waiting, so they run beside the others; their output comes last.
+WAITING = tests/test_processes.py tests/test_not_lost.py tests/test_fsdp.py tests/test_other_systems.py
+
 test: .venv/installed
-	$(RUN) -m pytest tests -q
+	@$(RUN) -m pytest -q $(WAITING) > .waiting.log 2>&1 & waiting=$$!; trap "kill $$waiting" INT TERM; \
+	$(RUN) -m pytest -q tests $(WAITING:%=--ignore=%); others=$$?; \
+	wait $$waiting; waited=$$?; cat .waiting.log; exit $$((others + waited))
 
 slow: .venv/installed              # the long campaigns: minutes to an hour
 	$(RUN) -m pytest tests -q -m slow

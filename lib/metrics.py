@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ class Metrics:
         self.parts = parts
         self.device = device
         self.steps = 0                          # taken by this process since start_clock
-        self.tracker: Tracker | None = None
+        self.tracker = None                     # see open_tracker
         rows = on_process_0(lambda: forget_later_steps(self.path, done, again))
         on_process_0(lambda: forget_later_steps(self.skipped_path, done))
         self.losses = [row["loss"] for row in rows if "loss" in row and not row.get("skipped")]
@@ -48,14 +47,19 @@ class Metrics:
     def seconds_a_step(self) -> float:
         return (time.perf_counter() - self.began) / self.steps
 
-    def add(self, record: dict, path: Path | None = None) -> None:
+    def add(self, record: dict) -> None:
+        """Write a row of metrics.jsonl; a tracker gets the numbers in it."""
+        self.write(self.path, record)
+        if self.tracker:
+            numbers = {field: value for field, value in record.items() if isinstance(value, (int, float))}
+            self.try_tracking(self.tracker.log, numbers)
+
+    def write(self, path: Path, record: dict) -> None:
         if dist.get_rank() == 0:
             try:
-                append_line(path or self.path, record)
+                append_line(path, record)
             except OSError as e:
-                warn_once(f"{path or self.path} lacks lines ({e}); training goes on")
-            if path is None and self.tracker:
-                self.try_tracking(self.tracker.send, record)
+                warn_once(f"{path} lacks lines ({e}); training goes on")
 
     def start_tracker(self, name: str, settings: dict) -> None:
         """--track: process 0 sends every row to a tracker, too."""
@@ -64,7 +68,7 @@ class Metrics:
 
     def close_tracker(self) -> None:
         if self.tracker:
-            self.try_tracking(self.tracker.close)
+            self.try_tracking(self.tracker.finish)
 
     def try_tracking(self, work: Callable, *args):
         """Whatever fails in a tracker (a network, a disk, an account) ends the tracking and never the run."""
@@ -103,10 +107,10 @@ class Metrics:
             record["files"] = {share.name: {"share": float((files == i).mean()), "loss": loss / n if n else None}
                                for i, (share, (loss, n)) in enumerate(zip(data.shares, of_files))}
         self.add(record)
-        if not skipped:
-            self.losses.append(loss)
         if skipped:
-            self.add({"step": step.step, "sample_ids": step.sample_ids}, self.skipped_path)
+            self.write(self.skipped_path, {"step": step.step, "sample_ids": step.sample_ids})
+        else:
+            self.losses.append(loss)
         return record
 
     def add_validation(self, step: int, record: dict) -> bool:
@@ -155,27 +159,26 @@ def forget_later_steps(path: Path, done: int, again: bool = False) -> list[dict]
     return kept
 
 
-class Tracker(NamedTuple):
-    send: Callable[[dict], object]              # a row of metrics.jsonl
-    close: Callable[[], object]
+class TensorBoard:
+    """TensorBoard's writer with the interface that wandb and trackio share."""
+
+    def __init__(self, out: Path):
+        self.writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
+
+    def log(self, row: dict) -> None:
+        for field in row.keys() - {"step"}:
+            self.writer.add_scalar(field, row[field], row["step"])
+        self.writer.flush()
+
+    def finish(self) -> None:
+        self.writer.close()
 
 
-def open_tracker(name: str, out: Path, settings: dict) -> Tracker:
-    """TensorBoard, or wandb or trackio, which share an interface. None of them is a package of this project."""
+def open_tracker(name: str, out: Path, settings: dict):
+    """What takes a row with `log`, and ends with `finish`. None of the trackers is a package of this project."""
     if name == "tensorboard":
-        writer = import_module("torch.utils.tensorboard").SummaryWriter(str(out / "tensorboard"))
-
-        def send(row: dict) -> None:
-            for field, value in numbers_of(row).items():
-                writer.add_scalar(field, value, row["step"])
-            writer.flush()
-        return Tracker(send, writer.close)
-    run = import_module(name).init(project="llava-phi", name=out.name, config=settings)
-    return Tracker(lambda row: run.log(numbers_of(row) | {"step": row["step"]}), run.finish)
-
-
-def numbers_of(row: dict) -> dict[str, float]:
-    return {field: float(value) for field, value in row.items() if field != "step" and value is not None}
+        return TensorBoard(out)
+    return import_module(name).init(project="llava-phi", name=out.name, config=settings)
 
 
 def progress_line(r: dict, steps: int, seconds_left: float) -> str:

@@ -6,6 +6,7 @@ import shutil
 import socket
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
@@ -108,9 +109,8 @@ def fits(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute:
 
 def choose_recompute(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float) -> str:
     """The fastest --recompute with which a micro-batch fits into `memory` bytes, or "full" if none does."""
-    for mode in ("none", "selective"):
-        refused = mode == "selective" and cfg.compile
-        if not refused and fits(cfg, model, shards, memory, mode, "off"):
+    for mode in ("none",) if cfg.compile else ("none", "selective"):        # --compile refuses selective
+        if fits(cfg, model, shards, memory, mode, "off"):
             return mode
     return "full"
 
@@ -121,11 +121,6 @@ def choose_gather(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, r
     Recomputation costs more than communication, which FSDP overlaps with compute within a node.
     """
     return "on" if fits(cfg, model, shards, memory, recompute, "on") else "off"
-
-
-def shards_of(gpus: int, per_node: int) -> int:
-    """The number of GPUs that a weight is sharded over: a node's, or all of them if each node has only one."""
-    return gpus if per_node == 1 else min(gpus, per_node)
 
 
 def most_tokens(cfg: Namespace, model: LLaVAPhi, shards: int, memory: float, recompute: str, gather: str) -> int:
@@ -154,19 +149,18 @@ def too_small(cfg: Namespace, build: Callable[[Namespace], LLaVAPhi], shards: in
     advice = "take larger GPUs or more of them"
     for change in changes:
         other = replace(cfg, **change)
-        try:
-            other_fits = fits(other, build(other), shards, memory, "full", "off")
-        except ValueError:                      # a model too narrow for 4 bits
-            continue
-        if other_fits:
-            advice = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items()) + " would fit"
-            break
+        with suppress(ValueError):              # a model too narrow for 4 bits
+            if fits(other, build(other), shards, memory, "full", "off"):
+                flags = [f"--{name.replace('_', '-')} {value}" for name, value in change.items()]
+                advice = f"{' '.join(flags)} would fit"
+                break
     return (f"planned {need / 1e9:.0f} GB on each GPU even with --recompute full, and {memory / 1e9:.0f} GB can be "
             f"used: {advice}")
 
 
-def check_shared_memory(cfg: Namespace, data: Dataset, where: Path = Path("/dev/shm")) -> None:
+def check_shared_memory(cfg: Namespace, data: Dataset) -> None:
     """OSError if this machine's data workers may run out of shared memory, where a worker dies or waits for ever."""
+    where = Path("/dev/shm")
     here = torchrun_env()
     pixels = 3 * data.image_config.size ** 2 * bool(data.index.image.any())
     pictures = min(cfg.global_batch, math.ceil(cfg.micro_tokens / data.image_config.n_patches))
@@ -191,14 +185,15 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
     """
     model = build(cfg)
     parts = trained_parts(model)
-    shards = shards_of(cfg.gpus, cfg.gpus_per_node)
+    # A weight is sharded over a node's GPUs, or over all of them if each node has only one.
+    shards = cfg.gpus if cfg.gpus_per_node == 1 else min(cfg.gpus, cfg.gpus_per_node)
     card_memory, peak = planned_card(cfg.gpu, cfg.gpu_memory, cfg.tflops, cfg.dtype)
     memory = USABLE * card_memory
     samples = PUBLISHED[cfg.stage][0] if index is None else len(index.length)
     steps = run_length(samples, cfg.global_batch, cfg.epochs, cfg.max_steps)
     seen = min(cfg.epochs * samples, steps * cfg.global_batch)      # an epoch's last step may be smaller
-    tokens, squares, images, supervised = mean_sample(cfg.stage, config, index)
-    flops = step_flops(config, parts, tokens, squares, images, supervised)
+    mean = tokens, squares, images, _ = mean_sample(cfg.stage, config, index)
+    flops = step_flops(config, parts, *mean)
 
     columns = []
     for mode, gather in product(RECOMPUTE_MODES, ("on", "off")):
@@ -221,7 +216,7 @@ def print_plan(cfg: Namespace, config: LLaVAConfig, build: Callable[[Namespace],
         lengths += ", since the model's folder is not here"
     print(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')} of {tokens:.0f} tokens: "
           f"{cfg.global_batch * flops / 1e15:.2f} PFLOP a step; lengths {lengths}"
-          + ("" if peak else "; --tflops gives hours" if cfg.gpu else "; --gpu or --tflops gives hours"))
+          + ("" if peak else "; --tflops gives hours, and so does --gpu in bf16"))
 
 
 def print_choice(cfg: Namespace, model: LLaVAPhi, build: Callable[[Namespace], LLaVAPhi], shards: int,

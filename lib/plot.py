@@ -1,6 +1,7 @@
 """`python train.py --plot OUT...`: the curves of one or several runs as a web page, drawn as for a paper."""
 import html
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,7 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Skipped steps are left out, and so is every value that is not finite.
     """
     curves = {field: [] for _, _, fields in PANELS for field in fields}
-    path = run / "metrics.jsonl" if run.suffix != ".jsonl" else run
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; --plot takes the --out folders of runs")
-    for row in read_jsonl(path, torn=True):
+    for row in read_jsonl(run if run.suffix == ".jsonl" else run / "metrics.jsonl", torn=True):
         done = row["step"] + ("loss" in row)    # training steps are counted from 0, validations carry the steps done
         for field in curves.keys() & row.keys():
             if math.isfinite(row[field]) and not row.get("skipped"):
@@ -89,19 +87,19 @@ def band(reference: Curve) -> list[tuple[int, float, float]]:
 
 def verdict(curve: Curve, reference: Curve) -> str:
     """Where the running mean of a run's loss lies in the end, and since when, against the band of another run."""
-    lows_and_highs = {step: (low, high) for step, low, high in band(reference)}
-    sides = []                                  # of each step that both runs have: -1 below, 0 inside, 1 above
+    edges = {step: (low, high) for step, low, high in band(reference)}
+    side, since, last = "", 0, 0
     for step, value in running_mean(curve):
-        if step in lows_and_highs:
-            low, high = lows_and_highs[step]
-            sides.append((step, int(value > high) - int(value < low)))
-    if not sides:
+        if step not in edges:
+            continue
+        low, high = edges[step]
+        now = "above" if value > high else "below" if value < low else "inside"
+        if now != side:
+            side, since = now, step
+        last = step
+    if not side:
         return "it has no step in common with the reference"
-    last, side = sides[-1]
-    if side == 0:
-        return f"inside the reference's band at step {last:,}"
-    since = next(step for i, (step, _) in enumerate(sides) if all(other == side for _, other in sides[i:]))
-    return f"{'above' if side > 0 else 'below'} the reference's band from step {since:,} on"
+    return f"{side} the reference's band " + (f"at step {last:,}" if side == "inside" else f"from step {since:,} on")
 
 
 def figure(curves: dict[str, Curve], reference: Curve = ()) -> str:
@@ -109,48 +107,49 @@ def figure(curves: dict[str, Curve], reference: Curve = ()) -> str:
     last = max((step for curve in curves.values() for step, _ in curve), default=0)
     if not last:
         return "<p>no steps yet</p>"
-    marks = {step: LEFT + (RIGHT - LEFT) * step / last for step in range(0, last + 1, max(1, int(round_step(last, 6))))}
+
+    def x_of(step: float) -> float:
+        return LEFT + (RIGHT - LEFT) * step / last
+
     svg, x, y = "", LEFT, TOP
     for i, (field, name) in enumerate(PANELS[0][2].items()):
         if curves[field]:
             svg += draw_curve([(x, 12), (x + 9, 12), (x + 18, 12)], field, i) + text(x + 25, 16, name, "start")
             x += 40 + 7 * len(name)
+    marks = range(0, last + 1, max(1, int(round_step(last, 6))))
+    edges = [(step, low, high) for step, low, high in band(reference) if step <= last]
     for title, height, fields in PANELS:
-        shown = {field: [(LEFT + (RIGHT - LEFT) * step / last, value) for step, value in curves[field]]
-                 for field in fields}
-        around = [(LEFT + (RIGHT - LEFT) * step / last, *ends) for step, *ends in band(reference) if step <= last]
-        svg += draw_panel(title, shown, marks.values(), y, y + height, around if "loss" in fields else [])
+        svg += "".join(f'<path d="M{x_of(step):.1f} {y + height}v4"/>' for step in marks)
+        around = edges if "loss" in fields else []
+        svg += draw_panel(title, {field: curves[field] for field in fields}, around, x_of, y, y + height)
         y += height + GAP
-    svg += "".join(text(x, y, f"{step:,}", "middle") for step, x in marks.items())
+    svg += "".join(text(x_of(step), y, f"{step:,}", "middle") for step in marks)
     svg += text((LEFT + RIGHT) / 2, y + 20, "step", "middle")
     return f'<svg viewBox="0 0 470 {y + 26}" width="100%" role="img" aria-label="training curves">{svg}</svg>'
 
 
-def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_marks: list[float], upper: int,
-               lower: int, around: list[tuple[float, float, float]]) -> str:
-    """Axes, grid and curves between two heights. curves: field -> (x, value); around: (x, low, high) of a band."""
+def draw_panel(title: str, curves: dict[str, Curve], edges: list[tuple[int, float, float]],
+               x_of: Callable[[float], float], upper: int, lower: int) -> str:
+    """The vertical axis, grid and curves between two heights. edges: (step, low, high) of a band."""
     marks = scale([[value for _, value in curve] for curve in curves.values()], (lower - upper) // 30)
     low, high = marks[0], marks[-1]
 
-    def y_of(value: float) -> float:
-        return lower - (lower - upper) * (min(value, high) - low) / (high - low)
+    def place(step: float, value: float) -> tuple[float, float]:
+        return x_of(step), lower - (lower - upper) * (min(max(value, low), high) - low) / (high - low)
 
     svg = f'<path d="M{LEFT} {upper}V{lower}H{RIGHT}"/>'
-    svg += "".join(f'<path d="M{x:.1f} {lower}v4"/>' for x in step_marks)
     middle = (upper + lower) / 2
     svg += f'<g transform="rotate(-90 14 {middle})">{text(14, middle, title, "middle")}</g>'
     for mark in marks:
-        svg += f'<path class="grid" d="M{LEFT} {y_of(mark):.1f}H{RIGHT}"/>'
-        svg += text(LEFT - 6, y_of(mark) + 4, number(mark, marks[1] - low), "end")
-    edge = [(x, max(end, low)) for x, end, _ in around] + [(x, max(end, low)) for x, _, end in reversed(around)]
-    if edge:
-        svg += f'<polygon class="band" points="{" ".join(f"{x:.1f},{y_of(value):.1f}" for x, value in edge)}"/>'
+        _, y = place(0, mark)
+        svg += f'<path class="grid" d="M{LEFT} {y:.1f}H{RIGHT}"/>' + text(LEFT - 6, y + 4, f"{mark:.4g}", "end")
+    if edges:
+        outline = [place(step, bottom) for step, bottom, _ in edges]
+        outline += [place(step, top) for step, _, top in reversed(edges)]
+        svg += f'<polygon class="band" points="{points(outline)}"/>'
     for i, (field, curve) in enumerate(curves.items()):
-        if field in NOISY:
-            svg += polyline([(x, y_of(value)) for x, value in curve], i, 1, opacity=0.35)
-            curve = running_mean([(x, min(value, high)) for x, value in curve])
-        svg += draw_curve([(x, y_of(value)) for x, value in curve], field, i)
-    above = sorted((value, x) for curve in curves.values() for x, value in curve if value > high)
+        svg += draw_curve([place(*point) for point in curve], field, i)
+    above = sorted((value, x_of(step)) for curve in curves.values() for step, value in curve if value > high)
     svg += "".join(text(x, upper - 1, "\u25b4", "middle") for _, x in above)
     for value, x in above[-1:]:                                 # the highest with its value, on the roomier side
         right = 2 * x > LEFT + RIGHT
@@ -158,18 +157,25 @@ def draw_panel(title: str, curves: dict[str, list[tuple[float, float]]], step_ma
     return svg
 
 
-def draw_curve(points: list[tuple[float, float]], field: str, color: int) -> str:
-    if field not in DOTTED:
-        return polyline(points, color, 2)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--c{color})"/>' for x, y in points)
-    # Measured only before and after, it may have fallen in any way: no line between the two.
-    return dots + (polyline(points, color, 2) if len(points) > 2 else "")
+def draw_curve(curve: list[tuple[float, float]], field: str, color: int) -> str:
+    svg = ""
+    if field in NOISY:
+        svg += polyline(curve, color, 1, opacity=0.35)
+        curve = running_mean(curve)
+    if field in DOTTED:
+        svg += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="var(--c{color})"/>' for x, y in curve)
+        if len(curve) < 3:                  # measured only before and after, it may have fallen in any way
+            return svg
+    return svg + polyline(curve, color, 2)
 
 
-def polyline(points: list[tuple[float, float]], color: int, width: int, opacity: float = 1) -> str:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+def polyline(curve: list[tuple[float, float]], color: int, width: int, opacity: float = 1) -> str:
     return (f'<polyline fill="none" stroke="var(--c{color})" stroke-width="{width}" opacity="{opacity}" '
-            f'points="{places}"/>')
+            f'points="{points(curve)}"/>')
+
+
+def points(curve: list[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in curve)
 
 
 def text(x: float, y: float, content: str, anchor: str) -> str:
@@ -196,9 +202,3 @@ def scale(curves: list[list[float]], n: int) -> list[float]:
     step = round_step(high - low or high or 1.0, n)
     first = math.floor(low / step)
     return [i * step for i in range(first, max(math.ceil(high / step - 1e-3), first + 1) + 1)]
-
-
-def number(value: float, step: float) -> str:
-    decimals = max(0, -math.floor(math.log10(step)))
-    small = f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if value else "0"               # 5e-4, 1.5e-3
-    return f"{value:,.{decimals}f}" if decimals < 3 else small

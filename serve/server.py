@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import hmac
 import io
-import ipaddress
 import json
 import os
 import re
@@ -26,8 +25,8 @@ import sys
 import threading
 import time
 import traceback
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingTCPServer
@@ -37,49 +36,40 @@ import torch
 from tokenizers import Tokenizer
 
 from lib.chat import Clock, answer, describe_logprobs, encode_chat, open_image
-from lib.common import visible
+from lib.common import plural, visible
 from lib.device import use_device
-from serve import api
-from serve.api import Reply, Request, RequestError
+from serve.api import Request, RequestError, read_request, until_stop
 
 MAX_BODY = 25_000_000               # bytes; base64 makes a picture a third larger than its file
-MAX_CONNECTIONS = 64                # at a time: threads, of which two are the server's own; the next ones hear 503
-MAX_REFUSED = 64                    # at a time, in threads of their own; even more are closed at once
+MAX_CONNECTIONS = 64                # threads, of which two are the server's own; as many again hear 503
 MAX_WAITING = 32                    # questions; the next one is told to come back later
 HEADER_SECONDS = 10                 # for a request's head to arrive
 BODY_SECONDS = 60                   # and for its body
 SEND_SECONDS = 30                   # for a client to take what it is sent
+REFUSED_SECONDS = 2                 # for a refused client to stop sending
 STOP_SECONDS = 8                    # for the running answer after Ctrl-C
+LOOPBACK = r"localhost|127(\.[0-9]+){3}|::1"
 PAGE = Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
-HEADERS = {"Connection": "close", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-           "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
+PAGE_CHECKSUMS = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                  for text in re.findall(r"(?s)<(?:style|script)>(.*?)</", PAGE)]
+HEADERS = {
+    "Connection": "close", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Accel-Buffering": "no",      # nginx passes on a stream's pieces as they come
+    # The page may use the one style sheet and the one script in it, and may talk to this server only.
+    "Content-Security-Policy": "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; img-src data:; "
+                               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+                               .format(*PAGE_CHECKSUMS),
+}
 ERROR_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "5"}}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None                 # a name
-
-
-def content_policy() -> str:
-    """The page may run the one script and the one style sheet in it, and may talk to this server only."""
-    script, style = (base64.b64encode(hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)[1].encode())
-                                      .digest()).decode() for tag in ("script", "style"))
-    return (f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:; "
-            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-POLICY = content_policy()
-
-
+@dataclass
 class TimedReader(io.RawIOBase):
     """Reads a socket until a deadline. A socket's own timeout starts anew with every byte that a slow client sends."""
-
-    def __init__(self, connection: socket.socket, seconds: float):
-        self.connection = connection
-        self.deadline = time.monotonic() + seconds
+    connection: socket.socket
+    deadline: float                 # of time.monotonic
 
     def readable(self) -> bool:
         return True
@@ -100,14 +90,12 @@ class Server(ThreadingTCPServer):
 
     def __init__(self, host: str, port: int, key: str | None, verbose: bool):
         """Takes the port; nothing is answered before `start`. Raises ValueError or OSError in one line."""
-        if key is not None and not key.strip():
-            raise ValueError("--api-key is empty: give a long random word, for example from `openssl rand -hex 16`")
-        address = ip_address(host)
-        if key is None and host != "localhost" and not (address and address.is_loopback):
-            raise ValueError(f"--host {host} opens the model to other machines: it needs --api-key KEY, or API_KEY in "
-                             "the environment, where `ps` does not show it")
         self.host = host
         self.key = key and key.strip()
+        if not self.key and (key is not None or not re.fullmatch(LOOPBACK, host)):
+            found = f"--host {host} opens the model to other machines" if key is None else "--api-key is empty"
+            raise ValueError(f"{found}: give a long random word, for example from `openssl rand -hex 16`, as --api-key "
+                             "or as API_KEY in the environment, where `ps` does not show it")
         self.verbose = verbose
         self.changed = threading.Condition()    # guards `line` and `stopping`
         self.line: list[object] = []            # questions; the first one is being answered
@@ -142,11 +130,15 @@ class Server(ThreadingTCPServer):
     def start(self, session, tok: Tokenizer, name: str, sampling: dict) -> None:
         """Begin to answer, in threads of the server's own."""
         self.session = session              # its KV cache makes the next turn of a conversation cheap
-        self.model = session.model
         self.tok = tok
         self.name = name
         self.sampling = sampling
-        self.card = api.model_card(name, session.model.config.llm.block_size, int(time.time()))
+        # max_model_len is vLLM's name for how many positions a prompt and its answer may take together.
+        card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local",
+                "max_model_len": session.model.config.llm.block_size}
+        self.pages = {"/": PAGE, "/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [card]},
+                      f"/v1/models/{name}": card}
+        self.max_pictures = session.model.config.llm.block_size // session.model.config.vision.n_patches
         self.server_activate()
         threading.Thread(target=self.serve_forever, args=(0.1,), name="connections", daemon=True).start()
 
@@ -159,89 +151,37 @@ class Server(ThreadingTCPServer):
             self.changed.notify_all()
             self.changed.wait_for(lambda: not self.line, STOP_SECONDS)
 
-    def process_request(self, request: socket.socket, client_address) -> None:
-        """In place of socketserver's, which starts any number of threads."""
-        if threading.active_count() <= MAX_CONNECTIONS + MAX_REFUSED:
-            super().process_request(request, client_address)
-        else:
-            request.close()
+    def verify_request(self, request: socket.socket, client_address) -> bool:
+        """Whether a connection gets a thread; socketserver, which starts any number of them, closes it if not."""
+        return threading.active_count() <= 2 * MAX_CONNECTIONS
 
-    @contextlib.contextmanager
-    def turn(self, check_client: Callable[[], None]) -> Iterator[None]:
-        """Wait for the model. Questions take turns in the order in which they came; a client that leaves gives up its
-        place. RequestError: too many wait already, or the server stops."""
-        place = object()
-        with self.changed:
-            if len(self.line) > MAX_WAITING:
-                raise RequestError(429, f"{MAX_WAITING} questions are waiting already: try again later")
-            self.line.append(place)
-        try:
-            with self.changed:
-                while self.line[0] is not place and not self.stopping:
-                    check_client()
-                    self.changed.wait(0.5)
-                if self.stopping:
-                    raise RequestError(503, "the server is about to stop")
-            yield
-        finally:
-            with self.changed:
-                self.line.remove(place)
-                self.changed.notify_all()
-
-    def prepare(self, request: Request) -> tuple[torch.Tensor, int]:
-        """-> the pictures (N, 3, S, S), the number of tokens in the prompt. RequestError: this cannot be asked."""
-        config = self.model.config
-        most = config.llm.block_size // config.vision.n_patches
+    def ask(self, request: Request, clock: Clock) -> tuple[Iterator[str], int]:
+        """-> the answer, piece by piece, and the number of tokens in the prompt. RequestError: this cannot be asked."""
+        model = self.session.model
+        use_device(model.device)                # every new thread begins on cuda:0
+        generator = torch.Generator(model.device)
+        generator.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
         code = None
         try:
-            "".join(map("".join, request.turns)).encode()       # half a character, which json can spell, fails here
-            if len(request.pictures) > most:    # before they are decoded
-                raise ValueError(f"{len(request.pictures)} pictures, expected at most {most}")
-            images = open_image([io.BytesIO(picture) for picture in request.pictures], config)
+            images = open_image([io.BytesIO(picture) for picture in request.pictures], model.config)
             code = "context_length_exceeded"    # the only thing that can be wrong from here on
-            return images, len(encode_chat(config, self.tok, request.turns, images))
+            prompt = encode_chat(model.config, self.tok, request.turns, images)
         except ValueError as e:
             raise RequestError(400, str(e), "messages", code) from None
-
-    def answer(self, request: Request, image: torch.Tensor, clock: Clock) -> Iterator[str]:
-        """The answer, piece by piece. The caller may stop at any piece; `new_logprobs` then knows of its tokens."""
-        device = self.model.device
-        use_device(device)                      # every new thread begins on cuda:0
-        seed = secrets.randbits(63) if request.seed is None else request.seed
-        generator = torch.Generator(device).manual_seed(seed)
-        self.starts = []
-        self.n_told = 0
-        length = 0
-        for [piece] in answer(self.session, self.tok, [request.turns], [image], clock, generator=generator,
-                              **request.sampling):
-            self.starts.append(length)          # where a token begins in the text; the last piece has none
-            length += len(piece)
-            yield piece
-
-    def new_logprobs(self, end: float) -> list[dict]:
-        """Logprobs of the tokens that begin before this place in the answer, and that no earlier call had."""
-        n = bisect_left(self.starts, end)
-        n_told, self.n_told = self.n_told, n
-        return describe_logprobs(self.tok, self.session.scored[0][n_told:n])
+        columns = answer(self.session, self.tok, [request.turns], [images], clock, generator=generator,
+                         **request.sampling)
+        return (piece for [piece] in columns), len(prompt)
 
 
 class Handler(BaseHTTPRequestHandler):
     """One connection, one request: no second request can hide behind the body of the first."""
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.0"    # for replies to unreadable requests: the default's have no status line
-    server_version = "LLaVA-Phi"
-    sys_version = ""
     disable_nagle_algorithm = True          # a stream's small pieces leave at once
-    raw_requestline = b""                   # these are http.server's, for replies before a request was read
-    requestline = request_version = command = path = ""
+    raw_requestline = b""                   # http.server's, where no request came
+    path = ""                               # and where it cannot be read
     status = 0                              # of the reply; 0 until there is one
     note = ""                               # for the log
-
-    def setup(self) -> None:
-        super().setup()
-        self.began = time.monotonic()
-        self.reader = TimedReader(self.connection, HEADER_SECONDS)
-        self.rfile = io.BufferedReader(self.reader)
 
     def handle(self) -> None:
         """In place of http.server's, which would go on with the next request.
@@ -249,33 +189,41 @@ class Handler(BaseHTTPRequestHandler):
         A refused client may still be sending. To close the connection on it would reset it, and the client would never
         see why it was refused; so the rest is read and thrown away, for a while.
         """
+        self.began = time.monotonic()
+        self.reader = TimedReader(self.connection, self.began + HEADER_SECONDS)
+        self.rfile = io.BufferedReader(self.reader)
         with contextlib.suppress(OSError):      # a client that went away is no news
-            if threading.active_count() > MAX_CONNECTIONS + 1:          # this one included
-                self.send_error(503, "too many connections: try again later")
-            else:
-                self.handle_one_request()
-            if self.raw_requestline or self.status:
+            self.handle_one_request()
+            if self.raw_requestline:
                 self.log()
             if self.status >= 400:
                 self.connection.shutdown(socket.SHUT_WR)
-                self.reader.deadline = time.monotonic() + 2
+                self.reader.deadline = time.monotonic() + REFUSED_SECONDS
                 while self.rfile.read1(65536):
                     pass                        # until the client closes its side, or TimeoutError
 
-    def check_client(self) -> None:
-        """ConnectionError if the client has closed the connection. Called at every step of an answer."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        # Nothing else that may come on this connection is read, so it can be thrown away here.
-        if readable and not self.connection.recv(4096):
-            raise ConnectionError("the client left")
+    def log(self) -> None:
+        """One line a request, without the question."""
+        path = self.path.split("?")[0][:60]
+        line = (f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command or ''} {path} {self.status} "
+                f"{time.monotonic() - self.began:.2f} s {self.note}")
+        print(visible(line.strip()), file=sys.stderr, flush=True)
 
-    # ---- who may ask what
+    def log_message(self, *args) -> None:
+        """Nothing of http.server's own: browsers open connections that they do not use."""
 
     def do_GET(self) -> None:
+        path = unquote(self.path.split("?")[0])
         try:
-            self.reply()
+            problem = self.find_problem(path)
+            if problem:
+                raise problem
+            if self.command == "POST":
+                self.complete()
+            else:
+                self.send(200, self.server.pages[path])
         except RequestError as e:
-            self.send_error(e.status, str(e), param=e.param, code=e.code)
+            self.send_error(e.status, e.message, param=e.param, code=e.code)
         except OSError:
             self.note += " (the client left)"
         except Exception:                   # out of memory, or a defect: it goes to the log, not to the client
@@ -284,64 +232,58 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_HEAD = do_GET              # http.server looks for these names
 
-    def reply(self) -> None:
-        """RequestError: this may not be asked, or there is no such route."""
-        card = self.server.card
-        path = self.path.split("?")[0]
-        if self.server.key is None:
-            self.check_site()
-        elif path.startswith("/v1/"):
-            self.check_key()                # which the page asks its user for
-        match "GET" if self.command == "HEAD" else self.command, path:
-            case "GET", "/":
-                self.send(200, PAGE, "text/html; charset=utf-8", {"Content-Security-Policy": POLICY})
-            case "GET", "/health":
-                self.send(200, json.dumps({"status": "ok"}))
-            case "GET", "/v1/models":
-                self.send(200, json.dumps({"object": "list", "data": [card]}))
-            case "GET", _ if unquote(path) == f"/v1/models/{card['id']}":
-                self.send(200, json.dumps(card))
-            case "GET", _ if path.startswith("/v1/models/"):
-                raise RequestError(404, f"the only model here is {card['id']}", "model", "model_not_found")
-            case "POST", "/v1/chat/completions":
-                self.complete()
-            case _:
-                raise RequestError(404, "there are only GET /, GET /health, GET /v1/models, GET /v1/models/NAME, "
-                                        "POST /v1/chat/completions")
+    def find_problem(self, path: str) -> RequestError | None:
+        """Why this request is refused before its body is read, None if it is not."""
+        is_question = self.command == "POST" and path == "/v1/chat/completions"
+        is_page = self.command != "POST" and path in self.server.pages
+        lengths = [", ".join(self.headers.get_all(name, [])).strip()
+                   for name in ("Content-Length", "Transfer-Encoding")]
+        if threading.active_count() > MAX_CONNECTIONS + 1:          # this one included
+            return RequestError(503, "too many connections: try again later")
+        if problem := self.sender_problem(path):
+            return problem
+        if not is_question and not is_page:
+            known = ", ".join(f"GET {page}" for page in self.server.pages)
+            about_model = ("model", "model_not_found") if path.startswith("/v1/models/") else ()
+            return RequestError(404, f"there are only {known}, POST /v1/chat/completions", *about_model)
+        if is_question and not re.fullmatch("(?i)[0-9]{1,20};|;chunked", ";".join(lengths)):
+            return RequestError(411, "expected either one Content-Length with a number, or Transfer-Encoding: chunked")
+        return None
 
-    def check_site(self) -> None:
-        """Refuse requests that a foreign web page could make a browser on this machine send. A server with a key does
-        without, since no such page knows the key, and so answers under every name and behind every proxy.
+    def sender_problem(self, path: str) -> RequestError | None:
+        """Why the sender of this request gets no answer, None if nothing speaks against it.
 
-        Against DNS rebinding: an attacker's name that was turned to this address is still his name in the Host header,
-        so apart from our own name only addresses are accepted. Against a form or a script of another site: browsers
-        say in Origin where a request comes from.
+        Without a key, a foreign web page could make a browser on this machine send requests. Against DNS rebinding: an
+        attacker's name that was turned to this address is still his name in the Host header, so apart from our own name
+        only addresses are accepted. Against a form or a script of another site: browsers say in Origin where a request
+        comes from. No such page knows a key, so a server that has one answers under every name and behind every proxy.
         """
-        host = ", ".join(self.headers.get_all("Host", [])).strip().lower()
-        name = re.sub(r":\d*$", "", host)
-        if name not in ("localhost", self.server.host.lower()) and not ip_address(name.strip("[]")):
-            raise RequestError(403, f"Host {visible(host[:60])}: use the address that the server has printed; another "
-                                    "name or a proxy needs a server that was started with --api-key")
-        if self.headers.get("Origin", f"http://{host}").strip().lower() not in (f"http://{host}", f"https://{host}"):
-            raise RequestError(403, "this request comes from another web site, or through a proxy, which needs a "
-                                    "server that was started with --api-key")
-
-    def check_key(self) -> None:
-        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
-        # Python reads headers as latin-1; that gives back the client's bytes. compare_digest takes as long for a key
-        # that is almost right as for one that is all wrong.
-        is_right = hmac.compare_digest(key.strip().encode("latin-1"), self.server.key.encode())
-        if scheme.lower() != "bearer" or not is_right:
-            raise RequestError(401, "this server needs its API key: Authorization: Bearer KEY", None, "invalid_api_key")
+        key = self.server.key
+        if key is None:
+            host = ", ".join(self.headers.get_all("Host", [])).strip()
+            own_name = re.escape(self.server.host)
+            if not re.fullmatch(rf"(?i)(localhost|{own_name}|[0-9.]+|\[[0-9a-f:.]+\])(:[0-9]*)?", host):
+                return RequestError(403, f"Host {visible(host[:60])}: use the address that the server has printed; "
+                                         "another name or a proxy needs a server that was started with --api-key")
+            origin = self.headers.get("Origin", f"http://{host}").strip()
+            if not re.fullmatch(f"(?i)https?://{re.escape(host)}", origin):
+                return RequestError(403, "this request comes from another web site, or through a proxy, which needs a "
+                                         "server that was started with --api-key")
+        elif path.startswith("/v1/"):           # the page itself asks its user for the key
+            scheme, _, word = self.headers.get("Authorization", "").partition(" ")
+            # Python reads headers as latin-1; that gives back the client's bytes. compare_digest takes as long for a
+            # key that is almost right as for one that is all wrong.
+            is_right = hmac.compare_digest(word.strip().encode("latin-1"), key.encode())
+            if scheme.lower() != "bearer" or not is_right:
+                return RequestError(401, "this server needs its API key: Authorization: Bearer KEY", None,
+                                    "invalid_api_key")
+        return None
 
     # ---- a question
 
-    def read_body(self) -> bytes:
-        """The request's body. RequestError: it is too large, of unknown length, or did not arrive."""
-        length = ", ".join(self.headers.get_all("Content-Length", [])).strip()
-        encoding = ", ".join(self.headers.get_all("Transfer-Encoding", [])).strip().lower()
-        if not re.fullmatch("[0-9]{1,20};|;chunked", f"{length};{encoding}"):
-            raise RequestError(411, "expected either one Content-Length with a number, or Transfer-Encoding: chunked")
+    def read_body(self) -> bytearray:
+        """The request's body. RequestError: it is too large, or did not arrive."""
+        length = self.headers.get("Content-Length")
         self.reader.deadline = time.monotonic() + BODY_SECONDS
         body = bytearray()
         try:
@@ -355,64 +297,104 @@ class Handler(BaseHTTPRequestHandler):
         except TimeoutError:
             raise RequestError(408, f"the request's {length or 'announced'} bytes did not all arrive within "
                                     f"{BODY_SECONDS} seconds") from None
-        return bytes(body)
+        return body
 
     def chunk_sizes(self) -> Iterator[int]:
         """A chunked body, as .NET and some proxies send it: each piece has its length in front, the last one none."""
         while True:
             line = self.rfile.readline(1000)
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}[ \t]*(;[^\n]*)?\r\n", line):
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\n]*)?\r\n", line)
+            if not match:
                 raise RequestError(400, f"the chunked body has {line[:20]} where the length of a chunk was expected")
-            if not (size := int(re.match(rb"\w+", line)[0], 16)):
+            if not (size := int(match[1], 16)):
                 break
             yield size
             self.rfile.readline(2)              # the end of the line
         while self.rfile.readline(1000).strip():
             pass                                # headers behind the body, down to an empty line
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for the model. Questions take turns in the order in which they came; a client that leaves gives up its
+        place. RequestError: too many wait already, or the server stops."""
+        server = self.server
+        place = object()
+        with server.changed:
+            if len(server.line) > MAX_WAITING:
+                raise RequestError(429, f"{MAX_WAITING} questions are waiting already: try again later")
+            server.line.append(place)
+        try:
+            with server.changed:
+                while server.line[0] is not place and not server.stopping:
+                    self.check_client()
+                    server.changed.wait(0.5)
+                if server.stopping:
+                    raise RequestError(503, "the server is about to stop")
+            yield
+        finally:
+            with server.changed:
+                server.line.remove(place)
+                server.changed.notify_all()
+
     def complete(self) -> None:
         """POST /v1/chat/completions."""
         server = self.server
-        request = api.read_request(self.read_body(), server.sampling)
+        request = read_request(self.read_body(), server.sampling, server.max_pictures)
         self.connection.settimeout(SEND_SECONDS)
-        reply = Reply(server.name, request.sampling["logprobs"] is not None)
         clock = Clock()
-        with server.turn(self.check_client):
-            image, n_prompt = server.prepare(request)
+        reply = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": server.name,
+                 "object": "chat.completion.chunk" if request.stream else "chat.completion"}
+        with self.turn():
+            pieces, n_prompt = server.ask(request, clock)
             if request.stream:              # server-sent events: the pieces, then why the answer ended, then [DONE]
-                self.send(200, None, "text/event-stream; charset=utf-8", {"X-Accel-Buffering": "no"})
-                self.send_event(reply.chunk({"role": "assistant", "content": ""}, []))
+                self.send(200, None)
+                self.send_event(reply | {"choices": [request.choice({"role": "assistant", "content": ""}, [])]})
             text = ""
-            for piece, stopped in api.until_stop(server.answer(request, image, clock), request.stop):
+            tokens = []
+            for piece, n_tokens, stopped in until_stop(pieces, request.stop):
                 self.check_client()
+                new_tokens = describe_logprobs(server.tok, server.session.scored[0][len(tokens):n_tokens])
                 text += piece
-                if request.stream and piece:
-                    self.send_event(reply.chunk({"content": piece}, server.new_logprobs(len(text))))
+                tokens += new_tokens
+                if request.stream and (piece or new_tokens):
+                    self.send_event(reply | {"choices": [request.choice({"content": piece}, new_tokens)]})
             finish = "stop" if stopped or server.session.finish == ["stop"] else "length"
             usage = {"prompt_tokens": n_prompt, "completion_tokens": clock.steps,
                      "total_tokens": n_prompt + clock.steps}
-            tokens = server.new_logprobs(len(text) if stopped else float("inf"))
             if not request.stream:
-                self.send(200, json.dumps(reply.whole(text, tokens, finish, usage)))
+                choice = request.choice({"role": "assistant", "content": text}, tokens, finish)
+                self.send(200, reply | {"choices": [choice], "usage": usage})
             else:
-                self.send_event(reply.chunk({}, tokens, finish))
+                self.send_event(reply | {"choices": [request.choice({}, [], finish)]})
                 if request.include_usage:
-                    self.send_event(reply.usage_chunk(usage))
+                    self.send_event(reply | {"choices": [], "usage": usage})
                 self.wfile.write(b"data: [DONE]\n\n")
-        self.note = f"{clock.steps} {'token' if clock.steps == 1 else 'tokens'}, {finish}"
+        self.note = f"{plural(clock.steps, 'token')}, {finish}"
         if server.verbose:
             self.note += f", {request.turns[-1]!r}: {text!r}"
 
+    def check_client(self) -> None:
+        """ConnectionError if the client has closed the connection. Called at every step of an answer."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        # Nothing else that may come on this connection is read, so it can be thrown away here.
+        if readable and not self.connection.recv(4096):
+            raise ConnectionError("the client left")
+
     # ---- replies
 
-    def send(self, status: int, text: str | None, kind: str = "application/json",
-             headers: dict[str, str] | None = None) -> None:
-        """A whole reply; without a text only its head, which the events of a stream follow."""
+    def send(self, status: int, content: dict | str | None) -> None:
+        """A whole reply, json or the page; None: only the head of a stream, which its events follow."""
         self.status = status
-        self.send_response(status)
-        body = (text or "").encode()
-        length = {} if text is None else {"Content-Length": str(len(body))}
-        for name, value in (HEADERS | {"Content-Type": kind} | length | (headers or {})).items():
+        self.send_response_only(status)         # without the versions of Python and http.server
+        headers = HEADERS | ERROR_HEADERS.get(status, {}) | {"Date": self.date_time_string()}
+        if content is None:
+            headers["Content-Type"] = "text/event-stream; charset=utf-8"
+            body = b""
+        else:
+            headers["Content-Type"] = "text/html; charset=utf-8" if isinstance(content, str) else "application/json"
+            body = (content if isinstance(content, str) else json.dumps(content)).encode()
+            headers["Content-Length"] = len(body)
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -424,21 +406,10 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, status: int, message: str | None = None, explain: str | None = None,
                    param: str | None = None, code: str | None = None) -> None:
         """http.server, whose own pages are HTML, calls this too, for requests that it cannot read."""
-        error = api.error_object(status, message or "the request cannot be read", param, code)
+        kind = ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        error = {"message": message or "the request cannot be read", "type": kind, "param": param, "code": code}
         with contextlib.suppress(OSError):
             if self.status:                 # 200 is out already, so the error is an event of the stream
-                self.send_event(error)
+                self.send_event({"error": error})
             else:
-                self.send(status, json.dumps(error), headers=ERROR_HEADERS.get(status))
-
-    # ---- the log: one line a request, without the question
-
-    def log(self) -> None:
-        seconds = time.monotonic() - self.began
-        path = self.path.split("?")[0][:60]
-        line = (f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command or ''} {path} {self.status} "
-                f"{seconds:.2f} s {self.note}")
-        print(visible(line.strip()), file=sys.stderr, flush=True)
-
-    def log_message(self, *args) -> None:
-        """http.server's own lines would show the client's whole first line."""
+                self.send(status, {"error": error})

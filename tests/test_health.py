@@ -326,9 +326,12 @@ def test_tensorboard_gets_them_too(chat_json, tmp_path, monkeypatch):
                              close=lambda: seen.append("end"))
     fake = SimpleNamespace(SummaryWriter=lambda folder: seen.append(folder) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    train_here(train_flags(tmp_path / "out", chat_json, "--track", "tensorboard", "--max-steps", "1"))
+    other = tmp_path / "other.json"                     # of two files a row says more than numbers
+    other.write_text(chat_json.read_text())
+    more = ["--data", str(chat_json), str(other), "--track", "tensorboard", "--max-steps", "1"]
+    train_here(train_flags(tmp_path / "out", chat_json, *more))
     assert seen[0] == str(tmp_path / "out" / "tensorboard") and seen[-1] == "end"
-    assert ("loss", metrics(tmp_path / "out")[0]["loss"], 0) in seen
+    assert ("loss", metrics(tmp_path / "out")[0]["loss"], 0) in seen and "files" in metrics(tmp_path / "out")[0]
 
 
 @pytest.mark.parametrize("tracker, words", [
@@ -373,5 +376,5 @@ def test_plot_draws_the_band_and_says_the_verdict(tmp_path, capsys):
     assert page.count('<polygon class="band"') == 1 and "above the reference" in page
     with pytest.raises(ValueError, match="--against x needs --plot"):
         parse(["--against", "x"])
-    with pytest.raises(FileNotFoundError, match="nothing/metrics.jsonl: not there"):
+    with pytest.raises(FileNotFoundError, match="nothing/metrics.jsonl"):
         train.main(parse(["--plot", str(tmp_path / "mine"), "--against", str(tmp_path / "nothing")]))
