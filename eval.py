@@ -13,7 +13,6 @@ $ python eval.py --task pope --score answers.jsonl             # no model, no GP
 $ python eval.py --task pope --compare A.jsonl B.jsonl         # paired test and the list of flips
 $ python eval.py --task jsonl --questions my.jsonl --images my_images        # or my_images.zip
 """
-import hashlib
 import json
 import platform
 import sys
@@ -25,8 +24,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder, parse_or_exit,
-                        plural, read_json, read_jsonl, run_command, visible, write_whole)
+from lib.common import (LOCK, USUAL_MODELS, Parser, at_least, dtype_name, find_model, hold_folder,
+                        model_fingerprint, parse_or_exit, plural, read_json, read_jsonl, run_command, visible,
+                        write_whole)
 
 import numpy as np
 from tqdm import tqdm
@@ -221,16 +221,6 @@ def check_benchmarks(names: list[str], args: Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------
 # Generation: answers.jsonl grows by a line per answer, in any order, and is sorted when all are there.
 # Process 0 appends to answers.jsonl, process r to answers.r.jsonl, so that any number of processes can resume the run.
-
-
-def model_fingerprint(folder: Path) -> str:
-    """A hash of the weights, the config and the tokenizer."""
-    total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".txt"):
-            with open(path, "rb") as file:
-                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:16]
 
 
 def question_settings(data: Data, args: Namespace) -> dict:
@@ -439,6 +429,7 @@ def score_task(data: Data, answers: list[dict | None], args: Namespace, out: Pat
         "metric": task.metric,
         "n": len(data.examples) - blank,
         "blank": blank,                     # of these, asked again about a blank picture
+        "scored": sum(g.score is not None for e, g in zip(data.examples, grades) if e.image != BLANK),
         "value": total.value if total else None,
         "interval": [total.low, total.high] if total else None,
         "interval_method": f"95 %, {total.interval}" if total else None,

@@ -70,14 +70,13 @@ from torch import Tensor
 from lib.checkpoint import read_for_export, trained_tensors
 from lib.configs import config_of_run
 from lib.device import torch_dtype
-from lib.folders import (Kind, Weights, check_tensors, in_order, meta_model, open_weights, read_tensor,
-                         saved_shapes)
+from lib.folders import MODELS, Kind, Weights, check_tensors, meta_model, open_weights, read_tensor, saved_shapes
 from lib.gguf import save_gguf
 from lib.inspect import inspect
 from lib.lora import merge_lora
 from lib.model_card import read_scores
 from lib.quant import check_int4_product, copy_or_quantize, prepack_linears, quantize_linears
-from lib.save_weights import Lazy, collect, run_settings, save_model, save_parts, save_phi
+from lib.save_weights import Lazy, collect, run_settings, save_model, save_parts
 from model import LLaVAPhi, init_weights
 
 # ---------------------------------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def load_model(source: Weights | Path, dtype: torch.dtype = torch.float32, devic
     if bits == 4:
         check_int4_product(torch.device(device))
     weights = source if isinstance(source, Weights) else open_weights(source)
-    model = meta_model(weights.config, tower=weights.kind != Kind.PHI).to(dtype).eval()
+    model = meta_model(weights.config, weights.has_tower).to(dtype).eval()
     # Checked before memory is allocated: a config.json can claim tensors of any size.
     check_tensors(weights, saved_shapes(model), [name for name, _ in model.named_parameters()])
     if bits < 16:
@@ -118,8 +117,9 @@ def load_into(model: LLaVAPhi, source: Weights, copy: Callable[[Tensor, Tensor],
     parameters are left as they are.
     """
     absent = tuple(part for part in allow_missing if not any(name.startswith(part) for name in source.found))
-    stored = [name for name, _ in model.named_parameters() if ".lora_" not in name]     # adapters are in no folder
-    check_tensors(source, saved_shapes(model), [name for name in stored if not name.startswith(absent)])
+    plain = meta_model(model.config, tower=model.vision is not None)        # as it is stored: in full, and not adapted
+    needed = [name for name, _ in plain.named_parameters() if not name.startswith(absent)]
+    check_tensors(source, saved_shapes(plain), needed)
     copy_tensors(model, source, copy)
 
 
@@ -139,16 +139,15 @@ def merge(llm: Path, vision: Path, out: Path, seed: int, dtype: torch.dtype | No
           projector: Path | None = None) -> None:
     """Write one model from a Phi-2 folder, a CLIP or SigLIP folder, and a projector: the given one, else a new one."""
     bases = open_weights(llm, vision, *([projector] if projector else []))
-    if bases.has_projector:
-        save_model(out, {}, bases.config, bases, dtype)
-        return
-    model = meta_model(bases.config)
-    shapes = saved_shapes(model)
-    check_tensors(bases, shapes, [name for name in shapes if not name.startswith("projector.")])
-    fresh = model.projector.to_empty(device="cpu")
-    init_weights(fresh, torch.Generator().manual_seed(seed))
-    fresh.to(dtype or in_order(bases.found["llm.wte.weight"])[0].dtype)
-    tensors = {f"projector.{name}": parameter for name, parameter in fresh.named_parameters()}
+    tensors = {}
+    if "projector" not in bases.parts:
+        model = meta_model(bases.config)
+        shapes = saved_shapes(model)            # checked before a new projector of their width takes memory
+        check_tensors(bases, shapes, [name for name in shapes if not name.startswith("projector.")])
+        fresh = model.projector.to_empty(device="cpu")
+        init_weights(fresh, torch.Generator().manual_seed(seed))
+        fresh.to(dtype or bases.dtype("llm.wte.weight"))
+        tensors = {f"projector.{name}": parameter for name, parameter in fresh.named_parameters()}
     save_model(out, tensors, bases.config, bases, dtype)
 
 
@@ -162,22 +161,18 @@ def export(path: Path, out: Path, dtype: torch.dtype | None, to: str = "model", 
     changed: dict[str, Lazy] = {}
     if (path / "checkpoint.json").is_file():
         settings, paths = read_for_export(path)
-        is_phi = settings["stage"] == "sft"
-        source = open_weights(*paths, expect=(Kind.PHI,)) if is_phi else open_weights(*paths)
+        by_itself = settings["stage"] == "sft" and to == "model"        # a language model has no other form
+        source = open_weights(*paths, expect=(Kind.PHI,) if by_itself else MODELS)
         config = config_of_run(source.config, settings["dropout"], settings["image_mode"])
         changed = merged_tensors(path, source, settings["lora_alpha"])
         dtype = dtype or torch_dtype(settings["dtype"])
     else:
         source = open_weights(path)
         config, settings = source.config, run_settings(path)
-    if source.kind is Kind.PHI and to != "model":
-        raise ValueError(f"{path}: a language model by itself, which is only exported with --to model")
-    if source.kind is Kind.PHI:
-        save_phi(out, changed, config, source, dtype)
-    elif to == "model":
+    if to == "model":
         save_model(out, changed, config, source, dtype, fold, settings, scores)
     elif to == "parts":
-        save_parts(out, changed, config, source, dtype)
+        save_parts(out, collect(changed, config, source, dtype))
     else:
         save_gguf(out, collect(changed, config, source, dtype), kind)
 
@@ -189,15 +184,12 @@ def merged_tensors(checkpoint: Path, source: Weights, lora_alpha: float) -> dict
     check_tensors(source, saved_shapes(meta_model(source.config)), [stem + "weight" for stem in stems])
 
     def merged(stem: str) -> Tensor:
-        name = stem + "weight"
-        weight = {name: read_tensor(source, name).float()}
-        adapters = {stem + leaf: trained[stem + leaf]() for leaf in ("lora_a", "lora_b")}
-        return merge_lora(weight | adapters, lora_alpha)[name]
+        pair = {stem + leaf: trained[stem + leaf]() for leaf in ("lora_a", "lora_b")}
+        weight = read_tensor(source, stem + "weight").float()
+        return merge_lora(pair | {stem + "weight": weight}, lora_alpha)[stem + "weight"]
 
     tensors = {name: load for name, load in trained.items() if ".lora_" not in name}
-    for stem in stems:
-        tensors[stem + "weight"] = partial(merged, stem)
-    return tensors
+    return tensors | {stem + "weight": partial(merged, stem) for stem in stems}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -207,7 +199,7 @@ def main(args: argparse.Namespace) -> int:
     if args.command == "merge":
         merge(args.llm, args.vision, args.out, args.seed, dtype, args.projector)
     else:
-        scores = read_scores(args.scores) if args.scores else []
+        scores = read_scores(args.scores, args.model) if args.scores else []
         export(args.model, args.out, dtype, args.to, args.head_bias != "keep", args.type or "f16", scores)
         if args.to != "model":
             print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")

@@ -57,7 +57,7 @@ from lib.plan import check_shared_memory, choose_gather, choose_recompute, count
 from lib.processes import (exit_code_of_stop, explain, join_group, launch_problem, on_every_process, on_process_0,
                            print0, synchronized_steps, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
-from lib.save_weights import check_before_training, save_model, save_phi
+from lib.save_weights import check_before_training, save_model
 from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
 from load_weights import load_into
 from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, trained_parts
@@ -539,8 +539,7 @@ def save_final(cfg: Namespace, source: Weights, model: LLaVAPhi, out: Path) -> N
     def write() -> None:
         for name in in_4_bits:                  # their adapters are merged into the original, more precise weights
             tensors[name] = read_tensor(source, name).to(dtype)
-        save = save_model if has_tower(cfg) else save_phi
-        save(out, merge_lora(tensors, cfg.lora_alpha), model.config, source)
+        save_model(out, merge_lora(tensors, cfg.lora_alpha), model.config, source)
     on_process_0(write)
 
 
@@ -564,7 +563,7 @@ def main(args: Namespace) -> int | None:
         print_plan(args, config, partial(build_on_meta, config=config), index)
         return
     source, config = open_source(args)
-    check_before_training(config, source, has_tower(args))
+    check_before_training(config, source)
     mesh, device = setup(args.device, args.dtype)
     try:
         with lock_output(Path(args.out)):

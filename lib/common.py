@@ -296,6 +296,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_fingerprint(folder: Path) -> str:
+    """A hash of a model folder's weights, config and tokenizer: whether scores are this model's."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".txt"):
+            with open(path, "rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
+
+
 LOCK = ".in_use"            # the lock file in an output folder; it names the process that writes there
 
 

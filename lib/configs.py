@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.common import read_json
-from lib.layouts import (PHI_KEYS, ROTARY_KEYS, SIGLIP_KEYS, VISION_KEYS, feature_strategy, named_as_published,
-                         without_layer)
+from lib.layouts import FEATURE_STRATEGY, PHI_KEYS, ROTARY_KEYS, SIGLIP_KEYS, VISION_KEYS, named_as_published
 from lib.recipes import IMAGE_MODES
 from lib.tensor_files import Pieces
 from model import LLaVAConfig, PhiConfig
@@ -19,14 +18,17 @@ ONLY = {                        # LLaVA's and transformers' keys, at the top of 
     "mm_projector_type": ("mlp2x_gelu",), "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
     "mm_resampler_type": (), "mm_vision_select_feature": ("patch",), "mm_patch_merge_type": ("flat",),
     "mm_use_im_start_end": (False,), "mm_use_im_patch_token": (False,), "use_s2": (False,), "s2": (False,),
-    "quantization_config": (),
+    "quantization_config": (), "image_aspect_ratio": ("square", *IMAGE_MODES),
 }
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 ONLY_LLM = {
-    "rope_scaling": (), "qk_layernorm": (False,), "tie_word_embeddings": (False,), "sliding_window": (),
-    "attention_dropout": (0,), "attn_pdrop": (0,), "embd_pdrop": (0,), "rope_type": ("default",),
+    "hidden_act": TANH_GELU, "activation_function": TANH_GELU, "rope_scaling": (), "rope_type": ("default",),
+    "qk_layernorm": (False,), "tie_word_embeddings": (False,), "sliding_window": (),
+    "attention_dropout": (0,), "attn_pdrop": (0,), "embd_pdrop": (0,),
 }
 ONLY_TOWER = {"num_channels": (3,), "attention_dropout": (0,), "dropout": (0,)}
-ONLY_PROCESSOR = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,), "resample": (3,)}
+ONLY_PROCESSOR = {"do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255,), "do_normalize": (True,),
+                  "resample": (3,)}
 
 
 def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
@@ -44,24 +46,25 @@ def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
     llm_json, vision_json = jsons[llm_file], jsons[vision_file]
 
     siglip = has_siglip(found)
-    layers = check_pictures(jsons, siglip)
+    feature_layer = check_pictures(jsons, siglip)
     llm, vision = PhiConfig(), VisionConfig()
     mode = own_mode = "squash" if siglip else "crop"        # the tower's own, which stage 1 uses
     if "llm" in parts:
         require_only(llm_file, llm_json, {"tie_word_embeddings": (False,)})
-        llm = phi_config(subconfig(llm_json, "text_config", llm_json, llm_file), llm_file)
-        require_layers("llm", found, llm.n_layer, llm_file)
+        llm = phi_config(subconfig(llm_json, "text_config", llm_file) or llm_json, llm_file)
     if "vision" in parts:
-        tower = subconfig(vision_json, "vision_config", vision_json, vision_file)
-        tower = subconfig(tower, "vision_tower", tower, vision_file)    # LLaVA-Phi has two configs in vision_config
+        tower = subconfig(vision_json, "vision_config", vision_file) or vision_json
+        tower = subconfig(tower, "vision_tower", vision_file) or tower  # LLaVA-Phi has two configs in vision_config
         if tower is llm_json and "llm" in parts:
             tower = published_tower(found, vision_file)                 # the numbers there are the language model's
-        vision = vision_config(tower, siglip, tower.get("vision_feature_layer") or layers[0], vision_file)
-        require_layers("vision", found, vision.n_layer, vision_file)
+        vision = vision_config(tower, siglip, tower.get("vision_feature_layer") or feature_layer, vision_file)
         mode = processor_mode(vision_file.parent, vision) or own_mode
-    for file, json in jsons.items():
+    for part, n_layer, file in (("llm", llm.n_layer, llm_file), ("vision", vision.n_layer, vision_file)):
+        stored = count_layers(part, found)              # before a mistyped number can build a model of that many layers
+        ensure(file.parent, stored in (0, n_layer),
+               f"config.json says {n_layer} {part} layers, the tensors are of {stored}")
+    for json in jsons.values():
         aspect = json.get("image_aspect_ratio")
-        require(file, "image_aspect_ratio", aspect, "square", *IMAGE_MODES)
         mode = own_mode if aspect == "square" else aspect or mode       # LLaVA's "square" is the tower's processor
     return LLaVAConfig(llm, vision, mode)
 
@@ -71,19 +74,25 @@ def has_siglip(found: dict[str, Pieces]) -> bool:
     return "vision.patch.bias" in found and "vision.cls" not in found
 
 
-def check_pictures(jsons: dict[Path, dict], siglip: bool) -> list:
-    """Refuse what LLaVA's keys ask for and is not implemented -> the hidden states to read: all the same, or [-2]."""
-    only = ONLY | {"vision_feature_select_strategy": (feature_strategy(siglip),)}
+def count_layers(part: str, found: dict[str, Pieces]) -> int:
+    return len({name.split(".")[2] for name in found if name.startswith(f"{part}.h.")})
+
+
+def check_pictures(jsons: dict[Path, dict], siglip: bool) -> object:
+    """Refuse what LLaVA's keys ask for and is not implemented -> the hidden state to read, the same in all places."""
+    only = ONLY | {"vision_feature_select_strategy": (FEATURE_STRATEGY[siglip],)}
     layers = []
     for file, json in jsons.items():
-        nested = subconfig(json, "vision_config", {}, file)
-        two = [subconfig(nested, name, {}, file) for name in ("vision_tower", "mm_projector")]
+        nested = subconfig(json, "vision_config", file)
+        two = [subconfig(nested, name, file) for name in ("vision_tower", "mm_projector")]
         for part in (json, nested, *two):
             require_only(file, part, only)
-            for key in ("vision_feature_layer", "mm_vision_select_layer"):
-                layers += [part[key]] if part.get(key) is not None else []
-                require(file, f"{key} (elsewhere {layers[:1]})", part.get(key), *layers[:1])
-    return layers or [-2]
+            layers += [part[key] for key in ("vision_feature_layer", "mm_vision_select_layer")
+                       if part.get(key) is not None]
+        ensure(file, all(layer == layers[0] for layer in layers),
+               f"mm_vision_select_layer or vision_feature_layer is {' and '.join(map(str, layers))[:80]}, and only one "
+               "is implemented here")
+    return layers[0] if layers else -2
 
 
 def published_tower(found: dict[str, Pieces], path: Path) -> dict:
@@ -95,13 +104,11 @@ def published_tower(found: dict[str, Pieces], path: Path) -> dict:
     published = SIGLIP_SO400M_384 if siglip else CLIP_L_336
     width, patch = published.n_embd, published.patch_size
     expected = {"vision.patch.weight": (width, 3, patch, patch), "vision.pos": (published.n_positions, width)}
-    for name, shape in expected.items():
-        ensure(path, [stored.shape for stored in found.get(name, {}).values()] == [shape],
-               "a LLaVA or Bunny model with its tower inside, but without a vision_config: then the tower has to be "
-               "CLIP-L/14-336 or SigLIP-so400m/14-384, and this one is neither; add its own config.json as "
-               '"vision_config"')
+    ensure(path, expected == {name: stored.shape for name in expected for stored in found.get(name, {}).values()},
+           "a LLaVA or Bunny model with its tower inside, but without a vision_config: then the tower has to be "
+           'CLIP-L/14-336 or SigLIP-so400m/14-384, and this one is neither; add its own config.json as "vision_config"')
     tower = named_as_published(published, VISION_KEYS)
-    n_layer = len(layers_in("vision", found))
+    n_layer = count_layers("vision", found)
     if siglip and n_layer == published.n_layer - 1:
         tower |= {"num_hidden_layers": n_layer, "vision_feature_layer": -1}
     return tower
@@ -109,42 +116,28 @@ def published_tower(found: dict[str, Pieces], path: Path) -> dict:
 
 def processor_mode(folder: Path, vision: VisionConfig) -> str:
     """How transformers' config of the processor makes images square; "" if it does not say."""
-    mode = ""
+    mode, side = "", vision.image_size
+    square = {"height": side, "width": side}
+    only = ONLY_PROCESSOR | {"size": (side, {"shortest_edge": side}, square), "crop_size": (side, square),
+                             "image_mean": (vision.mean,), "image_std": (vision.std,)}
     for name in ("processor_config.json", "preprocessor_config.json"):
         file = folder / name
         whole = read_json(file) if file.is_file() else {}
-        processor = subconfig(whole, "image_processor", whole, file)
-        require_only(file, processor, ONLY_PROCESSOR)
-        for key, expected in (("rescale_factor", (1 / 255,)), ("image_mean", vision.mean), ("image_std", vision.std)):
-            value = processor.get(key)
-            require(file, key, None if is_near(value, expected) else value, list(expected))
-        for key in ("size", "crop_size"):
-            value = processor.get(key)
-            sides = value.values() if isinstance(value, dict) else [value]
-            require(file, key, None if all(side == vision.image_size for side in sides) else value, vision.image_size)
-        squashed = isinstance(processor.get("size"), dict) and "height" in processor["size"]
-        if not squashed:
-            require(file, "do_center_crop", processor.get("do_center_crop"), True)
-        mode = mode or ("pad" if processor.get("do_pad") else "squash" if squashed else "")
+        processor = subconfig(whole, "image_processor", file) or whole
+        squashed = processor.get("size") == square
+        for key in ("image_mean", "image_std"):
+            if is_near(processor.get(key), only[key][0]):
+                processor = processor | {key: only[key][0]}
+        require_only(file, processor, only if squashed else only | {"do_center_crop": (True,)})
+        ways = {"pad": processor.get("do_pad"), "squash": squashed, "crop": processor.get("do_center_crop")}
+        mode = mode or next((way for way in ways if ways[way]), "")
     return mode
 
 
 def is_near(value: object, expected: tuple[float, ...]) -> bool:
     """Are these the expected numbers, but for how many digits were written?"""
-    numbers = value if isinstance(value, list) else [value]
-    return len(numbers) == len(expected) and all(
-        type(n) in (int, float) and abs(n - e) < 1e-5 for n, e in zip(numbers, expected))
-
-
-def layers_in(part: str, found: dict[str, Pieces]) -> set[str]:
-    return {without_layer(name)[1] for name in found if name.startswith(part + ".")} - {""}
-
-
-def require_layers(part: str, found: dict[str, Pieces], n_layer: int, path: Path) -> None:
-    """config.json and the tensors must agree, before a mistyped number can build a model with that many layers."""
-    stored = len(layers_in(part, found))
-    if stored not in (0, n_layer):
-        raise ValueError(f"{path.parent}: config.json says {n_layer} {part} layers, the tensors are of {stored}")
+    return isinstance(value, list) and len(value) == len(expected) and all(
+        type(n) in (int, float) and abs(n - e) < 1e-5 for n, e in zip(value, expected))
 
 
 def config_of_run(config: LLaVAConfig, dropout: float, image_mode: str) -> LLaVAConfig:
@@ -160,72 +153,19 @@ def config_of_run(config: LLaVAConfig, dropout: float, image_mode: str) -> LLaVA
 # The two parts
 
 
-def config_fields(config: dict, keys: dict, path: Path) -> dict:
-    """Our config fields from a config.json of any generation. null counts as a missing key."""
-    fields = {}
-    for field, (spellings, default) in keys.items():
-        key = next((key for key in spellings if config.get(key) is not None), None)
-        value = config[key] if key else default
-        types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
-        if key and (type(value) not in types or not least <= value < 1e9):
-            raise ValueError(f"{path}: {key} is {value!r}, expected a number")
-        fields[field] = value
-    return fields
-
-
-def subconfig(config: dict, key: str, default: dict, path: Path) -> dict:
-    """A config inside a config."""
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {key} is {value!r}, expected an object")
-    return value
-
-
-def require(path: Path, what: str, value: object, *implemented: object) -> None:
-    """Refuse a variant of the model that is not implemented here, rather than compute something else."""
-    if value is not None and value not in implemented:
-        choices = " or ".join(repr(choice) for choice in implemented) or "null"
-        raise ValueError(f"{path}: {what} is {repr(value)[:80]}, and only {choices} is implemented here")
-
-
-def require_only(path: Path, config: dict, only: dict[str, tuple]) -> None:
-    for key, implemented in only.items():
-        require(path, key, config.get(key), *implemented)
-
-
-def ensure(path: Path, holds: bool, problem: str) -> None:
-    if not holds:
-        raise ValueError(f"{path}: {problem}")
-
-
-def size_of_heads(fields: dict, path: Path) -> int:
-    width, heads = fields["n_embd"], fields["n_head"]
-    ensure(path, width % heads == 0, f"hidden_size {width} is not a multiple of {heads} heads")
-    return width // heads
-
-
 def phi_config(config: dict, path: Path) -> PhiConfig:
-    rope = subconfig(config, "rope_parameters", {}, path)           # where transformers 5 keeps the rotary settings
-    fields = config_fields(config | rope, PHI_KEYS | ROTARY_KEYS, path)
-    rotary_dim = fields.pop("rotary_dim")
-    rotary_factor = fields.pop("rotary_factor")
-    if fields["n_inner"] is None:
-        fields["n_inner"] = 8192 if "hidden_size" in config else 4 * fields["n_embd"]
-    kv_heads = config.get("num_key_value_heads", config.get("n_head_kv"))
-    require_only(path, config | rope, ONLY_LLM)
-    for key in ("hidden_act", "activation_function"):
-        require(path, f"{key}, the activation", config.get(key), "gelu_new", "gelu_pytorch_tanh")
-    require(path, "num_key_value_heads, the number of key and value heads", kv_heads, fields["n_head"])
-    head_size = size_of_heads(fields, path)
-    require(path, "head_dim", config.get("head_dim"), head_size)
+    config = config | subconfig(config, "rope_parameters", path)        # where transformers 5 has rotary settings
+    fields = config_fields(config, PHI_KEYS | ROTARY_KEYS, path)
+    heads, head_size = fields["n_head"], fields["n_embd"] // fields["n_head"]
+    require_only(path, config, ONLY_LLM | {"num_key_value_heads": (heads,), "n_head_kv": (heads,),
+                                           "head_dim": (head_size,)})
     # Phi-1 and Phi-1.5 have Phi-2's architecture at another size. They are refused because their outputs have never
     # been compared with the originals'.
     ensure(path, (fields["n_layer"], fields["n_embd"]) != (24, 2048),
            "24 layers of width 2048 are Phi-1 or Phi-1.5, and only Phi-2 is implemented here")
-    if rotary_dim is None:
-        rotary_dim = int(head_size * rotary_factor)
+    fields["n_inner"] = fields["n_inner"] or 4 * fields["n_embd"]
+    rotary_factor = fields.pop("rotary_factor")
+    rotary_dim = fields.pop("rotary_dim") or int(head_size * rotary_factor)
     ensure(path, rotary_dim % 2 == 0 and 0 < rotary_dim <= head_size,
            f"{rotary_dim} channels of each head would rotate, expected an even number up to {head_size}")
     return PhiConfig(**fields, rotary_dim=rotary_dim)
@@ -233,16 +173,45 @@ def phi_config(config: dict, path: Path) -> PhiConfig:
 
 def vision_config(config: dict, siglip: bool, feature_layer: object, path: Path) -> VisionConfig:
     """The tower's config. Sizes come from config.json; whether it is CLIP or SigLIP is known from its tensors."""
-    require_only(path, config, ONLY_TOWER)
-    activation = config.get("hidden_act")
-    if siglip:
-        require(path, "hidden_act, the SigLIP tower's activation", activation, "gelu_pytorch_tanh", "gelu_new")
-        fields = config_fields(config, SIGLIP_KEYS, path)
-    else:
-        require(path, "hidden_act, the vision tower's activation", activation, "quick_gelu")
-        fields = config_fields(config, VISION_KEYS, path)
-    size_of_heads(fields, path)
+    require_only(path, config, ONLY_TOWER | {"hidden_act": TANH_GELU if siglip else ("quick_gelu",)})
+    fields = config_fields(config, SIGLIP_KEYS if siglip else VISION_KEYS, path)
     ensure(path, type(feature_layer) is int and -fields["n_layer"] <= feature_layer < 0,
            f"mm_vision_select_layer, the vision layer to read, is {feature_layer!r}, expected one counted from the end")
-    published = SIGLIP_SO400M_384 if siglip else CLIP_L_336
-    return replace(published, **fields, feature_layer=feature_layer)
+    return replace(SIGLIP_SO400M_384 if siglip else CLIP_L_336, **fields, feature_layer=feature_layer)
+
+
+def config_fields(config: dict, keys: dict, path: Path) -> dict:
+    """Our config fields from a config.json of any generation. null counts as a missing key."""
+    fields = {}
+    for field, (*spellings, default) in keys.items():
+        key = next((key for key in spellings if config.get(key) is not None), None)
+        value = config[key] if key else default
+        types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
+        if key and (type(value) not in types or not least <= value < 1e9):
+            raise ValueError(f"{path}: {key} is {repr(value)[:80]}, expected a number")
+        fields[field] = value
+    width, heads = fields["n_embd"], fields["n_head"]
+    ensure(path, width % heads == 0, f"hidden_size {width} is not a multiple of {heads} heads")
+    return fields
+
+
+def subconfig(config: dict, key: str, path: Path) -> dict:
+    """A config inside a config, empty if it is not there."""
+    value = config.get(key)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{path}: {key} is {repr(value)[:80]}, expected an object")
+    return value or {}
+
+
+def require_only(path: Path, config: dict, only: dict[str, tuple]) -> None:
+    """Refuse a variant of the model that is not implemented here, rather than compute something else."""
+    for key, implemented in only.items():
+        value = config.get(key)
+        if value is not None and value not in implemented:
+            choices = " or ".join(repr(choice) for choice in implemented) or "null"
+            raise ValueError(f"{path}: {key} is {repr(value)[:80]}, and only {choices} is implemented here")
+
+
+def ensure(path: Path, holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"{path}: {problem}")

@@ -3,25 +3,21 @@
 `open_weights` reads the files' headers and the config once; everything else works on the Weights that it returns. A
 tensor is only read when it is copied into a model. lib/tensor_files.py reads the files, lib/configs.py the config.
 """
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn as nn
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import load_tokenizer
 from lib.configs import config_of, has_siglip
 from lib.layouts import DROPPED, FOREIGN, PREFIX, rename_sequential, to_ours, to_saved
-from lib.tensor_files import Pieces, Stored, first_line, read_tensors, tensor_files
+from lib.tensor_files import Pieces, Stored, read_tensors, tensor_files
 from model import LLaVAConfig, LLaVAPhi
 
 
@@ -38,14 +34,11 @@ class Kind(StrEnum):
     OTHER = "a folder of other tensors"
 
 
-KIND_OF_PARTS = {                       # the parts in a folder -> its kind with CLIP as the tower, and with SigLIP
-    ("llm",): (Kind.PHI, Kind.PHI),
-    ("vision",): (Kind.CLIP, Kind.SIGLIP),
-    ("projector",): (Kind.PROJECTOR, Kind.PROJECTOR),
-    ("llm", "projector"): (Kind.NO_TOWER, Kind.NO_TOWER),
-    ("llm", "vision"): (Kind.NO_PROJECTOR, Kind.NO_PROJECTOR),
-    ("llm", "vision", "projector"): (Kind.LLAVA, Kind.MIPHA),
-}
+MODELS = (Kind.LLAVA, Kind.MIPHA)
+KIND_OF_PARTS = {("llm",): Kind.PHI, ("vision",): Kind.CLIP, ("projector",): Kind.PROJECTOR,
+                 ("llm", "projector"): Kind.NO_TOWER, ("llm", "vision"): Kind.NO_PROJECTOR,
+                 ("llm", "vision", "projector"): Kind.LLAVA}
+WITH_SIGLIP = {Kind.CLIP: Kind.SIGLIP, Kind.LLAVA: Kind.MIPHA}      # what they are if SigLIP is the tower
 GET_A_TOWER = ("get it with: hf download openai/clip-vit-large-patch14-336 --local-dir {0} "
                "(or google/siglip-so400m-patch14-384)")
 GET_A_MODEL = ("train one (python train.py --stage pretrain) or get a published one with: "
@@ -63,11 +56,13 @@ COMPLETE = {                            # the kind that is there instead of a wh
     Kind.PROJECTOR: "give it as --projector, beside --llm and --vision, to train.py or `load_weights.py merge`",
     Kind.NO_PROJECTOR: "a part of it was lost; copy or download it again",
 }
+QKV = ("q", "k", "v")
 
 
-class Folder(NamedTuple):
-    """The tensors stored in one folder."""
-    path: Path
+@dataclass
+class Weights:
+    """An opened model folder, or the folders that make a model together."""
+    paths: list[Path]
     found: dict[str, Pieces]                # under our names, in the order of the files
     dropped: dict[str, str]                 # a tensor's name in the file -> why it is left out
     unexpected: list[Stored]                # tensors that our model does not have
@@ -80,32 +75,17 @@ class Folder(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        return KIND_OF_PARTS.get(self.parts, (Kind.OTHER, Kind.OTHER))[has_siglip(self.found)]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """An opened model folder, or the folders that make a model together."""
-    folders: tuple[Folder, ...]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [folder.path for folder in self.folders]
-
-    @property
-    def kind(self) -> Kind:
-        """That of the folder, or of the model that several make."""
-        if len(self.folders) == 1:
-            return self.folders[0].kind
-        return Kind.MIPHA if self.has_siglip else Kind.LLAVA
+        kind = KIND_OF_PARTS.get(self.parts, Kind.OTHER)
+        return WITH_SIGLIP.get(kind, kind) if has_siglip(self.found) else kind
 
     @property
     def has_siglip(self) -> bool:
         return has_siglip(self.found)
 
     @property
-    def has_projector(self) -> bool:
-        return any("projector" in folder.parts for folder in self.folders)
+    def has_tower(self) -> bool:
+        """Is it more than a language model by itself?"""
+        return "vision" in self.parts
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -113,26 +93,26 @@ class Weights:
         return load_tokenizer(self.paths[0])
 
     @cached_property
-    def found(self) -> dict[str, Pieces]:
-        """The tensors under our names, in the order of the files."""
-        found = {}
-        for folder in self.folders:
-            found |= folder.found
-        return found
-
-    @cached_property
     def config(self) -> LLaVAConfig:
         return config_of(self.paths, self.found)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that one of our tensors is stored in, as all of its pieces are."""
+        return next(iter(self.found[name].values())).dtype
 
-def open_weights(*paths: Path, expect: tuple[Kind, ...] = (Kind.LLAVA, Kind.MIPHA)) -> Weights:
+
+def open_weights(*paths: Path, expect: tuple[Kind, ...] = MODELS) -> Weights:
     """Open one model folder, or a language model's, a tower's and perhaps a projector's, in this order.
 
     expect: the kinds allowed for a single folder. ValueError if it is of another kind, or has no weights.
     """
     llm = (Kind.PHI,) if len(paths) == 3 else (Kind.PHI, Kind.NO_TOWER)         # which brings a projector of its own
-    kinds = [llm, (Kind.CLIP, Kind.SIGLIP), (Kind.PROJECTOR,)][:len(paths)] if len(paths) > 1 else [expect]
-    weights = Weights(tuple(open_folder(Path(path), *allowed) for path, allowed in zip(paths, kinds, strict=True)))
+    kinds = [llm, (Kind.CLIP, Kind.SIGLIP), (Kind.PROJECTOR,)] if len(paths) > 1 else [expect]
+    weights, *others = [open_folder(Path(path), *allowed) for path, allowed in zip(paths, kinds)]
+    for other in others:
+        weights.paths += other.paths
+        weights.found |= other.found
+        weights.unexpected += other.unexpected
     weights.config                          # read it now, so that its errors come before anything else is done
     return weights
 
@@ -140,57 +120,54 @@ def open_weights(*paths: Path, expect: tuple[Kind, ...] = (Kind.LLAVA, Kind.MIPH
 # One folder
 
 
-def open_folder(path: Path, *kinds: Kind) -> Folder:
+def open_folder(path: Path, *kinds: Kind) -> Weights:
     """Read the headers of a folder's files. ValueError if it is none of these kinds; without any, all are allowed.
 
     A projector may also be given as its file.
     """
+    folder, problem = Weights([path], {}, {}, []), ""
     hint = HINTS[kinds[0] if kinds else None].format(path)
-    file = path.is_file() and path.suffix in (".safetensors", ".bin") and Kind.PROJECTOR in kinds
-    if not path.is_dir() and not file:
+    is_projector = path.is_file() and path.suffix in (".safetensors", ".bin") and Kind.PROJECTOR in kinds
+    if is_projector or path.is_dir():
+        tensors = []
+        for file in [path] if is_projector else tensor_files(path):
+            tensors += read_tensors(file)
+        problem = sort_tensors(folder, tensors)
+    else:
         problem = f"a file; give its folder, {path.parent}" if path.is_file() else f"no such folder; {hint}"
-        raise ValueError(f"{path}: {problem}")
-    tensors = []
-    for file in [path] if file else tensor_files(path):
-        tensors += read_tensors(file)
-    folder = sort_tensors(path, tensors)
-    if kinds and folder.kind not in kinds:
+    if not problem and kinds and folder.kind not in kinds:
         names = [stored.name[:100] for stored in folder.unexpected[:3]] or ["none"]
         found = f"{folder.kind} ({', '.join(names)}, ...)" if folder.kind is Kind.OTHER else folder.kind
         hint = COMPLETE.get(folder.kind, hint).format(path)
-        raise ValueError(f"{path}: this looks like {found}, expected {' or '.join(kinds)}; {hint}")
+        problem = f"this looks like {found}, expected {' or '.join(kinds)}; {hint}"
+    if problem:
+        raise ValueError(f"{path}: {problem}")
     return folder
 
 
-def sort_tensors(path: Path, tensors: list[Stored]) -> Folder:
-    """Find each tensor's place in our model. ValueError for a duplicate, or a tensor of another model."""
-    folder = Folder(path, {}, {}, [])
+def sort_tensors(folder: Weights, tensors: list[Stored]) -> str:
+    """Find each tensor's place in our model -> a problem if one is of another model or there twice, else ""."""
     renamed = rename_sequential(stored.name for stored in tensors)
     for stored in tensors:
         name = stored.name
-        dropped = [reason for pattern, reason in DROPPED if re.match(pattern, name)]
-        foreign = [f"{model}; {advice}" for mark, model, advice in FOREIGN if mark in name]
         place = to_ours(renamed.get(name, name))
+        if place:
+            ours, piece = place
+            pieces = folder.found.setdefault(ours, {})
+            if piece in pieces or (pieces and not {piece, *pieces} <= set(QKV)):
+                other = next(iter(pieces.values()))
+                return f"{other.name} in {other.path.name} and {name} in {stored.path.name} are the same tensor"
+            pieces[piece] = stored
+            continue
+        dropped = [reason for pattern, reason in DROPPED if re.match(pattern, name)]
+        foreign = [f"{model}; {advice}" for pattern, model, advice in FOREIGN if re.search(pattern, name)]
         if dropped:
             folder.dropped[name] = dropped[0]
         elif foreign:
-            raise ValueError(f"{path}: {name[:80]} is a tensor of {foreign[0]}")
-        elif place:
-            add_piece(folder, *place, stored)
+            return f"{name[:80]} is a tensor of {foreign[0]}"
         else:
             folder.unexpected.append(stored)
-    return folder
-
-
-def add_piece(folder: Folder, name: str, piece: str, stored: Stored) -> None:
-    """Record that `stored` is (a piece of) our tensor `name`. ValueError if the folder already has it."""
-    pieces = folder.found.setdefault(name, {})
-    thirds = {piece, *pieces} <= {"q", "k", "v"}
-    if pieces and (piece in pieces or not thirds):
-        other = next(iter(pieces.values()))
-        raise ValueError(f"{folder.path}: {other.name} in {other.path.name} and {stored.name} in {stored.path.name} "
-                         "are the same tensor")
-    pieces[piece] = stored
+    return ""
 
 # ---------------------------------------------------------------------------------------------------
 # The model's tensors and those of the folders
@@ -203,20 +180,12 @@ def meta_model(config: LLaVAConfig, tower: bool = True) -> LLaVAPhi:
 
 
 def saved_shapes(model: LLaVAPhi) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape of every tensor in the saved folder of such a model.
+    """Our name -> shape of every tensor in the saved folder of such a model, which is neither quantized nor adapted.
 
     A folder holds more than our model: other programs expect the whole tower, including the layers and the LayerNorm
     after the hidden state that LLaVA reads.
     """
-    shapes = {}
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:                # a saved model has its adapters merged
-            continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, nn.Linear) and name.endswith(".weight"):
-            shapes[name] = (module.out_features, module.in_features)    # a quantized weight has another shape here
-        else:
-            shapes[name] = tuple(parameter.shape)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     vision = model.config.vision
     for name, shape in list(shapes.items()):
         if name.startswith("vision.h.0."):
@@ -230,17 +199,26 @@ def check_tensors(weights: Weights, shapes: dict[str, tuple[int, ...]], needed: 
 
     ValueError lists everything that is missing, unexpected or misshapen at once, up to `limit` names of each.
     """
-    found = weights.found
-    missing, unexpected, misshapen = [], [], []
+    missing, unexpected, misshapen = [], [*weights.unexpected], []
     for name in needed:
-        missing += missing_pieces(name, found.get(name, {}), shapes[name])
-    for name, pieces in found.items():
-        if name in shapes:
-            misshapen += misfits(pieces, shapes[name])
-        else:
-            unexpected += pieces.values()
-    for folder in weights.folders:
-        unexpected += folder.unexpected
+        pieces = weights.found.get(name, {})
+        saved = [] if pieces.keys() & {"whole", "by head"} else to_saved(name)         # one name, or q's, k's and v's
+        for piece, theirs in zip(QKV, saved):
+            if piece not in pieces:
+                rows, *others = shapes[name]
+                missing.append(describe(theirs, [rows // len(saved), *others]))
+    for name, pieces in weights.found.items():
+        dtypes = {stored.dtype for stored in pieces.values()}
+        for piece, stored in pieces.items():
+            if name not in shapes:
+                unexpected.append(stored)
+                continue
+            rows, *others = shapes[name]
+            expected = (rows // 3 if piece in QKV else rows, *others)
+            if stored.shape != expected or len(dtypes) > 1 or not stored.dtype.is_floating_point:
+                dtype = str(stored.dtype).removeprefix("torch.")
+                found = describe(stored.name, stored.shape)
+                misshapen.append(f"{found} {dtype}, expected{describe('', expected)} of floats")
     unexpected = [describe(stored.name, stored.shape) for stored in unexpected]
     complaints = []
     for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
@@ -257,68 +235,15 @@ def describe(name: str, shape: Iterable[int]) -> str:
     return f"{name[:100]} ({', '.join(str(n) for n in shape)})"
 
 
-def missing_pieces(name: str, pieces: Pieces, shape: tuple[int, ...]) -> list[str]:
-    """The missing pieces of one of our tensors, by their saved names: all of it, or some of q, k and v."""
-    if "whole" in pieces or "by head" in pieces:
-        return []
-    saved = to_saved(name)
-    if len(saved) == 1:
-        return [describe(saved[0], shape)]
-    third = (shape[0] // 3, *shape[1:])
-    return [describe(theirs, third) for theirs, piece in zip(saved, "qkv") if piece not in pieces]
-
-
-def misfits(pieces: Pieces, shape: tuple[int, ...]) -> list[str]:
-    """The pieces of one of our tensors whose shape or dtype is wrong, each with what was expected."""
-    first_dtype = in_order(pieces)[0].dtype
-    found = []
-    for piece, stored in pieces.items():
-        expected = (shape[0] // 3, *shape[1:]) if piece in ("q", "k", "v") else shape
-        if stored.shape != expected or not stored.dtype.is_floating_point or stored.dtype != first_dtype:
-            dtype = str(stored.dtype).removeprefix("torch.")
-            found.append(f"{describe(stored.name, stored.shape)} {dtype}, expected{describe('', expected)} of floats")
-    return found
-
-
-def changed_in_place(stored: Stored) -> str:
-    """What is wrong if somebody has written into a tensor's file since it was opened; "" if nobody has."""
-    try:
-        now = stored.path.stat()
-    except OSError:
-        return ""
-    same = os.path.samestat(now, stored.opened)
-    if same and (now.st_size, now.st_mtime_ns) != (stored.opened.st_size, stored.opened.st_mtime_ns):
-        return "the file has been written to since it was opened"
-    return ""
-
-
-def in_order(pieces: Pieces) -> list[Stored]:
-    """The pieces in the order of our tensor's rows. A file may hold q, k and v in any order."""
-    return [pieces[piece] for piece in ("whole", "by head", "q", "k", "v") if piece in pieces]
-
-
 def read_tensor(weights: Weights, name: str) -> Tensor:
-    """One of our tensors, in the file's dtype. OSError or ValueError if its file has changed since it was opened.
-
-    A file that has been moved, replaced or deleted stays readable, because it is open.
-    """
+    """One of our tensors, in the file's dtype. ValueError if its file has changed since it was opened."""
     pieces = weights.found[name]
-    tensors = []
-    for stored in in_order(pieces):
-        problem = changed_in_place(stored)          # a mapped file that was truncated would even kill the process
-        try:
-            tensors += [stored.load()] if not problem else []
-        except SafetensorError as e:
-            problem = first_line(e)
-        if problem:
-            raise ValueError(f"{stored.path}: {stored.name} cannot be read ({problem})")
+    # In the order of our rows: a file may hold q, k and v in any order.
+    tensors = [pieces[piece].read() for piece in ("whole", "by head", *QKV) if piece in pieces]
     if "by head" in pieces:
-        n_head = weights.config.llm.n_head if name.startswith("llm") else weights.config.vision.n_head
-        by_head = tensors[0].unflatten(0, (n_head, 3, -1))                         # (head, 3, size, ...)
+        by_head = tensors[0].unflatten(0, (weights.config.llm.n_head, 3, -1))      # (head, 3, size, ...)
         return by_head.transpose(0, 1).flatten(0, 2)                               # (3 * head * size, ...)
-    if len(tensors) == 1:
-        return tensors[0]
-    return torch.cat(tensors)
+    return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def projector_warning(weights: Weights) -> str:

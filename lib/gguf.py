@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import SYSTEM, eot_id
-from lib.layouts import without_layer
-from lib.save_weights import SAVED_MODEL, ToSave, replacing_model, write_checksums
+from lib.layouts import rename
+from lib.save_weights import SAVED_MODEL, ToSave, replacing_model
 from model import LLaVAConfig, PhiConfig
 
 ALIGNMENT = 32
@@ -37,7 +37,7 @@ class Type(NamedTuple):
 TYPES = {"f32": Type(0, 1, 4, 0), "f16": Type(1, 1, 2, 1), "bf16": Type(30, 1, 2, 32),
          "q8_0": Type(8, NUMBERS_PER_BLOCK, 34, 7), "q4_0": Type(2, NUMBERS_PER_BLOCK, 18, 2)}
 
-DECODER = {                 # our module -> llama.cpp's
+DECODER = {                 # our module, or tensor -> llama.cpp's
     "llm.wte": "token_embd",
     "llm.h.{layer}.ln": "blk.{layer}.attn_norm",
     "llm.h.{layer}.attn.qkv": "blk.{layer}.attn_qkv",
@@ -48,10 +48,12 @@ DECODER = {                 # our module -> llama.cpp's
     "llm.lm_head": "output",
 }
 TOWER = {
+    "vision.cls": "v.class_embd",
+    "vision.pos": "v.position_embd.weight",
     "vision.patch": "v.patch_embd",
     "vision.ln_pre": "v.pre_ln",
     "vision.h.{layer}.ln_1": "v.blk.{layer}.ln1",
-    "vision.h.{layer}.attn.qkv": "v.blk.{layer}.attn_{qkv}",
+    "vision.h.{layer}.attn.qkv": "v.blk.{layer}.attn_{qkv}",            # three tensors
     "vision.h.{layer}.attn.proj": "v.blk.{layer}.attn_out",
     "vision.h.{layer}.ln_2": "v.blk.{layer}.ln2",
     "vision.h.{layer}.mlp.fc": "v.blk.{layer}.ffn_up",
@@ -59,7 +61,6 @@ TOWER = {
     "projector.fc": "mm.0",
     "projector.proj": "mm.2",
 }
-WITHOUT_LEAF = {"vision.cls": "v.class_embd", "vision.pos": "v.position_embd.weight"}
 
 
 class GGUFTensor(NamedTuple):
@@ -83,10 +84,9 @@ def save_gguf(out: Path, model: ToSave, kind: str) -> None:
     with replacing_model(out) as made:
         decoder, tower = f"model-{kind}.gguf", "mmproj-f16.gguf"
         fields = decoder_fields(model.config.llm, kind) | tokenizer_fields(model.tokenizer, model.config.llm.vocab_size)
-        write_gguf(made / decoder, fields, decoder_entries(model, kind))
-        write_gguf(made / tower, tower_fields(model.config), tower_entries(model))
+        write_gguf(made / decoder, fields, entries_of(model, DECODER, kind))
+        write_gguf(made / tower, tower_fields(model.config), entries_of(model, TOWER, "f16"))
         (made / "Modelfile").write_text(MODELFILE.format(decoder=decoder, tower=tower, system=SYSTEM), encoding="utf-8")
-        write_checksums(made)
 
 
 MODELFILE = """\
@@ -100,29 +100,42 @@ PARAMETER temperature 0
 """
 
 # ---------------------------------------------------------------------------------------------------
-# The decoder
+# Tensors
 
 
-def decoder_entries(model: ToSave, kind: str) -> list[GGUFTensor]:
+def entries_of(model: ToSave, names: dict[str, str], kind: str) -> list[GGUFTensor]:
+    """The tensors of one file. names: DECODER or TOWER. kind: how matrices are stored.
+
+    Of the tower there are only the layers that are computed: llama.cpp runs all of them, and has no place for the
+    LayerNorm after them.
+    """
     entries = []
     for name, shape in model.shapes.items():
-        if not name.startswith("llm."):
+        theirs = rename(name, names)
+        if not theirs or (name.startswith("vision.h.") and int(name.split(".")[2]) >= model.config.vision.n_used):
             continue
-        stem, _, leaf = name.rpartition(".")
-        template, layer = without_layer(stem)
-        # The head is the one matrix that 4 bits hurt visibly; llama.cpp gives it more bits as well.
-        wanted = "q8_0" if kind == "q4_0" and template == "llm.lm_head" else kind
-        stored_as = matrix_kind(shape, wanted)
-        theirs = DECODER[template].replace("{layer}", layer)
-        entries.append(GGUFTensor(f"{theirs}.{leaf}", shape, stored_as, partial(model.load, name)))
+        letters = ["q", "k", "v"] if "{qkv}" in theirs else [""]
+        shape = (shape[0] // len(letters), *shape[1:])
+        for number, letter in enumerate(letters):
+            load = partial(load_piece, model, name, number, len(letters))
+            entries.append(GGUFTensor(theirs.replace("{qkv}", letter), shape, tensor_kind(name, shape, kind), load))
     return entries
 
 
-def matrix_kind(shape: tuple[int, ...], kind: str) -> str:
-    """The kind a tensor is stored in: vectors in fp32, and f16 where a row does not fill its blocks."""
-    if len(shape) == 1:
+def tensor_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The kind a tensor is stored in: vectors and positions in fp32, and f16 where a row does not fill its blocks."""
+    if len(shape) == 1 or name == "vision.pos":
         return "f32"
+    if kind == "q4_0" and name == "llm.lm_head.weight":
+        kind = "q8_0"           # the one matrix that 4 bits hurt visibly; llama.cpp gives it more bits as well
     return kind if shape[-1] % TYPES[kind].block == 0 else "f16"
+
+
+def load_piece(model: ToSave, name: str, number: int, pieces: int) -> Tensor:
+    return model.load(name).chunk(pieces)[number]
+
+# ---------------------------------------------------------------------------------------------------
+# Keys and values
 
 
 def decoder_fields(config: PhiConfig, kind: str) -> dict[str, object]:
@@ -172,34 +185,6 @@ def tokenizer_fields(tokenizer: Tokenizer, rows: int) -> dict[str, object]:
         "tokenizer.chat_template": (SAVED_MODEL / "chat_template.jinja").read_text(encoding="utf-8"),
     }
 
-# ---------------------------------------------------------------------------------------------------
-# The tower and the projector
-
-
-def tower_entries(model: ToSave) -> list[GGUFTensor]:
-    """Only the layers that are computed: llama.cpp runs all of them, and has no place for the LayerNorm after them."""
-    entries = []
-    for name, shape in model.shapes.items():
-        stem, _, leaf = name.rpartition(".")
-        template, layer = without_layer(stem)
-        unused = layer and name.startswith("vision.") and int(layer) >= model.config.vision.n_used
-        if name in WITHOUT_LEAF:
-            entries.append(GGUFTensor(WITHOUT_LEAF[name], shape, "f32", partial(model.load, name)))
-        elif template in TOWER and not unused:
-            theirs = f"{TOWER[template].replace('{layer}', layer)}.{leaf}"
-            if "{qkv}" not in theirs:
-                entries.append(GGUFTensor(theirs, shape, matrix_kind(shape, "f16"), partial(model.load, name)))
-                continue
-            third = (shape[0] // 3, *shape[1:])
-            for number, letter in enumerate("qkv"):
-                load = partial(load_third, model, name, number)
-                entries.append(GGUFTensor(theirs.replace("{qkv}", letter), third, matrix_kind(third, "f16"), load))
-    return entries
-
-
-def load_third(model: ToSave, name: str, number: int) -> Tensor:
-    return model.load(name).chunk(3)[number]
-
 
 def tower_fields(config: LLaVAConfig) -> dict[str, object]:
     vision = config.vision
@@ -239,9 +224,8 @@ def write_gguf(path: Path, fields: dict[str, object], entries: list[GGUFTensor])
     offset = 0
     for entry in entries:
         # ggml counts dimensions from the innermost one.
-        header += [packed_string(entry.name), struct.pack("<I", len(entry.shape)),
-                   struct.pack(f"<{len(entry.shape)}Q", *reversed(entry.shape)),
-                   struct.pack("<IQ", TYPES[entry.kind].number, offset)]
+        n, number = len(entry.shape), TYPES[entry.kind].number
+        header.append(packed_string(entry.name) + struct.pack(f"<I{n}QIQ", n, *reversed(entry.shape), number, offset))
         offset += entry.nbytes + -entry.nbytes % ALIGNMENT
     with open(path, "wb") as file:
         file.writelines(header)
@@ -258,23 +242,20 @@ def packed_string(text: str) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-# Python's type -> GGUF's number for it, and how struct packs it.
-VALUE_TYPES = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f"), str: (8, None)}
+VALUE_TYPES = {bool: (7, "?"), int: (4, "I"), float: (6, "f")}         # -> GGUF's number, and how struct packs it
 
 
 def packed_value(value: object) -> bytes:
     """A value with its type in front. A list has elements of one type; its ints are signed, as in other writers."""
-    if not isinstance(value, list):
-        number, _ = VALUE_TYPES[type(value)]
-        return struct.pack("<I", number) + packed_element(value)
-    number = 5 if isinstance(value[0], int) else VALUE_TYPES[type(value[0])][0]
-    return struct.pack("<IIQ", 9, number, len(value)) + b"".join(packed_element(element) for element in value)
-
-
-def packed_element(value: object) -> bytes:
     if isinstance(value, str):
-        return packed_string(value)
-    return struct.pack(VALUE_TYPES[type(value)][1], value)
+        return struct.pack("<I", 8) + packed_string(value)
+    if isinstance(value, list):
+        elements = [packed_value(element) for element in value]
+        kind = struct.pack("<I", 5) if isinstance(value[0], int) else elements[0][:4]
+        length = struct.pack("<Q", len(value))
+        return struct.pack("<I", 9) + kind + length + b"".join(element[4:] for element in elements)
+    number, form = VALUE_TYPES[type(value)]
+    return struct.pack("<I" + form, number, value)
 
 
 def encode_numbers(tensor: Tensor, kind: str) -> np.ndarray:

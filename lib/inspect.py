@@ -14,11 +14,11 @@ import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
-from data import EOT, IGNORE, Sample, collate, eot_id, load_tokenizer
+from data import EOT, IGNORE, Sample, collate, eot_id
 from lib.chat import ask
 from lib.common import plural
 from lib.device import choose_device, to_device
-from lib.folders import (Folder, Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, read_tensor,
+from lib.folders import (Kind, Weights, check_tensors, meta_model, open_folder, projector_warning, read_tensor,
                          saved_shapes)
 from lib.head_bias import HEAD_BIAS
 from lib.save_weights import lacks_image_row, verify_checksums
@@ -36,16 +36,15 @@ IMAGE_WORDS = {
     "pad": "the whole picture, padded to a square",
     "squash": "the whole picture, squeezed into a square",
 }
-UNUSED_LAYERS = "layers and LayerNorm after the hidden state that is read: not loaded, but kept when a model is saved"
+MERGE_LLM = "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)"
+MERGE_TOWER = "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)"
+ASK = "python sample.py --model {} --image x.jpg"
 NEXT = {
-    Kind.PHI: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
-    Kind.CLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
-    Kind.SIGLIP: "python load_weights.py merge --vision {}    (with a Phi-2 folder as --llm)",
-    Kind.LLAVA: "python sample.py --model {} --image x.jpg",
-    Kind.MIPHA: "python sample.py --model {} --image x.jpg",
-    Kind.NO_TOWER: "python load_weights.py merge --llm {}    (with a CLIP or SigLIP folder as --vision)",
+    Kind.PHI: MERGE_LLM, Kind.NO_TOWER: MERGE_LLM, Kind.CLIP: MERGE_TOWER, Kind.SIGLIP: MERGE_TOWER,
     Kind.PROJECTOR: "python load_weights.py merge --projector {}    (with folders as --llm and --vision)",
+    Kind.LLAVA: ASK, Kind.MIPHA: ASK,
 }
+UNUSED_LAYERS = "layers and LayerNorm after the hidden state that is read: not loaded, but kept when a model is saved"
 
 
 def print_row(label: str, text: object) -> None:
@@ -57,88 +56,89 @@ def inspect(path: Path, load_model: Callable[..., LLaVAPhi] | None = None) -> in
 
     load_model: given to try the model out as well.
     """
-    folder = open_folder(path)
-    files = tensor_files(path)
-    print(f"{path}: {folder.kind}")
+    weights, files = open_folder(path), tensor_files(path)
+    print(f"{path}: {weights.kind}")
     print_row("files", f"{len(files)} x {files[0].suffix[1:]}, {sum(f.stat().st_size for f in files) / 1e6:,.1f} MB")
-    for part in folder.parts:
-        inspect_part(folder, part)
+    for part in weights.parts:
+        inspect_part(weights, part)
     missing = "nothing"
-    if "llm" in folder.parts:
-        try:
-            tokenizer = load_tokenizer(path)
-            where = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json and merges.txt"
-            print_row("tokenizer", f"{where}: {tokenizer.get_vocab_size():,} tokens, {EOT} is {eot_id(tokenizer)}")
-        except (ValueError, OSError) as e:
-            print_row("tokenizer", f"none: {e}")
-            missing = "a tokenizer"
-    weights = Weights((folder,))
     try:
+        if "llm" in weights.parts:
+            missing = inspect_tokenizer(weights)
         warning = projector_warning(weights)
         if warning:
             print_row("warning", warning)
         inspect_config(weights)
-        if "llm" in folder.parts and missing == "nothing" and lacks_image_row(weights.tokenizer, weights.config.llm):
+        if "llm" in weights.parts and missing == "nothing" and lacks_image_row(weights.tokenizer, weights.config.llm):
             print_row("", "no row is left for <image>: a saved model gets one more, which only other programs use")
-        intact = verify_checksums(path)
+        intact, problem = verify_checksums(path)
     except (ValueError, OSError) as e:
-        print_row("problem", e)
+        problem = e
+    if problem:
+        print_row("problem", problem)
         return 2
-    if intact is None:
-        print_row("checksums", "none; folders that this program saves have them")
-    else:
-        print_row("checksums", f"verified: {plural(intact, 'file')} as written")
+    verified = f"verified: {plural(intact, 'file')} as written"
+    print_row("checksums", verified if intact else "none; folders that this program saves have them")
     print_row("missing", missing)
     sound = try_out(weights, load_model) if load_model else True
     print_row("next", f"python train.py --stage pretrain --model {path}" if warning else
-              NEXT.get(folder.kind, "nothing").format(path))
+              NEXT.get(weights.kind, "nothing").format(path))
     return 0 if sound else 2
 
 
-def inspect_part(folder: Folder, part: str) -> None:
+def inspect_part(weights: Weights, part: str) -> None:
     """Print the number and the size of the language model's, the tower's or the projector's tensors."""
     tensors = []
-    for name, pieces in folder.found.items():
+    for name, pieces in weights.found.items():
         if name.startswith(part + "."):
             tensors += pieces.values()
     dtypes = " and ".join(sorted({str(stored.dtype).removeprefix("torch.") for stored in tensors}))
     parameters = sum(prod(stored.shape) for stored in tensors)
     size = sum(stored.nbytes for stored in tensors) / 1e6
     print_row(part, f"{plural(len(tensors), 'tensor')}, {parameters:,} parameters, {dtypes}, {size:,.1f} MB")
-    if part == "llm":
-        for mark, text in LAYOUTS:
-            if any(mark in stored.name for stored in tensors):
-                print_row("", text)
-                break
+    layouts = [text for mark, text in LAYOUTS if any(mark in stored.name for stored in tensors)]
+    if part == "llm" and layouts:
+        print_row("", layouts[0])
+
+
+def inspect_tokenizer(weights: Weights) -> str:
+    """Print the tokenizer's size, or what is wrong with it -> what is missing."""
+    try:
+        tokenizer = weights.tokenizer
+    except (ValueError, OSError) as e:
+        print_row("tokenizer", f"none: {e}")
+        return "a tokenizer"
+    where = "tokenizer.json" if (weights.paths[0] / "tokenizer.json").is_file() else "vocab.json and merges.txt"
+    print_row("tokenizer", f"{where}: {tokenizer.get_vocab_size():,} tokens, {EOT} is {eot_id(tokenizer)}")
+    return "nothing"
 
 
 def inspect_config(weights: Weights) -> None:
     """Print a model's sizes and which tensors are ignored. ValueError names everything that does not fit."""
-    [folder] = weights.folders
     llm, vision, image_mode = weights.config.llm, weights.config.vision, weights.config.image_mode
-    if "llm" in folder.parts:
+    if "llm" in weights.parts:
         print_row("config", f"{llm.n_layer} layers of width {llm.n_embd}, {llm.n_head} heads, "
                             f"{llm.block_size} positions, {llm.vocab_size} rows of vocabulary, dropout {llm.dropout:g}")
-        if HEAD_BIAS in folder.found and not read_tensor(weights, HEAD_BIAS).any():
+        if HEAD_BIAS in weights.found and not read_tensor(weights, HEAD_BIAS).any():
             print_row("", "head bias folded: it is zero, and the head's weight does its work, also in transformers")
-    if "vision" in folder.parts:
+    if "vision" in weights.parts:
         print_row("config", f"{vision.image_size} x {vision.image_size} pixels make {vision.n_patches} patches, "
                             f"{vision.n_used} of {vision.n_layer} layers are used, of width {vision.n_embd}, "
                             f"{vision.n_head} heads")
-        print_row("images", f"{image_mode}: {IMAGE_WORDS[image_mode]}")
+        print_row("images", f"{image_mode}: {IMAGE_WORDS[image_mode]} (config.json's image_aspect_ratio changes it)")
     model = meta_model(weights.config)
     built = dict(model.named_parameters())
-    ignored = Counter(folder.dropped.values())
-    for name, pieces in folder.found.items():
+    ignored = Counter(weights.dropped.values())
+    for name, pieces in weights.found.items():
         if name not in built:
             ignored[UNUSED_LAYERS] += len(pieces)
     for reason, count in ignored.items():
         print_row("ignored", f"{plural(count, 'tensor')}: {reason}")
     shapes = saved_shapes(model)
-    if "vision" not in folder.parts:            # then the width of what a projector reads is known from nothing else
-        shapes |= {name: folder.found[name]["whole"].shape for name in shapes.keys() & folder.found.keys()
+    if "vision" not in weights.parts:           # then the width of what a projector reads is known from nothing else
+        shapes |= {name: weights.found[name]["whole"].shape for name in shapes.keys() & weights.found.keys()
                    if name.startswith("projector.")}
-    check_tensors(weights, shapes, [name for name in shapes if name.startswith(folder.parts)], limit=10 ** 6)
+    check_tensors(weights, shapes, [name for name in shapes if name.startswith(weights.parts)], limit=10 ** 6)
 
 # ---------------------------------------------------------------------------------------------------
 # --try
@@ -171,7 +171,7 @@ def try_out(weights: Weights, load_model: Callable[..., LLaVAPhi]) -> bool:
     # fp32 shows small differences, but with billions of parameters it would take too much memory and minutes.
     dtype = torch.float32 if parameters < 1e9 else torch.bfloat16
     model = load_model(weights, dtype, choose_device(None))
-    tok = load_tokenizer(weights.paths[0])
+    tok = weights.tokenizer
     page = SHAPES if len(tok.encode(" redcircletopright").ids) == 1 else ENGLISH        # one word of the demo's
     loss = page_loss(model, tok, page)
     verdict = "sound" if loss < page.sound else "misread" if loss > page.misread else "unclear"
@@ -203,10 +203,9 @@ def page_loss(model: LLaVAPhi, tok: Tokenizer, page: Page) -> float:
     return total.item() / sum(label != IGNORE for sample in samples for label in sample.labels)
 
 
-def draw_circle(size: int = 336) -> tuple[Image.Image, Image.Image]:
+def draw_circle() -> tuple[Image.Image, Image.Image]:
     """A red circle in the top right quarter of a dark background, and just the background."""
-    blank = Image.new("RGB", (size, size), (40, 40, 48))
+    blank = Image.new("RGB", (336, 336), (40, 40, 48))
     drawn = blank.copy()
-    x, y, r = size * 3 // 4, size // 4, size // 6
-    ImageDraw.Draw(drawn).ellipse((x - r, y - r, x + r, y + r), (214, 48, 49))
+    ImageDraw.Draw(drawn).ellipse((196, 28, 308, 140), (214, 48, 49))
     return drawn, blank

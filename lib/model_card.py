@@ -1,8 +1,8 @@
 """The README.md of a saved model, which is its card on the Hugging Face hub."""
+import re
 from pathlib import Path
 
-from lib.common import read_json
-from lib.recipes import weighted
+from lib.common import model_fingerprint, read_json, visible_name
 from model import LLaVAConfig, PhiConfig
 from vision import CLIP_L_336, SIGLIP_SO400M_384
 
@@ -72,10 +72,10 @@ def header(config: LLaVAConfig, settings: dict | None) -> str:
 
 
 def data_names(settings: dict) -> list[str]:
-    """The names of the data files: where they lay is nobody else's business."""
+    """The names of the data files, without weights: where they lay is nobody else's business."""
     data = settings.get("data", [])
-    paths = data if isinstance(data, list) else [data]          # another version's run may have written one
-    return [Path(weighted(str(path))[0]).name for path in paths]
+    paths = data if isinstance(data, list) else [data]          # a config.json from elsewhere may have anything here
+    return [re.sub(r":[-+.\deE]+$", "", visible_name(Path(str(path)).name)) for path in paths]
 
 
 def training_section(settings: dict | None) -> str:
@@ -84,7 +84,7 @@ def training_section(settings: dict | None) -> str:
     # These values leave a setting alone: no limit, no adapters, the dropout of the language model's own config.json.
     unused = {"max_steps": 0, "lora_r": 0, "dropout": -1}
     shown = [name for name in SHOWN if name in settings and settings[name] != unused.get(name)]
-    rows = [f"| {name} | {settings[name]} |" for name in shown]
+    rows = [f"| {name} | {visible_name(str(settings[name]))} |" for name in shown]
     data = f"| data | {', '.join(data_names(settings)) or 'unknown'} |"
     return "\n".join(["\n## How it was trained\n", "| | |", "|---|---|", data, *rows, ""])
 
@@ -96,14 +96,26 @@ def scores_section(scores: list[dict]) -> str:
     for result in scores:
         low, high = result["interval"]
         rows.append(f"| {result['task']} ({result['split']}) | {result['metric']} | {result['value']:.2f} | "
-                    f"{low:.2f} to {high:.2f} | {result['n']} |")
+                    f"{low:.2f} to {high:.2f} | {result['scored']} |")
     return "\n".join(["\n## Scores\n", "| benchmark | metric | value | 95 % interval | questions |",
                       "|---|---|---|---|---|", *rows, ""])
 
 
-def read_scores(folder: Path) -> list[dict]:
-    """The results that eval.py wrote under a folder, by name. ValueError if there are none."""
+def read_scores(folder: Path, model: Path) -> list[dict]:
+    """The results that eval.py wrote under a folder, by name. ValueError if there are none, or not of this model."""
+    found, fingerprint = {}, model_fingerprint(model)
     paths = sorted(folder.rglob("result.json"))
-    if not paths:
-        raise ValueError(f"--scores {folder}: found no result.json, expected a folder of eval.py's, such as out/eval")
-    return [result for result in map(read_json, paths) if result.get("value") is not None]
+    problem = "" if paths else "found no result.json, expected a folder of eval.py's, such as out/eval"
+    for path in paths:
+        result = read_json(path)
+        if result.get("value") is None:         # answers that only a server or a judge can score
+            continue
+        task, settings = f"{result.get('task')} ({result.get('split')})", result.get("settings")
+        if not isinstance(settings, dict) or settings.get("model") != fingerprint:
+            problem = f"{path} was not scored with --model {model}: do it with python eval.py --model {model}"
+        elif task in found:
+            problem = f"two results of {task}, one in {path}: give a folder with one of them"
+        found[task] = result
+    if problem:
+        raise ValueError(f"--scores {folder}: {problem}")
+    return list(found.values())

@@ -1,6 +1,5 @@
 """The one format that models are saved in, which transformers' LlavaForConditionalGeneration and vLLM read too."""
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from torch import Tensor
 from data import EOT, IMAGE, eot_id
 from lib.common import read_json, remove, replacing, sha256, sync_folder, warn_once, write_whole
 from lib.configs import subconfig
-from lib.folders import Weights, check_tensors, in_order, meta_model, read_tensor, saved_shapes
+from lib.folders import Weights, check_tensors, meta_model, read_tensor, saved_shapes
 from lib.head_bias import HEAD_BIAS, fold_head_bias
-from lib.layouts import PHI_KEYS, VISION_KEYS, feature_strategy, named_as_published, to_saved
+from lib.layouts import FEATURE_STRATEGY, PHI_KEYS, VISION_KEYS, named_as_published, to_saved
 from lib.model_card import hub_card
 from model import LLaVAConfig, PhiConfig
 from vision import VisionConfig
@@ -30,12 +29,10 @@ from vision import VisionConfig
 SHARD_BYTES = 1_500_000_000
 CHECKSUMS = "SHA256SUMS"        # the usual name and format: `sha256sum -c SHA256SUMS` reads it too
 SAVED_MODEL = Path(__file__).parent.parent / "saved_model"         # files that are copied into every saved folder
-# Prefix of saved names -> the prefix where one part is written by itself, as in Phi, CLIP and LLaVA.
-PHI_ALONE = {"language_model.": ""}
-TOWER_ALONE = {"vision_tower.": ""}
-PROJECTOR_ALONE = {"multi_modal_projector.linear_1.": "model.mm_projector.0.",
-                   "multi_modal_projector.linear_2.": "model.mm_projector.2."}
-ALL_PARTS = ("llm", "vision", "projector")
+# Where a part is written by itself, its saved names begin differently: as in Phi, CLIP, SigLIP and LLaVA.
+ALONE = {"llm": {"language_model.": ""}, "vision": {"vision_tower.": ""},
+         "projector": {"multi_modal_projector.linear_1.": "model.mm_projector.0.",
+                       "multi_modal_projector.linear_2.": "model.mm_projector.2."}}
 Lazy = Tensor | Callable[[], Tensor]        # a tensor, or the function that loads it
 
 
@@ -47,25 +44,20 @@ class ToSave(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]          # that each tensor is saved in
 
-    def part(self, part: str) -> "ToSave":
-        """Only the tensors of "llm", "vision" or "projector"."""
-        return self._replace(tensors={name: load for name, load in self.tensors.items() if name.startswith(part)})
-
     def load(self, name: str) -> Tensor:
         tensor = self.tensors[name]
         return tensor() if callable(tensor) else tensor.detach()
 
-    @property
-    def dtype_name(self) -> str:
+    def dtype_name(self, part: str = "") -> str:
         """The first tensor's dtype, for config.json. Never fp16, in which this model would overflow."""
-        first = self.dtypes[next(iter(self.tensors))]
+        first = next(self.dtypes[name] for name in self.tensors if name.startswith(part))
         return str(torch.float32 if first == torch.float16 else first).removeprefix("torch.")
 
 
 def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
                dtype: torch.dtype | None = None, fold: bool = False, settings: dict | None = None,
                scores: list[dict] = []) -> None:
-    """Write a self-contained model folder.
+    """Write a self-contained model folder; without a tower, one for transformers' PhiForCausalLM and `merge --llm`.
 
     changed: parameters that differ from those in `source`, the weights that the model was made from. Everything else
     (other parameters, the vision layers after the one that is read, the tokenizer) is copied from there.
@@ -73,6 +65,10 @@ def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, sour
     scores: for the model's card. In a training folder, config.json keeps the run's settings under "training".
     """
     model = collect(changed, config, source, dtype)
+    if not source.has_tower:
+        with replacing_model(out) as made:
+            write_phi(made, model)
+        return
     if fold:
         model = model._replace(tensors=model.tensors | fold_head_bias(model.load, model.dtypes))
     if lacks_image_row(model.tokenizer, config.llm):
@@ -82,61 +78,42 @@ def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, sour
         write_model_texts(made, model)
         card = hub_card(config, settings or run_settings(out), scores, folded=not model.load(HEAD_BIAS).any())
         (made / "README.md").write_text(card, encoding="utf-8")
-        write_checksums(made)
 
 
 def run_settings(folder: Path) -> dict | None:
     """The settings of the run that trained the model in a folder, if it says so."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    return subconfig(config, "training", {}, folder / "config.json") or None
+    file = folder / "config.json"
+    return subconfig(read_json(file), "training", file) or None if file.is_file() else None
 
 
-def save_phi(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
-             dtype: torch.dtype | None = None) -> None:
-    """Like save_model, for just a language model, which transformers' PhiForCausalLM and `merge --llm` read."""
-    phi = collect(changed, config, source, dtype, parts=("llm",))
-    with replacing_model(out) as made:
-        write_phi(made, phi)
-
-
-def save_parts(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights,
-               dtype: torch.dtype | None = None) -> None:
+def save_parts(out: Path, model: ToSave) -> None:
     """Write a plain Phi folder, a tower's, and LLaVA's mm_projector, for programs that take one of them."""
-    model = collect(changed, config, source, dtype)
     with replacing_model(out) as made:
-        write_phi(made / "phi-2", model.part("llm"))
+        write_phi(made / "phi-2", model)
         shutil.copyfile(SAVED_MODEL / "chat_template.jinja", made / "phi-2" / "chat_template.jinja")
-        write_tower(made / ("siglip" if source.has_siglip else "clip"), model.part("vision"))
-        write_tensors(made, model.part("projector"), PROJECTOR_ALONE, "mm_projector")
-        write_checksums(made)
+        write_tower(made / ("clip" if model.config.vision.class_token else "siglip"), model)
+        write_tensors(made, model, "projector")
 
 
-def check_before_training(config: LLaVAConfig, source: Weights, tower: bool) -> None:
+def check_before_training(config: LLaVAConfig, source: Weights) -> None:
     """Refuse before the first step all that a save would refuse after the last: ValueError or OSError.
 
     Saving needs the tokenizer, and tensors of the tower that are not in the model. Both stay at hand even if the folder
     moves: the tokenizer in memory, the tensors in files that are open.
     """
-    trained = dict(meta_model(config, tower).named_parameters())
-    collect(trained, config, source, None, ALL_PARTS if tower else ("llm",))
+    collect(dict(meta_model(config, source.has_tower).named_parameters()), config, source, None)
 
 
-def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, dtype: torch.dtype | None,
-            parts: tuple[str, ...] = ALL_PARTS) -> ToSave:
-    """The `changed` tensors, and from `source` all others in a saved folder of these parts."""
+def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, dtype: torch.dtype | None) -> ToSave:
+    """The `changed` tensors, and from `source` all others that a saved folder has."""
     lacks_image_row(source.tokenizer, config.llm)
     shapes = saved_shapes(meta_model(config))
+    parts = "" if source.has_tower else "llm."          # all of them, or one
     names = [name for name in shapes if name.startswith(parts)]
     assert changed.keys() <= set(names), f"not in the model: {changed.keys() - set(names)}"
     check_tensors(source, shapes, [name for name in names if name not in changed])
-    tensors, dtypes = {}, {}
-    for name in names:
-        if name in changed:
-            tensors[name] = changed[name]
-            dtypes[name] = dtype or changed[name].dtype
-        else:
-            tensors[name] = partial(read_tensor, source, name)
-            dtypes[name] = dtype or in_order(source.found[name])[0].dtype
+    tensors = {name: changed.get(name, partial(read_tensor, source, name)) for name in names}
+    dtypes = {name: dtype or (changed[name].dtype if name in changed else source.dtype(name)) for name in names}
     return ToSave(config, source.tokenizer, tensors, shapes, dtypes)
 
 
@@ -158,8 +135,8 @@ def with_image_row(model: ToSave) -> ToSave:
     Its logit is then the mean of all logits. So it is never the largest, and as a sample it is rarer than 1 in the
     number of tokens.
     """
-    def extended(tensor: Lazy) -> Tensor:
-        tensor = tensor() if callable(tensor) else tensor
+    def extended(name: str) -> Tensor:
+        tensor = model.load(name)
         mean = tensor.mean(0, keepdim=True, dtype=torch.float32)
         return torch.cat([tensor, mean.to(tensor.dtype)])
 
@@ -167,7 +144,7 @@ def with_image_row(model: ToSave) -> ToSave:
     rows = model.config.llm.vocab_size + 1
     return model._replace(
         config=replace(model.config, llm=replace(model.config.llm, vocab_size=rows)),
-        tensors=model.tensors | {name: partial(extended, model.tensors[name]) for name in names},
+        tensors=model.tensors | {name: partial(extended, name) for name in names},
         shapes=model.shapes | {name: (rows, *model.shapes[name][1:]) for name in names},
     )
 
@@ -175,27 +152,25 @@ def with_image_row(model: ToSave) -> ToSave:
 # Tensors
 
 
-def write_tensors(folder: Path, model: ToSave, renamed: dict[str, str] = {}, file: str = "model") -> None:
-    """Write a model's tensors as safetensors, sharded if they are large.
-
-    file: the file name without its suffix. renamed: see PHI_ALONE.
-    """
-    shards = plan_shards({name: prod(model.shapes[name]) * model.dtypes[name].itemsize for name in model.tensors})
-    weight_map, total = {}, 0
+def write_tensors(folder: Path, model: ToSave, part: str = "") -> None:
+    """Write a model's tensors, or those of one part, as safetensors, sharded if they are large."""
+    file = "mm_projector" if part == "projector" else "model"           # LLaVA's name for it
+    sizes = {name: prod(model.shapes[name]) * model.dtypes[name].itemsize
+             for name in model.tensors if name.startswith(part)}
+    shards = plan_shards(sizes)
+    weight_map = {}
     for number, names in enumerate(shards, 1):
         shard = {}
         for name in names:
             tensor = model.load(name)
             assert tensor.shape == model.shapes[name], f"{name}: {tuple(tensor.shape)} is not {model.shapes[name]}"
-            tensor = tensor.to("cpu", model.dtypes[name]).contiguous()
-            shard |= saved_pieces(name, tensor, renamed)
-            total += tensor.nbytes
+            shard |= saved_pieces(name, tensor.to("cpu", model.dtypes[name]).contiguous(), part)
         suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         path = folder / f"{file}{suffix}.safetensors"
         write_safetensors(path, shard)
         weight_map |= dict.fromkeys(shard, path.name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(folder / f"{file}.safetensors.index.json", index)
 
 
@@ -224,16 +199,15 @@ def plan_shards(nbytes: dict[str, int]) -> list[list[str]]:
     return shards
 
 
-def saved_pieces(name: str, tensor: Tensor, renamed: dict[str, str] = {}) -> dict[str, Tensor]:
-    """One of our tensors as it is saved, with q, k and v split: views of it under their saved names."""
+def saved_pieces(name: str, tensor: Tensor, alone: str = "") -> dict[str, Tensor]:
+    """One of our tensors as it is saved, with q, k and v split: views of it under their saved names.
+
+    alone: the part that is written by itself.
+    """
     names = to_saved(name)
-    pieces = {}
-    for saved, piece in zip(names, tensor.chunk(len(names)), strict=True):
-        for old, new in renamed.items():
-            if saved.startswith(old):
-                saved = new + saved.removeprefix(old)
-        pieces[saved] = piece
-    return pieces
+    for old, new in ALONE.get(alone, {}).items():
+        names = [saved.replace(old, new) for saved in names]
+    return dict(zip(names, tensor.chunk(len(names)), strict=True))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -251,29 +225,23 @@ def replacing_model(out: Path) -> Iterator[Path]:
     `out` holds anything else.
     """
     out = out.resolve()                 # the folder itself, where `out` is a link
-    if not out.exists() or not any(out.iterdir()):
-        with replacing(out) as made:
-            made.mkdir()
-            yield made
-        return
-    settings = {"training": run_settings(out)} if run_settings(out) else {}
-    if not settings and not any((out / name).exists() for name in (CHECKSUMS, "mm_projector.safetensors")):
+    is_new = not out.exists() or not any(out.iterdir())
+    training = run_settings(out)
+    if not (is_new or training or (out / CHECKSUMS).exists()):
         raise ValueError(f"{out}: holds files that are not a saved model's; give --out a new folder")
-    made = out / ".writing_model"
+    settings = {"training": training} if training else {}
+    made = out if is_new else out / ".writing_model"
     with replacing(made) as part:
         part.mkdir()
         yield part
-        if (part / "config.json").exists():
+        for folder in [part, *filter(Path.is_dir, part.iterdir())]:
+            write_checksums(folder)
+        if settings and (part / "config.json").exists():
             write_json(part / "config.json", read_json(part / "config.json") | settings)
-    move_into(out, made, settings)
-
-
-def move_into(out: Path, made: Path, settings: dict) -> None:
-    """Replace the model in `out` with the one in `made`.
-
-    A crash in between cannot leave a mixture of both that would load: config.json does not describe a model until the
-    new one arrives, as the last file.
-    """
+    if is_new:
+        return
+    # A crash from here on cannot leave a mixture of both models that would load: config.json does not describe a model
+    # until the new one arrives, as the last file.
     if (made / "config.json").exists():
         write_whole(out / "config.json", json.dumps(settings))
         for path in out.glob("model*.safetensors*"):
@@ -296,28 +264,24 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
-def verify_checksums(folder: Path) -> int | None:
-    """Read a saved folder's tensor files again -> the number of intact ones; None if it has no checksums.
+def verify_checksums(folder: Path) -> tuple[int, str]:
+    """Read a saved folder's tensor files again -> the number of intact ones, and which are damaged or missing, or "".
 
-    ValueError names the damaged or missing files.
+    (0, "") if the folder has no checksums.
     """
-    if not (folder / CHECKSUMS).is_file():
-        return None
-    problems, intact = [], 0
-    for line in (folder / CHECKSUMS).read_text(errors="replace").splitlines():
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\\0]+)", line)
-        if match is None:
-            problems.append(f"{line[:80]!r} is not a checksum and the name of a file here")
-        elif not (folder / match[2]).is_file():
-            problems.append(f"{match[2]} is not there")
-        elif sha256(folder / match[2]) != match[1]:
-            problems.append(f"{match[2]} is not what was written")
+    sums, problems, intact = folder / CHECKSUMS, [], 0
+    for line in sums.read_text(errors="replace").splitlines() if sums.is_file() else []:
+        digest, name = line[:64], line[66:]
+        if (folder / name).parent != folder or not (folder / name).is_file():
+            problems.append(f"{(name or line)[:80]!r} names no file here")
+        elif sha256(folder / name) != digest:
+            problems.append(f"{name} is not what was written")
         else:
             intact += 1
     if problems:
-        raise ValueError(f"{folder}: {', '.join(problems[:8])}, by the checksums in {CHECKSUMS}: "
-                         "a damaged disk or an incomplete copy; copy or export it again")
-    return intact
+        return intact, (f"{folder}: {', '.join(problems[:8])}, by the checksums in {CHECKSUMS}: a damaged disk or an "
+                        "incomplete copy; copy or export it again")
+    return intact, ""
 
 # ---------------------------------------------------------------------------------------------------
 # The text files around the tensors, for transformers and vLLM
@@ -329,23 +293,20 @@ def image_token_id(tokenizer: Tokenizer) -> int:
 
 def image_processor(config: LLaVAConfig) -> dict:
     """Settings with which transformers computes the same pixels as data.load_image and VisionTower."""
-    size = config.vision.image_size
-    processor = {
-        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_pad": config.image_mode == "pad",
-        "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+    size, squash = config.vision.image_size, config.image_mode == "squash"
+    square = {"height": size, "width": size}
+    return {
+        "image_processor_type": "SiglipImageProcessor" if squash else "LlavaImageProcessor",
+        "processor_class": "LlavaProcessor", "do_convert_rgb": True, "do_pad": config.image_mode == "pad",
+        "do_resize": True, "size": square if squash else {"shortest_edge": size}, "resample": 3,
+        "do_center_crop": not squash, "crop_size": square,
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(config.vision.mean), "image_std": list(config.vision.std),
     }
-    if config.image_mode == "squash":
-        processor |= {"image_processor_type": "SiglipImageProcessor", "size": {"height": size, "width": size},
-                      "do_center_crop": False}
-    return processor
 
 
 def special_ids(eot: int) -> dict:
-    return {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
 
 
 def phi_json(config: PhiConfig, eot: int, dtype: str) -> dict:
@@ -378,7 +339,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
     Only transformers needs that token. `load_tokenizer` removes it again: here, "<image>" in a text is text.
     """
     tokenizer = Tokenizer.from_str(tokenizer.to_str())      # a copy, to leave the caller's unchanged
-    roles = {"bos_token": EOT, "eos_token": EOT, "pad_token": EOT, "unk_token": EOT}
+    roles = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), EOT)
     special, image_role = {}, {}
     if image:
         tokenizer.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
@@ -396,38 +357,33 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, image: bool) -> None:
     })
 
 
-def write_phi(folder: Path, phi: ToSave) -> None:
-    """A plain Phi-2 folder."""
+def write_phi(folder: Path, model: ToSave) -> None:
+    """The language model as a plain Phi-2 folder."""
     folder.mkdir(exist_ok=True)
-    write_tensors(folder, phi, PHI_ALONE)
-    write_tokenizer(folder, phi.tokenizer, image=False)
-    eot = eot_id(phi.tokenizer)
+    write_tensors(folder, model, "llm")
+    write_tokenizer(folder, model.tokenizer, image=False)
+    eot = eot_id(model.tokenizer)
     write_json(folder / "generation_config.json", special_ids(eot))
-    write_json(folder / "config.json", phi_json(phi.config.llm, eot, phi.dtype_name))
-    write_checksums(folder)
+    write_json(folder / "config.json", phi_json(model.config.llm, eot, model.dtype_name("llm")))
 
 
-def write_tower(folder: Path, tower: ToSave) -> None:
-    """A plain CLIP or SigLIP folder."""
+def write_tower(folder: Path, model: ToSave) -> None:
+    """The tower as a plain CLIP or SigLIP folder."""
     folder.mkdir()
-    vision = tower.config.vision
-    write_tensors(folder, tower, TOWER_ALONE)
+    vision = model.config.vision
+    write_tensors(folder, model, "vision")
     # transformers ignores vision_feature_layer; without it, llama.cpp's converter drops one layer too many.
     write_json(folder / "config.json", tower_json(vision) | {"vision_feature_layer": vision.feature_layer,
-                                                             "torch_dtype": tower.dtype_name})
-    own_processor = image_processor(replace(tower.config, image_mode="crop" if vision.class_token else "squash"))
-    if vision.class_token:
-        own_processor["image_processor_type"] = "CLIPImageProcessor"
-    write_json(folder / "preprocessor_config.json", own_processor)
-    write_checksums(folder)
+                                                             "torch_dtype": model.dtype_name("vision")})
+    # Not the published tower's own way, but the one that tower and projector were trained with.
+    write_json(folder / "preprocessor_config.json", image_processor(model.config))
 
 
 def write_model_texts(folder: Path, model: ToSave) -> None:
     """Every file of a whole model's folder except its tensors."""
-    config, vision = model.config, model.config.vision
+    config, vision, eot = model.config, model.config.vision, eot_id(model.tokenizer)
     write_tokenizer(folder, model.tokenizer, image=True)
-    eot = eot_id(model.tokenizer)
-    strategy = feature_strategy(siglip=not vision.class_token)
+    strategy = FEATURE_STRATEGY[not vision.class_token]
     write_json(folder / "generation_config.json", special_ids(eot))
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
@@ -435,8 +391,8 @@ def write_model_texts(folder: Path, model: ToSave) -> None:
         "image_aspect_ratio": config.image_mode,                        # LLaVA's key, which we read
         "vision_feature_layer": vision.feature_layer, "vision_feature_select_strategy": strategy,
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
-        **special_ids(eot), "torch_dtype": model.dtype_name,
-        "text_config": phi_json(config.llm, eot, model.dtype_name), "vision_config": tower_json(vision),
+        **special_ids(eot), "torch_dtype": model.dtype_name(),
+        "text_config": phi_json(config.llm, eot, model.dtype_name()), "vision_config": tower_json(vision),
     })
     write_json(folder / "preprocessor_config.json", image_processor(config))
     write_json(folder / "processor_config.json", {

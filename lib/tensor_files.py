@@ -7,6 +7,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -64,20 +65,34 @@ class Stored(NamedTuple):
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    def read(self) -> Tensor:
+        """The tensor. ValueError if somebody has written into its file since it was opened.
+
+        A file that has been moved, replaced or deleted stays readable, because it is open.
+        """
+        then, problem = self.opened, ""
+        with suppress(OSError):
+            now = self.path.stat()
+            if os.path.samestat(now, then) and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+                problem = "the file has been written to since it was opened"
+        try:
+            if not problem:         # a mapped file that was truncated would even kill the process
+                return self.load()
+        except SafetensorError as e:
+            problem = first_line(e)
+        raise ValueError(f"{self.path}: {self.name} cannot be read ({problem})")
+
 
 Pieces = dict[str, Stored]                  # how one of our tensors is stored; for the keys see layouts.to_ours
 
 
 def tensor_files(folder: Path) -> list[Path]:
     """The files that hold a folder's tensors: safetensors before .bin, one file before shards, a model before parts."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "pytorch_model.bin", *PROJECTOR_FILES):
         if (folder / name).exists():
             return [folder / name]
         if (folder / f"{name}.index.json").exists():
             return shard_files(folder / f"{name}.index.json")
-    for name in PROJECTOR_FILES:
-        if (folder / name).exists():
-            return [folder / name]
     raise ValueError(f"{folder}: {other_form(folder)}")
 
 
@@ -94,77 +109,62 @@ def other_form(folder: Path) -> str:
 def shard_files(index: Path) -> list[Path]:
     """The shards that an index names. Only file names are taken from it, since each shard lists its own tensors."""
     weight_map = read_json(index).get("weight_map")
-    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
     suffix = Path(index.name.removesuffix(".index.json")).suffix
-    shards = set()
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != suffix:
-            raise ValueError(f"{index}: expected a weight_map of tensor names to the plain names of {suffix} files in "
-                             f"this folder, found {str(name)[:80]!r}")
-        if not (index.parent / name).is_file():
-            raise ValueError(f"{index.parent / name}: named in {index.name}, but not there: incomplete download?")
-        shards.add(index.parent / name)
-    return sorted(shards)
+    for name in names or {"none"}:
+        problem = ""
+        if Path(name).name != name or Path(name).suffix != suffix:
+            problem = (f"expected a weight_map of tensor names to the plain names of {suffix} files in this folder, "
+                       f"found {name[:80]!r}")
+        elif not (index.parent / name).is_file():
+            problem = f"{name} is named there, but is not in the folder: incomplete download?"
+        if problem:
+            raise ValueError(f"{index}: {problem}")
+    return [index.parent / name for name in sorted(names)]
 
 
 def first_line(error: Exception) -> str:
     """A library's error in one line, for the end of ours. It is cut, because it may quote a name of any length."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def read_tensors(path: Path) -> list[Stored]:
-    """The tensors of a file in either format, none of them read yet."""
-    with open(path, "rb") as file:
-        problem = pointer_problem(file.read(100))
-    if problem:
-        raise ValueError(f"{path}: {problem}")
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path)
-
-
-def read_safetensors(path: Path) -> list[Stored]:
-    """The tensors of a safetensors file, none of them read yet."""
-    opened = path.stat()
-    size = opened.st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")     # of the json header that follows
-    if length > min(HEADER_LIMIT, size - 8):
-        raise ValueError(f"{path}: file is {size} bytes, its header alone claims {length}: incomplete download?")
-    stored = []
+    """The tensors of a file in either format, none of them read yet. ValueError says what is wrong with the file."""
+    with open(path, "rb") as file:          # OSError if it must not be read
+        opened = os.fstat(file.fileno())
     try:
-        # "pread" reads a tensor into memory of its own. The default maps the file: if another program then changed or
-        # truncated it, the model would change, or the process would be killed.
-        file = safe_open(path, "pt", backend="pread")
-        for name in file.offset_keys():
-            entry = file.get_slice(name)
-            if entry.get_dtype() not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{path}: {name[:80]} has dtype {entry.get_dtype()}, which is not supported here")
-            dtype, shape = SAFETENSORS_DTYPES[entry.get_dtype()], tuple(entry.get_shape())
-            stored.append(Stored(name, path, dtype, shape, partial(file.get_tensor, name), opened))
-    except SafetensorError as e:
-        raise ValueError(f"{path}: not a safetensors file, or not all of one: incomplete download? "
-                         f"(file is {size} bytes; {first_line(e)})") from None
-    return stored
+        problem = file_problem(path, opened.st_size)
+        if not problem:
+            return read_bin(path, opened) if path.suffix == ".bin" else read_safetensors(path, opened)
+    except Exception as e:                  # an untrusted file can fail in any way
+        problem = ("refused, expected plain tensors and nothing else, as safetensors or torch.save since 1.6 writes "
+                   f"them; incomplete download? (file is {opened.st_size} bytes; {first_line(e)})")
+    raise ValueError(f"{path}: {problem}")
 
 
-def zip_problem(path: Path) -> str:
-    """Why a .bin file is not a plain zip archive of torch.save, or "". Checked before torch reads anything in it.
+def file_problem(path: Path, size: int) -> str:
+    """What is wrong with a file of tensors, as far as its first and last bytes show it, or "".
 
-    torch maps the file and takes each tensor's bytes as they are, so a compressed record would be read as noise. A
-    table of millions of records, or a pickle of gigabytes, would exhaust memory before torch could object.
+    torch maps a .bin file and takes each tensor's bytes as they are, so a compressed record would be read as noise. A
+    table of millions of tensors, or a pickle of gigabytes, would exhaust memory before a library could object.
     """
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 66_000))     # the table's length is within the last 66 kB
+        begin = file.read(100)
+        file.seek(max(0, size - 66_000))            # the length of a zip's table is within the last 66 kB
         tail = file.read()
-    end = tail.rfind(b"PK\5\6")
-    length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
-    if length > HEADER_LIMIT:
-        return f"its table of contents says it has {length} bytes, far more than a model needs"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
-        return "not a file of torch.save (of torch 1.6 or newer): incomplete download?"
+    if path.suffix == ".bin":
+        end = tail.rfind(b"PK\5\6")
+        length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
+    else:
+        length = int.from_bytes(begin[:8], "little")            # of the json header that follows
+    if pointer_problem(begin) or length > min(HEADER_LIMIT, size - 8):
+        return pointer_problem(begin) or (f"file is {size} bytes, its table of tensors alone claims {length}: "
+                                          "incomplete download?")
+    if path.suffix != ".bin":
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
     for record in records:
         large = record.filename.endswith(".pkl") and record.file_size > HEADER_LIMIT
         if record.compress_type != zipfile.ZIP_STORED or large:
@@ -172,24 +172,30 @@ def zip_problem(path: Path) -> str:
     return ""
 
 
-def read_bin(path: Path) -> list[Stored]:
+def read_safetensors(path: Path, opened: os.stat_result) -> list[Stored]:
+    """The tensors of a safetensors file, none of them read yet."""
+    # "pread" reads a tensor into memory of its own. The default maps the file: if another program then changed or
+    # truncated it, the model would change, or the process would be killed.
+    file = safe_open(path, "pt", backend="pread")
+    stored = []
+    for name in file.offset_keys():
+        entry = file.get_slice(name)
+        dtype = SAFETENSORS_DTYPES.get(entry.get_dtype())
+        if dtype is None:
+            raise ValueError(f"{name[:80]} has dtype {entry.get_dtype()}, which is not supported here")
+        stored.append(Stored(name, path, dtype, tuple(entry.get_shape()), partial(file.get_tensor, name), opened))
+    return stored
+
+
+def read_bin(path: Path, opened: os.stat_result) -> list[Stored]:
     """The tensors of a torch.save file, memory-mapped: their bytes are read when they are copied into a model."""
-    opened = path.stat()
-    problem = zip_problem(path)
-    if problem:
-        raise ValueError(f"{path}: {problem}")
-    try:
-        with warnings.catch_warnings():     # about quantized tensors, which are refused below
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as e:                  # an untrusted pickle can fail in any way
-        raise ValueError(f"{path}: refused, it holds more than plain tensors ({first_line(e)})") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
+    with warnings.catch_warnings():         # about quantized tensors, which are refused below
+        warnings.simplefilter("ignore")
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     stored = []
     for name, tensor in state.items():
         dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
         if not isinstance(name, str) or not dense or not tensor.is_contiguous():
-            raise ValueError(f"{path}: {str(name)[:80]!r} is not a plain dense tensor, stored row by row")
+            raise ValueError(f"{str(name)[:80]!r} is not a plain dense tensor, stored row by row")
         stored.append(Stored(name, path, tensor.dtype, tuple(tensor.shape), tensor.detach, opened))
     return stored

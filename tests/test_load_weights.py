@@ -266,6 +266,8 @@ def test_export_of_a_language_models_checkpoint_is_as_the_run_set_it(tmp_path, t
     write_checkpoint(step, {"llm.ln_f.bias": bias}, TINY_PHI, dropout=0.3, image_mode="crop", dtype="bf16",
                      stage="sft", lora_alpha=8.0)
     export(step, tmp_path / "out", None)
+    with pytest.raises(ValueError, match="looks like a Phi-2 language model, expected a LLaVA-Phi model"):
+        export(step, tmp_path / "gguf", None, "gguf")
     assert open_weights(tmp_path / "out", TINY_CLIP).config.llm.dropout == 0.3
     there, old = tensors_of(tmp_path / "out"), model_from(TINY_PHI, TINY_CLIP).llm
     assert {tensor.dtype for tensor in there.values()} == {torch.bfloat16} and len(there) == 33

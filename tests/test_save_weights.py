@@ -1,6 +1,7 @@
 """The saved format: what others read, byte for byte the same when saved again, and never half of it."""
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from helpers import TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, contents, model_from, rewrite, same, tensors_of
+from helpers import (TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, contents, load_weights_command, model_from, rewrite,
+                     same, tensors_of)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -176,6 +178,21 @@ def test_parts_can_be_joined_again(tmp_path, tiny_model, tiny):
     mipha = open_weights(TINY_MIPHA)
     export(TINY_MIPHA, tmp_path / "mipha", None, "parts")
     assert open_weights(TINY_PHI, tmp_path / "mipha" / "siglip").config.vision == mipha.config.vision
+
+
+@pytest.mark.parametrize("mode", ["pad", "crop", "squash"])
+@pytest.mark.parametrize("folder", [TINY_MODEL, TINY_MIPHA])
+def test_parts_carry_the_way_in_which_pictures_were_made_square(folder, mode, tmp_path, capsys):
+    """A projector was trained with one of them, which need not be the published tower's own. inspect, with which merge
+    ends, says what is done, and where it stands."""
+    model = rewrite(folder, tmp_path / "model", config=lambda config: config | {"image_aspect_ratio": mode})
+    export(model, tmp_path / "parts", None, "parts")
+    tower = tmp_path / "parts" / ("clip" if folder == TINY_MODEL else "siglip")
+    flags = ["--llm", tmp_path / "parts" / "phi-2", "--vision", tower, "--out", tmp_path / "out",
+             "--projector", tmp_path / "parts" / "mm_projector.safetensors"]
+    load_weights_command(["merge", *map(str, flags)])
+    assert re.search(rf"images +{mode}: .* \(config.json's image_aspect_ratio changes it\)", capsys.readouterr().out)
+    assert load_model(tmp_path / "out").config == load_model(model).config
 
 # ---------------------------------------------------------------------------------------------------
 # Where it is saved

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI
+from helpers import GOLDEN, TINY_CLIP, TINY_MIPHA, TINY_MODEL, TINY_PHI, siglip_folder
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -171,9 +171,11 @@ def test_nothing_is_missing_or_unexpected_but_the_bias(folder):
 
 
 def test_pixels_of_two_bases(tmp_path):
-    """Before stage 1 a model sees pictures as its tower's own processor makes them: CLIP's crops, SigLIP's squashes."""
+    """Before stage 1 a model sees pictures as its tower's own processor makes them: CLIP's crops, SigLIP's squashes.
+    An exported tower's is that of the model it comes from."""
     export(TINY_MIPHA, tmp_path / "parts", None, "parts")
-    for vision, mode in ((TINY_CLIP, "crop"), (tmp_path / "parts" / "siglip", "squash")):
+    siglip = siglip_folder("vision only", tmp_path / "siglip")
+    for vision, mode in ((TINY_CLIP, "crop"), (siglip, "squash"), (tmp_path / "parts" / "siglip", "pad")):
         out = tmp_path / mode
         merge(TINY_PHI, vision, out, 0, None)
         model, processor = load_model(out), transformers.AutoProcessor.from_pretrained(out)
@@ -187,6 +189,8 @@ def test_pixels_of_two_bases(tmp_path):
 def test_parts_are_plain_folders(tmp_path):
     ours = load_model(TINY_MODEL)
     export(TINY_MODEL, tmp_path / "parts", None, "parts")
+    transformers.AutoImageProcessor.from_pretrained(tmp_path / "parts" / "clip")
+    transformers.CLIPImageProcessor.from_pretrained(tmp_path / "parts" / "clip")
     phi = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "phi-2")
     clip, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "parts" / "clip", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from lib.gguf import decoder_entries, decoder_fields, write_gguf
+from lib.gguf import DECODER, decoder_fields, entries_of, write_gguf
 from lib.save_weights import ToSave
 from model import LLaVAConfig, Phi
 
@@ -20,7 +20,7 @@ def write_decoder(llm: Phi, path: Path, kind: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = ToSave(LLaVAConfig(llm=llm.config), None, tensors, shapes, {})
     no_text = {"tokenizer.ggml.model": "no_vocab", "phi2.vocab_size": llm.config.vocab_size}
-    write_gguf(path, decoder_fields(llm.config, kind) | no_text, decoder_entries(model, kind))
+    write_gguf(path, decoder_fields(llm.config, kind) | no_text, entries_of(model, DECODER, kind))
 
 
 @llama_cpp.llama_log_callback
