@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from lib.common import (USUAL_MODELS, Parser, at_least, between, dtype_name, find_model, parse_or_exit, plural,
+from lib.common import (USUAL_MODELS, Parser, at_least, dtype_name, find_model, parse_or_exit, plural,
                         run_command, without_control, write_whole)
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p")      # settings of an answer, for lib.chat.answer
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--max-new-tokens", type=at_least(1), default=256, help="longest answer, in tokens")
     add("--temperature", type=at_least(0.0), default=0.0, help="sampling temperature; 0: greedy")
     add("--top-k", type=at_least(0), default=0, help="sample from the k most likely tokens; 0: off")
-    add("--top-p", type=between(1e-6, 1.0), default=1.0,
+    add("--top-p", type=at_least(1e-6, 1.0), default=1.0,
         help="sample from the most likely tokens whose probabilities add up to this")
     add("--seed", type=int, default=0, help="random seed")
     add("--dtype", type=dtype_name, metavar="{fp32,bf16}",

@@ -17,7 +17,8 @@ import os
 import sys
 import time
 from argparse import Namespace
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -43,19 +44,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import Batch, Dataset, ImageConfig, Loader, Step, load_tokenizer
 from lib.archives import find_place
-from lib.checkpoint import (TrainState, check_room, describe_saving, is_finished, load_checkpoint, lock_output,
-                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_keep, try_to_save)
+from lib.checkpoint import (DATA_CHECKSUM, TrainState, is_finished, load_checkpoint, lock_output, plan_saving,
+                            prepare_out, save_checkpoint, save_is_due, saved_on_error, try_to_save)
 from lib.configs import config_of_run
-from lib.device import (check_gpu_count, choose_device, cpu_warning, has_bf16, memory_of, missing_kernels, to_device,
-                        torch_dtype)
+from lib.device import choose_device, cpu_warning, memory_of, take_gpu, to_device, torch_dtype
 from lib.flops import picture_cost
 from lib.folders import Kind, Weights, open_weights, read_tensor
 from lib.health import CORRUPTED, Corrupted, Recheck, doubts, projector_problem, rate_problems, validate, views_of
 from lib.lora import apply_lora, merge_lora
 from lib.metrics import Metrics, progress_line
 from lib.plan import check_shared_memory, choose_gather, choose_recompute, count, print_plan, too_small
-from lib.processes import (exit_code_of_stop, explain, explain_out_of_memory, join_group, launch_problem,
-                           on_every_process, on_process_0, print0, smallest, synchronized_steps, watch_signals)
+from lib.processes import (exit_code_of_stop, explain, join_group, launch_problem, on_every_process, on_process_0,
+                           print0, synchronized_steps, watch_signals)
 from lib.records import BAD_SAMPLES, read_bad_samples
 from lib.save_weights import check_before_training, save_model
 from lib.schedule import Mixture, epoch_order, run_length, steps_per_epoch
@@ -66,48 +66,32 @@ from model import MIPHA_CONFIG, LLaVAConfig, LLaVAPhi, Projector, init_weights, 
 # Set-up: processes, model, optimizer, data
 
 
-def setup(asked: str = "auto") -> tuple[DeviceMesh, torch.device]:
+def setup(asked: str = "auto", dtype: str = "fp32") -> tuple[DeviceMesh, torch.device]:
     """Join torchrun's group, or make a group of one -> the mesh that FSDP shards over, and this process's device.
 
     On several nodes the weights are sharded within a node and replicated across nodes: gathering them in every layer
-    then never leaves the fast links within a node. Nodes of one process each shard across all of them.
+    then never leaves the fast links within a node. Nodes of one process each shard across all of them. ValueError where
+    they cannot train.
     """
-    env = torchrun_env()
     problem = launch_problem()
     if problem:
         raise ValueError(problem)
-    device = torch.device("cpu")
-    backend = "gloo"
+    device, backend = torch.device("cpu"), "gloo"
     if asked == "cuda":
         choose_device(asked)                    # ValueError where there is none
     if torch.cuda.is_available() and asked != "cpu":
-        check_gpu_count(env)
-        device = torch.device("cuda", env.local_rank)
-        torch.cuda.set_device(device)
+        device = take_gpu(dtype)
         backend = "cpu:gloo,cuda:nccl"          # small messages between hosts need not wait for the GPUs' queues
-        problem = missing_kernels(env.local_rank)
-        if problem:
-            raise ValueError(f"{problem}; with CUDA_VISIBLE_DEVICES= before the command it trains on the CPU")
-    # Without torchrun there are no peers to find, so no address is needed.
-    group_of_one = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    join_group(backend, timedelta(minutes=10), **group_of_one)
-    sizes = sorted(set(on_every_process(lambda: env.local_world)))
+    join_group(backend, timedelta(minutes=10))
+    world, local_world = dist.get_world_size(), torchrun_env().local_world
+    sizes = sorted(set(on_every_process(lambda: local_world)))
     if len(sizes) > 1:
         raise ValueError(f"nodes with {' and '.join(map(str, sizes))} processes: start the same number on every node "
                          "(--nproc_per_node)")
-    world = dist.get_world_size()
-    if world > env.local_world > 1:
-        shape, names = (world // env.local_world, env.local_world), ("replicate", "shard")
-    else:
-        shape, names = (world,), ("shard",)
+    shape, names = (world,), ("shard",)
+    if world > local_world > 1:
+        shape, names = (world // local_world, local_world), ("replicate", "shard")
     return init_device_mesh(device.type, shape, mesh_dim_names=names), device
-
-
-def check_arithmetic(dtype: str, device: torch.device) -> None:
-    """ValueError where a GPU can only emulate bf16 (V100, T4), many times slower than it computes in fp32."""
-    if device.type == "cuda" and dtype == "bf16" and not has_bf16("cuda"):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic; give --dtype fp32, which takes "
-                         "twice the memory and no flash attention")
 
 
 def folders(cfg: Namespace) -> list[Path]:
@@ -143,27 +127,27 @@ def build_on_meta(cfg: Namespace, config: LLaVAConfig) -> LLaVAPhi:
 
 
 def freeze(model: LLaVAPhi, cfg: Namespace) -> None:
-    """Freeze everything but --train minus --freeze. ValueError: a name that is not a part of the model."""
-    parts = dict(model.named_children())
-    trained, frozen = split_names(cfg.train), split_names(cfg.freeze)
-    for name in trained + frozen:
-        if name not in parts:
-            raise ValueError(f"{name!r} is not a part of the model; its parts are {', '.join(parts)}")
-    adapters = [p for name, p in model.named_parameters() if ".lora_" in name]
-    trained = [name for name in trained if name not in frozen]
-    if adapters and "llm" in trained:
+    """Freeze everything but --train minus --freeze, and the adapters. ValueError: a name that is not a part."""
+    parts = [name for name, _ in model.named_children()]
+    chosen, frozen = cfg.train.replace(",", " ").split(), cfg.freeze.replace(",", " ").split()
+    unknown = [name for name in chosen + frozen if name not in parts]
+    trained = [name for name in chosen if name not in frozen]
+    problem = ""
+    if unknown:
+        problem = f"{unknown[0]!r} is not a part of the model; its parts are {', '.join(parts)}"
+    elif not trained and not cfg.lora_r:
+        problem = "nothing would be trained: --train minus --freeze is empty"
+    if problem:
+        raise ValueError(problem)
+    if cfg.lora_r and "llm" in trained:
         trained.remove("llm")                   # its adapters are trained instead
-    if not trained and not adapters:
-        raise ValueError("nothing would be trained: --train minus --freeze is empty")
-    for name, part in parts.items():
-        part.requires_grad_(name in trained)
-    for p in adapters:
-        p.requires_grad_(True)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.split(".")[0] in trained or ".lora_" in name)
 
 
 def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
     """Print each part's number of parameters, and whether they are trained, at which peak rate."""
-    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    adapters = count(p for name, p in model.named_parameters() if ".lora_" in name)
     rates = peak_lrs(cfg)
     for name, part in model.named_children():
         trained = name in trained_parts(model) and not (name == "llm" and adapters)
@@ -172,10 +156,6 @@ def print_parts(model: LLaVAPhi, cfg: Namespace) -> None:
     if adapters:
         print0(f"{'adapters':10s} {adapters:>13,} of llm's, trained at {cfg.lr:g}, scaled by {cfg.lora_alpha:g} / "
                f"{cfg.lora_r}")
-
-
-def split_names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def shard(model: LLaVAPhi, mesh: DeviceMesh, dtype: torch.dtype, gather: str = "off") -> None:
@@ -212,7 +192,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
     model = build_on_meta(cfg, config)
     print_parts(model, cfg)
     # Processes that chose differently would call different collectives, so the one with the least memory decides.
-    memory = smallest(memory_of(device))
+    memory = min(on_every_process(partial(memory_of, device)))
     for warning in (cpu_warning(cfg.device, device, count(model.parameters())),
                     too_small(cfg, partial(build_on_meta, config=config), mesh.size(-1), memory)):
         if warning:
@@ -227,7 +207,7 @@ def build(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh
         model.vision.recompute = recompute != "none"
     shard(model, mesh, torch_dtype(cfg.dtype), gather)
     model.to_empty(device=device)
-    init_new_parameters(model, cfg, config)
+    init_new_parameters(model, cfg)
     read_weights(model, source, cfg)            # may bring a trained projector
     if cfg.compile:
         compile_blocks(model, device)
@@ -240,11 +220,11 @@ def read_weights(model: LLaVAPhi, source: Weights, cfg: Namespace) -> None:
     load_into(model, source, copy_into, allow_missing=() if cfg.model else ("projector.",))
 
 
-def init_new_parameters(model: LLaVAPhi, cfg: Namespace, config: LLaVAConfig) -> None:
+def init_new_parameters(model: LLaVAPhi, cfg: Namespace) -> None:
     """Initialize a new projector and adapters. Every process draws whole tensors, so their number does not matter."""
     generator = torch.Generator().manual_seed(cfg.seed)
     if model.projector and not cfg.model:
-        fresh = Projector(config.vision.n_embd, config.llm.n_embd)
+        fresh = Projector(model.config.vision.n_embd, model.config.llm.n_embd)
         init_weights(fresh, generator)
         for parameter, value in zip(model.projector.parameters(), fresh.parameters()):
             copy_into(parameter, value.data)
@@ -267,10 +247,8 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
 
 def compile_blocks(model: LLaVAPhi, device: torch.device) -> None:
     """Compile each block, inside FSDP and activation checkpointing, with one graph for all lengths."""
-    blocks = [*model.llm.h]
-    if device.type != "cuda":
-        # Attention on a CPU loops over the samples' lengths, which change in every step, so it is left out.
-        blocks = [block.mlp for block in model.llm.h]
+    # Attention on a CPU loops over the samples' lengths, which change in every step, so it is left out.
+    blocks = [block if device.type == "cuda" else block.mlp for block in model.llm.h]
     if model.vision:
         blocks += model.vision.h
     for block in blocks:
@@ -284,18 +262,17 @@ def peak_lrs(cfg: Namespace) -> dict[str, float]:
 
 def make_optimizer(model: LLaVAPhi, cfg: Namespace) -> torch.optim.AdamW:
     """AdamW with two groups per part: matrices with weight decay, biases and LayerNorms without."""
-    groups = []
-    for part, module in model.named_children():
-        peak_lr = peak_lrs(cfg)[part]
-        trained = [p for p in module.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.dim() > 1]
-        vectors = [p for p in trained if p.dim() <= 1]
-        for params, decay in ((matrices, cfg.weight_decay), (vectors, 0.0)):
-            if params:
-                groups.append(dict(params=params, peak_lr=peak_lr, lr=peak_lr, weight_decay=decay))
-    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    groups = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[name.split(".")[0], p.dim() > 1].append(p)
+    rates = peak_lrs(cfg)
+    optimizer = torch.optim.AdamW([dict(params=params, peak_lr=rates[part], lr=rates[part],
+                                        weight_decay=cfg.weight_decay if is_matrix else 0.0)
+                                   for (part, is_matrix), params in groups.items()],
+                                  betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
     # AdamW creates its moments in the first step, but a checkpoint has to be loaded into them before that.
-    for group in groups:
+    for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
@@ -320,7 +297,10 @@ def open_data(cfg: Namespace, config: LLaVAConfig, names: list[str]) -> Dataset 
 
 def make_index(data: Dataset, cfg: Namespace) -> None:
     """Process 0 tokenizes all samples and writes their index, which the others read."""
-    on_process_0(lambda: (data.pictures, data.index))
+    def look() -> None:
+        data.pictures                           # whose archives get an index, too
+        data.index
+    on_process_0(look)
     with_picture = int((data.index.image > 0).sum())
     problem = "" if data.index.supervised.any() else f"nothing to learn in its {plural(len(data), 'sample')}"
     if with_picture and not has_tower(cfg):
@@ -336,10 +316,8 @@ def lr_at(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float
     """Fraction of the peak rate at `step`: linear warm-up from 0, then decay to 0, as in Hugging Face's schedules."""
     if step < warmup:
         return step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    if schedule == "linear":
-        return max(0.0, 1 - done)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * done)))
+    done = (step - warmup) / (steps - warmup)
+    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
@@ -347,8 +325,8 @@ def dropout_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank, micro_batch]).generate_state(1)[0])
 
 
-def add_gradients(model: LLaVAPhi, batch: Batch, n_supervised: int, seed: int, last: bool,
-                  device: torch.device) -> Tensor:
+def add_gradients(model: LLaVAPhi, batch: Batch, n_supervised: int, seed: int, device: torch.device,
+                  last: bool) -> Tensor:
     """Forward and backward of a micro-batch -> its share of the step's loss, of each file of a Mixture.
 
     With --gather on, gathered weights are kept for the next micro-batch, and gradients accumulate locally in fp32. The
@@ -379,16 +357,12 @@ def train_step(model: LLaVAPhi, optimizer: torch.optim.Optimizer, step: Step, cf
     # Every process has the same number of micro-batches, an empty one if need be: FSDP's collectives must match.
     for i, batch in enumerate(step.batches):
         seed = dropout_seed(cfg.seed, step.step, dist.get_rank(), i)
+        add = partial(add_gradients, model, batch, n_supervised, seed, device)
         last = i + 1 == len(step.batches)
-        is_due = recheck is not None and i == 0 and recheck.is_due(step.step)
-        if is_due:
-            with recheck.watching():
-                add_gradients(model, batch, n_supervised, seed, True, device)
-            optimizer.zero_grad(set_to_none=True)           # the step is taken with those of the second pass
-        with recheck.watching() if is_due else nullcontext():
-            total[0] += add_gradients(model, batch, n_supervised, seed, last, device)
-        if is_due:
-            recheck.compare()
+        if recheck and i == 0 and recheck.is_due(step.step):
+            total[0] += recheck.add_twice(add, last, optimizer)
+        else:
+            total[0] += add(last)
     dist.all_reduce(total)
 
     # In the model's order, not the optimizer's: another order changes the norm's last digit, and with it the run.
@@ -425,7 +399,8 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
     signals = watch_signals()
     data = open_data(cfg, config, cfg.data)
     held_out = open_data(cfg, config, [cfg.val_data]) if cfg.val_data else None
-    checkpoint = prepare_out(settings(cfg), data.checksum)
+    flags = settings(cfg) | {DATA_CHECKSUM: data.checksum}
+    checkpoint = prepare_out(flags)
     make_index(data, cfg)
     if held_out is not None:                    # not `if held_out`, which asks for its length and so makes the index
         make_index(held_out, cfg)
@@ -435,53 +410,65 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         print0(note)
 
     model = build(cfg, config, source, mesh, device)
-    for problem in filter(None, [projector_problem(cfg, source), *rate_problems(model, peak_lrs(cfg))]):
-        print0(f"WARNING: {problem}")
-    state = TrainState(settings(cfg), source.paths, data.checksum, model, make_optimizer(model, cfg))
+    state = TrainState(flags, source.paths, model, make_optimizer(model, cfg))
     if checkpoint:
         load_checkpoint(checkpoint, state)
     steps = run_length(len(data), cfg.global_batch, cfg.epochs, cfg.max_steps)
-    print_run_length(cfg, steps, f"; going on from {checkpoint.path}" if checkpoint else "")
-    print0(describe_saving(state))
-    check_room(out, (1 + 2 * cfg.keep_best) * count(model.parameters()) * torch_dtype(cfg.dtype).itemsize, state)
-    with saved_on_error(state):
-        is_complete = train(state, cfg, source, data, held_out, steps, signals, device)
-        bad = on_process_0(lambda: read_bad_samples(out))
-        if bad:
-            print0(f"bad samples skipped: {len(bad):,}; {out / BAD_SAMPLES} says what is wrong with them")
-        if is_complete:
-            save_final(cfg, source, model, out)
-    if is_complete:
-        print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
-    else:
-        print0(f"stopped after step {state.step}; the same command goes on from there")
-        return exit_code_of_stop(signals)
-
-
-def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, held_out: Dataset | None, steps: int,
-          signals: list[int], device: torch.device) -> bool:
-    """Train from state.step on -> True if the run is over, False if stopped early, with a checkpoint."""
-    metrics = Metrics(Path(cfg.out), state.step, trained_parts(state.model), device, again=state.step == steps)
-    metrics.start_tracker(cfg.track, state.settings)
     warmup = math.ceil(cfg.warmup * steps)
+    print_run(state, cfg, source, steps, warmup)
+    with saved_on_error(state):
+        metrics = Metrics(out, state.step, trained_parts(model), device, again=state.step == steps)
+        metrics.start_tracker(cfg.track, state.settings)
+        measure = partial(measure_held_out, state, cfg, source, held_out, steps, metrics, device)
+        is_complete = train(state, cfg, data, steps, warmup, metrics, measure, signals, device)
+        metrics.close_tracker()
+        if bad := on_process_0(lambda: len(read_bad_samples(out))):
+            print0(f"bad samples skipped: {bad:,}; {out / BAD_SAMPLES} says what is wrong with them")
+        if not is_complete:
+            print0(f"stopped after step {state.step}; the same command goes on from there")
+            return exit_code_of_stop(signals)
+        losses = [loss for _, loss in metrics.val_losses]
+        if cfg.keep_best and min(losses) == losses[0]:
+            print0(f"no {out / 'best'}: the lowest validation loss is the first one, from before the training")
+        save_final(cfg, source, model, out)
+    print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")
+
+
+def print_run(state: TrainState, cfg: Namespace, source: Weights, steps: int, warmup: int) -> None:
+    """Print what the run is going to do, and what speaks against it. OSError if the disk has no room for it."""
+    for problem in [projector_problem(cfg, source), *rate_problems(state.model, peak_lrs(cfg))]:
+        if problem:
+            print0(f"WARNING: {problem}")
+    print0(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')}, the first {warmup:,} warming up"
+           + (f"; going on from {state.newest}" if state.newest else ""))
+    if steps == warmup == 1:
+        print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
+               "--global-batch, more --epochs, or --warmup 0")
+    models = 1 + 2 * cfg.keep_best              # the best one is replaced after the next has been written
+    print0(plan_saving(state, models * count(state.model.parameters()) * torch_dtype(cfg.dtype).itemsize))
+
+
+def train(state: TrainState, cfg: Namespace, data: Dataset, steps: int, warmup: int, metrics: Metrics,
+          measure: Callable[[], None], signals: list[int], device: torch.device) -> bool:
+    """Train from state.step on -> True if the run is over, False if stopped early, with a checkpoint.
+
+    measure: looks at the held-out samples, if there are any.
+    """
     loader = make_loader(cfg, state.model, data, steps, device, start_step=state.step, group=cfg.group)
     recheck = Recheck(state.model, cfg.recheck_every, device)
     skipped_in_a_row = 0
     if state.step == 0:                         # a resumed run already has this in its metrics
-        measure_held_out(state, cfg, source, held_out, steps, metrics, device)
+        measure()
     metrics.start_clock()
     state.tried_at = time.monotonic()
-    for step, n_supervised, stop in synchronized_steps(loader, signals):
+    for step, n_supervised, stop, save in synchronized_steps(loader, signals, partial(save_is_due, state)):
         rate = lr_at(step.step, steps, warmup, cfg.schedule)
         of_files = []
         loss, norm, skipped = train_step(state.model, state.optimizer, step, cfg, n_supervised, rate, device, of_files,
                                          recheck)
         state.step += 1
-        if skipped:
-            skipped_in_a_row += 1
-        else:
-            state.updates += 1
-            skipped_in_a_row = 0
+        state.updates += not skipped
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
 
         record = metrics.add_step(step, data, state.model.config, n_supervised, loss, norm, rate * cfg.lr, skipped,
                                   of_files)
@@ -496,29 +483,18 @@ def train(state: TrainState, cfg: Namespace, source: Weights, data: Dataset, hel
         if state.step == steps:
             break                               # the final model is written instead of a checkpoint
         if cfg.val_every and state.step % cfg.val_every == 0:
-            measure_held_out(state, cfg, source, held_out, steps, metrics, device)
+            measure()
             if reason := metrics.out_of_patience(cfg.patience):
                 print0(reason)
-                metrics.close_tracker()
                 return True
         if stop:
-            print0(f"saved {save_checkpoint(state)}")
-            metrics.close_tracker()
+            save_checkpoint(state)
             return False
-        if save_is_due(state):
+        if save:
             try_to_save(state)
         metrics.restart_step_clock()            # validation and saving do not count towards the next step's time
-    measure_held_out(state, cfg, source, held_out, steps, metrics, device)
-    metrics.close_tracker()
+    measure()
     return True
-
-
-def print_run_length(cfg: Namespace, steps: int, resumed: str) -> None:
-    warmup = math.ceil(cfg.warmup * steps)
-    print0(f"{plural(steps, 'step')} of {plural(cfg.global_batch, 'sample')}, the first {warmup:,} warming up{resumed}")
-    if steps == warmup == 1:
-        print0("note: the first step of a warm-up has the rate 0, so this run learns nothing: take a smaller "
-               "--global-batch, more --epochs, or --warmup 0")
 
 
 def make_loader(cfg: Namespace, model: LLaVAPhi, data: Dataset, steps: int, device: torch.device,
@@ -540,7 +516,12 @@ def measure_held_out(state: TrainState, cfg: Namespace, source: Weights, held_ou
     for doubt in doubts(held, state.step, steps):
         print0(f"WARNING: {doubt}")
     if cfg.keep_best and lowest and state.step:         # after step 0 it is the model that the run starts from
-        try_to_keep(partial(save_final, cfg, source, state.model), Path(cfg.out) / "best")
+        best = Path(cfg.out) / "best"
+        try:
+            save_final(cfg, source, state.model, best)
+            print0(f"saved {best}: the lowest validation loss so far")
+        except OSError as e:
+            print0(f"warning: the best model so far was not written to {best} ({e}); training goes on")
 
 
 def save_final(cfg: Namespace, source: Weights, model: LLaVAPhi, out: Path) -> None:
@@ -583,26 +564,22 @@ def main(args: Namespace) -> int | None:
         return
     source, config = open_source(args)
     check_before_training(config, source)
-    mesh, device = setup(args.device)
+    mesh, device = setup(args.device, args.dtype)
     try:
-        check_arithmetic(args.dtype, device)
         with lock_output(Path(args.out)):
             exit_code = run(args, config, source, mesh, device)
-    except torch.OutOfMemoryError as e:
-        raise ValueError(explain_out_of_memory(e, args)) from None
     except Corrupted as e:
         if torchrun_env().local_rank:
             return 0                            # one failure is enough for torchrun's list
         print_last(f"error: {e}")
         return CORRUPTED
     except RuntimeError as e:
-        problem = explain(e)
+        problem = explain(e, args)
         if not problem:
             raise
         raise OSError(problem) from None
-    else:
-        # Only after success: leaving waits for the other processes, which may be waiting for one that failed.
-        dist.destroy_process_group()
+    # Only after success: leaving waits for the other processes, which may be waiting for one that failed.
+    dist.destroy_process_group()
     return exit_code
 
 

@@ -49,7 +49,7 @@ def own_device(asked: str | None) -> str:
         use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another GPU
     device = choose_device(asked)
     if device == "cuda":
-        check_gpu_count(here)
+        check_gpu_count()
         device = f"cuda:{here.local_rank}"
     use_device(device)
     return device

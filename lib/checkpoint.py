@@ -6,7 +6,6 @@ from each process, and reads back on any number of processes. Frozen weights are
 folders that they come from, together with the run's settings and the size and checksum of every file.
 """
 import json
-import secrets
 import shutil
 import socket
 import time
@@ -44,13 +43,13 @@ MAY_CHANGE = {
     "keep_best", "patience", "recheck_every", "track", "log_every", "resume", "workers", "micro_tokens", "recompute",
     "gather", "compile", "device",
 }
+DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
 
 
 @dataclass
 class TrainState:
-    settings: dict                  # the run's flags
+    settings: dict                  # the run's flags, and its DATA_CHECKSUM
     sources: list[Path]             # folders that the run started from
-    data_checksum: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0                   # steps done
@@ -60,7 +59,7 @@ class TrainState:
     saved_updates: int = 0          # those in it
     tried_at: float = 0.0           # when the last save began, by this process's clock
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, DTensor]:
         """Everything that training changes, under flat names: model.NAME, exp_avg.NAME, exp_avg_sq.NAME."""
         tensors = {}
         for name, p in self.model.named_parameters():
@@ -79,19 +78,29 @@ class Checkpoint(NamedTuple):
 # Saving
 
 
-def save_checkpoint(state: TrainState) -> Path:
-    """Write out/step_NNNNNN -> its path. All processes take part.
+def save_checkpoint(state: TrainState) -> None:
+    """Write out/step_NNNNNN. All processes take part.
 
     The files are written to a temporary folder, synced to disk, and only then renamed, so a crash at any moment leaves
     the older checkpoints intact. OSError on every process when any of them cannot write.
     """
-    final = Path(state.settings["out"]) / f"step_{state.step:06d}"
-    part = final.with_name(f".writing_{final.name}")
+    out = Path(state.settings["out"])
+    final = out / f"step_{state.step:06d}"
+    part = out / f".writing_{final.name}"
     tensors = state.tensors()
     state.tried_at = time.monotonic()
+
+    def prepare() -> None:
+        need = sum(tensor.nbytes for tensor in tensors.values())
+        check_room("it", 1.02 * need, shutil.disk_usage(out).free, out)
+        remove(part)
+        part.mkdir()
+
     try:
-        on_every_process(check_host_memory)
-        on_process_0(lambda: make_folder(part, tensors))
+        in_memory = host_memory_to_save(torchrun_env().local_world)
+        on_every_process(lambda: check_room("writing it", in_memory, free_memory("cpu"),
+                                            f"the memory of {socket.gethostname()}"))
+        on_process_0(prepare)
         writer = HuggingFaceStorageWriter(str(part), split_into_files(tensors), save_distributed=True)
         writer.sync_files = False           # sync_folder does that, also where a file system cannot
         # From a GPU into ordinary memory. Copying ahead would take page-locked memory, which is rounded up to a power
@@ -109,7 +118,7 @@ def save_checkpoint(state: TrainState) -> Path:
         cause = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
         raise OSError(f"checkpoint of step {state.step} not written: {cause}") from None
     state.newest, state.saved_updates = final, state.updates
-    return final
+    print0(f"saved {final}")
 
 
 FILE_BYTES = 2 ** 29        # largest file of a checkpoint; Phi-2's embedding, the largest tensor, is just below it
@@ -121,7 +130,7 @@ def host_memory_to_save(processes: int) -> int:
     return HOST_COPIES * FILE_BYTES * processes
 
 
-def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
+def split_into_files(tensors: dict[str, DTensor]) -> dict[str, int]:
     """Assign each tensor to a numbered file, so that a process's part of a file has at most FILE_BYTES.
 
     A single file would take host memory for two checkpoints: 74 GB at stage 2. A tensor above the limit gets a file of
@@ -130,30 +139,12 @@ def split_into_files(tensors: dict[str, Tensor]) -> dict[str, int]:
     files = {}
     number, filled = 1, 0
     for name, tensor in tensors.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if filled and filled + local.nbytes > FILE_BYTES:
+        size = tensor.to_local().nbytes
+        if filled and filled + size > FILE_BYTES:
             number, filled = number + 1, 0
         files[name] = number
-        filled += local.nbytes
+        filled += size
     return files
-
-
-def check_host_memory() -> None:
-    need = host_memory_to_save(torchrun_env().local_world)
-    free = free_memory("cpu")
-    if free < need:
-        raise OSError(f"writing it takes {need / 1e9:.1f} GB of host memory, and {socket.gethostname()} has "
-                      f"{free / 1e9:.1f} GB free")
-
-
-def make_folder(part: Path, tensors: dict[str, Tensor]) -> None:
-    """Make an empty folder to write to. OSError if the disk has no room for the checkpoint."""
-    need = bytes_of(tensors)
-    free = shutil.disk_usage(part.parent).free
-    if free < 1.02 * need:
-        raise OSError(f"it needs {need / 1e9:.1f} GB and {part.parent} has {free / 1e9:.1f} GB free")
-    remove(part)
-    part.mkdir()
 
 
 def checksums_of_own_files(part: Path) -> dict[str, str]:
@@ -162,9 +153,9 @@ def checksums_of_own_files(part: Path) -> dict[str, str]:
     Reading them back is cheap, since they are still in the page cache. For the same reason a checksum covers what was
     written, and not yet what the disk will return.
     """
-    own = list(part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
-    checksums = {file.name: crc32(file) for file in own}
-    for file in own:
+    checksums = {}
+    for file in part.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"):
+        checksums[file.name] = crc32(file)
         sync_folder(file)
     return checksums
 
@@ -186,13 +177,10 @@ def crc32(path: Path) -> str:
 def complete(state: TrainState, part: Path, checksums: dict[str, str]) -> None:
     """Write checkpoint.json, which completes the folder, and put it in its place."""
     for name in checksums:
-        if not (part / name).is_file():
-            raise OSError(f"{name} was written by another process, and {part} does not have it")
+        (part / name).stat()        # FileNotFoundError if another process wrote it into a folder of its own
     manifest = {
         "step": state.step,
         "updates": state.updates,
-        "data": state.data_checksum,
-        "files": {file.name: file.stat().st_size for file in part.iterdir()},
         "crc32": checksums,
         "torch": torch.__version__,
         "config": state.settings,
@@ -203,32 +191,21 @@ def complete(state: TrainState, part: Path, checksums: dict[str, str]) -> None:
 
 
 def put_in_place(part: Path, keep: int) -> None:
-    """Rename a complete .writing_step_NNNNNN, and delete the checkpoints that are not kept.
+    """Rename a complete .writing_step_NNNNNN, and delete the checkpoints that are not kept: all but the last `keep`.
 
     The step may be there already, if --resume went back to an older one. A kill after that has been deleted leaves the
-    complete `part`, and the next run comes here again.
+    complete `part`, and the next run comes here again. Checkpoints of later steps then belong to an abandoned branch of
+    the run, and the next --resume auto would mistake them for the newest.
     """
-    final = part.with_name(part.name.removeprefix(".writing_"))
+    out = part.parent
+    final = out / part.name.removeprefix(".writing_")
     sync_folder(part)
-    sync_folder(part.parent)
+    sync_folder(out)
     remove(final)
     part.rename(final)
-    sync_folder(final.parent)
-    for leftover in final.parent.glob(".writing_step_*"):
-        remove(leftover)
-    drop_old_checkpoints(final, keep)
-
-
-def drop_old_checkpoints(newest: Path, keep: int) -> None:
-    """Keep `newest` and the checkpoints just before it, `keep` in all.
-
-    Later ones exist if --resume went back to an older checkpoint. They belong to an abandoned branch of the run, and
-    the next --resume auto would mistake them for the newest.
-    """
-    checkpoints = sorted(newest.parent.glob("step_*"))
-    position = checkpoints.index(newest)
-    kept = checkpoints[max(0, position + 1 - keep):position + 1]
-    for checkpoint in checkpoints:
+    sync_folder(out)
+    kept = [checkpoint for checkpoint in sorted(out.glob("step_*")) if checkpoint <= final][-keep:]
+    for checkpoint in [*out.glob("step_*"), *out.glob(".writing_step_*")]:
         if checkpoint not in kept:
             try:
                 remove(checkpoint)
@@ -236,44 +213,41 @@ def drop_old_checkpoints(newest: Path, keep: int) -> None:
                 warn_once(f"{checkpoint} cannot be deleted ({e})")
 
 
-def bytes_of(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def check_room(what: str, need: float, free: float, where: object, advice: str = "make room") -> None:
+    if need > free:
+        raise OSError(f"{what} will take {need / 1e9:.1f} GB, and {where} has {free / 1e9:.1f} GB free: {advice}")
 
 
-def describe_saving(state: TrainState) -> str:
-    """When a run saves, for its first lines on the screen."""
+def plan_saving(state: TrainState, model_bytes: float) -> str:
+    """When a run saves, for its first lines on the screen.
+
+    OSError if the disk has no room for what is saved: days of training should not end with a full one.
+    """
     settings, when = state.settings, []
     if settings["save_every"]:
         when.append(plural(settings["save_every"], "step"))
     if settings["save_minutes"]:
         when.append(f"{settings['save_minutes']:g} minutes")
+    free, where = shutil.disk_usage(settings["out"]).free, f"--out {settings['out']}"
     if not when:
+        check_room("the trained model", model_bytes, free, where)
         return "a checkpoint only if a signal or an error ends the run: kill -9 would lose all of it"
-    size = bytes_of(state.tensors()) / 1e9
-    return f"a checkpoint of {size:.2g} GB every {' and every '.join(when)}; the newest {settings['keep']} are kept"
-
-
-def check_room(out: Path, model_bytes: float, state: TrainState) -> None:
-    """Days of training should not end with a full disk."""
-    need, what, advice = model_bytes, "the trained model", "make room"
-    if state.settings["save_every"] or state.settings["save_minutes"]:
-        need += bytes_of(state.tensors())
-        what, advice = "the trained model and a checkpoint", "make room, or give --save-minutes 0 to do without"
-    free = shutil.disk_usage(out).free
-    if need > free:
-        raise OSError(f"{what} will take {need / 1e9:.1f} GB and --out {out} has {free / 1e9:.1f} GB free: {advice}")
+    size = sum(tensor.nbytes for tensor in state.tensors().values())
+    check_room("the trained model and a checkpoint", model_bytes + size, free, where,
+               "make room, or give --save-minutes 0 to do without a checkpoint")
+    return (f"a checkpoint of {size / 1e9:.2g} GB every {' and every '.join(when)}; the newest {settings['keep']} are "
+            "kept")
 
 
 def save_is_due(state: TrainState) -> bool:
-    """By --save-every or --save-minutes. Clocks differ, so process 0's decides for all."""
+    """After the step that comes next, by --save-every or --save-minutes.
+
+    Clocks differ, and no process can save alone, so `synchronized_steps` asks all of them.
+    """
     every, minutes = state.settings["save_every"], state.settings["save_minutes"]
-    if every and state.step % every == 0:
+    if every and (state.step + 1) % every == 0:
         return True
-    if not minutes:
-        return False
-    due = torch.tensor(int(time.monotonic() - state.tried_at >= 60 * minutes))
-    dist.broadcast(due, src=0)              # on the CPU, so over gloo: no process waits for its GPU
-    return bool(due)
+    return minutes > 0 and time.monotonic() - state.tried_at >= 60 * minutes
 
 
 @contextmanager
@@ -296,73 +270,59 @@ def saved_on_error(state: TrainState) -> Iterator[None]:
             path = state.newest
             text += (f"; {path} has it as trained up to that step: when this is mended, the same command goes on from "
                      f"there; `python load_weights.py export --model {path} --out DIR` makes a model of it")
-        raise (ValueError if isinstance(error, ValueError) else OSError)(text) from None
+        raise ValueError(text) from None
 
 
 def try_to_save(state: TrainState) -> None:
     """Save. A full disk does not end the run until the third failure in a row."""
     try:
-        path = save_checkpoint(state)
+        save_checkpoint(state)
+        state.failed_saves = 0
     except OSError as e:
         state.failed_saves += 1
         if state.failed_saves == 3:
             raise
         print0(f"warning: {e}; training goes on with the checkpoint before it")
-        return
-    state.failed_saves = 0
-    print0(f"saved {path}")
-
-
-def try_to_keep(save: Callable[[Path], None], best: Path) -> None:
-    """Replace the best model so far, all at once. A full disk does not end the run. All processes take part."""
-    part = best.with_name(f".writing_{best.name}")
-    try:
-        on_process_0(lambda: remove(part))
-        save(part)
-        on_process_0(lambda: (remove(best), part.rename(best), sync_folder(best.parent)))
-    except OSError as e:
-        print0(f"warning: the best model so far was not written to {best} ({e}); training goes on")
-        return
-    print0(f"saved {best}: the lowest validation loss so far")
 
 # ---------------------------------------------------------------------------------------------------
 # Finding and resuming
 
-# Required fields of checkpoint.json, and of its settings those that are used rather than just compared.
-MANIFEST = {"step": int, "updates": int, "data": str, "files": dict, "crc32": dict, "config": dict, "sources": list}
-SETTINGS = {"stage": str, "dtype": str, "image_mode": str, "dropout": (int, float), "lora_alpha": (int, float)}
+# Fields of checkpoint.json, and of its settings those that are used rather than just compared: their type or values.
+MANIFEST = {"step": int, "updates": int, "crc32": dict, "config": dict, "sources": list}
+SETTINGS = {"stage": str, "dtype": [*DTYPES], "image_mode": [*IMAGE_MODES], "dropout": (int, float),
+            "lora_alpha": (int, float)}
 
 
-def read_manifest(checkpoint: Path) -> dict:
-    """checkpoint.json. ValueError: a field that is missing or of the wrong type."""
-    path = checkpoint / "checkpoint.json"
-    manifest = read_json(path)
-    for part, kinds in (("", MANIFEST), ("config", SETTINGS)):
-        values = manifest[part] if part else manifest
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint. ValueError: a field is missing or wrong, or a file does not hold what was written."""
+    manifest = read_json(path / "checkpoint.json")
+    problem = wrong_field(manifest) or damage(path, manifest["crc32"])
+    if problem:
+        raise ValueError(f"{path}: {problem}")
+    return Checkpoint(path, manifest)
+
+
+def wrong_field(manifest: dict) -> str:
+    """The first field of checkpoint.json that cannot be used; "" if all can."""
+    for values, kinds in ((manifest, MANIFEST), (manifest.get("config"), SETTINGS)):
         for name, kind in kinds.items():
-            if name not in values:
-                raise ValueError(f"{path} lacks {name!r}")
-            if not isinstance(values[name], kind):
-                raise ValueError(f"{path} has {str(values[name])[:40]!r} for {name!r}")
-    return manifest
+            value = values.get(name)
+            fits = value in kind if isinstance(kind, list) else isinstance(value, kind)
+            if not fits:
+                return f"checkpoint.json has {str(value)[:40]!r} for {name!r}"
+    strange = [source for source in manifest["sources"] if not isinstance(source, str)]
+    return f"checkpoint.json has {strange[0]!r} among its 'sources'" if strange else ""
 
 
-def check_files(checkpoint: Path, manifest: dict) -> None:
-    """ValueError: a file that is missing or does not hold what was written. Reads all of them."""
-    for name, size in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, checkpoint.json says {size}")
-    expected = manifest["crc32"]
+def damage(path: Path, checksums: dict[str, str]) -> str:
+    """The first file that does not hold what was written; "" if all do. Reads all of them."""
     # Both reading and zlib release the GIL: threads keep the disk and several cores busy.
     with ThreadPoolExecutor() as pool:
-        found = pool.map(crc32, [checkpoint / name for name in expected])
-        for name, value in zip(expected, found):
-            if value != expected[name]:
-                raise ValueError(f"{checkpoint / name} is damaged: its checksum is {value}, checkpoint.json says "
-                                 f"{expected[name]}")
+        found = pool.map(crc32, [path / name for name in checksums])
+        for name, value in zip(checksums, found):
+            if value != checksums[name]:
+                return f"{name} is damaged: its checksum is {value}, checkpoint.json says {checksums[name]}"
+    return ""
 
 
 def find_checkpoint(settings: dict) -> Checkpoint | None:
@@ -370,27 +330,21 @@ def find_checkpoint(settings: dict) -> Checkpoint | None:
 
     ValueError if there are checkpoints but none is complete: a new run would delete them, and nobody asked for that.
     """
-    if settings["resume"] == "never":
+    out, resume = Path(settings["out"]), settings["resume"]
+    if resume == "never":
         return None
-    for part in Path(settings["out"]).glob(".writing_step_*"):
+    for part in out.glob(".writing_step_*"):
         if (part / "checkpoint.json").is_file():                # a kill came between completing and renaming it
             put_in_place(part, settings["keep"])
-    if settings["resume"] == "auto":
-        candidates = sorted(Path(settings["out"]).glob("step_*"), reverse=True)
-        advice = "; nor is any before it. --resume never deletes them and begins again"
-    else:
-        candidates = [Path(settings["resume"])]
-        advice = ""
+    candidates = sorted(out.glob("step_*"), reverse=True) if resume == "auto" else [Path(resume)]
     for path in candidates:
         try:
-            manifest = read_manifest(path)
-            check_files(path, manifest)
-            return Checkpoint(path, manifest)
+            return read_checkpoint(path)
         except (ValueError, OSError) as e:
             problem = e
-            print0(f"passing over {path.name}: {problem}")
+            print0(f"passing over {path.name}: {e}")
     if candidates:
-        raise ValueError(f"{candidates[0]}: not a complete checkpoint: {problem}{advice}")
+        raise ValueError(f"no complete checkpoint: {problem}; --resume never deletes all of them and begins again")
     return None
 
 
@@ -409,25 +363,16 @@ def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
 
 
 def read_for_export(checkpoint: Path) -> tuple[dict, list[Path]]:
-    """The run's settings and the folders that it started from. ValueError if checkpoint.json is damaged."""
-    manifest = read_manifest(checkpoint)
-    settings, sources = manifest["config"], manifest["sources"]
-    for name, choices in (("dtype", DTYPES), ("image_mode", IMAGE_MODES)):
-        if settings[name] not in choices:
-            raise ValueError(f"{checkpoint / 'checkpoint.json'}: {name} is {settings[name][:40]!r}, expected "
-                             f"{', '.join(choices)}")
-    if not all(isinstance(source, str) for source in sources):
-        raise ValueError(f"{checkpoint / 'checkpoint.json'}: 'sources' are not the names of folders")
-    return settings, [Path(source) for source in sources]
+    """The run's settings and the folders that it started from. ValueError if the checkpoint is damaged."""
+    manifest = read_checkpoint(checkpoint).manifest
+    return manifest["config"], [Path(source) for source in manifest["sources"]]
 
 
 def trained_tensors(checkpoint: Path) -> dict[str, Callable[[], Tensor]]:
     """Name of each trained weight -> a function that reads it, whole and in fp32, without a process group.
 
-    For `load_weights.py export`. LoRA adapters keep their own names; merging them is left to the caller. ValueError if
-    a file is damaged.
+    For `load_weights.py export`. LoRA adapters keep their own names; merging them is left to the caller.
     """
-    check_files(checkpoint, read_manifest(checkpoint))
     sizes = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
 
     def read(name: str) -> Tensor:
@@ -449,10 +394,7 @@ def read_settings(out: Path) -> dict:
     During a run it only holds the run's settings, under "training"; the finished model's config is added to them.
     """
     path = out / "config.json"
-    try:
-        saved = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        raise ValueError(f"{path}: not json; delete it to go on from the newest checkpoint next to it") from None
+    saved = read_json(path) if path.exists() else {}
     return saved if "training" in saved else {}
 
 
@@ -464,42 +406,38 @@ def lock_output(out: Path, patience: float = 40) -> Iterator[None]:
     it is not the same folder for all processes.
     """
     with ExitStack() as stack:
-        def hold() -> None:
-            refuse_foreign(out)
+        def hold() -> str:
+            files = out.iterdir() if out.exists() else []
+            foreign = [path for path in files if path.name != LOCK and not path.name.startswith(".writing_")]
+            if foreign and not read_settings(out):
+                raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new "
+                                 "folder")
             stack.enter_context(hold_folder(out))
-        on_process_0(hold)
-        check_shared(out, patience)
+            token = out / f".writing_token_{time.time_ns()}"
+            token.touch()
+            return token.name
+        check_shared(out / on_process_0(hold), patience)
         yield
 
 
-def check_shared(out: Path, patience: float) -> None:
-    """ValueError on every process if one does not see a file that process 0 has just written to `out`.
+def check_shared(token: Path, patience: float) -> None:
+    """ValueError on every process if one does not see this file, which process 0 has just written to --out.
 
     Each process writes its part of a checkpoint there: with separate folders per node, none would be complete. NFS may
     show a new folder half a minute late, hence `patience`, in seconds.
     """
-    token = on_process_0(lambda: f".writing_token_{secrets.token_hex(8)}")
-    on_process_0((out / token).touch)
-
     def look() -> str:
         wait_until = time.monotonic() + patience
-        while not (out / token).exists():
+        while not token.exists():
             if time.monotonic() > wait_until:
                 return socket.gethostname()
             time.sleep(0.1)
         return ""
     blind = [host for host in on_every_process(look) if host]
-    on_process_0((out / token).unlink)
+    on_process_0(token.unlink)
     if blind:
-        raise ValueError(f"--out {out} is not shared: {blind[0]} does not see what process 0 writes there; give a "
-                         "folder that is the same one on all nodes")
-
-
-def refuse_foreign(out: Path) -> None:
-    files = out.iterdir() if out.exists() else []
-    foreign = [path for path in files if path.name != LOCK and not path.name.startswith(".writing_")]
-    if foreign and not read_settings(out):
-        raise ValueError(f"--out {out} holds files that are not a training run's; choose an empty or a new folder")
+        raise ValueError(f"--out {token.parent} is not shared: {blind[0]} does not see what process 0 writes there; "
+                         "give a folder that is the same one on all nodes")
 
 
 def check_same_settings(then: dict, now: dict, may_change: set[str], problem: str) -> None:
@@ -512,9 +450,6 @@ def check_same_settings(then: dict, now: dict, may_change: set[str], problem: st
         raise ValueError(problem + ":\n  " + "\n  ".join(different))
 
 
-DATA_CHECKSUM = "data checksum"          # its name among the settings of a run
-
-
 def is_finished(settings: dict) -> bool:
     """True if --out holds the model of a finished run with these settings; ValueError if they were different.
 
@@ -523,41 +458,34 @@ def is_finished(settings: dict) -> bool:
     saved = read_settings(Path(settings["out"]))
     if settings["resume"] != "auto" or "model_type" not in saved:
         return False
-    then, (files, weights) = saved["training"], zip(*map(weighted, settings["data"]))
-    there = all(Path(file).is_file() for file in files)
-    now = settings | {DATA_CHECKSUM: joint_checksum([sha256(Path(file)) for file in files], weights) if there else None}
-    may_change = MAY_CHANGE - {"data", "images"}
-    if then.get(DATA_CHECKSUM) == now[DATA_CHECKSUM]:
-        may_change |= {"data"}
-    if list(map(Path, then["images"])) == list(map(Path, now["images"])):       # however they are written
-        may_change |= {"images"}
-    check_same_settings(then, now, may_change,
+    files, weights = zip(*map(weighted, settings["data"]))
+    now = settings | {DATA_CHECKSUM: joint_checksum([sha256(Path(file)) for file in files], weights)}
+    check_same_settings(saved["training"], now, MAY_CHANGE - {"images"},
                         f"--out {settings['out']} holds a finished model made with other settings; "
                         "choose another --out, or --resume never to train afresh over it")
     return True
 
 
-def prepare_out(settings: dict, data_checksum: str) -> Checkpoint | None:
-    """Make --out ready for a run on data of this checksum -> the checkpoint to go on from, if there is one.
+def prepare_out(settings: dict) -> Checkpoint | None:
+    """Make --out ready for a run with these settings -> the checkpoint to go on from, if there is one.
 
     ValueError, before anything is changed, if that checkpoint was made with other settings.
     """
     out = Path(settings["out"])
-    now = settings | {DATA_CHECKSUM: data_checksum}
-    checkpoint = on_process_0(lambda: find_checkpoint(settings))
 
-    def prepare() -> None:
-        if checkpoint:
-            then = checkpoint.manifest["config"] | {DATA_CHECKSUM: checkpoint.manifest["data"]}
-            check_same_settings(then, now, MAY_CHANGE, f"{checkpoint.path} was made with other settings; "
-                                "give the same, or --resume never and another --out")
+    def prepare() -> Checkpoint | None:
+        checkpoint = find_checkpoint(settings)
         leftovers = [".writing_*"]
-        if not checkpoint:
+        if checkpoint:
+            check_same_settings(checkpoint.manifest["config"], settings, MAY_CHANGE,
+                                f"{checkpoint.path} was made with other settings; give the same, or --resume never "
+                                "and another --out")
+        else:
             leftovers += ["step_[0-9]*", "model*.safetensors*", "best", BAD_SAMPLES]
         for pattern in leftovers:
             for path in out.glob(pattern):
                 remove(path)
-        write_whole(out / "config.json", json.dumps({"training": now}, indent=2) + "\n")
+        write_whole(out / "config.json", json.dumps({"training": settings}, indent=2) + "\n")
+        return checkpoint
 
-    on_process_0(prepare)
-    return checkpoint
+    return on_process_0(prepare)

@@ -39,7 +39,12 @@ if sys.version_info < (3, 11):
 
 
 def explain_import(kind, error, trace) -> None:
-    """One line instead of the traceback where a package is missing, or lacks what a later version has."""
+    """One line instead of the traceback where a package is missing, or lacks what a later version has.
+
+    Nothing is said about a Ctrl-C while packages are imported: Python then ends as programs do that have no handler.
+    """
+    if kind is KeyboardInterrupt:
+        return
     package = error.name.partition(".")[0] if isinstance(error, ImportError) and error.name else ""
     if package not in PACKAGES:
         sys.__excepthook__(kind, error, trace)
@@ -74,14 +79,14 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kind):
-        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | kind)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kind)
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; see `python {self.prog} --help`")
 
 
-def between(least: float, most: float) -> Callable[[str], float]:
-    """An argparse type: a number in this range, a whole one if `least` is an int. NaN is refused."""
+def at_least(least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """An argparse type: a number in this range, a whole one if `least` is an int. NaN and infinity are refused."""
     number = type(least)
     limit = f" and at most {most}" if most < sys.float_info.max else ""
     kind = "whole number" if number is int else "number"
@@ -95,10 +100,6 @@ def between(least: float, most: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"expected a {kind} of at least {least}{limit}, found {text}")
         return value
     return read
-
-
-def at_least(least: float) -> Callable[[str], float]:
-    return between(least, sys.float_info.max)           # the largest finite float: infinity is refused
 
 
 def parse_or_exit(parse: Callable):
@@ -182,19 +183,21 @@ def print_last(line: str) -> None:
 def flag_for(path: Path, args: tuple) -> str:
     """" (--out VALUE)", for the flag that leads to this path; "" if none does.
 
-    Its value, which may be its default, is the path, a folder above it, or one below that could not be made.
+    Its value, which may be its default, is the path, the closest folder above it, or one below that could not be made.
     """
-    flags = []
+    above, below = [], []
     for settings in args:
         for name, value in vars(settings).items() if isinstance(settings, argparse.Namespace) else ():
-            values = value if isinstance(value, list) else [value]
-            flags += [(name.replace("_", "-"), Path(v)) for v in values if v and isinstance(v, (str, Path))]
-    # An exact match first, then the closest folder above.
-    flags.sort(key=lambda flag: (flag[1] not in (path, *path.parents), -len(flag[1].parts)))
-    for name, value in flags:
-        if value in (path, *path.parents) or path in value.parents:
-            return f" (--{name} {value})"
-    return ""
+            for place in value if isinstance(value, list) else [value]:
+                if not place or not isinstance(place, (str, Path)):
+                    continue
+                flag = (Path(place), f" (--{name.replace('_', '-')} {place})")
+                if flag[0] in (path, *path.parents):
+                    above.append(flag)
+                elif path in flag[0].parents:
+                    below.append(flag)
+    _, text = max(above or below, key=lambda flag: len(flag[0].parts), default=(path, ""))
+    return text
 
 
 def plural(n: int, noun: str) -> str:
@@ -318,17 +321,19 @@ def hold_folder(out: Path) -> Iterator[None]:
     path = out / LOCK
     while True:
         file = open(path, "a+")
+        problem = "" if fcntl else "this system has no POSIX locks"
         try:
-            if fcntl is None:
-                raise OSError("this system has no POSIX locks")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
+            problem = e
             if e.errno in (errno.EAGAIN, errno.EACCES):         # the two that POSIX has for a lock that is taken
                 file.seek(0)
                 owner = file.read().strip() or "another process"
                 file.close()
                 raise ValueError(f"{out} is in use by {owner}; wait for it, end it, or choose another folder") from None
-            warn_once(f"{out} cannot be locked ({e}): do not start a second run in it")
+        if problem:
+            warn_once(f"{out} cannot be locked ({problem}): do not start a second run in it")
         # The previous holder may have deleted the file after we opened it. Then ours is unlinked, and locking it keeps
         # nobody out.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -353,10 +358,13 @@ def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...]
 
     kind: the expected type, an object (dict) unless the caller can read a list too.
     """
+    problem = ""
     if not path.is_file():
-        raise ValueError(f"{path}: not there; it belongs to the download")
-    if path.stat().st_size > limit:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, too large for a json file of a model folder")
+        problem = "not there; it belongs to the download"
+    elif path.stat().st_size > limit:
+        problem = f"{path.stat().st_size} bytes, too large for a json file of a model folder"
+    if problem:
+        raise ValueError(f"{path}: {problem}")
     return parse_json(path.read_bytes(), str(path), kind)
 
 
@@ -451,11 +459,10 @@ def find_model(asked: str | None) -> Path:
 
 def visible(text: str) -> str:
     """Escape control characters and direction marks, so that a model's text cannot act on a terminal or a page."""
-    shown = []
-    for c in text:
-        harmful = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"
-        shown.append(f"\\u{ord(c):04x}" if harmful else c)
-    return "".join(shown)
+    for c in set(text) - {"\n", "\t"}:
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            text = text.replace(c, f"\\u{ord(c):04x}")
+    return text
 
 
 def visible_name(name: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data import Batch
-from lib.common import DTYPES, Torchrun, torchrun_env
+from lib.common import DTYPES, torchrun_env
 
 resource = None
 with suppress(ImportError):
@@ -34,10 +34,13 @@ def free_memory(device: str | torch.device) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
-    if info.exists():
-        available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info.read_text()).group(1))
-        return min(available, free_in_container())
-    return total_memory()
+    if not info.exists():
+        return total_memory()
+    return min(1024 * number_after("MemAvailable:", info), free_in_container())
+
+
+def number_after(name: str, file: Path) -> int:
+    return int(re.search(rf"^{name}\s+(\d+)", file.read_text(), re.MULTILINE).group(1))
 
 
 def total_memory() -> float:
@@ -50,11 +53,11 @@ def free_in_container(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 
     Page cache counts as used there, although the kernel gives it back when asked for memory.
     """
-    limit, used, details = cgroup / "memory.max", cgroup / "memory.current", cgroup / "memory.stat"
+    limit = cgroup / "memory.max"
     if not limit.exists() or limit.read_text().strip() == "max":
         return math.inf
-    cache = int(re.search(r"^inactive_file (\d+)", details.read_text(), re.MULTILINE).group(1))
-    return int(limit.read_text()) - int(used.read_text()) + cache
+    used = int((cgroup / "memory.current").read_text()) - number_after("inactive_file", cgroup / "memory.stat")
+    return int(limit.read_text()) - used
 
 
 def memory_of(device: torch.device) -> float:
@@ -108,13 +111,17 @@ def choose_device(asked: str | None) -> str:
     device = asked or here[-1]
     if problem and not asked:
         print(f"{problem}; computing on the {device}", file=sys.stderr)
-    if device.split(":")[0] not in here:
-        raise ValueError(f"--device {device}: this machine and this torch {torch.__version__} offer {', '.join(here)}"
-                         + (f"; {problem}" if problem else ""))
-    try:
-        torch.empty(0, device=device)       # "cuda:7" on a machine with two
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    refusal = ""
+    if device.split(":")[0] in here:
+        try:
+            torch.empty(0, device=device)   # "cuda:7" on a machine with two
+        except (RuntimeError, AssertionError) as e:
+            refusal = str(e).splitlines()[0]
+    else:
+        refusal = f"this machine and this torch {torch.__version__} offer {', '.join(here)}"
+        refusal += f"; {problem}" if problem else ""
+    if refusal:
+        raise ValueError(f"--device {device}: {refusal}")
     return device
 
 
@@ -129,12 +136,31 @@ def use_device(device: str | torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def check_gpu_count(here: Torchrun) -> None:
+def check_gpu_count() -> None:
     """ValueError if torchrun started more processes on this machine than it has GPUs."""
+    here = torchrun_env()
     n_gpus = torch.cuda.device_count()
     if max(here.local_world, here.local_rank + 1) > n_gpus:
         raise ValueError(f"{here.local_world} processes on a machine with {n_gpus} GPUs: give torchrun one for each "
                          "(--nproc_per_node)")
+
+
+def take_gpu(dtype: str) -> torch.device:
+    """Make this process's GPU the current one, and return it. ValueError where it cannot train in this dtype.
+
+    A V100 or T4 can only emulate bf16, many times slower than it computes in fp32.
+    """
+    check_gpu_count()
+    device = torch.device("cuda", torchrun_env().local_rank)
+    torch.cuda.set_device(device)
+    problem = missing_kernels(device.index)
+    advice = "--device cpu trains on the CPU"
+    if not problem and dtype == "bf16" and not has_bf16("cuda"):
+        problem = f"{torch.cuda.get_device_name(device)} has no bf16 arithmetic"
+        advice = "give --dtype fp32, which takes twice the memory and no flash attention"
+    if problem:
+        raise ValueError(f"{problem}; {advice}")
+    return device
 
 
 def missing_kernels(card: int) -> str:
@@ -149,10 +175,8 @@ def missing_kernels(card: int) -> str:
     built_for = torch.cuda.get_arch_list()
     for arch in built_for:
         kind, number = re.match(r"(sm|compute)_(\d+)", arch).groups()
-        arch_major, arch_minor = divmod(int(number), 10)
-        if kind == "sm" and arch_major == major and arch_minor <= minor:
-            return ""
-        if kind == "compute" and (arch_major, arch_minor) <= (major, minor):
+        built = divmod(int(number), 10)
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
             return ""
     return (f"{torch.cuda.get_device_name(card)} has compute capability {major}.{minor}, and this torch "
             f"{torch.__version__} has kernels for {', '.join(built_for)}")
@@ -181,25 +205,21 @@ def has_bf16(device: str) -> bool:
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor | list[int], ...]:
-    """The arguments of LLaVAPhi.forward.
+    """The arguments of LLaVAPhi.forward, which are a batch's fields.
 
     The loader pins its batches, so the host does not wait for the copies. Lengths are plain ints: FSDP moves every
     tensor argument to the GPU, but the host needs the lengths to lay out the attention.
     """
-    ids = batch.ids.to(device, non_blocking=True)
-    images = batch.images.to(device, non_blocking=True)
-    image_positions = batch.image_positions.to(device, non_blocking=True)
-    loss_positions = batch.loss_positions.to(device, non_blocking=True)
-    targets = batch.targets.to(device, non_blocking=True)
-    return ids, batch.lengths.tolist(), images, image_positions, loss_positions, targets, batch.split
+    batch = batch._replace(lengths=batch.lengths.tolist())
+    return tuple(field.to(device, non_blocking=True) if isinstance(field, Tensor) else field for field in batch)
 
 # ---------------------------------------------------------------------------------------------------
 # Cards
 
 # Dense bf16 FLOP/s with fp32 accumulation, and GB of memory, from NVIDIA's datasheets. An entry matches every card
-# whose name has all of its words; more specific entries come first.
+# whose name has all of its words; more specific entries come first, so a mere "H100" is the SXM one.
 CARDS = {
-    "H100 PCIe": (756e12, 80), "H100 NVL": (835e12, 94), "H100 HBM3": (989e12, 80), "H200 NVL": (835e12, 141),
+    "H100 PCIe": (756e12, 80), "H100 NVL": (835e12, 94), "H100": (989e12, 80), "H200 NVL": (835e12, 141),
     "H200": (989e12, 141), "GH200": (989e12, 96), "B200": (2250e12, 180), "A100": (312e12, 80), "A40": (149.7e12, 48),
     "A30": (165e12, 24), "A10": (125e12, 24), "RTX A6000": (154.8e12, 48), "L40S": (362e12, 48), "L40": (181e12, 48),
     "L4": (121e12, 24), "RTX 3090": (71e12, 24), "RTX 4090": (165.2e12, 24), "RTX 5090": (209.5e12, 32),
@@ -208,12 +228,13 @@ VARIANTS = {"laptop", "mig", "max", "d", "ti"}              # words that mark a 
 
 
 def find_card(name: str) -> tuple[float, float] | None:
-    """A card's peak FLOP/s and its GB, by torch's name for it; None if it is not in the table."""
-    words = set(re.split(r"[ -]", name.lower()))
+    """A card's peak FLOP/s and its GB, by torch's name for it or a user's; None if it is not in the table."""
+    words = set(re.split("[ -]", name.lower()))
     if words & VARIANTS:
         return None
     for model, (peak, memory) in CARDS.items():
-        if words >= set(model.lower().split()):
+        its_words = model.lower().split()
+        if words >= {*its_words} or "".join(its_words) in words:        # "rtx4090"
             size = re.search(r"(\d+) ?GB", name)            # an A100 has 40 or 80
             return peak, float(size.group(1)) if size else memory
     return None

@@ -6,8 +6,7 @@ import math
 import socket
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -28,16 +27,10 @@ from lib.processes import on_every_process, print0, synchronized_steps
 View = Callable[[Batch], Batch]
 
 
-def as_they_are(batch: Batch) -> Batch:
-    return batch
-
-
-def blank_pictures(color: Sequence[int]) -> View:
+def blank_pictures(batch: Batch, color: Sequence[int]) -> Batch:
     """Every picture filled with the padding color, which normalization maps to almost zero."""
-    def view(batch: Batch) -> Batch:
-        pixels = torch.tensor(color, dtype=torch.uint8).view(1, 3, 1, 1)
-        return batch._replace(images=pixels.expand_as(batch.images).contiguous())
-    return view
+    pixels = torch.tensor(color, dtype=torch.uint8).view(1, 3, 1, 1)
+    return batch._replace(images=pixels.expand_as(batch.images).contiguous())
 
 
 def after_the_first_word(batch: Batch) -> Batch:
@@ -58,10 +51,10 @@ def no_pictures(batch: Batch) -> Batch:
 
 
 def views_of(cfg: Namespace, held_out: Dataset, step: int) -> list[View]:
-    """How the held-out samples are seen: as they are, with blank pictures, and before stage 1 also without any."""
+    """How else the held-out samples are seen: with blank pictures, and before stage 1 also without any."""
     if not held_out.index.image.any():
-        return [as_they_are]
-    views = [as_they_are, blank_pictures(held_out.image_config.pad_color)]
+        return []
+    views = [partial(blank_pictures, color=held_out.image_config.pad_color)]
     if step == 0 and cfg.stage == "pretrain" and has_new_projector(cfg):
         views += [after_the_first_word, no_pictures]
     return views
@@ -72,7 +65,7 @@ def has_new_projector(cfg: Namespace) -> bool:
 
 
 class HeldOut(NamedTuple):
-    """Mean losses per supervised token, one for each view."""
+    """Mean losses per supervised token: of the samples as they are, and in each view."""
     losses: list[float]
     error: float                # standard error of the second minus the first; NaN where it cannot be estimated
     counted: float              # the loss of a model that only counts how often each token has occurred
@@ -89,19 +82,17 @@ class HeldOut(NamedTuple):
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader: Iterable[Step], device: torch.device,
-             views: Sequence[View] = (as_they_are,)) -> HeldOut:
+def validate(model: nn.Module, loader: Iterable[Step], device: torch.device, views: Sequence[View] = ()) -> HeldOut:
     """Mean losses over every supervised token of the validation set, without dropout. All processes take part."""
     model.eval()
-    rows = []
+    losses, tokens = [], []                     # of each micro-batch, as it is and in each view
     counts = torch.zeros(model.config.llm.vocab_size, dtype=torch.int64)
     try:
-        for step, _, _ in synchronized_steps(loader, []):
+        for step, *_ in synchronized_steps(loader, []):
             for batch in step.batches:
-                seen = [view(batch) for view in views]
-                losses = [model(*to_device(batch, device)).double() for batch in seen]
-                tokens = [len(batch.targets) for batch in seen]
-                rows.append(torch.stack([*losses, *torch.tensor([bool(tokens[0]), *tokens]).to(losses[0])]))
+                seen = [batch, *(view(batch) for view in views)]
+                losses.append(torch.stack([model(*to_device(view, device)).sum() for view in seen]))
+                tokens.append([len(view.targets) for view in seen])
                 counts += torch.bincount(batch.targets, minlength=len(counts))
     finally:
         # A backward pass would have given the gathered weights back. While they are there, the model's parameters are
@@ -110,30 +101,26 @@ def validate(model: nn.Module, loader: Iterable[Step], device: torch.device,
             if isinstance(module, FSDPModule):
                 module.reshard()
         model.train()
-    table = torch.stack(rows)
-    products = table.T @ table                  # sums of products over the micro-batches of all processes
-    products = torch.stack([*products, table.sum(0)])
-    dist.all_reduce(products)
+    table = torch.cat([torch.stack(losses).cpu(), torch.tensor(tokens)], dim=1).double()
+    everywhere = torch.cat(on_every_process(lambda: table))     # of the micro-batches of all processes
+    losses, tokens = everywhere.chunk(2, dim=1)                 # (micro-batches, views) each
     dist.all_reduce(counts)
-    *products, sums = products.cpu()
-    tokens = sums[len(views) + 1:].clamp_min(1)
-    return HeldOut((sums[:len(views)] / tokens).tolist(), error_of_difference(torch.stack(products), sums, len(views)),
+    return HeldOut((losses.sum(0) / tokens.sum(0).clamp_min(1)).tolist(), error_of_difference(losses, tokens),
                    loss_of_counting(counts))
 
 
-def error_of_difference(products: Tensor, sums: Tensor, n: int) -> float:
+def error_of_difference(losses: Tensor, tokens: Tensor) -> float:
     """The standard error of the second view's mean loss minus the first's, from how micro-batches differ in it.
 
-    Tokens of one sample are not independent, samples are, and no sample is in two micro-batches. products and sums are
-    of columns: n losses, whether there are tokens, n numbers of tokens.
+    Tokens of one sample are not independent, samples are, and no sample is in two micro-batches, which are the rows.
     """
-    if n < 2 or sums[n] < 2:
+    n = int((tokens[:, 0] > 0).sum())
+    if losses.size(1) < 2 or n < 2:
         return math.nan
-    worth = (sums[1] - sums[0]) / sums[n + 1]
-    weights = torch.zeros_like(sums)
-    weights[0], weights[1], weights[n + 1] = -1, 1, -worth
-    squares = (weights @ products @ weights).clamp_min(0)
-    return float((squares * sums[n] / (sums[n] - 1)).sqrt() / sums[n + 1])
+    worth = losses[:, 1] - losses[:, 0]
+    tokens = tokens[:, 0]
+    squares = (worth - tokens * worth.sum() / tokens.sum()).square().sum()
+    return float((squares * n / (n - 1)).sqrt() / tokens.sum())
 
 
 def loss_of_counting(counts: Tensor) -> float:
@@ -180,8 +167,7 @@ def rate_problems(model: nn.Module, rates: dict[str, float]) -> list[str]:
         matrices = [p.detach() for p in part.parameters() if p.requires_grad and p.dim() > 1]
         if not matrices:
             continue
-        norm = torch.nn.utils.get_total_norm(matrices)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = torch.nn.utils.get_total_norm(matrices).full_tensor()
         size = float(norm) / math.sqrt(sum(p.numel() for p in matrices))
         if rates[name] > size > 0:
             found.append(f"the rate {rates[name]:g} is too high for the {name}: its weights are {size:.2g} in the "
@@ -230,8 +216,7 @@ class Recheck:
         self.device = device
         self.is_trial = device.type == "cuda"           # the first check finds out which kernels are deterministic
         self.unsteady: set[str] = set()                 # gradients that are not, and are left out
-        self.passes: list[dict[str, Tensor]] = []
-        self.watches = False
+        self.sums: dict[str, Tensor] | None = None      # of the pass that is being watched
         for unit in model.modules():
             if every and isinstance(unit, FSDPModule):
                 unit.unshard()
@@ -244,20 +229,26 @@ class Recheck:
         return bool(self.every) and (self.is_trial or (step + 1) % self.every == 0)
 
     def note(self, name: str, p: Tensor) -> None:
-        if self.watches:
-            self.passes[-1][name] = checksum_of_bits(p.grad)
+        if self.sums is not None:
+            self.sums[name] = checksum_of_bits(p.grad)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        self.passes.append({})
-        self.watches = True
-        yield
-        self.watches = False
+    def add_twice(self, add_gradients: Callable[[bool], Tensor], last: bool,
+                  optimizer: torch.optim.Optimizer) -> Tensor:
+        """Compute a micro-batch's gradients and losses, compare, and keep those of the second pass.
 
-    def compare(self) -> None:
-        """Corrupted, on every process, if the two passes of any of them differ."""
-        one, two = [dict(zip(sums, torch.stack([*sums.values()]).tolist())) for sums in self.passes]
-        self.passes.clear()
+        Corrupted, on every process, if the two passes of any of them differ.
+        """
+        passes = []
+        for is_last in (True, last):
+            optimizer.zero_grad(set_to_none=True)
+            self.sums = {}
+            losses = add_gradients(is_last)
+            passes.append(dict(zip(self.sums, torch.stack([*self.sums.values()]).tolist())))
+        self.sums = None
+        self.compare(*passes)
+        return losses
+
+    def compare(self, one: dict[str, int], two: dict[str, int]) -> None:
         found = on_every_process(lambda: ([name for name in one | two if one.get(name) != two.get(name)],
                                           f"process {dist.get_rank()} on {socket.gethostname()}, {self.device}"))
         if self.is_trial:
@@ -277,8 +268,8 @@ class Recheck:
 
 
 def checksum_of_bits(x: Tensor, chunk: int = 1 << 22) -> Tensor:
-    """A 64-bit sum over the bits of a tensor, each element weighted by an odd number of its own."""
-    bits = x.detach().reshape(-1).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+    """A 64-bit sum over the bits of a tensor, every 16 of them weighted by an odd number of their own."""
+    bits = x.detach().reshape(-1).view(torch.int16)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for start in range(0, len(bits), chunk):
         part = bits[start:start + chunk]

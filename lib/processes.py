@@ -20,10 +20,10 @@ from lib.common import detach_stdout, torchrun_env, warn_once
 # Collectives
 
 
-def join_group(backend: str, timeout: timedelta, **group_of_one) -> None:
-    """Join the group that torchrun's environment describes, or make a group of one from these options."""
+def join_group(backend: str, timeout: timedelta) -> None:
+    """Join the group that torchrun's environment describes; without torchrun, make a group of one."""
     try:
-        dist.init_process_group(backend, timeout=timeout, **(group_of_one or group_of_this_attempt(timeout)))
+        dist.init_process_group(backend, timeout=timeout, **meeting_point(timeout))
     except RuntimeError as e:
         first_line = str(e).partition("\n")[0][:200]
         if "EADDRINUSE" in first_line:
@@ -35,18 +35,20 @@ def join_group(backend: str, timeout: timedelta, **group_of_one) -> None:
         raise OSError(problem) from None
 
 
-def group_of_this_attempt(timeout: timedelta) -> dict:
-    """Options of init_process_group, for processes that torchrun --max-restarts may have started again; else {}.
+def meeting_point(timeout: timedelta) -> dict:
+    """Options of init_process_group that say where the processes meet; {}: where torchrun's variables say.
 
-    All attempts share torchrun's key-value store. With the same keys, a new process may read the address that its
-    predecessor left there, and wait in vain. Nodes count their attempts separately, so several have no common prefix;
-    docs/cluster.md names the variable that gives each attempt a store of its own.
+    A process by itself needs no address. All attempts of torchrun --max-restarts share a key-value store: with the same
+    keys, a new process may read the address that its predecessor left there, and wait in vain. Nodes count their
+    attempts separately, so several have no common prefix; docs/cluster.md names the variable that gives each attempt a
+    store of its own.
     """
-    here = torchrun_env()
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or here.world > here.local_world:
+    here, attempt = torchrun_env(), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if "RANK" not in os.environ:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if attempt is None or here.world > here.local_world:
         return {}
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
     return {"store": dist.PrefixStore(f"attempt {attempt}", store), "rank": rank, "world_size": world}
 
 
@@ -100,14 +102,9 @@ def on_process_0(work: Callable):
     An OSError or ValueError is raised on every process as well: if only process 0 left, the others would wait for it
     in their next collective until that timed out.
     """
-    result_and_error = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            result_and_error[0] = work()
-        except (OSError, ValueError) as e:
-            result_and_error[1] = e
-    dist.broadcast_object_list(result_and_error, src=0, group=patient_group())
-    result, error = result_and_error
+    sent = [outcome_of(work) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(sent, src=0, group=patient_group())
+    [(result, error)] = sent
     if error:
         raise error
     return result
@@ -115,32 +112,32 @@ def on_process_0(work: Callable):
 
 def on_every_process(work: Callable) -> list:
     """Call `work` on every process -> all results, on every process. An error on one is raised on all."""
-    result_and_error = [None, None]
-    try:
-        result_and_error[0] = work()
-    except (OSError, ValueError) as e:
-        result_and_error[1] = e
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, result_and_error, group=patient_group())
+    dist.all_gather_object(gathered, outcome_of(work), group=patient_group())
     for _, error in gathered:
         if error:
             raise error
     return [result for result, _ in gathered]
 
 
-def smallest(number: float) -> float:
-    """The smallest of all processes' numbers. It is reduced on the CPU, so no process waits for its GPU."""
-    numbers = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
-    return numbers.item()
+def outcome_of(work: Callable) -> tuple:
+    """The result of `work` and no error, or none and the OSError or ValueError that it ended with."""
+    try:
+        return work(), None
+    except (OSError, ValueError) as e:
+        return None, e
 
 
-def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
-    """A loader's steps -> (step, its supervised tokens over all processes, whether to stop), on every process alike.
+LAUNCHER = os.getppid()
 
-    A process that cannot read its data, or has been told by a signal to stop, cannot simply leave: the others would
-    wait for it in their next collective. So all processes exchange their status before each step, and an error on one
-    of them is raised as a ValueError on all.
+
+def synchronized_steps(loader: Loader, signals: list[int],
+                       save_is_due: Callable[[], bool] = lambda: False) -> Iterator[tuple[Step, int, bool, bool]]:
+    """A loader's steps -> (step, its supervised tokens over all processes, and whether to stop, and to save, after it).
+
+    They are the same on every process. One that cannot read its data, or has been told by a signal to stop, cannot
+    simply leave: the others would wait for it in their next collective. So all processes exchange their status before
+    each step, and an error on one of them is raised as a ValueError on all.
     """
     steps = iter(loader)
     while True:
@@ -160,15 +157,15 @@ def synchronized_steps(loader: Loader, signals: list[int]) -> Iterator[tuple[Ste
         if step is None and problem is None:
             return
         supervised = sum(len(batch.targets) for batch in step.batches) if step else 0
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
+            signals.append(signal.SIGTERM)      # torchrun is gone, and nobody else would end this process
         # The tensor is on the CPU, so this goes over gloo and no process waits for its GPU.
-        sums = torch.tensor([supervised, count_signals(signals), int(problem is not None)])
+        sums = torch.tensor([supervised, len(signals), save_is_due(), problem is not None])
         dist.all_reduce(sums)
-        supervised, n_signals, n_problems = sums.tolist()
+        supervised, stop, save, n_problems = sums.tolist()
         if n_problems:
-            problems = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            raise ValueError(next(p for p in problems if p))
-        yield step, supervised, n_signals > 0
+            raise ValueError(next(filter(None, on_every_process(lambda: problem))))
+        yield step, supervised, bool(stop), bool(save)
 
 # ---------------------------------------------------------------------------------------------------
 # Signals and errors
@@ -198,16 +195,6 @@ def watch_signals() -> list[int]:
     return received
 
 
-LAUNCHER = os.getppid()
-
-
-def count_signals(received: list[int]) -> int:
-    """How many signals have come to this process. If torchrun is gone, nobody will end it, so that counts as one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != LAUNCHER:
-        received.append(signal.SIGTERM)
-    return len(received)
-
-
 def exit_code_of_stop(received: list[int]) -> int:
     """128 + the number of the signal that stopped the run, whichever process it came to.
 
@@ -223,16 +210,22 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
         "was likely closed", "remote process exited")
 
 
-def explain(error: RuntimeError) -> str:
-    """One line about a failed collective; "" for every other error, which is a bug and keeps its traceback.
+def explain(error: RuntimeError, cfg: Namespace) -> str:
+    """One line about a failed collective or a full GPU; "" for every other error, a bug, which keeps its traceback.
 
     The lost process has printed its own reason, or torchrun will. NCCL's messages have several lines, and the last
-    names the cause.
+    names the cause. Of torch's paragraph about memory: what was requested and what there is.
     """
     message = str(error)
     process = f"process {dist.get_rank()} of {dist.get_world_size()} on {socket.gethostname()}"
     cause = message.partition("Last error:")[2].strip() or message.partition("\n")[0]
     cause = " ".join(cause.split())[:300]
+    if isinstance(error, torch.OutOfMemoryError):
+        facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", message)
+        advice = f"give --micro-tokens less than {cfg.micro_tokens}"
+        if cfg.recompute != "full":
+            advice += " or --recompute full"
+        return f"{process} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"
     if dist.get_world_size() > 1 and any(sign in message for sign in LOST):
         return f"{process} lost another one ({cause}); start again to go on from the newest checkpoint"
     if "NCCL error" in message:
@@ -257,12 +250,3 @@ def explain_dead_worker(error: RuntimeError | EOFError | ConnectionError) -> str
         reason = message.strip().rpartition("\n")[2][:200]
     return (f"a data worker of process {dist.get_rank()} on {socket.gethostname()} died ({reason}). In a container "
             "it may lack shared memory: start that with --ipc=host or --shm-size=8g; or give --workers 0")
-
-
-def explain_out_of_memory(error: torch.OutOfMemoryError, cfg: Namespace) -> str:
-    """torch's paragraph in one line: what was requested, what there is, and which flag to lower."""
-    facts = re.findall(r"Tried to allocate [\d.]+ \w+|total capacity of [\d.]+ \w+|[\d.]+ \w+ is free", str(error))
-    advice = f"give --micro-tokens less than {cfg.micro_tokens}"
-    if cfg.recompute != "full":
-        advice += " or --recompute full"
-    return f"process {dist.get_rank()} is out of GPU memory ({', '.join(facts)}): {advice}; --plan says what fits"

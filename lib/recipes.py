@@ -8,25 +8,19 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from lib.common import Parser, at_least, between, dtype_name
+from lib.common import Parser, at_least, dtype_name
 
 IMAGE_MODES = ("crop", "pad", "squash")         # how an image is made square, see data.load_image
 
-# Values that differ between stages or recipes; the rest are defaults in `add_flags`. data.py reads these, too.
+# What a stage or recipe has instead of the defaults in `add_flags`. data.py reads these, too.
 # llava-phi: scripts/llava_phi/{pretrain,finetune}.sh, and for sft section 3.1 of the paper (arXiv 2401.02330).
 LLAVA_PHI = {
     "pretrain": {
         "template": "plain",                # image, caption, newline
         "image_mode": "crop",
         "global_batch": 256,                # samples
-        "epochs": 1.0,
         "train": "projector",               # tower and language model are frozen
         "lr": 1e-3,
-        "schedule": "cosine",
-        "beta2": 0.98,
-        "eps": 1e-7,
-        "group": "none",
-        "model": "",
         "llm": "checkpoints/phi-2",
         "vision": "checkpoints/clip-vit-large-patch14-336",
         "data": ["data/pretrain/blip_laion_cc_sbu_558k.json"],
@@ -37,16 +31,10 @@ LLAVA_PHI = {
         "template": "v0",                   # chat
         "image_mode": "pad",
         "global_batch": 128,
-        "epochs": 1.0,
         "train": "projector,llm,vision",    # as in the script; according to the paper, the tower stays frozen
         "lr": 2e-5,
-        "schedule": "cosine",
-        "beta2": 0.98,
-        "eps": 1e-7,
         "group": "modality_length",
         "model": "out/pretrain",
-        "llm": "",
-        "vision": "",
         "data": ["data/finetune/llava_v1_5_mix665k.json"],
         "images": ["data/finetune"],
         "out": "out/finetune",
@@ -59,12 +47,7 @@ LLAVA_PHI = {
         "train": "llm",
         "lr": 3e-5,
         "schedule": "linear",
-        "beta2": 0.98,
-        "eps": 1e-7,
-        "group": "none",
-        "model": "",
         "llm": "checkpoints/phi-2",
-        "vision": "",
         "data": ["data/sft/sharegpt.json"],
         "images": [],
         "out": "out/phi-2-sft",
@@ -72,18 +55,15 @@ LLAVA_PHI = {
 }
 # mipha: scripts/mipha/{pretrain,finetune}.sh of the same repository (arXiv 2403.06199). They keep transformers'
 # defaults for AdamW. There is no sft: the paper finds that it does not help.
+ADAMW = {"beta2": 0.999, "eps": 1e-8}
 MIPHA_RECIPE = {
-    "pretrain": LLAVA_PHI["pretrain"] | {
+    "pretrain": LLAVA_PHI["pretrain"] | ADAMW | {
         "image_mode": "squash",
-        "beta2": 0.999,
-        "eps": 1e-8,
         "vision": "checkpoints/siglip-so400m-patch14-384",
         "out": "out/mipha-pretrain",
     },
-    "finetune": LLAVA_PHI["finetune"] | {
+    "finetune": LLAVA_PHI["finetune"] | ADAMW | {
         "epochs": 2.0,
-        "beta2": 0.999,
-        "eps": 1e-8,
         "model": "out/mipha-pretrain",
         "out": "out/mipha-finetune",
     },
@@ -106,7 +86,7 @@ def parse(argv: list[str] | None) -> Namespace:
                           "LLaVA's published rates and scale for adapters become the defaults")
     chosen = row.parse_known_args(argv)[0]
     if chosen.stage not in RECIPES[chosen.recipe]:
-        raise ValueError(f"--recipe {chosen.recipe} has no --stage {chosen.stage}: start from Phi-2 as it is published")
+        row.error(f"--recipe {chosen.recipe} has no --stage {chosen.stage}: start from Phi-2 as it is published")
 
     parser = Parser(prog="train.py", description="Train LLaVA-Phi: every stage of the published recipes.",
                     epilog=f"The defaults shown are those of --stage {chosen.stage} --recipe {chosen.recipe}"
@@ -115,41 +95,34 @@ def parse(argv: list[str] | None) -> Namespace:
     published = RECIPES[chosen.recipe][chosen.stage]
     parser.set_defaults(**published)
     if chosen.lora_r:
-        parser.set_defaults(**lora_defaults(published, chosen.lora_r))
+        # LLaVA's own recipe for adapters (scripts/v1_5/finetune_lora.sh): a scale of 2 and ten times finetune's rate.
+        # Projector and tower, which are trained whole, keep the stage's rate; the projector does in LLaVA's script,
+        # too, and the tower is frozen there. At a tenth of the rate and a scale of 1/4, adapters learned nothing in a
+        # hundred steps.
+        parser.set_defaults(lora_alpha=2.0 * chosen.lora_r, lr=2e-4, projector_lr=published["lr"],
+                            vision_lr=published["lr"])
     cfg = parser.parse_args(argv)
-    if cfg.plot_to and not cfg.plot:
-        parser.error(f"--plot-to {cfg.plot_to} needs --plot, with the --out folders of runs")
-    if cfg.against and not cfg.plot:
-        parser.error(f"--against {cfg.against} needs --plot, with the --out folders of runs")
-    problem = contradiction(cfg)
+    problem = contradiction(cfg, published)
     if problem:
-        raise ValueError(problem)
+        parser.error(problem)
     return cfg
 
 
-def lora_defaults(published: dict, lora_r: int) -> dict:
-    """LLaVA's own recipe for adapters (scripts/v1_5/finetune_lora.sh): a scale of 2 and ten times finetune's rate.
-
-    Projector and tower, which are trained whole, keep the stage's rate; the projector does in LLaVA's script, too, and
-    the tower is frozen there. At a tenth of the rate and a scale of 1/4, adapters learned nothing in a hundred steps.
-    """
-    return {"lora_alpha": 2.0 * lora_r, "lr": 2e-4, "projector_lr": published["lr"], "vision_lr": published["lr"]}
-
-
 def add_flags(parser: Parser) -> None:
-    """Every other flag. Those without a default here get it from RECIPES."""
+    """Every other flag. Those without a default here have one in every stage of RECIPES."""
     on_or_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("folders").add_argument
-    add("--model", help="model folder to start from; empty: --llm and --vision with a new projector")
-    add("--llm", help="Phi-2 folder (pretrain, sft)")
-    add("--vision", help="CLIP or SigLIP folder (pretrain)")
+    add("--model", default="", help="model folder to start from; empty: --llm and --vision with a new projector")
+    add("--llm", default="", help="Phi-2 folder (pretrain, sft)")
+    add("--vision", default="", help="CLIP or SigLIP folder (pretrain)")
     add("--projector", default="", metavar="FILE", help="trained projector for --llm and --vision, as LLaVA's stage 1 "
         "writes it (mm_projector.bin); default: a new one")
     add("--data", nargs="+", type=lambda name: weighted(name) and name, metavar="FILE[:EPOCHS]", help="records: json "
         "or jsonl, LLaVA's, ShareGPT's or OpenAI's messages; FILE:0.1 gives another tenth of a file to each epoch of "
         "the run, FILE:2 all of it twice")
-    add("--images", nargs="+", help="folder that image paths in the data are relative to, or .zip or .tar archives")
+    add("--images", nargs="+", type=lambda name: str(Path(name)), help="folder that image paths in the data are "
+        "relative to, or .zip or .tar archives")
     add("--follow-links", action=on_or_off, default=False, help="allow links that lead out of that folder")
     add("--val-data", default="", help="validation json, whose loss is measured before, during (--val-every) and after")
     add("--out", help="folder for metrics, checkpoints and the final model; shared by all nodes")
@@ -166,27 +139,27 @@ def add_flags(parser: Parser) -> None:
     add("--image-mode", choices=IMAGE_MODES, help="how images are made square")
     add("--max-length", type=at_least(1), default=2048, help="positions per sample, image expanded; longer samples are "
         "truncated on the right")
-    add("--group", choices=("none", "modality_length"), help="order within an epoch: random, or by modality and length "
-        "as LLaVA groups its batches")
+    add("--group", choices=("none", "modality_length"), default="none", help="order within an epoch: random, or by "
+        "modality and length as LLaVA groups its batches")
     add("--on-bad-sample", choices=("stop", "skip"), default="stop", help="skip: count it, list it in "
         "out/bad_samples.jsonl, give up above 0.1 %%")
-    add("--seed", type=between(0, 2 ** 63 - 1), default=42, help="seed of data order, dropout and new weights")
+    add("--seed", type=at_least(0, 2 ** 63 - 1), default=42, help="seed of data order, dropout and new weights")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--global-batch", type=at_least(1), help="samples per optimizer step, over all processes")
-    add("--epochs", type=at_least(1e-6), help="passes over the data")
+    add("--epochs", type=at_least(1e-6), default=1.0, help="passes over the data")
     add("--max-steps", type=at_least(0), default=0, help="upper limit of optimizer steps; 0: --epochs decides")
     add("--lr", type=at_least(0.0), help="peak learning rate")
     add("--projector-lr", type=at_least(0.0), default=0.0, help="the projector's own peak rate; 0: as --lr")
     add("--vision-lr", type=at_least(0.0), default=0.0, help="the vision tower's own peak rate; 0: as --lr")
-    add("--warmup", type=between(0.0, 1.0), default=0.03, help="fraction of steps in which the rate rises from 0")
-    add("--schedule", choices=("cosine", "linear"), help="how the rate then decays to 0")
-    add("--beta1", type=between(0.0, 0.9999), default=0.9, help="AdamW")
-    add("--beta2", type=between(0.0, 0.9999999), help="AdamW")
-    add("--eps", type=at_least(1e-30), help="AdamW")
+    add("--warmup", type=at_least(0.0, 1.0), default=0.03, help="fraction of steps in which the rate rises from 0")
+    add("--schedule", choices=("cosine", "linear"), default="cosine", help="how the rate then decays to 0")
+    add("--beta1", type=at_least(0.0, 0.9999), default=0.9, help="AdamW")
+    add("--beta2", type=at_least(0.0, 0.9999999), default=0.98, help="AdamW")
+    add("--eps", type=at_least(1e-30), default=1e-7, help="AdamW")
     add("--weight-decay", type=at_least(0.0), default=0.0, help="AdamW; never applied to biases and LayerNorms")
     add("--grad-clip", type=at_least(0.0), default=1.0, help="largest gradient norm; 0: no clipping")
-    add("--dropout", type=between(-1.0, 0.99), default=-1.0, help="residual dropout of the language model; -1: as its "
+    add("--dropout", type=at_least(-1.0, 0.99), default=-1.0, help="residual dropout of the language model; -1: as its "
         "config.json says")
 
     add = parser.add_argument_group("hardware").add_argument
@@ -243,15 +216,18 @@ def weighted(name: str) -> tuple[str, float]:
     """One of --data's names: a file, and how many epochs of it make one of the run."""
     path, colon, weight = name.rpartition(":")
     if colon and re.fullmatch(r"[-+.\deE]+|nan|inf", weight):
-        return path, between(1e-6, 1000)(weight)
+        return path, at_least(1e-6, 1000)(weight)
     return name, 1.0
 
 
-def contradiction(cfg: Namespace) -> str:
+def contradiction(cfg: Namespace, published: dict) -> str:
     """Which flags contradict each other, and what to give instead; "" if none do."""
+    for flag, value in (("plot-to", cfg.plot_to), ("against", cfg.against)):
+        if value and not cfg.plot:
+            return f"--{flag} {value} needs --plot, with the --out folders of runs"
     for name in ("llm", "vision"):
         # A whole model has its own parts. A flag without effect is an error rather than silently ignored.
-        if cfg.model and getattr(cfg, name) != RECIPES[cfg.recipe][cfg.stage][name]:
+        if cfg.model and getattr(cfg, name) != published.get(name, ""):
             return (f"--{name} {getattr(cfg, name)}: --model {cfg.model} has one already; with --model '' a "
                     "new model is made from --llm and --vision")
     if cfg.projector and (cfg.model or not cfg.vision):

@@ -53,6 +53,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_iter
 
 import lib.checkpoint
+import lib.health
 import lib.plan
 import train
 from data import IGNORE, IMAGE_ID, Batch, Sample, Step, collate
@@ -295,19 +296,20 @@ def pretend_there_are_gpus() -> None:
 
 def pretend_there_are_processes() -> None:
     """Torch's fake group sends nothing. What train.py exchanges between the hosts is answered here."""
-    join, reduce = dist.init_process_group, dist.all_reduce
+    join = dist.init_process_group
 
     def init_process_group(*args, **kwargs) -> None:
         join("fake", store=FakeStore(), rank=Machine.rank, world_size=Machine.world)
 
-    def all_reduce(tensor: torch.Tensor, op=dist.ReduceOp.SUM, **kwargs):
-        if op == dist.ReduceOp.MIN:                     # only memory is compared like this
-            ranks = range(Machine.world)
-            tensor.mul_(min(MEMORY.get(rank, MEMORY[0]) for rank in ranks) / Machine.memory())
-        return reduce(tensor, op=op, **kwargs)
+    def on_every_process(work) -> list:
+        mine, results = Machine.rank, []
+        for Machine.rank in range(Machine.world):
+            results.append(work())
+        Machine.rank = mine
+        return results
 
     dist.init_process_group = init_process_group
-    dist.all_reduce = all_reduce
+    train.on_every_process = lib.health.on_every_process = on_every_process
 
 # ---------------------------------------------------------------------------------------------------
 # One rank, from its set-up to the saved model
@@ -357,7 +359,7 @@ def play_rank(flags: list[str], tiny: bool, rank: int, world: int, nodes: int) -
 
             notes.reset()
             train.validate(model, [Step(0, [], batches)], device)   # after it, a checkpoint must still find its weights
-            state = lib.checkpoint.TrainState({"out": "out", "keep": 1}, [], "", model, optimizer, step=2, updates=2)
+            state = lib.checkpoint.TrainState({"out": "out", "keep": 1}, [], model, optimizer, step=2, updates=2)
             lib.checkpoint.save_checkpoint(state)
             manifest = {"step": 2, "updates": 2}
             lib.checkpoint.load_checkpoint(lib.checkpoint.Checkpoint(Path("out/step_000002"), manifest), state)
@@ -466,7 +468,6 @@ def main() -> int:
     train.read_weights = lambda *args: None                     # there are no folders
     train.on_process_0 = lib.checkpoint.on_process_0 = lambda write: None       # nothing is written
     lib.checkpoint.on_every_process = lambda work: []
-    train.on_every_process = lambda work: [work()]
     lib.checkpoint.patient_group = lambda: None                                 # the group of all processes
     lib.checkpoint.dcp.save = note_saved
     lib.checkpoint.dcp.load = lambda *args, **kwargs: None

@@ -192,4 +192,4 @@ def test_pictures_beside_the_data_are_found_from_there(tmp_path, monkeypatch):
     """--images . has no name to which an ending could be added."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jpg").write_bytes(PHOTO)
-    assert Pictures([Path(".")]).open("a.jpg").read() == PHOTO
+    assert Pictures([Path(".")]).find("a.jpg").read_bytes() == PHOTO

@@ -3,6 +3,7 @@ import argparse
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,16 @@ def test_an_old_python_is_one_line(script):
 @pytest.mark.parametrize("script", ["train.py", "data.py", "eval.py", "sample.py", "load_weights.py", "lib/common.py"])
 def test_an_old_python_can_parse_what_says_so(script):
     ast.parse((ROOT / script).read_text(), feature_version=(3, 9))
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_while_packages_are_imported_is_no_traceback(script):
+    """Which takes seconds, and ends with what a shell calls exit code 130."""
+    change = ("import builtins, os, signal; real = builtins.__import__; "
+              "builtins.__import__ = lambda name, *a: os.kill(os.getpid(), signal.SIGINT) if name == 'torch' "
+              "else real(name, *a)")
+    done = run_with(change, script, *(["--prompt", "x"] if script == "sample.py" else []))
+    assert done.returncode == -signal.SIGINT and done.stderr == done.stdout == ""
 
 
 def test_a_defect_keeps_its_traceback():

@@ -28,7 +28,7 @@ import train
 from data import IGNORE, IMAGE_ID, Sample, Step, collate
 from lib import plan
 from lib.generate import Session
-from lib.processes import explain_out_of_memory
+from lib.processes import explain
 from lib.quant import quantize_linears
 from lib.recipes import parse
 from load_weights import load_model
@@ -371,7 +371,7 @@ def test_out_of_memory_is_told_with_what_was_asked_and_what_is_free(device, grou
         with pytest.raises(torch.OutOfMemoryError) as error:
             torch.empty(2 ** 45, dtype=torch.uint8, device=device)
         problem = error.value
-    line = explain_out_of_memory(problem, settings("--recompute", "none"))
+    line = explain(problem, settings("--recompute", "none"))
     for part in ("Tried to allocate", "total capacity of", "is free", "--micro-tokens", "--recompute full"):
         assert part in line
 

@@ -22,7 +22,7 @@ from training import assert_same_run, train_here
 import data
 import train
 from demo.shapes import SIZE, write_data
-from lib.checkpoint import check_files, read_manifest
+from lib.checkpoint import read_checkpoint
 from lib.health import CORRUPTED, HeldOut, checksum_of_bits, error_of_difference, loss_of_counting, rise
 from lib.plot import verdict
 from lib.recipes import parse
@@ -130,13 +130,12 @@ def test_the_standard_error_is_that_of_a_ratio_over_micro_batches():
     def draw() -> tuple[float, float]:
         tokens = torch.randint(5, 50, (40,), generator=generator).double()
         noise = torch.randn(2, 40, generator=generator, dtype=torch.float64)
-        table = torch.stack([tokens + noise[0], 1.3 * tokens + 3 * noise[1], torch.ones(40), tokens, tokens], 1)
-        sums = table.sum(0)
-        return float((sums[1] - sums[0]) / sums[3]), error_of_difference(table.T @ table, sums, 2)
+        losses = torch.stack([tokens + noise[0], 1.3 * tokens + 3 * noise[1]], 1)
+        worth = (losses[:, 1] - losses[:, 0]).sum() / tokens.sum()
+        return float(worth), error_of_difference(losses, torch.stack([tokens, tokens], 1))
     worths, errors = zip(*(draw() for _ in range(400)))
     assert np.mean(errors) == pytest.approx(np.std(worths), rel=0.1)
-    one = torch.ones(5, dtype=torch.float64)
-    assert math.isnan(error_of_difference(torch.outer(one, one), one, 2))
+    assert math.isnan(error_of_difference(torch.ones(3, 2), torch.tensor([[5, 5], [0, 0], [0, 0]])))
 
 
 def test_counting_tokens_costs_what_coding_them_one_by_one_does():
@@ -169,7 +168,7 @@ def fake_losses(monkeypatch):
 BEST = ["--val-every", "1", "--max-steps", "5", "--save-every", "1", "--keep-best"]
 
 
-def test_the_best_model_is_kept_whole_and_resuming_knows_it(chat_json, tmp_path, fake_losses):
+def test_the_best_model_is_kept_whole_and_resuming_knows_it(chat_json, tmp_path, fake_losses, capsys):
     """The lowest of 3.0 (before training), 2.0, 2.5, nan, 2.2, 2.1 is the one after step 1; then 1.9 is lower."""
     more = [*BEST, "--val-data", str(chat_json)]
     weights = fake_losses([3.0, 2.0, 2.5, math.nan])
@@ -182,9 +181,11 @@ def test_the_best_model_is_kept_whole_and_resuming_knows_it(chat_json, tmp_path,
     train_here(train_flags(tmp_path / "out", chat_json, *more))
     best = load_model(tmp_path / "out" / "best")
     assert torch.equal(best.projector.fc.weight, weights[1]) and same(best, load_model(tmp_path / "out"))
+    assert "lowest validation loss is the first" not in capsys.readouterr().out
     fake_losses([3.0, 3.5, 4.0, 4.0, 4.0, 4.0])
     train_here(train_flags(tmp_path / "out", chat_json, *more, "--resume", "never"))
     assert not (tmp_path / "out" / "best").exists()             # the one of the run before is gone
+    assert f"no {tmp_path / 'out' / 'best'}: the lowest validation loss is the first one" in capsys.readouterr().out
 
 
 def test_a_run_ends_when_its_patience_does(chat_json, tmp_path, fake_losses, capsys):
@@ -262,7 +263,7 @@ def test_a_flipped_bit_on_one_of_two_processes_ends_the_run_at_that_step(gather,
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000001", "step_000002"]
     assert len(metrics(tmp_path / "out")) == 2
     for path in (tmp_path / "out").glob("step_*"):
-        check_files(path, read_manifest(path))
+        read_checkpoint(path)
     train_here([*flags, "--recheck-every", "2"])
     assert len(metrics(tmp_path / "out")) == 5
 

@@ -17,6 +17,7 @@ from training import assert_same_run, train_here
 import lib.checkpoint as checkpoint
 import lib.common as common
 import train
+from data import Step
 from load_weights import load_model
 
 VOCABULARY = ("embed_tokens", "lm_head")
@@ -207,7 +208,7 @@ def test_a_disk_without_room_even_for_a_checkpoint_names_the_one_before(chat_jso
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, **options)
     monkeypatch.setattr(checkpoint.dcp, "save", save)
-    with pytest.raises(OSError, match="safetensors: No space.*step 3 not written: .*No space.*step_000002 has it"):
+    with pytest.raises(ValueError, match="safetensors: No space.*step 3 not written: .*No space.*step_000002 has it"):
         train_here(flags)
 
 
@@ -357,33 +358,32 @@ def test_a_checkpoint_every_few_minutes_by_default(chat_json, tmp_path, monkeypa
     real = train.train_step
 
     def step(*args):
-        now[0] += 20 * 60               # a step takes twenty minutes
+        now[0] += 20 * 60               # a step takes twenty minutes; before each the processes compare their clocks
         return real(*args)
     monkeypatch.setattr(train, "train_step", step)
-    train_here(train_flags(tmp_path / "out", chat_json, "--max-steps", "6", "--keep", "9"))
+    train_here(train_flags(tmp_path / "out", chat_json, "--epochs", "2", "--max-steps", "8", "--keep", "9"))
     said = capfd.readouterr().out
     assert "a checkpoint of" in said and "every 30 minutes; the newest 9 are kept" in said
-    assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == ["step_000002", "step_000004"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == ["step_000003", "step_000006"]
     train_here(train_flags(tmp_path / "none", chat_json, "--max-steps", "6", "--save-minutes", "0"))
     assert "kill -9 would lose all of it" in capfd.readouterr().out
     assert not list((tmp_path / "none").glob("step_*"))
 
 
-def test_process_0s_clock_decides_for_all(monkeypatch):
+@pytest.mark.parametrize("here, there", [(False, True), (True, False)])
+def test_the_first_clock_decides_for_all(here, there, monkeypatch):
     """Clocks differ by more than a step takes: a process that saved alone would wait for the others for ever."""
-    state = checkpoint.TrainState({"save_every": 0, "save_minutes": 1.0}, [], "", None, None)
+    def reduce(sums: torch.Tensor) -> None:
+        sums += torch.tensor([5, 0, there, 0])              # what another process has
 
-    def broadcast(tensor, src):
-        assert src == 0
-        tensor.fill_(1)
-    monkeypatch.setattr(checkpoint.dist, "broadcast", broadcast)
-    assert checkpoint.save_is_due(state)
+    monkeypatch.setattr(train.dist, "all_reduce", reduce)
+    assert [*train.synchronized_steps([Step(0, [], [])], [], lambda: here)] == [(Step(0, [], []), 5, False, True)]
 
 
 def test_a_stop_that_cannot_be_saved_is_an_error(chat_json, tmp_path, monkeypatch):
     """It said that the same command goes on from there."""
     monkeypatch.setattr(checkpoint.dcp, "save", raises(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(OSError, match="step 2 not written: .*No space left"):
+    with pytest.raises(ValueError, match="step 2 not written: .*No space left"):
         train_here(train_flags(tmp_path / "out", chat_json), stop_after=2)
 
 

@@ -21,11 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import assert_same_run, run_train, start_train, train_here
 
+import lib.device
 import lib.plan
 import lib.workers
 import train
 from data import ImageConfig
-from lib.checkpoint import check_files, read_manifest
+from lib.checkpoint import read_checkpoint
 from lib.common import LOCK
 from lib.plan import check_shared_memory
 from lib.processes import explain, explain_dead_worker, watch_signals
@@ -99,11 +100,11 @@ def test_nodes_with_different_numbers_of_processes_are_refused(monkeypatch):
 
 
 def test_a_card_that_torch_has_no_kernels_for_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(train, "missing_kernels", lambda card: "Tesla V100 has compute capability 7.0")
+    monkeypatch.setattr(lib.device, "missing_kernels", lambda card: "Tesla V100 has compute capability 7.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    with pytest.raises(ValueError, match="Tesla V100.*; with CUDA_VISIBLE_DEVICES= before the command it trains on"):
+    with pytest.raises(ValueError, match="Tesla V100 has compute capability 7.0; --device cpu trains on"):
         train.setup()
 
 
@@ -148,14 +149,11 @@ import train
 
 def test_the_process_with_the_least_memory_decides_for_all(chat_json, tmp_path, monkeypatch):
     """Processes that recompute or gather differently call other collectives and wait for each other for ever."""
-    def reduce(tensor, op=None, **kwargs):
-        assert op == train.dist.ReduceOp.MIN
-        tensor.fill_(1.0)                       # another process has one byte
     flags = ["--gather", "auto", "--recompute", "auto"]
     cfg = parse(train_flags(tmp_path, chat_json, *flags))
     mesh, device = train.setup()
     try:
-        monkeypatch.setattr(train.dist, "all_reduce", reduce)
+        monkeypatch.setattr(train, "on_every_process", lambda work: [work(), 1.0])      # another one has one byte
         source, config = train.open_source(cfg)
         model = train.build(cfg, config, source, mesh, device)
         assert model.llm.recompute == "full" and model.gather == "off"
@@ -248,12 +246,14 @@ def test_nodes_without_a_shared_folder_are_refused(folders, code, words, tmp_pat
 
 
 def test_gpus_that_have_no_bf16(monkeypatch):
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    for name, stub in {"is_available": lambda: True, "device_count": lambda: 1, "set_device": lambda device: None,
+                       "get_device_name": lambda device: "Tesla V100-SXM2-32GB",
+                       "is_bf16_supported": lambda including_emulation: including_emulation}.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(lib.device, "missing_kernels", lambda card: "")
     with pytest.raises(ValueError, match="V100-SXM2-32GB has no bf16 arithmetic; give --dtype fp32"):
-        train.check_arithmetic("bf16", cuda)
-    train.check_arithmetic("fp32", cuda)
+        lib.device.take_gpu("bf16")
+    assert lib.device.take_gpu("fp32") == torch.device("cuda", 0)
 
 # ---------------------------------------------------------------------------------------------------
 # The end of a run
@@ -332,14 +332,14 @@ def test_only_a_lost_connection_counts_as_a_lost_process(message, line, monkeypa
     """Any message with "NCCL" in it did, and the cause, which NCCL writes last, was cut off."""
     monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 8)
-    said = explain(RuntimeError(message))
+    said = explain(RuntimeError(message), parse([]))
     assert line in said and "process 3 of 8" in said and "\n" not in said
 
 
 def test_other_errors_of_torch_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(train.dist, "get_rank", lambda: 3)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 8)
-    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) == ""
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), parse([])) == ""
 
 
 @pytest.mark.parametrize("error, reason", [
@@ -471,7 +471,7 @@ def test_out_of_memory_ends_with_one_line_and_the_flag_to_lower(chat_json, tmp_p
     def full(*args):
         raise torch.OutOfMemoryError(PARAGRAPH)
     monkeypatch.setattr(train, "train_step", full)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(OSError) as refused:
         train_here(train_flags(tmp_path / "out", chat_json, "--recompute", "none"))
     said = str(refused.value)
     assert "\n" not in said and "--micro-tokens less than 300 or --recompute full" in said
@@ -570,7 +570,7 @@ def test_sigterm_saves_and_the_next_start_goes_on(processes, workers, to, chat_j
     if to == "one":                             # torchrun lived on, to say it in one line
         assert said_once("stopped by SIGTERM", stderr) and "exitcode  : 143" in stderr
     [saved] = (tmp_path / "out").glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
     done = int(saved.name[5:])
     train_here(train_flags(tmp_path / "out", chat_json, *more), stop_after=done + 2)
     assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(done + 2))
@@ -590,7 +590,7 @@ def test_other_signals_save_as_well_and_a_closed_output_does_not_prevent_it(numb
         f"{name}: finishing this step, then saving; Ctrl-C{' again' * (name == 'SIGINT')} ends it now, without",
         f"stopped by {name}"]
     [saved] = out.glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
 
 
 def test_a_signal_that_is_ignored_on_entry_stays_ignored():
@@ -617,7 +617,7 @@ def test_processes_whose_torchrun_was_killed_save_and_end(chat_json, tmp_path):
     stdout, _ = process.communicate(timeout=60)             # they hold its other end
     assert "stopped after step" in stdout
     [saved] = out.glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
 
 
 STAND_INS = {
@@ -652,7 +652,7 @@ def test_the_slurm_script_of_the_docs_saves_before_the_time_is_up_and_requeues(c
         raise
     assert job.returncode != 0 and "stopped after step" in said, said[-5000:]
     [saved] = out.glob("step_*")
-    check_files(saved, read_manifest(saved))
+    read_checkpoint(saved)
     assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
 
 

@@ -17,7 +17,7 @@ from helpers import metrics
 from safetensors.torch import load_file
 
 import train
-from data import Loader, Step
+from data import Step
 from lib.recipes import parse
 
 
@@ -28,9 +28,9 @@ def train_here(flags: list[str], stop_after: int = 0) -> None:
     """
     real_steps = train.synchronized_steps
 
-    def steps_until_the_signal(loader: Loader, signals: list[int]) -> Iterator[tuple[Step, int, bool]]:
-        for step, n_supervised, stop in real_steps(loader, signals):
-            yield step, n_supervised, stop or step.step + 1 == stop_after
+    def steps_until_the_signal(*args) -> Iterator[tuple[Step, int, bool, bool]]:
+        for step, n_supervised, stop, save in real_steps(*args):
+            yield step, n_supervised, stop or step.step + 1 == stop_after, save
 
     handlers = {number: signal.getsignal(number)
                 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)}

@@ -113,7 +113,7 @@ from lib.folders import meta_model, saved_shapes
 from lib.generate import Session
 from lib.layouts import to_saved
 from lib.metrics import mfu
-from lib.processes import smallest
+from lib.processes import on_every_process
 from lib.recipes import parse as parse_recipe
 from lib.recipes import replace
 from lib.save_weights import phi_json, tower_json, write_tokenizer
@@ -141,7 +141,8 @@ class Bench:
         self.config = TINY if args.dry else LLaVAConfig()
         self.dtype = torch.float32 if args.dry else torch.bfloat16
         self.shards = self.mesh.size(-1)
-        self.memory = smallest(memory_of(self.device))      # all have to choose the same configurations
+        memories = on_every_process(lambda: memory_of(self.device))
+        self.memory = min(memories)             # all have to choose the same configurations
         self.machine: dict = {}
         self.rows: dict[str, list[dict]] = {}
 
