@@ -227,7 +227,8 @@ def test_a_cards_name_gives_its_memory_and_the_hours_with_recomputation(planned)
     ("NVIDIA GeForce RTX 4090", 0, 0, "bf16", (24e9, 165.2e12)), ("rtx 4090", 12, 0, "bf16", (12e9, 165.2e12)),
     ("NVIDIA A100-SXM4-40GB", 0, 0, "bf16", (40e9, 312e12)), ("A100", 0, 100, "bf16", (80e9, 100e12)),
     ("rtx4090", 0, 0, "bf16", (24e9, 165.2e12)), ("H100", 0, 0, "bf16", (80e9, 989e12)),
-    ("h100pcie", 0, 0, "bf16", (80e9, 756e12)), ("RTX 4090", 0, 0, "fp32", (24e9, 0)), ("RTX 4090", 0, 80, "fp32", (24e9, 80e12)),
+    ("h100pcie", 0, 0, "bf16", (80e9, 756e12)), ("RTX 4090", 0, 0, "fp32", (24e9, 0)),
+    ("RTX 4090", 0, 80, "fp32", (24e9, 80e12)),
 ])
 def test_a_number_that_is_given_takes_precedence_over_the_cards(name, gigabytes, tflops, dtype, expected):
     """And bf16's speed is nobody's in fp32."""
