@@ -158,6 +158,7 @@ def eot_id(tok: Tokenizer) -> int:
     return tok.token_to_id(EOT)
 
 
+@lru_cache(maxsize=64)              # for the system prompt, which opens every conversation
 def tokenize(text: str, tok: Tokenizer) -> Encoding:
     try:
         text.encode()
@@ -168,12 +169,6 @@ def tokenize(text: str, tok: Tokenizer) -> Encoding:
 
 # ---------------------------------------------------------------------------------------------------
 # Conversation -> ids and labels
-
-
-@lru_cache(maxsize=4)
-def encode_once(text: str, tok: Tokenizer) -> tuple[int, ...]:
-    """A cache for the system prompt, which opens every conversation."""
-    return tuple(tokenize(text, tok).ids)
 
 
 def encode_turns(turns: list[list[str]], tok: Tokenizer) -> tuple[list[int], list[int]]:
@@ -197,7 +192,7 @@ def encode_turns(turns: list[list[str]], tok: Tokenizer) -> tuple[list[int], lis
     for i in range(0, len(turns), 2):
         *before_images, question = turns[i]
         for piece in before_images:
-            ids += [*(tokenize(text + piece, tok).ids if piece else encode_once(text, tok)), IMAGE_ID]
+            ids += [*tokenize(text + piece, tok).ids, IMAGE_ID]
             text = ""
         labels += [IGNORE] * (len(ids) - len(labels))
         text += question + " ASSISTANT:"

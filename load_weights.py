@@ -96,7 +96,7 @@ def load_model(source: Weights | Path, dtype: torch.dtype = torch.float32, devic
     if bits == 4:
         check_int4_product(torch.device(device))
     weights = source if isinstance(source, Weights) else open_weights(source)
-    model = meta_model(weights.config, weights.has_tower).to(dtype).eval()
+    model = meta_model(weights.config, "vision" in weights.parts).to(dtype).eval()
     # Checked before memory is allocated: a config.json can claim tensors of any size.
     check_tensors(weights, saved_shapes(model), [name for name, _ in model.named_parameters()])
     if bits < 16:

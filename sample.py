@@ -70,6 +70,7 @@ def parse(argv: list[str] | None) -> Namespace:
         problem = f"--choices generates nothing: leave out {', '.join(changed)}"
     if problem:
         parser.error(problem)
+    args.sources = [args.image] if args.together else args.image or [None]      # what each question is about
     return args
 
 
@@ -108,8 +109,8 @@ from torch import Tensor
 from data import load_tokenizer
 from lib.chat import (Clock, answer, check_choices, describe_logprobs, encode_chat, open_image, pasted_path,
                       picture_file, rank)
-from lib.device import choose_device, choose_dtype, free_memory, torch_dtype, use_device
-from lib.folders import Weights, open_weights, projector_warning
+from lib.device import choose_device, free_memory, has_bf16, torch_dtype
+from lib.folders import open_weights, projector_warning
 from lib.generate import Session
 from lib.look import check_look, look_back, look_page
 from lib.pictures import open_rgb
@@ -142,11 +143,6 @@ def print_answer(text: str, end: str = "") -> None:
 # One question
 
 
-def sources_of(args: Namespace) -> list[str | list[str] | None]:
-    """What each question is about: a picture, all pictures of --together, or None."""
-    return [args.image] if args.together else args.image or [None]
-
-
 def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Namespace, sampling: dict) -> None:
     """Ask the same question about every picture. A single answer streams; several are printed when all are complete."""
     clock = Clock()
@@ -157,7 +153,7 @@ def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Names
         print()
     else:
         texts = ["".join(text) for text in zip(*pieces)]
-        for source, text, scored in zip(sources_of(args), texts, session.scored):
+        for source, text, scored in zip(args.sources, texts, session.scored):
             if args.json:
                 row = {"image": source, "prompt": args.prompt, "answer": text}
                 if args.logprobs is not None:
@@ -171,7 +167,7 @@ def ask_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Names
 
 def rank_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Namespace) -> None:
     """--choices: instead of an answer, how likely each of these is."""
-    for source, image in zip(sources_of(args), images):
+    for source, image in zip(args.sources, images):
         ranked = rank(session, tok, args.prompt, image, args.choices)
         if args.json:
             print(json.dumps({"image": source, "prompt": args.prompt, "choices": ranked}))
@@ -180,6 +176,17 @@ def rank_once(session: Session, tok: Tokenizer, images: list[Tensor], args: Name
         for row in ranked:
             print_answer(f"{name}{row['p_sum']:7.2%}  {row['choice']}  (log-likelihood {row['sum']:.3f}, "
                          f"{row['mean']:.3f} a token)", end="\n")
+
+
+def look_once(session: Session, tok: Tokenizer, images: list[Tensor], picture: Image.Image, args: Namespace,
+              sampling: dict) -> None:
+    """--look: an answer, and a page that shows where on the picture the model looked for each of its tokens."""
+    layer = args.look_layer or 0
+    check_look(session.model, images[0], layer)         # rather than after the answer
+    ask_once(session, tok, images, args, sampling | {"logprobs": 0})
+    looks = look_back(session, tok, args.prompt, images[0], layer)
+    write_whole(Path(args.look), look_page(picture, args.prompt, looks, session.model.config, layer))
+    print_note(f"[written: {args.look}]")
 
 # ---------------------------------------------------------------------------------------------------
 # A chat
@@ -246,6 +253,10 @@ class Chat:
 
     def run(self) -> None:
         """Read questions and commands until /quit, or until Ctrl-C comes twice without a line in between."""
+        if sys.stdin.isatty():
+            about = self.source or "no picture"
+            print_note(f"about {about if isinstance(about, str) else ' and '.join(about)}; /help lists the commands")
+            let_tab_complete()
         interrupted = False
         while True:
             try:
@@ -311,21 +322,20 @@ def let_tab_complete() -> None:
 # The command
 
 
-def dtype_for(n_parameters: int, asked: str | None, device: str, bits: int) -> tuple[str, str]:
+def choose_dtype(n_parameters: int, asked: str | None, device: str, bits: int) -> tuple[str, str]:
     """--dtype, else the one that suits a model of this size on this device. Returns its name and a description.
 
     On a CPU a small model is fast enough in fp32, which gives the same text on every machine, and so is an 8-bit model,
     whose large matmuls are in int8. A model that does not fit into memory in fp32 runs in bf16.
     """
-    dtype = choose_dtype(asked, device)
-    if asked or device != "cpu":
-        return dtype, f"{device} in {dtype}"
-    if bits == 8 or n_parameters < 100e6:
-        return "fp32", "cpu in fp32"
-    need = 1.1 * 4 * n_parameters                       # a tenth more for activations and the KV cache
-    if bits == 16 and dtype == "fp32" and need > free_memory("cpu"):
-        return "bf16", "cpu in bf16, since fp32 does not fit into memory"
-    return dtype, f"cpu in {dtype}"
+    dtype, why = asked or ("bf16" if has_bf16(device) else "fp32"), ""
+    if not asked and device == "cpu":
+        need = 1.1 * 4 * n_parameters                   # a tenth more for activations and the KV cache
+        if bits == 8 or n_parameters < 100e6:
+            dtype = "fp32"
+        elif bits == 16 and dtype == "fp32" and need > free_memory("cpu"):
+            dtype, why = "bf16", ", since fp32 does not fit into memory"
+    return dtype, f"{device} in {dtype}{why}"
 
 
 def prepare_question(args: Namespace, config: LLaVAConfig, tok: Tokenizer) -> tuple[list[Tensor], Image.Image | None]:
@@ -337,8 +347,7 @@ def prepare_question(args: Namespace, config: LLaVAConfig, tok: Tokenizer) -> tu
         args.prompt = sys.stdin.read()
     if args.choices is not None:
         args.choices = check_choices(args.choices)
-    sources = sources_of(args)
-    picture = None
+    sources, picture = args.sources, None
     if args.look:
         picture = open_rgb(picture_file(args.image[0]), config.vision.image_size, config.image_mode)
         picture.info = {}                               # or its EXIF data would turn it a second time
@@ -347,18 +356,6 @@ def prepare_question(args: Namespace, config: LLaVAConfig, tok: Tokenizer) -> tu
     if args.prompt is not None:
         encode_chat(config, tok, [args.prompt], images[0])
     return images, picture
-
-
-def load(args: Namespace, folder: Path, source: Weights, device: str) -> Session:
-    """Load the model, after a line on stderr about where and in which arithmetic it runs."""
-    n_parameters = sum(prod(stored.shape) for pieces in source.found.values() for stored in pieces.values())
-    dtype, where = dtype_for(n_parameters, args.dtype, device, args.bits)
-    weights = f", weights in int{args.bits}" if args.bits < 16 else ""
-    print_note(f"{folder} on {where}{weights}")
-    warning = projector_warning(source)
-    if warning:
-        print_note(f"warning: {warning}")
-    return Session(load_model(source, torch_dtype(dtype), device, bits=args.bits), args.cuda_graph)
 
 
 def main(args: Namespace) -> None:
@@ -370,12 +367,17 @@ def main(args: Namespace) -> None:
     if args.cuda_graph and not torch.cuda.is_available():
         raise ValueError("--cuda-graph needs a CUDA device, and there is none here")
     device = choose_device(args.device)
-    use_device(device)
-    source = open_weights(folder)
-    config = source.config
+    weights = open_weights(folder)
     tok = load_tokenizer(folder)
-    images, picture = prepare_question(args, config, tok)
-    session = load(args, folder, source, device)
+    images, picture = prepare_question(args, weights.config, tok)
+
+    n_parameters = sum(prod(stored.shape) for pieces in weights.found.values() for stored in pieces.values())
+    dtype, where = choose_dtype(n_parameters, args.dtype, device, args.bits)
+    print_note(f"{folder} on {where}{f', weights in int{args.bits}' if args.bits < 16 else ''}")
+    if warning := projector_warning(weights):
+        print_note(f"warning: {warning}")
+    session = Session(load_model(weights, torch_dtype(dtype), device, bits=args.bits), args.cuda_graph)
+
     sampling = {name: getattr(args, name) for name in SAMPLING}
     if args.serve:
         name = os.path.relpath(folder)                  # out/demo/finetune says more than finetune
@@ -385,19 +387,11 @@ def main(args: Namespace) -> None:
     if args.choices:
         rank_once(session, tok, images, args)
     elif args.look:
-        layer = args.look_layer or 0
-        check_look(session.model, images[0], layer)     # rather than after the answer
-        ask_once(session, tok, images, args, sampling | {"logprobs": 0})
-        looks = look_back(session, tok, args.prompt, images[0], layer)
-        write_whole(Path(args.look), look_page(picture, args.prompt, looks, config, layer))
-        print_note(f"[written: {args.look}]")
+        look_once(session, tok, images, picture, args, sampling)
     elif args.prompt is not None:
         ask_once(session, tok, images, args, sampling | {"logprobs": args.logprobs})
     else:
-        if sys.stdin.isatty():
-            print_note(f"about {' and '.join(args.image or ['no picture'])}; /help lists the commands")
-            let_tab_complete()
-        Chat(session, tok, images[0], sources_of(args)[0], sampling, args.verbose).run()
+        Chat(session, tok, images[0], args.sources[0], sampling, args.verbose).run()
 
 
 if __name__ == "__main__":

@@ -74,16 +74,11 @@ def normalize(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[fl
     The operations are those of CLIPImageProcessor and SiglipImageProcessor in the same order, so the result matches
     theirs bit for bit.
     """
-    return (images.float() / 255 - per_channel(mean, images.device)) / per_channel(std, images.device)
-
-
-def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) in fp32, filled on the device itself.
-
-    As a buffer, they would be cast to bf16 with the model. Copied from the CPU, they would make the host wait for the
-    GPU once per micro-batch, since the source is not pinned.
-    """
-    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+    # Filled on the device itself. As buffers, they would be cast to bf16 with the model. Copied from the CPU, they
+    # would make the host wait for the GPU once per micro-batch, since the source is not pinned.
+    mean = torch.stack([torch.full((1, 1), value, device=images.device) for value in mean])        # (3, 1, 1)
+    std = torch.stack([torch.full((1, 1), value, device=images.device) for value in std])          # (3, 1, 1)
+    return (images.float() / 255 - mean) / std                                     # (N, 3, H, W)
 
 
 class Attention(nn.Module):         # bidirectional: no mask

@@ -23,7 +23,7 @@ from data import ImageConfig, eot_id, load_tokenizer
 from lib.archives import Member
 from lib.chat import encode_chat, open_image
 from lib.common import torchrun_env
-from lib.device import check_gpu_count, choose_device, choose_dtype, torch_dtype, use_device
+from lib.device import check_gpu_count, choose_device, has_bf16, torch_dtype
 from lib.folders import open_weights, projector_warning
 from lib.generate import Session
 from lib.processes import join_group
@@ -46,20 +46,17 @@ def own_device(asked: str | None) -> str:
     """--device, else the best available. Under torchrun each process gets its own GPU, made the current one."""
     here = torchrun_env()
     if asked in (None, "cuda") and here.local_rank < torch.cuda.device_count():
-        use_device(f"cuda:{here.local_rank}")               # before anything is allocated on another GPU
+        torch.cuda.set_device(f"cuda:{here.local_rank}")    # before anything is allocated on another GPU
     device = choose_device(asked)
     if device == "cuda":
         check_gpu_count()
         device = f"cuda:{here.local_rank}"
-    use_device(device)
     return device
 
 
 def own_dtype(asked: str | None, device: str) -> str:
     """--dtype, else fp32 on a CPU, where batching then changes no answer, and the usual rule on a GPU."""
-    if asked is None and not device.startswith("cuda"):
-        return "fp32"
-    return choose_dtype(asked, device)
+    return asked or ("bf16" if device.startswith("cuda") and has_bf16(device) else "fp32")
 
 # ---------------------------------------------------------------------------------------------------
 # Questions and answers

@@ -3,6 +3,7 @@
 A key that changes what a model computes is read, or refused by its name: ignored, it would give other answers than the
 original's, and nothing would show it.
 """
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +32,15 @@ ONLY_PROCESSOR = {"do_resize": (True,), "do_rescale": (True,), "rescale_factor":
                   "resample": (3,)}
 
 
-def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
+def config_of(paths: list[Path], found: dict[str, Pieces], siglip: bool) -> LLaVAConfig:
     """The config of one folder, or of a language model's, a tower's and perhaps a projector's.
 
-    found: the stored tensors by our names. A part that they lack keeps our defaults.
+    found: the stored tensors by our names. A part that they lack keeps our defaults. siglip: whether they have SigLIP's
+    tower.
     """
     parts = {name.split(".")[0] for name in found}
+    layers = {tuple(name.split(".")[:3]) for name in found if ".h." in name}        # ("llm", "h", "0"), ...
+    n_stored = Counter(part for part, _, _ in layers)
     jsons = {}                                      # file -> its content, in the order of `paths`
     for path in paths:
         file = (path if path.is_dir() else path.parent) / "config.json"
@@ -45,7 +49,6 @@ def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
     llm_file, vision_file = [*jsons][0], [*jsons][:2][-1]
     llm_json, vision_json = jsons[llm_file], jsons[vision_file]
 
-    siglip = has_siglip(found)
     feature_layer = check_pictures(jsons, siglip)
     llm, vision = PhiConfig(), VisionConfig()
     mode = own_mode = "squash" if siglip else "crop"        # the tower's own, which stage 1 uses
@@ -55,27 +58,18 @@ def config_of(paths: list[Path], found: dict[str, Pieces]) -> LLaVAConfig:
     if "vision" in parts:
         tower = subconfig(vision_json, "vision_config", vision_file) or vision_json
         tower = subconfig(tower, "vision_tower", vision_file) or tower  # LLaVA-Phi has two configs in vision_config
-        if tower is llm_json and "llm" in parts:
-            tower = published_tower(found, vision_file)                 # the numbers there are the language model's
+        if tower is llm_json and "llm" in parts:            # the numbers there are the language model's
+            tower = published_tower(found, siglip, n_stored["vision"], vision_file)
         vision = vision_config(tower, siglip, tower.get("vision_feature_layer") or feature_layer, vision_file)
         mode = processor_mode(vision_file.parent, vision) or own_mode
     for part, n_layer, file in (("llm", llm.n_layer, llm_file), ("vision", vision.n_layer, vision_file)):
-        stored = count_layers(part, found)              # before a mistyped number can build a model of that many layers
-        ensure(file.parent, stored in (0, n_layer),
-               f"config.json says {n_layer} {part} layers, the tensors are of {stored}")
+        # Before a mistyped number can build a model of that many layers.
+        ensure(file.parent, n_stored[part] in (0, n_layer),
+               f"config.json says {n_layer} {part} layers, the tensors are of {n_stored[part]}")
     for json in jsons.values():
         aspect = json.get("image_aspect_ratio")
         mode = own_mode if aspect == "square" else aspect or mode       # LLaVA's "square" is the tower's processor
     return LLaVAConfig(llm, vision, mode)
-
-
-def has_siglip(found: dict[str, Pieces]) -> bool:
-    """SigLIP's patch convolution has a bias, and there is no class token."""
-    return "vision.patch.bias" in found and "vision.cls" not in found
-
-
-def count_layers(part: str, found: dict[str, Pieces]) -> int:
-    return len({name.split(".")[2] for name in found if name.startswith(f"{part}.h.")})
 
 
 def check_pictures(jsons: dict[Path, dict], siglip: bool) -> object:
@@ -95,12 +89,11 @@ def check_pictures(jsons: dict[Path, dict], siglip: bool) -> object:
     return layers[0] if layers else -2
 
 
-def published_tower(found: dict[str, Pieces], path: Path) -> dict:
+def published_tower(found: dict[str, Pieces], siglip: bool, n_layer: int, path: Path) -> dict:
     """The tower's config where config.json has none: LLaVA with a tuned tower, and Bunny, only name the tower there.
 
     Bunny leaves out SigLIP's last layer, which is never needed.
     """
-    siglip = has_siglip(found)
     published = SIGLIP_SO400M_384 if siglip else CLIP_L_336
     width, patch = published.n_embd, published.patch_size
     expected = {"vision.patch.weight": (width, 3, patch, patch), "vision.pos": (published.n_positions, width)}
@@ -108,7 +101,6 @@ def published_tower(found: dict[str, Pieces], path: Path) -> dict:
            "a LLaVA or Bunny model with its tower inside, but without a vision_config: then the tower has to be "
            'CLIP-L/14-336 or SigLIP-so400m/14-384, and this one is neither; add its own config.json as "vision_config"')
     tower = named_as_published(published, VISION_KEYS)
-    n_layer = count_layers("vision", found)
     if siglip and n_layer == published.n_layer - 1:
         tower |= {"num_hidden_layers": n_layer, "vision_feature_layer": -1}
     return tower
@@ -187,8 +179,8 @@ def config_fields(config: dict, keys: dict, path: Path) -> dict:
         key = next((key for key in spellings if config.get(key) is not None), None)
         value = config[key] if key else default
         types, least = ((int, float), 0) if isinstance(default, float) else ((int,), 1)
-        if key and (type(value) not in types or not least <= value < 1e9):
-            raise ValueError(f"{path}: {key} is {repr(value)[:80]}, expected a number")
+        ensure(path, not key or type(value) in types and least <= value < 1e9,
+               f"{key} is {repr(value)[:80]}, expected a number")
         fields[field] = value
     width, heads = fields["n_embd"], fields["n_head"]
     ensure(path, width % heads == 0, f"hidden_size {width} is not a multiple of {heads} heads")
@@ -198,8 +190,7 @@ def config_fields(config: dict, keys: dict, path: Path) -> dict:
 def subconfig(config: dict, key: str, path: Path) -> dict:
     """A config inside a config, empty if it is not there."""
     value = config.get(key)
-    if not isinstance(value, dict | None):
-        raise ValueError(f"{path}: {key} is {repr(value)[:80]}, expected an object")
+    ensure(path, isinstance(value, dict | None), f"{key} is {repr(value)[:80]}, expected an object")
     return value or {}
 
 
@@ -207,9 +198,9 @@ def require_only(path: Path, config: dict, only: dict[str, tuple]) -> None:
     """Refuse a variant of the model that is not implemented here, rather than compute something else."""
     for key, implemented in only.items():
         value = config.get(key)
-        if value is not None and value not in implemented:
-            choices = " or ".join(repr(choice) for choice in implemented) or "null"
-            raise ValueError(f"{path}: {key} is {repr(value)[:80]}, and only {choices} is implemented here")
+        choices = " or ".join(map(repr, implemented)) or "null"
+        ensure(path, value is None or value in implemented,
+               f"{key} is {repr(value)[:80]}, and only {choices} is implemented here")
 
 
 def ensure(path: Path, holds: bool, problem: str) -> None:

@@ -97,7 +97,11 @@ def cpu_warning(asked: str, device: torch.device, parameters: int) -> str:
 
 
 def choose_device(asked: str | None) -> str:
-    """The device that was asked for, else the best one here. ValueError if this machine or this torch lacks it."""
+    """The device that was asked for, else the best one here. ValueError if this machine or this torch lacks it.
+
+    A GPU that is asked for by its number becomes this thread's current one, since streams, events, graphs and memory
+    statistics are the current GPU's. Every other thread starts on cuda:0.
+    """
     here = ["cpu"]
     if torch.backends.mps.is_available():
         here.append("mps")
@@ -115,6 +119,8 @@ def choose_device(asked: str | None) -> str:
     if device.split(":")[0] in here:
         try:
             torch.empty(0, device=device)   # "cuda:7" on a machine with two
+            if device.startswith("cuda:"):
+                torch.cuda.set_device(device)
         except (RuntimeError, AssertionError) as e:
             refusal = str(e).splitlines()[0]
     else:
@@ -123,17 +129,6 @@ def choose_device(asked: str | None) -> str:
     if refusal:
         raise ValueError(f"--device {device}: {refusal}")
     return device
-
-
-def use_device(device: str | torch.device) -> None:
-    """Make a GPU the current one of this thread: streams, events, graphs and memory statistics are the current GPU's.
-
-    Each thread has its own and starts on cuda:0, so a thread that uses another GPU calls this first. Nothing is to be
-    done for the CPU, or for "cuda" without a number, which means the current one.
-    """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
 
 
 def check_gpu_count() -> None:
@@ -182,20 +177,14 @@ def missing_kernels(card: int) -> str:
             f"{torch.__version__} has kernels for {', '.join(built_for)}")
 
 
-def choose_dtype(asked: str | None, device: str) -> str:
-    """--dtype, else bf16 where the device has instructions for it, else fp32.
-
-    It is looked up rather than timed, so a machine always computes the same numbers. sample.py follows this rule, and
-    so does eval.py on a GPU; on a CPU eval.py stays with fp32, where the batch size does not change the answers.
-    train.py computes in bf16 unless told otherwise, and refuses a GPU that would have to emulate it.
-    """
-    if asked:
-        return asked
-    return "bf16" if has_bf16(device) else "fp32"
-
-
 def has_bf16(device: str) -> bool:
-    """Does the hardware multiply bf16? A V100 or T4 does not; CPUs with AVX-512 BF16, AMX or Arm's BF16 do."""
+    """Does the hardware multiply bf16? A V100 or T4 does not; CPUs with AVX-512 BF16, AMX or Arm's BF16 do.
+
+    Without --dtype, sample.py computes in bf16 where this holds, and so does eval.py on a GPU; on a CPU eval.py stays
+    with fp32, where the batch size does not change the answers. It is looked up rather than timed, so a machine always
+    computes the same numbers. train.py computes in bf16 unless told otherwise, and refuses a GPU that would have to
+    emulate it.
+    """
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":

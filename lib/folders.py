@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data import load_tokenizer
-from lib.configs import config_of, has_siglip
+from lib.configs import config_of
 from lib.layouts import DROPPED, FOREIGN, PREFIX, rename_sequential, to_ours, to_saved
 from lib.tensor_files import Pieces, Stored, read_tensors, tensor_files
 from model import LLaVAConfig, LLaVAPhi
@@ -76,16 +76,12 @@ class Weights:
     @property
     def kind(self) -> Kind:
         kind = KIND_OF_PARTS.get(self.parts, Kind.OTHER)
-        return WITH_SIGLIP.get(kind, kind) if has_siglip(self.found) else kind
+        return WITH_SIGLIP.get(kind, kind) if self.has_siglip else kind
 
     @property
     def has_siglip(self) -> bool:
-        return has_siglip(self.found)
-
-    @property
-    def has_tower(self) -> bool:
-        """Is it more than a language model by itself?"""
-        return "vision" in self.parts
+        """SigLIP's patch convolution has a bias, and there is no class token."""
+        return "vision.patch.bias" in self.found and "vision.cls" not in self.found
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -94,7 +90,7 @@ class Weights:
 
     @cached_property
     def config(self) -> LLaVAConfig:
-        return config_of(self.paths, self.found)
+        return config_of(self.paths, self.found, self.has_siglip)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that one of our tensors is stored in, as all of its pieces are."""
@@ -201,12 +197,13 @@ def check_tensors(weights: Weights, shapes: dict[str, tuple[int, ...]], needed: 
     """
     missing, unexpected, misshapen = [], [*weights.unexpected], []
     for name in needed:
-        pieces = weights.found.get(name, {})
-        saved = [] if pieces.keys() & {"whole", "by head"} else to_saved(name)         # one name, or q's, k's and v's
-        for piece, theirs in zip(QKV, saved):
-            if piece not in pieces:
-                rows, *others = shapes[name]
-                missing.append(describe(theirs, [rows // len(saved), *others]))
+        there = weights.found.get(name, {}).keys()
+        if there & {"whole", "by head"} or there == {*QKV}:
+            continue
+        rows, *others = shapes[name]
+        saved = to_saved(name)                              # one name, or q's, k's and v's
+        missing += [describe(theirs, [rows // len(saved), *others])
+                    for piece, theirs in zip(QKV, saved) if piece not in there]
     for name, pieces in weights.found.items():
         dtypes = {stored.dtype for stored in pieces.values()}
         for piece, stored in pieces.items():

@@ -81,18 +81,13 @@ FOREIGN = (     # part of a tensor's name, the model that it gives away, and wha
 )
 
 
-def our_names() -> dict[tuple[str, str], tuple[str, str]]:
-    """(part, published name without its beginning) -> (our name, piece). For the pieces see `to_ours`."""
-    found = {}
-    for ours, names in PUBLISHED_NAMES.items():
-        for theirs in names:
-            pieces = "qkv" if "{qkv}" in theirs else ["by head" if theirs.endswith(PACKED_BY_HEAD) else "whole"]
-            for piece, leaf in product(pieces, ("", ".weight", ".bias")):
-                found[ours.split(".")[0], theirs.replace("{qkv}", piece) + leaf] = (ours + leaf, piece)
-    return found
+OUR_NAMES = {}      # (part, published name without its beginning) -> (our name, piece); for the pieces see `to_ours`
+for ours, published in PUBLISHED_NAMES.items():
+    for theirs in published:
+        pieces = "qkv" if "{qkv}" in theirs else ["by head" if theirs.endswith(PACKED_BY_HEAD) else "whole"]
+        for piece, leaf in product(pieces, ("", ".weight", ".bias")):
+            OUR_NAMES[ours.split(".")[0], theirs.replace("{qkv}", piece) + leaf] = (ours + leaf, piece)
 
-
-OUR_NAMES = our_names()
 SAVED_NAMES = {ours: names[0] for ours, names in PUBLISHED_NAMES.items()}
 LAYER = re.compile(r"\.(\d+)\.")
 

@@ -26,9 +26,7 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
 
     Image files are untrusted: their dimensions are checked before anything is decoded. decode=False stops there.
     """
-    is_path = isinstance(source, (str, Path))
-    name = visible_name(str(source) if is_path else getattr(source, "name", "the given picture"))
-    problem = ""
+    problem = detail = ""
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
         w, h = image.size
@@ -40,8 +38,9 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
         elif mode == "crop":
             pixels = max(pixels, (size * w // min(w, h)) * (size * h // min(w, h)))
         if pixels > MAX_PIXELS:
-            problem = (f"image too large: {name} is {w} x {h} and takes {pixels:,} pixels on the way to "
-                       f"{size} x {size} (mode {mode}), more than {MAX_PIXELS:,}")
+            problem = "too large"
+            detail = (f" is {w} x {h} and takes {pixels:,} pixels on the way to {size} x {size} (mode {mode}), more "
+                      f"than {MAX_PIXELS:,}")
         elif decode:
             image.load()
             image = upright(image)
@@ -49,15 +48,16 @@ def open_rgb(source: str | Path | BinaryIO | Image.Image, size: int, mode: str, 
                 image = to_8_bits(image)
             image = image.convert("RGB")
     except FileNotFoundError:
-        problem = f"image missing: {name}"
-        if "://" in name:
-            problem = f"image is an address: {name}; download it and give the file"
+        problem = "missing"
+        if "://" in str(source):
+            problem, detail = "is an address", "; download it and give the file"
     except UnidentifiedImageError:
-        problem = f"image unreadable: {name}: not a {', '.join(FORMATS)} file, or cut short"
+        problem, detail = "unreadable", f": not a {', '.join(FORMATS)} file, or cut short"
     except Exception as e:          # Pillow's decoders raise a dozen kinds of exception on bad bytes
-        problem = f"image unreadable: {name}: {e}"
+        problem, detail = "unreadable", f": {e}"
     if problem:
-        raise ValueError(problem)
+        name = str(source) if isinstance(source, (str, Path)) else getattr(source, "name", "the given picture")
+        raise ValueError(f"image {problem}: {visible_name(name)}{detail}")
     return image
 
 

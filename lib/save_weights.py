@@ -65,7 +65,7 @@ def save_model(out: Path, changed: Mapping[str, Lazy], config: LLaVAConfig, sour
     scores: for the model's card. In a training folder, config.json keeps the run's settings under "training".
     """
     model = collect(changed, config, source, dtype)
-    if not source.has_tower:
+    if "vision" not in source.parts:
         with replacing_model(out) as made:
             write_phi(made, model)
         return
@@ -101,14 +101,14 @@ def check_before_training(config: LLaVAConfig, source: Weights) -> None:
     Saving needs the tokenizer, and tensors of the tower that are not in the model. Both stay at hand even if the folder
     moves: the tokenizer in memory, the tensors in files that are open.
     """
-    collect(dict(meta_model(config, source.has_tower).named_parameters()), config, source, None)
+    collect(dict(meta_model(config, "vision" in source.parts).named_parameters()), config, source, None)
 
 
 def collect(changed: Mapping[str, Lazy], config: LLaVAConfig, source: Weights, dtype: torch.dtype | None) -> ToSave:
     """The `changed` tensors, and from `source` all others that a saved folder has."""
     lacks_image_row(source.tokenizer, config.llm)
     shapes = saved_shapes(meta_model(config))
-    parts = "" if source.has_tower else "llm."          # all of them, or one
+    parts = "" if "vision" in source.parts else "llm."          # all of them, or one
     names = [name for name in shapes if name.startswith(parts)]
     assert changed.keys() <= set(names), f"not in the model: {changed.keys() - set(names)}"
     check_tensors(source, shapes, [name for name in names if name not in changed])

@@ -133,6 +133,7 @@ def read_tensors(path: Path) -> list[Stored]:
     """The tensors of a file in either format, none of them read yet. ValueError says what is wrong with the file."""
     with open(path, "rb") as file:          # OSError if it must not be read
         opened = os.fstat(file.fileno())
+        begin = file.read(100)
     try:
         problem = file_problem(path, opened.st_size)
         if not problem:
@@ -140,7 +141,7 @@ def read_tensors(path: Path) -> list[Stored]:
     except Exception as e:                  # an untrusted file can fail in any way
         problem = ("refused, expected plain tensors and nothing else, as safetensors or torch.save since 1.6 writes "
                    f"them; incomplete download? (file is {opened.st_size} bytes; {first_line(e)})")
-    raise ValueError(f"{path}: {problem}")
+    raise ValueError(f"{path}: {pointer_problem(begin) or problem}")
 
 
 def file_problem(path: Path, size: int) -> str:
@@ -150,17 +151,14 @@ def file_problem(path: Path, size: int) -> str:
     table of millions of tensors, or a pickle of gigabytes, would exhaust memory before a library could object.
     """
     with open(path, "rb") as file:
-        begin = file.read(100)
-        file.seek(max(0, size - 66_000))            # the length of a zip's table is within the last 66 kB
+        length = int.from_bytes(file.read(8), "little")         # of the json header that follows
+        file.seek(max(0, size - 66_000))
         tail = file.read()
     if path.suffix == ".bin":
-        end = tail.rfind(b"PK\5\6")
+        end = tail.rfind(b"PK\5\6")                 # the length of a zip's table is within the last 66 kB
         length = int.from_bytes(tail[end + 12:end + 16], "little") if end >= 0 else 0
-    else:
-        length = int.from_bytes(begin[:8], "little")            # of the json header that follows
-    if pointer_problem(begin) or length > min(HEADER_LIMIT, size - 8):
-        return pointer_problem(begin) or (f"file is {size} bytes, its table of tensors alone claims {length}: "
-                                          "incomplete download?")
+    if length > min(HEADER_LIMIT, size - 8):
+        return f"file is {size} bytes, its table of tensors alone claims {length}: incomplete download?"
     if path.suffix != ".bin":
         return ""
     with zipfile.ZipFile(path) as archive:

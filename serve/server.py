@@ -37,7 +37,6 @@ from tokenizers import Tokenizer
 
 from lib.chat import Clock, answer, describe_logprobs, encode_chat, open_image
 from lib.common import plural, visible
-from lib.device import use_device
 from serve.api import Request, RequestError, read_request, until_stop
 
 MAX_BODY = 25_000_000               # bytes; base64 makes a picture a third larger than its file
@@ -158,7 +157,8 @@ class Server(ThreadingTCPServer):
     def ask(self, request: Request, clock: Clock) -> tuple[Iterator[str], int]:
         """-> the answer, piece by piece, and the number of tokens in the prompt. RequestError: this cannot be asked."""
         model = self.session.model
-        use_device(model.device)                # every new thread begins on cuda:0
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)     # every new thread begins on cuda:0
         generator = torch.Generator(model.device)
         generator.manual_seed(secrets.randbits(63) if request.seed is None else request.seed)
         code = None

@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT
 
 from lib.common import plural, print_last, read_jsonl, replacing, run_command, torchrun_env, write_whole
-from lib.device import choose_device, choose_dtype, cpu_warning, unused_gpu
+from lib.device import choose_device, cpu_warning, has_bf16, unused_gpu
 
 
 def test_a_process_that_torchrun_did_not_start_is_the_only_one(monkeypatch):
@@ -48,9 +48,10 @@ CUDA_13 = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
     ("Tesla T4", (7, 5), CUDA_13), ("NVIDIA L4", (8, 9), CUDA_13), ("NVIDIA H200", (9, 0), CUDA_13),
     ("Tesla V100", (7, 0), "sm_70 sm_80"), ("A later one", (13, 0), CUDA_13 + " compute_120"),
 ])
-def test_a_card_with_kernels_is_taken(name, capability, built_for, card, capsys):
+def test_a_card_with_kernels_is_taken(name, capability, built_for, card, capsys, monkeypatch):
     """Kernels run on later cards of the same major version, and PTX on all later ones."""
     card(name, capability, built_for)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert choose_device(None) == "cuda" and choose_device("cuda:0") == "cuda:0"
     assert capsys.readouterr().err == ""
 
@@ -66,14 +67,24 @@ def test_a_card_without_kernels_leaves_the_work_to_the_cpu_and_says_so(name, cap
         choose_device("cuda")
 
 
-def test_bf16_is_chosen_where_it_need_not_be_emulated(card, monkeypatch):
+def test_the_gpu_that_was_asked_for_is_the_current_one(card, monkeypatch):
+    """Events and memory statistics are the current GPU's: without this, --device cuda:1 would answer with stale ids."""
+    card("NVIDIA L4", (8, 9), CUDA_13)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("cuda:1") == "cuda:1" and current == ["cuda:1"]
+    assert choose_device(None) == "cuda" and choose_device("cpu") == "cpu" and len(current) == 1
+
+
+def test_bf16_need_not_be_emulated(card, monkeypatch):
     card("Tesla T4", (7, 5), CUDA_13)
-    assert choose_dtype(None, "cuda:0") == "fp32" and choose_dtype("bf16", "cuda:0") == "bf16"
+    assert not has_bf16("cuda:0")
     card("NVIDIA A100", (8, 0), CUDA_13)
-    assert choose_dtype(None, "cuda:0") == "bf16" and choose_dtype("fp32", "cuda:0") == "fp32"
-    for capability, dtype in (("avx512_bf16", "bf16"), ("amx_bf16", "bf16"), ("bf16", "bf16"), ("avx512_f", "fp32")):
+    assert has_bf16("cuda:0")
+    for capability, expected in (("avx512_bf16", True), ("amx_bf16", True), ("bf16", True), ("avx512_f", False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "some", capability: True})
-        assert choose_dtype(None, "cpu") == dtype
+        assert has_bf16("cpu") == expected
 
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "new" / "note.txt"

@@ -16,7 +16,6 @@ from helpers import GOLDEN, TINY_MIPHA, TINY_MODEL, all_logits, contents, plain_
 from tiny_benchmarks import CASES, evaluate, llava_file, make_pope, make_scienceqa, make_shapes, picture, prepare, write
 
 import eval as ev
-import lib.device
 import load_weights
 import vision
 from benchmarks import scoring
@@ -584,7 +583,7 @@ def test_bf16_is_for_gpus_that_have_it(tmp_path, monkeypatch, device, has_bf16, 
     def load(source, dtype, device, bits):
         raise Loading(dtype)
 
-    monkeypatch.setattr(lib.device, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(asking, "has_bf16", lambda device: has_bf16)
     monkeypatch.setattr(asking, "own_device", lambda asked: device)
     monkeypatch.setattr(load_weights, "load_model", load)
     with pytest.raises(Loading) as loading:

@@ -25,7 +25,7 @@ MAY_IMPORT = {                          # file or room -> files and rooms; a fil
     "load_weights": CORE | {"lib"},
     "lib.common": set(),
     "lib": CORE | {"lib"},
-    "serve": {"lib.common", "lib.chat", "lib.device", "serve"},
+    "serve": {"lib.common", "lib.chat", "serve"},
     "benchmarks": {"lib.common", "lib.archives", "benchmarks"},
     "demo": CORE | {"lib", "demo"},
     "saved_model": set(),               # copied into every saved model, so that it stands alone

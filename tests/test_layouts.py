@@ -337,7 +337,7 @@ def test_a_published_tower_inside_a_flat_config(published, n_layer, feature_laye
     flat = {"hidden_size": 2560, "num_hidden_layers": 32, "intermediate_size": 10240, "partial_rotary_factor": 0.4,
             "hidden_act": "gelu_new", "mm_hidden_size": published.n_embd, "image_aspect_ratio": "pad"}
     (tmp_path / "config.json").write_text(json.dumps(flat))
-    config = config_of([tmp_path], tower_of(published, n_layer))
+    config = config_of([tmp_path], tower_of(published, n_layer), siglip=not published.class_token)
     assert config.vision == replace(published, n_layer=n_layer, feature_layer=feature_layer)
     assert config.vision.n_used == published.n_used and config.image_mode == "pad" and config.llm.n_embd == 2560
 

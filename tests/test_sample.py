@@ -14,7 +14,6 @@ import torch
 from forks import run_forked
 from helpers import GOLDEN, GOLDEN_ANSWER, ROOT, TINY_MODEL, run_script
 
-import lib.device
 import sample
 from lib.chat import Clock, TextStream, answer, ask, open_image, rank
 from lib.common import run_command, without_control
@@ -195,24 +194,6 @@ def test_a_reader_that_leaves_early_is_no_error():
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert len(done.stdout) == 1 and "rror" not in done.stderr
 
-class Loading(Exception):
-    pass
-
-
-def test_the_gpu_that_was_asked_for_is_the_current_one_before_the_model_loads(monkeypatch):
-    """Events and memory statistics are the current GPU's: without this, --device cuda:1 would answer with stale ids."""
-    current = []
-
-    def load(*args, **options):
-        raise Loading
-
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
-    monkeypatch.setattr(sample, "choose_device", lambda asked: asked)
-    monkeypatch.setattr(sample, "load_model", load)
-    with pytest.raises(Loading):
-        sample.main(sample.parse(["--model", str(TINY_MODEL), "--prompt", "Who?", "--device", "cuda:1"]))
-    assert current == ["cuda:1"]
-
 # ---------------------------------------------------------------------------------------------------
 # A chat
 
@@ -337,21 +318,21 @@ def test_a_picture_that_is_in_no_list_and_no_picture_at_all(tiny_model, tiny_tok
     (True, 16e9, 8, ("fp32", "cpu in fp32")),               # its products are in int8 anyway
 ])
 def test_the_dtype_of_the_published_model_on_a_cpu(monkeypatch, has_bf16, free, bits, expected):
-    monkeypatch.setattr(lib.device, "has_bf16", lambda device: has_bf16)
+    monkeypatch.setattr(sample, "has_bf16", lambda device: has_bf16)
     monkeypatch.setattr(sample, "free_memory", lambda device: free)
-    assert sample.dtype_for(PUBLISHED, None, "cpu", bits) == expected
-    assert sample.dtype_for(PUBLISHED, "fp32", "cpu", bits) == ("fp32", "cpu in fp32")
+    assert sample.choose_dtype(PUBLISHED, None, "cpu", bits) == expected
+    assert sample.choose_dtype(PUBLISHED, "fp32", "cpu", bits) == ("fp32", "cpu in fp32")
 
 
 def test_a_gpu_that_only_emulates_bf16_answers_in_fp32(monkeypatch):
     for emulates, dtype in ((True, "fp32"), (False, "bf16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulates)
-        assert sample.dtype_for(PUBLISHED, None, "cuda", 16) == (dtype, f"cuda in {dtype}")
+        assert sample.choose_dtype(PUBLISHED, None, "cuda", 16) == (dtype, f"cuda in {dtype}")
 
 
 def test_a_small_model_says_the_same_on_every_machine(monkeypatch):
-    monkeypatch.setattr(lib.device, "has_bf16", lambda device: True)
-    assert sample.dtype_for(50_000_000, None, "cpu", 16) == ("fp32", "cpu in fp32")
+    monkeypatch.setattr(sample, "has_bf16", lambda device: True)
+    assert sample.choose_dtype(50_000_000, None, "cpu", 16) == ("fp32", "cpu in fp32")
 
 
 def test_bits_are_refused_in_one_line(capsys):

@@ -32,7 +32,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from transformers import PhiConfig as TheirPhiConfig
 
 from data import IMAGE_ID
-from lib.device import choose_dtype
+from lib.device import has_bf16
 from lib.generate import Session
 from lib.quant import prepack_linears, quantize_linears
 from model import LLaVAConfig, LLaVAPhi, PhiConfig, init_weights
@@ -149,7 +149,7 @@ def make_engine(name: str, config: LLaVAConfig) -> nn.Module:
     ours = make_ours(config)
     if whose == "transformers":
         return make_theirs(ours).to(torch.bfloat16 if kind == "bf16" else torch.float32)
-    if kind == "bf16" or kind == "4 bits" and choose_dtype(None, "cpu") == torch.bfloat16:
+    if kind == "bf16" or kind == "4 bits" and has_bf16("cpu"):
         ours = ours.bfloat16()                              # around 4 bits, what sample.py chooses on this machine
     if kind.endswith("bits"):
         quantize_linears(ours, int(kind[0]))
