@@ -278,23 +278,25 @@ def collate(samples: list[Sample], image_size: int = 336) -> Batch:
 
     image_size is only needed for the shape of `images` when there are none.
     """
-    # A long list becomes a tensor three times as fast through numpy.
-    ids = torch.from_numpy(np.array(list(chain(*(s.ids for s in samples))), dtype=np.int64))           # (T,)
-    labels = torch.from_numpy(np.array(list(chain(*(s.labels for s in samples))), dtype=np.int64))     # (T,)
-    lengths = torch.tensor([len(s.ids) for s in samples], dtype=torch.int64)                   # (B,)
+    # In numpy: a long list becomes a tensor in a third of the time, and torch's nonzero takes five times as long.
+    ids = np.array(list(chain(*(s.ids for s in samples))), dtype=np.int64)                     # (T,)
+    labels = np.array(list(chain(*(s.labels for s in samples))), dtype=np.int64)               # (T,)
+    lengths = np.array([len(s.ids) for s in samples], dtype=np.int64)                          # (B,)
     # A token is predicted at the position before it. For a sample's first token, that position belongs to another
     # sample, which must not learn to predict it.
     first = lengths.cumsum(0) - lengths
     labels[first] = IGNORE
-    loss_positions = (labels[1:] != IGNORE).nonzero()[:, 0]                                    # (M,)
+    loss_positions = np.flatnonzero(labels[1:] != IGNORE)                                      # (M,)
     targets = labels[loss_positions + 1]                                                       # (M,)
-    image_positions = (ids == IMAGE_ID).nonzero()[:, 0]                                        # (N * P,)
+    image_positions = np.flatnonzero(ids == IMAGE_ID)                                          # (N * P,)
     ids[image_positions] = 0            # any valid id: the embedding looks it up, then the patch takes its place
     images = [s.image if s.image.dim() == 4 else s.image[None] for s in samples if s.image is not None]
     pixels = torch.cat(images) if images else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
     fits = len(image_positions) % len(pixels) == 0 if images else len(image_positions) == 0
     assert fits, f"{len(image_positions)} image positions for {len(pixels)} images"
-    return Batch(ids, lengths, pixels, image_positions, loss_positions, targets)
+    ids, lengths, *positions_and_targets = map(torch.from_numpy, (ids, lengths, image_positions, loss_positions,
+                                                                  targets))
+    return Batch(ids, lengths, pixels, *positions_and_targets)
 
 # ---------------------------------------------------------------------------------------------------
 # Dataset

@@ -427,8 +427,8 @@ def run(cfg: Namespace, config: LLaVAConfig, source: Weights, mesh: DeviceMesh, 
         if not is_complete:
             print0(f"stopped after step {state.step}; the same command goes on from there")
             return exit_code_of_stop(signals)
-        losses = [loss for _, loss in metrics.val_losses]
-        if cfg.keep_best and min(losses) == losses[0]:
+        losses = dict(metrics.val_losses)       # a run resumed in a new folder has none from before the training
+        if cfg.keep_best and losses.get(0) == min(losses.values()):
             print0(f"no {out / 'best'}: the lowest validation loss is the first one, from before the training")
         save_final(cfg, source, model, out)
     print0(f"done in {(time.perf_counter() - began) / 60:.1f} min: {out}")

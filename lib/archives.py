@@ -94,14 +94,16 @@ def demand(fine: bool, problem: str) -> None:
 
 def zip_entries(file: BinaryIO) -> Iterator[Entry]:
     """The members of a zip. Python's zipfile takes a third of a gigabyte for the 558,128 pictures of stage 1."""
-    file.seek(max(0, file.seek(0, 2) - 65_557 - 20))        # the longest comment, and zip64's locator in front
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 65_557 - 20))                   # the longest comment, and zip64's locator in front
     tail = file.read()
     end = tail.rfind(b"PK\5\6")
     demand(end >= 0, "it has no directory, as if it was cut short")
-    n, length, start = struct.unpack_from("<10xHLL", tail, end)
+    disk, n, length, start = struct.unpack_from("<4xH4xHLL", tail, end)
     if tail[end - 20:end - 16] == b"PK\6\7":                # zip64: more than 65,535 members, or than 4 GB
         file.seek(*struct.unpack_from("<8xQ", tail, end - 20))
         n, length, start = struct.unpack("<32x3Q", file.read(56))
+    demand(disk in (0, 0xFFFF) and start + length < size, "a part of it is missing")
     file.seek(start)
     directory = file.read(length)
     header = struct.Struct("<4s4xHH8xLLHHH8xL")

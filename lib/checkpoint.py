@@ -315,7 +315,10 @@ def wrong_field(manifest: dict) -> str:
 
 
 def damage(path: Path, checksums: dict[str, str]) -> str:
-    """The first file that does not hold what was written; "" if all do. Reads all of them."""
+    """The first file that is missing or does not hold what was written; "" if all do. Reads all of them."""
+    missing = [name for name in checksums if not (path / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
     # Both reading and zlib release the GIL: threads keep the disk and several cores busy.
     with ThreadPoolExecutor() as pool:
         found = pool.map(crc32, [path / name for name in checksums])
@@ -336,7 +339,10 @@ def find_checkpoint(settings: dict) -> Checkpoint | None:
     for part in out.glob(".writing_step_*"):
         if (part / "checkpoint.json").is_file():                # a kill came between completing and renaming it
             put_in_place(part, settings["keep"])
-    candidates = sorted(out.glob("step_*"), reverse=True) if resume == "auto" else [Path(resume)]
+    candidates, advice = [Path(resume)], f"--resume auto takes the newest one in {out}"
+    if resume == "auto":
+        candidates = sorted(out.glob("step_*"), reverse=True)
+        advice = "--resume never deletes all of them and begins again"
     for path in candidates:
         try:
             return read_checkpoint(path)
@@ -344,7 +350,7 @@ def find_checkpoint(settings: dict) -> Checkpoint | None:
             problem = e
             print0(f"passing over {path.name}: {e}")
     if candidates:
-        raise ValueError(f"no complete checkpoint: {problem}; --resume never deletes all of them and begins again")
+        raise ValueError(f"no complete checkpoint: {problem}; {advice}")
     return None
 
 

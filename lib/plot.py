@@ -60,7 +60,10 @@ def read_curves(run: Path) -> dict[str, Curve]:
     Skipped steps are left out, and so is every value that is not finite.
     """
     curves = {field: [] for _, _, fields in PANELS for field in fields}
-    for row in read_jsonl(run if run.suffix == ".jsonl" else run / "metrics.jsonl", torn=True):
+    path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; --plot and --against take the --out folders of runs")
+    for row in read_jsonl(path, torn=True):
         done = row["step"] + ("loss" in row)    # training steps are counted from 0, validations carry the steps done
         for field in curves.keys() & row.keys():
             if math.isfinite(row[field]) and not row.get("skipped"):

@@ -268,7 +268,7 @@ def conversation_of(record: dict) -> Conversation:
         said = said[1:]
     turns = [text for _, text in said]
     have_places = any(len(text) > 1 for text in turns)
-    n_tags = "\n".join(chain(*turns)).count(IMAGE)
+    n_tags = "\n".join(chain(system, *turns)).count(IMAGE)
     for (role, _), expected in zip(said, cycle(("user", "assistant"))):
         if role != expected and not problem:
             problem = f"wrong speaker: expected user (human) and assistant (gpt) in turns, found {role} for {expected}"

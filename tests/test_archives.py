@@ -3,6 +3,7 @@ import base64
 import io
 import os
 import random
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -123,6 +124,10 @@ def damaged(kind: str, path: Path) -> Path:
         del raw[:200]
     elif kind == "cut tar":
         del raw[700:]
+    elif kind == "last of several":                         # as zip -s writes: the directory is in the last disk
+        raw[raw.rindex(b"PK\5\6") + 4] = 2
+    elif kind == "endless directory":
+        raw[-22:-22] = struct.pack("<4s28x3Q4sLQL", b"PK\6\6", 3, 1 << 60, 0, b"PK\6\7", 0, len(raw) - 22, 1)
     elif kind == "empty":
         raw.clear()
     elif kind == "text":
@@ -137,6 +142,7 @@ def damaged(kind: str, path: Path) -> Path:
     ("damaged member", "damaged or cut"), ("cut zip", "no directory"),
     ("cut front", "a part of it is missing|not a zip or an uncompressed tar"),
     ("cut tar", "cut short in the member at byte 0"), ("empty", "too short"),
+    ("last of several", "a part of it is missing"), ("endless directory", "a part of it is missing"),
     ("text", "not a zip or an uncompressed tar")])
 def test_bad_archives_are_one_line(kind, problem, tmp_path):
     path = damaged(kind, tmp_path / "bad.zip")

@@ -64,6 +64,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(chat_json, tmp_path, capf
     said = capfd.readouterr().out
     assert shards[0].name in said and "step_000006" in said and "going on from" in said and "step_000003" in said
     assert [m["step"] for m in metrics(tmp_path / "out")] == list(range(10))
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=f"{shards[0].name} is missing; --resume auto takes the newest one in"):
+        train_here(train_flags(tmp_path / "out", chat_json, *more, "--resume", str(shards[0].parent)))
     for manifest in (tmp_path / "out").glob("step_*/checkpoint.json"):
         manifest.unlink()
     with pytest.raises(ValueError, match="no complete checkpoint: .*; --resume never"):

@@ -186,6 +186,9 @@ def test_the_best_model_is_kept_whole_and_resuming_knows_it(chat_json, tmp_path,
     train_here(train_flags(tmp_path / "out", chat_json, *more, "--resume", "never"))
     assert not (tmp_path / "out" / "best").exists()             # the one of the run before is gone
     assert f"no {tmp_path / 'out' / 'best'}: the lowest validation loss is the first one" in capsys.readouterr().out
+    fake_losses([1.0])
+    train_here(train_flags(tmp_path / "new", chat_json, *more, "--resume", str(tmp_path / "out" / "step_000004")))
+    assert "lowest validation loss is the first" not in capsys.readouterr().out and load_model(tmp_path / "new/best")
 
 
 def test_a_run_ends_when_its_patience_does(chat_json, tmp_path, fake_losses, capsys):
