@@ -10,7 +10,7 @@ from tiny_benchmarks import prepare
 
 # As on Windows: no fcntl, resource or readline, no process groups, none of POSIX's signals, no sysconf, no /proc.
 MASKED = """if True:
-    import os, runpy, signal, sys
+    import asyncio, os, runpy, signal, sys          # asyncio, which torch imports, asks for sysconf in Python 3.12
     from pathlib import Path
     for name in ("fcntl", "resource", "readline", "pwd", "grp", "termios"):
         sys.modules[name] = None

@@ -238,7 +238,8 @@ def test_positions_of_several_pictures_are_counted(tiny_tokenizer, tmp_path):
     (talk(f"q {IMAGE} r", "b", image="x"), []), (talk(f"{IMAGE} {IMAGE}", "b", image=["x", "y"]), []),
     (messages([picture("x"), text("q")], "a"), []),
     (talk("q", "", image="x"), [0, 1]), (talk(f"{IMAGE} q", f"{IMAGE}", image="x"), [2]), (talk(IMAGE, "a"), [2]),
-    (messages([picture("x"), text(IMAGE)], "a"), [2]), (talk("q", "a", image="x", system=IMAGE), [1, 2]), (talk("q" * 100_001, "a"), [3])])
+    (messages([picture("x"), text(IMAGE)], "a"), [2]), (talk("q", "a", image="x", system=IMAGE), [1, 2]),
+    (talk("q" * 100_001, "a"), [3])])
 def test_notes(record, notes):
     assert [bit for bit in range(len(NOTES)) if conversation_of(record).notes >> bit & 1] == notes
 

@@ -381,8 +381,8 @@ def test_a_run_starts_from_the_projector_that_it_is_given(form, chat_json, tmp_p
 @pytest.mark.parametrize("args, words", [
     (["--stage", "pretrain"], ["checkpoints/phi-2", "hf download microsoft/phi-2"]),
     (["--stage", "pretrain", "--lerning-rate", "1"], ["unrecognized arguments", "--lerning-rate"]),
-    (["--plot", "tests"], ["No such file or directory: 'tests/metrics.jsonl' (--plot tests)"]),
-    (["--plot", "demo/reference/finetune.jsonl", "--against", "tests"], ["tests/metrics.jsonl' (--against tests)"]),
+    (["--plot", "tests"], ["tests/metrics.jsonl: not there; --plot and --against take"]),
+    (["--plot", "demo/reference/finetune.jsonl", "--against", "tests"], ["tests/metrics.jsonl: not there"]),
 ])
 def test_a_users_mistake_ends_with_one_line_and_exit_code_2(args, words, tmp_path):
     done = run_forked("train.py", *args, "--out", tmp_path / "out")
