@@ -628,6 +628,8 @@ STAND_INS = {
 }
 
 
+@pytest.mark.skipif("shutdown_timeout" not in Path(TORCHRUN).read_text(),
+                    reason="this torchrun has no --shutdown-timeout")
 def test_the_slurm_script_of_the_docs_saves_before_the_time_is_up_and_requeues(chat_json, tmp_path):
     """The script as it is printed, on two nodes that are both this machine."""
     text = (ROOT / "docs" / "cluster.md").read_text()
