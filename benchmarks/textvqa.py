@@ -28,6 +28,8 @@ def read(folder: Path, options: Namespace) -> list[Example]:
         ocr = f"Reference OCR token: {words_of.get(image_id, '')}"
         lines = field(row, "text").split("\n") if llava_file else [field(row, "question").capitalize(), ocr, SHORT]
         humans = found_in(humans_of, (image_id, lines[0].lower()), official)
+        if len(humans) != 10:               # the official scorer's soft accuracy is defined for ten
+            raise ValueError(f"{official.name} has {len(humans)} answers to the question {lines[0]!r}, expected ten")
         prompt = "\n".join(lines if options.ocr else [lines[0], lines[-1]])
         return Example(image_id, image_file(images, f"{image_id}.jpg"), prompt, humans)
 

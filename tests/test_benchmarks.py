@@ -299,6 +299,17 @@ def test_a_question_asked_twice_about_a_picture(tmp_path):
     assert [e.truth[0] for e in data.examples] == ["cola", "cola"]
 
 
+def test_textvqa_needs_ten_answers(tmp_path):
+    """With another number the official soft accuracy would be another measure."""
+    make_textvqa(tmp_path)
+    path = tmp_path / "textvqa/TextVQA_0.5.1_val.json"
+    official = json.loads(path.read_text())
+    official["data"][0]["answers"].pop()
+    write(path, official)
+    with pytest.raises(ValueError, match="TextVQA_0.5.1_val.json has 9 answers to the question .*, expected ten"):
+        ev.load_data("textvqa", ev.parse(["--root", str(tmp_path)]))
+
+
 def test_mme_in_a_folder_more(tmp_path):
     """The release as the archive unpacks it: its images are found too."""
     release = tmp_path / "MME/MME_Benchmark_release_version"

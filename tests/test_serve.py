@@ -17,6 +17,7 @@ import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -284,16 +285,11 @@ def test_the_first_of_several_stop_strings_counts():
 
 
 def test_the_models_own_end_is_a_stop(tiny_model, tiny_tokenizer):
-    """The golden model never ends by itself, so one of its tokens is made the end token here."""
-    with running(tiny_model, tiny_tokenizer) as server:
-        bias = tiny_model.llm.lm_head.bias
-        with torch.no_grad():
-            bias[eot_id(tiny_tokenizer)] += 1000
-        try:
-            status, reply = ask(server, [user("Who?")])
-        finally:
-            with torch.no_grad():
-                bias[eot_id(tiny_tokenizer)] -= 1000
+    """The golden model never ends by itself, so a copy of it gets to like the end token."""
+    model = deepcopy(tiny_model)
+    model.llm.lm_head.bias.data[eot_id(tiny_tokenizer)] += 1000
+    with running(model, tiny_tokenizer) as server:
+        status, reply = ask(server, [user("Who?")])
         assert reply["choices"][0] == {"index": 0, "message": said(""), "logprobs": None, "finish_reason": "stop"}
         assert reply["usage"]["completion_tokens"] == 0
 
