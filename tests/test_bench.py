@@ -1,13 +1,43 @@
-"""The campaign for a machine with GPUs, on a CPU: whoever has one for an hour must not find a slip in it."""
+"""The benchmarks, most of which need packages that are not here, and the campaign for a machine with GPUs, on a CPU.
+
+Whoever has one for an hour must not find a slip in it.
+"""
+import ast
+import importlib
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from bench import gpu
 from forks import run_forked
+from helpers import ROOT
 
 from lib import plan
 from model import LLaVAConfig
+
+
+def defined_in(module: str) -> set[str]:
+    """The names at the top of a module of ours, without importing a benchmark, which may need other packages."""
+    if module.startswith("lib.") or (ROOT / f"{module}.py").exists():      # train is train.py, not tests/bench/train.py
+        return set(dir(importlib.import_module(module)))
+    path = ROOT / "tests/bench" / f"{module}.py"
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        names |= {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+        names.add(getattr(node, "name", None))
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/bench").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_from_us_is_there(path: Path):
+    ours = {file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for file in ROOT.glob("*.py")}
+    ours |= {f"lib.{file.stem}" for file in (ROOT / "lib").glob("*.py")}
+    ours |= {file.stem for file in (ROOT / "tests/bench").glob("*.py")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in ours:
+            missing = {alias.name for alias in node.names} - defined_in(node.module)
+            assert not missing, f"{node.module} has no {missing}"
 
 
 def card(gigabytes: float, processes: int = 1) -> Namespace:

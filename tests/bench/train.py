@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/bench")]      # train is train.py, 
 
 import torch
 import transformers
-from generate import TINY, make_ours, make_theirs, report, take_turns
+from generate import TINY, make_ours, make_theirs
 
 import train
 from data import IMAGE_ID, Sample, collate
@@ -93,6 +93,28 @@ def their_step(samples: list[Sample], pieces: int) -> Callable[[], float]:
 PROTOCOLS = {"C1": [76], "C4": torch.linspace(60, 200, 16).round().int().tolist()}
 SIDES = {"ours": our_step, "transformers": partial(their_step, pieces=1),
          "transformers sorted": partial(their_step, pieces=4)}
+
+
+def take_turns(sides: dict[str, Callable[[], object]], repeats: int, warmups: int) -> dict[str, list[float]]:
+    """Seconds of every repetition; side after side, so that a busy moment of the machine hits all of them."""
+    times = {name: [] for name in sides}
+    for i in range(warmups + repeats):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if i >= warmups:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def report(title: str, times: dict[str, list[float]]) -> None:
+    print(f"\n{title}, ms: median, minimum, quartiles; speed-up over transformers' best (medians, minima)")
+    peers = [t for name, t in times.items() if name.startswith("transformers")]
+    usual, best = min(map(statistics.median, peers)), min(map(min, peers))
+    for name, t in times.items():
+        low, middle, high = (1e3 * x for x in statistics.quantiles(t, n=4))
+        print(f"  {name:20}{middle:10.2f}{1e3 * min(t):10.2f}   {low:.2f} .. {high:.2f}   "
+              f"x{1e3 * usual / middle:.2f}  x{best / min(t):.2f}", flush=True)
 
 
 def memory(side: str, name: str) -> None:
