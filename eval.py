@@ -147,7 +147,7 @@ def repeated_id(data: Data) -> str:
         if times == 1 or data.task.repeated_ids:
             return ""
         return f"question_id {number!r} occurs {times} times in {data.folder}, expected once"
-    return f"no questions in {data.folder}"
+    return f"no questions: the file in {data.folder}, or that of --questions, is empty"
 
 
 def rehearse(data: Data) -> None:

@@ -360,7 +360,7 @@ def read_json(path: Path, limit: int = JSON_LIMIT, kind: type | tuple[type, ...]
     """
     problem = ""
     if not path.is_file():
-        problem = "not there; it belongs to the download"
+        problem = "not there, though it belongs to this folder: incomplete download or copy?"
     elif path.stat().st_size > limit:
         problem = f"{path.stat().st_size} bytes, too large for a json file of a model folder"
     if problem:

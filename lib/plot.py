@@ -62,7 +62,8 @@ def read_curves(run: Path) -> dict[str, Curve]:
     curves = {field: [] for _, _, fields in PANELS for field in fields}
     path = run if run.suffix == ".jsonl" else run / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; --plot and --against take the --out folders of runs")
+        raise FileNotFoundError(f"{path}: not there; --plot and --against take --out folders of runs, or a "
+                                "metrics.jsonl")
     for row in read_jsonl(path, torn=True):
         done = row["step"] + ("loss" in row)    # training steps are counted from 0, validations carry the steps done
         for field in curves.keys() & row.keys():

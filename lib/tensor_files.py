@@ -139,8 +139,8 @@ def read_tensors(path: Path) -> list[Stored]:
         if not problem:
             return read_bin(path, opened) if path.suffix == ".bin" else read_safetensors(path, opened)
     except Exception as e:                  # an untrusted file can fail in any way
-        problem = ("refused, expected plain tensors and nothing else, as safetensors or torch.save since 1.6 writes "
-                   f"them; incomplete download? (file is {opened.st_size} bytes; {first_line(e)})")
+        problem = ("cannot be read, expected plain tensors and nothing else, as safetensors or torch.save since 1.6 "
+                   f"writes them; incomplete download? (file is {opened.st_size} bytes; {first_line(e)})")
     raise ValueError(f"{path}: {pointer_problem(begin) or problem}")
 
 

@@ -105,7 +105,7 @@ def test_each_run_has_its_column_of_curves(tmp_path, capsys):
                                     "val_loss_blank": [(0, 3.6)],
                                     "grad_norm": [(1, 6.0), (2, 4.0), (4, 2.0)],
                                     "lr": [(1, 1e-3), (2, 5e-4), (4, 2.5e-4)]}
-    with pytest.raises(FileNotFoundError, match="not there; --plot and --against take the --out folders"):
+    with pytest.raises(FileNotFoundError, match="not there; --plot and --against take --out folders"):
         plot([tmp_path], tmp_path / "loss.html")
 
 
