@@ -152,7 +152,7 @@ class Server(ThreadingTCPServer):
 
     def verify_request(self, request: socket.socket, client_address) -> bool:
         """Whether a connection gets a thread; socketserver, which starts any number of them, closes it if not."""
-        return threading.active_count() <= 2 * MAX_CONNECTIONS
+        return threading.active_count() < 2 * MAX_CONNECTIONS
 
     def ask(self, request: Request, clock: Clock) -> tuple[Iterator[str], int]:
         """-> the answer, piece by piece, and the number of tokens in the prompt. RequestError: this cannot be asked."""
