@@ -55,9 +55,8 @@ def judge_problem(options: Namespace) -> str:
     password, nor is the key, which http.client would quote."""
     if not options.judge_model:
         return "--judge-url needs --judge-model NAME: scores of different judges are not comparable"
-    key = judge_key()
-    if not key.isascii() or not key.isprintable():
-        return "JUDGE_API_KEY holds line breaks or characters outside ASCII: is it a key?"
+    if not re.fullmatch("[!-~]*", judge_key()):
+        return "JUDGE_API_KEY holds spaces, line breaks or characters outside ASCII: is it a key?"
     try:
         parts = urlsplit(options.judge_url)
         parts.port                      # raises ValueError if it is not a number

@@ -111,8 +111,9 @@ def read_scores(folder: Path, model: Path) -> list[dict]:
         if result.get("value") is None:         # answers that only a server or a judge can score
             continue
         task, settings = f"{result.get('task')} ({result.get('split')})", result.get("settings")
-        if not isinstance(settings, dict) or settings.get("model") != fingerprint:
-            problem = f"{path} was not scored with --model {model}: do it with python eval.py --model {model}"
+        if not isinstance(settings, dict) or settings.get("model") != fingerprint or "scored" not in result:
+            problem = (f"{path} was not scored with --model {model}, or by an older eval.py: do it with "
+                       f"python eval.py --model {model}")
         elif task in found:
             problem = f"two results of {task}, one in {path}: give a folder with one of them"
         found[task] = result

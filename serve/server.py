@@ -152,7 +152,7 @@ class Server(ThreadingTCPServer):
 
     def verify_request(self, request: socket.socket, client_address) -> bool:
         """Whether a connection gets a thread; socketserver, which starts any number of them, closes it if not."""
-        return threading.active_count() <= 2 * MAX_CONNECTIONS
+        return threading.active_count() < 2 * MAX_CONNECTIONS
 
     def ask(self, request: Request, clock: Clock) -> tuple[Iterator[str], int]:
         """-> the answer, piece by piece, and the number of tokens in the prompt. RequestError: this cannot be asked."""
@@ -190,6 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         see why it was refused; so the rest is read and thrown away, for a while.
         """
         self.began = time.monotonic()
+        self.is_one_too_many = threading.active_count() > MAX_CONNECTIONS       # this one included
         self.reader = TimedReader(self.connection, self.began + HEADER_SECONDS)
         self.rfile = io.BufferedReader(self.reader)
         with contextlib.suppress(OSError):      # a client that went away is no news
@@ -238,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         is_page = self.command != "POST" and path in self.server.pages
         lengths = [", ".join(self.headers.get_all(name, [])).strip()
                    for name in ("Content-Length", "Transfer-Encoding")]
-        if threading.active_count() > MAX_CONNECTIONS + 1:          # this one included
+        if self.is_one_too_many:
             return RequestError(503, "too many connections: try again later")
         if problem := self.sender_problem(path):
             return problem

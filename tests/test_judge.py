@@ -171,10 +171,11 @@ def test_a_judge_may_redirect_to_itself(tmp_path, judge, monkeypatch):
     assert "What is x?" in Judge.asked[0]["messages"][0]["content"]
 
 
-def test_an_unusable_key_is_not_repeated(tmp_path, judge, monkeypatch):
-    monkeypatch.setenv("JUDGE_API_KEY", "sk-secret\nsecond line")
+@pytest.mark.parametrize("key", ["sk-secret\nsecond line", "Bearer sk-secret", "sk-secr\u00e9t"])
+def test_an_unusable_key_is_not_repeated(key, tmp_path, judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", key)
     flags, data = prepare("mmvet", tmp_path / "eval")
     with pytest.raises(ValueError, match="JUDGE_API_KEY holds") as problem:
         evaluate([*flags, "--score", str(llava_file(tmp_path / "a.jsonl", data, ["x", "y"])), "--out",
                  str(tmp_path / "out"), *judge])
-    assert "secret" not in str(problem.value) and Judge.asked == []
+    assert "sk-" not in str(problem.value) and Judge.asked == []

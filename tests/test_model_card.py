@@ -60,7 +60,7 @@ def test_export_writes_the_card(tmp_path):
 
 @pytest.mark.parametrize("folders, words", [
     ({}, "no result.json"), ({"a": {}, "b": {"value": 3.0}}, "two results of pope .all., one in .*b"),
-    ({"a": {"settings": {"model": "0" * 16}}}, "was not scored with --model .*tiny-llava-phi: do it with python eval"),
+    ({"a": {"settings": {"model": "0" * 16}}}, "was not scored with --model .*tiny-llava-phi, .*: do it with python eval"),
     ({"a": {"settings": {"scored": "x.jsonl"}}}, "was not scored with"),
     ({"a": {"settings": 3}}, "was not scored with"),
 ])
@@ -68,6 +68,13 @@ def test_scores_of_another_model_and_doubled_ones_are_refused(folders, words, tm
     for name, change in folders.items():
         write_result(tmp_path / name, **change)
     with pytest.raises(ValueError, match=f"--scores .*{words}"):
+        read_scores(tmp_path, TINY_MODEL)
+
+
+def test_a_result_without_the_number_of_scored_questions_is_refused_in_words(tmp_path):
+    """eval.py has not always written it."""
+    (tmp_path / "result.json").write_text(json.dumps({name: RESULT[name] for name in RESULT if name != "scored"}))
+    with pytest.raises(ValueError, match="by an older eval.py: do it with python eval.py"):
         read_scores(tmp_path, TINY_MODEL)
 
 

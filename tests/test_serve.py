@@ -858,6 +858,24 @@ def test_one_connection_too_many_reads_why(tiny_model, tiny_tokenizer, monkeypat
         wait_until(lambda: request(server, "GET", "/health")[0] == 200)
 
 
+def test_who_came_in_time_is_served_however_many_come_after(tiny_model, tiny_tokenizer, monkeypatch):
+    with running(tiny_model, tiny_tokenizer) as server:
+        with contextlib.ExitStack() as stack:
+            connect = lambda: stack.enter_context(socket.create_connection(server.server_address[:2], timeout=20))
+            n_threads = threading.active_count()
+            monkeypatch.setattr(serve.server, "MAX_CONNECTIONS", n_threads + 2)
+            connections = []
+            for n in range(1, 6):
+                connections.append(connect())
+                wait_until(lambda: threading.active_count() == n_threads + n)
+                time.sleep(0.05)        # for the thread to look around
+            statuses = []
+            for connection in connections:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                statuses.append(connection.recv(4096).split()[1])
+        assert statuses == [b"200", b"200", b"503", b"503", b"503"]
+
+
 def test_far_too_many_connections_are_closed(tiny_model, tiny_tokenizer, monkeypatch):
     with running(tiny_model, tiny_tokenizer) as server:
         monkeypatch.setattr(serve.server, "MAX_CONNECTIONS", 0)
