@@ -59,8 +59,10 @@ def test_export_writes_the_card(tmp_path):
 
 
 @pytest.mark.parametrize("folders, words", [
-    ({}, "no result.json"), ({"a": {}, "b": {"value": 3.0}}, "two results of pope .all., one in .*b"),
-    ({"a": {"settings": {"model": "0" * 16}}}, "was not scored with --model .*tiny-llava-phi, .*: do it with python eval"),
+    ({}, "no result.json"),
+    ({"a": {}, "b": {"value": 3.0}}, "two results of pope .all., one in .*b"),
+    ({"a": {"settings": {"model": "0" * 16}}},
+     "was not scored with --model .*tiny-llava-phi, .*: do it with python eval"),
     ({"a": {"settings": {"scored": "x.jsonl"}}}, "was not scored with"),
     ({"a": {"settings": 3}}, "was not scored with"),
 ])
