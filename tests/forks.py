@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch.distributed.run
-from helpers import ROOT
+from helpers import ROOT, hear_signals
 from torch.distributed import TCPStore
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -59,6 +59,7 @@ def run_as_main(args: list[str], env: dict[str, str], output: str) -> None:
     """In the forked process: what `python ARGS` does."""
     multiprocessing.set_start_method(None, force=True)      # for data workers as usual, rather than from this server
     os.setsid()
+    hear_signals()
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)

@@ -37,8 +37,8 @@ GOLDEN_ANSWER = "or!\ufffd ASS or!\ufffd squares- tab- tab- tab-\ufffd or!\ufffd
 
 def hear_signals() -> None:
     """nohup, and & in a script, start the tests with these ignored, and what the tests start would ignore them, too."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start_script(*args: object, processes: int = 1, **options) -> subprocess.Popen:

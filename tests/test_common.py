@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, hear_signals
 
 from lib.common import plural, print_last, read_jsonl, replacing, run_command, torchrun_env, write_whole
 from lib.device import choose_device, cpu_warning, has_bf16, unused_gpu
@@ -135,7 +135,8 @@ def run_with(change: str, *script: str) -> subprocess.CompletedProcess:
     """A script in a process whose Python was changed first."""
     code = f"import runpy, sys; {change}; sys.argv = {list(script)}; sys.path.insert(0, '.')\n" \
            f"runpy.run_path({script[0]!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          preexec_fn=hear_signals)
 
 
 @pytest.mark.parametrize("script, package", [
